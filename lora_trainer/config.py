@@ -1,0 +1,405 @@
+"""One frozen `RunConfig`, and how it is put together: command line > environment > YAML file > defaults.
+
+The merge is ours, and not pydantic-settings', for two things that a batch job's users need: every
+problem names the place its value came from, and an unknown `LORA_TRAINER_*` variable is an error
+(docs/adr/0003-configuration-sources.md).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from lora_trainer.errors import ConfigError
+from lora_trainer.personas import BloodType
+
+ENVIRONMENT_PREFIX: Final = "LORA_TRAINER_"
+CONFIG_FILE_VARIABLE: Final = "LORA_TRAINER_CONFIG"
+
+# settings that hold a local path or a URI: a relative one in a file is taken from that file's folder
+_PATH_FIELDS: Final = ("data", "output", "work_dir", "base.model", "base.cache_dir")
+
+TargetModule = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+ALL_LINEAR: Final[tuple[TargetModule, ...]] = get_args(TargetModule)
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class BaseModelConfig(_Section):
+    """Which model the adapter is trained on, and where its files come from."""
+
+    model: str = Field(
+        "Qwen/Qwen2.5-7B-Instruct",
+        min_length=1,
+        description="Hub id; or a folder (begins with `/`, `./`, `../`, `~` or `file://`); or an `s3://bucket/prefix/`.",
+    )
+    revision: str | None = Field(
+        "a09a35458c702b33eeacc393d103063234e8bc28",
+        description="Commit of a hub id, 40 hex digits. Ignored for a folder or an `s3://` prefix, whose files are hashed instead.",
+    )
+    canonical_id: str | None = Field(
+        None,
+        description="Name written into the adapter for a folder or an `s3://` prefix (a mirror of a hub model, say). "
+        "Default: the folder's own name.",
+    )
+    cache_dir: Path = Field(
+        Path("~/.cache/lora-trainer"),
+        description="Folder in which a base from `s3://` is mirrored, verified and reused.",
+    )
+
+    @field_validator("revision")
+    @classmethod
+    def _full_commit(cls, value: str | None) -> str | None:
+        if value is not None and (len(value) != 40 or any(c not in "0123456789abcdef" for c in value)):
+            raise ValueError("expected a full commit of 40 lower-case hex digits: a branch or a tag can move")
+        return value
+
+
+class LoraConfig(_Section):
+    """Shape of the adapter."""
+
+    r: int = Field(16, ge=1, le=512, description="LoRA rank.")
+    alpha: float = Field(32.0, gt=0, le=1024, description="LoRA scaling numerator: updates are scaled by alpha / r.")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapter's input. Above 0 Unsloth leaves its fast path.")
+    target_modules: tuple[TargetModule, ...] = Field(
+        ALL_LINEAR, min_length=1, description="Linear projections that get an adapter. Default: all seven."
+    )
+
+    @field_validator("target_modules")
+    @classmethod
+    def _each_once(cls, value: tuple[TargetModule, ...]) -> tuple[TargetModule, ...]:
+        if len(set(value)) != len(value):
+            raise ValueError("expected each module once")
+        # one order, so that the same set is the same run
+        return tuple(module for module in ALL_LINEAR if module in value)
+
+
+class TrainingConfig(_Section):
+    """The recipe: what, with the data and the base, decides the weights."""
+
+    epochs: float = Field(3.0, gt=0, le=1000, description="Passes over the training split.")
+    max_steps: int | None = Field(None, ge=1, description="Stop after this many optimizer steps, if that is sooner.")
+    sequences_per_step: int = Field(
+        32, ge=1, le=65536, description="Records in one optimizer step, however many micro-batches they are packed into."
+    )
+    learning_rate: float = Field(2e-4, gt=0, le=1, description="Peak learning rate.")
+    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="Learning rate after the warm-up.")
+    warmup_fraction: float = Field(0.05, ge=0, lt=1, description="Share of all steps in which the learning rate rises linearly.")
+    weight_decay: float = Field(0.0, ge=0, le=1, description="AdamW's decoupled weight decay.")
+    max_grad_norm: float = Field(1.0, gt=0, description="Gradient clipping, L2 norm.")
+    max_length_tokens: int = Field(
+        1024, ge=16, le=32768, description="Longest record, in tokens. A longer one is left out and reported, never cut."
+    )
+    held_out_fraction: float = Field(0.05, gt=0, lt=0.9, description="Share of the records held out by a stable hash.")
+    seed: int = Field(20, ge=0, lt=2**32, description="Order of the records, adapter initialisation and dropout.")
+    quantization: Literal["nf4", "none"] = Field(
+        "nf4", description="Base weights: 4-bit NormalFloat with double quantization (QLoRA), or as they are."
+    )
+    compute_dtype: Literal["bfloat16", "float32"] = Field("bfloat16", description="Type of activations and of unquantized weights.")
+
+
+class MemoryConfig(_Section):
+    """How the work is laid out on the device. Never part of `run_id`: it does not change what is computed."""
+
+    gradient_checkpointing: Literal["auto", "off", "on", "unsloth"] = Field(
+        "auto",
+        description="Recompute activations in the backward pass. `unsloth` also offloads them; `auto` decides by free memory.",
+    )
+    micro_batch_tokens: Literal["auto"] | Annotated[int, Field(ge=64, le=1_048_576)] = Field(
+        "auto", description="Tokens packed into one forward pass. `auto` decides by free memory."
+    )
+
+
+class LoggingConfig(_Section):
+    """What is said, and how."""
+
+    level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severe event that is printed.")
+    format: Literal["auto", "json", "console"] = Field("auto", description="`auto`: console on a terminal, JSON lines elsewhere.")
+    log_every_steps: int = Field(10, ge=1, description="Optimizer steps between two `training_step` events.")
+
+
+class RunConfig(_Section):
+    """All that one run of one persona is asked to do."""
+
+    blood_type: BloodType = Field(description="Persona to train: A, B, O or AB.")
+    data: str = Field(
+        "data/", description="Folder that holds `train_data_type_<blood type>.jsonl`, or one `.jsonl`: `s3://` or `file://`."
+    )
+    output: str = Field("outputs/", description="Folder that adapters are published under: `s3://` or `file://`.")
+    work_dir: Path = Field(
+        Path(".lora-trainer"), description="Local scratch: fetched data, `progress.json`, the bundle before it is published."
+    )
+    strict: bool = Field(False, description="Treat warnings about the data as errors.")
+    backend: Literal["auto", "unsloth", "transformers"] = Field(
+        "auto", description="Training stack. `auto`: unsloth on CUDA, transformers on the CPU."
+    )
+    device: Literal["cuda", "cpu"] = Field(
+        "cuda", description="`cuda` without a GPU ends with exit 5; the CPU is used only when asked for."
+    )
+    base: BaseModelConfig = BaseModelConfig()
+    lora: LoraConfig = LoraConfig()
+    training: TrainingConfig = TrainingConfig()
+    memory: MemoryConfig = MemoryConfig()
+    logging: LoggingConfig = LoggingConfig()
+
+    @field_validator("blood_type", mode="before")
+    @classmethod
+    def _any_case(cls, value: object) -> object:
+        return value.upper() if isinstance(value, str) else value
+
+    @field_validator("data", "output")
+    @classmethod
+    def _known_scheme(cls, value: str) -> str:
+        scheme, separator, rest = value.partition("://")
+        if separator and scheme not in ("s3", "file"):
+            raise ValueError(f"unknown scheme '{scheme}://'; expected s3://bucket/prefix/ or file:///folder/")
+        if not (rest if separator else value).strip("/ ") and scheme != "file":
+            raise ValueError("expected s3://bucket/prefix/, file:///folder/ or a folder")
+        return value
+
+    @property
+    def resolved_backend(self) -> Literal["unsloth", "transformers"]:
+        """`backend` with `auto` settled by `device`."""
+        if self.backend != "auto":
+            return self.backend
+        return "unsloth" if self.device == "cuda" else "transformers"
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Settings from one place, and how to name that place for a given setting."""
+
+    values: Mapping[str, Any]
+    """Nested like `RunConfig`."""
+    name: str
+    """`{key}` is replaced by the dotted setting, `{env}` by its environment variable."""
+
+    def place(self, dotted: str) -> str:
+        """Where the setting `dotted` came from, in the user's words."""
+        return self.name.format(key=dotted, env=environment_name(dotted))
+
+
+def environment_name(dotted: str) -> str:
+    """`training.epochs` -> `LORA_TRAINER_TRAINING__EPOCHS`."""
+    return ENVIRONMENT_PREFIX + dotted.replace(".", "__").upper()
+
+
+def setting_names(model: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[str]:
+    """Every leaf setting in dotted form, in the order of the classes."""
+    for name, field in model.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from setting_names(field.annotation, f"{prefix}{name}.")
+        else:
+            yield prefix + name
+
+
+def settle(cli: Mapping[str, Any], environment: Mapping[str, str] | None = None, config_file: Path | None = None) -> RunConfig:
+    """Merge the sources into one `RunConfig`.
+
+    `cli` maps dotted settings to values (only those given). `environment` is `os.environ` unless told.
+    Raises `ConfigError` with every problem of every source at once.
+    """
+    environment = os.environ if environment is None else environment
+    problems: list[str] = []
+    sources: list[Source] = []
+    named_file = config_file or (Path(environment[CONFIG_FILE_VARIABLE]) if environment.get(CONFIG_FILE_VARIABLE) else None)
+    if named_file is not None:
+        try:
+            sources.append(Source(_read_file(named_file), f"{named_file}: {{key}}"))
+        except ConfigError as error:
+            problems.extend(error.problems)
+    from_environment, unknown = _read_environment(environment)
+    problems.extend(unknown)
+    sources.append(Source(from_environment, "{env}"))
+    sources.append(Source(_nest(cli), "command line"))
+    merged: dict[str, Any] = {}
+    for source in sources:
+        merged = _merge(merged, source.values)
+    try:
+        config = RunConfig.model_validate(merged)
+    except ValidationError as error:
+        problems.extend(_explain(error, sources))
+        raise ConfigError(problems) from None
+    if problems:
+        raise ConfigError(problems)
+    return config
+
+
+def config_table() -> list[tuple[str, str, str, str]]:
+    """One row a setting for the README: name, default, range, meaning. A test compares the two."""
+    return list(_table_rows(RunConfig, ""))
+
+
+def _table_rows(model: type[BaseModel], prefix: str) -> Iterator[tuple[str, str, str, str]]:
+    schema = model.model_json_schema()
+    for name, field in model.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from _table_rows(field.annotation, f"{prefix}{name}.")
+            continue
+        default = "required" if field.is_required() else _shown(field.default)
+        yield prefix + name, default, _range_of(schema["properties"][name], schema), (field.description or "")
+
+
+def _shown(default: object) -> str:
+    if default is None:
+        return "none"
+    if isinstance(default, tuple):
+        return "all seven" if default == ALL_LINEAR else ", ".join(map(str, default))
+    if isinstance(default, bool):
+        return str(default).lower()
+    return f"{default:g}" if isinstance(default, float) else str(default)
+
+
+def _range_of(schema: Mapping[str, Any], root: Mapping[str, Any]) -> str:
+    if "$ref" in schema:
+        schema = root["$defs"][schema["$ref"].rsplit("/", 1)[1]]
+    if "anyOf" in schema:
+        return " or ".join(part for part in (_range_of(option, root) for option in schema["anyOf"]) if part)
+    if "enum" in schema:
+        return ", ".join(map(str, schema["enum"]))
+    if "const" in schema:
+        return str(schema["const"])
+    low = schema.get("minimum", schema.get("exclusiveMinimum"))
+    high = schema.get("maximum", schema.get("exclusiveMaximum"))
+    parts = []
+    if low is not None:
+        parts.append(f"{'≥' if 'minimum' in schema else '>'} {low:g}")
+    if high is not None:
+        parts.append(
+            f"{'≤' if 'maximum' in schema else '<'} {high:,}"
+            if isinstance(high, int)
+            else f"{'≤' if 'maximum' in schema else '<'} {high:g}"
+        )
+    return ", ".join(parts)
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    """The YAML mapping in `path`, its relative paths taken from the file's own folder."""
+    try:
+        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(
+            f"{path}: cannot read the configuration file: {error.strerror}; check the path given to --config"
+        ) from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}" if mark else str(path)
+        raise ConfigError(
+            f"{where}: not plain YAML: {getattr(error, 'problem', None) or 'not UTF-8'}; only mappings, lists and scalars are accepted"
+        ) from None
+    if loaded is None:
+        return {}
+    if not isinstance(loaded, dict) or not all(isinstance(key, str) for key in loaded):
+        raise ConfigError(
+            f"{path}: got a {type(loaded).__name__}, expected a mapping of settings, such as 'training: {{epochs: 3}}'"
+        )
+    for dotted in _PATH_FIELDS:
+        section: Any = loaded
+        *parents, leaf = dotted.split(".")
+        for parent in parents:
+            section = section.get(parent) if isinstance(section, dict) else None
+        if isinstance(section, dict) and isinstance(value := section.get(leaf), str) and _is_relative_path(dotted, value):
+            trailing = "/" if value.endswith("/") else ""
+            section[leaf] = os.path.normpath(path.absolute().parent / value) + trailing
+    return loaded
+
+
+def _is_relative_path(dotted: str, value: str) -> bool:
+    if "://" in value or value.startswith(("/", "~")):
+        return False
+    # a bare "org/name" is a hub id
+    return dotted != "base.model" or value.startswith(("./", "../"))
+
+
+def _read_environment(environment: Mapping[str, str]) -> tuple[dict[str, Any], list[str]]:
+    known = {environment_name(dotted): dotted for dotted in setting_names()}
+    values: dict[str, Any] = {}
+    problems = []
+    for variable, text in sorted(environment.items()):
+        if not variable.startswith(ENVIRONMENT_PREFIX) or variable == CONFIG_FILE_VARIABLE:
+            continue
+        if variable not in known:
+            problems.append(f"{variable}: no such setting; {_nearest(variable, list(known))}")
+        elif text != "":
+            values[known[variable]] = _list_or_text(known[variable], text)
+    return _nest(values), problems
+
+
+def parse_override(text: str) -> tuple[str, Any]:
+    """`training.epochs=1` from `--set` as (setting, value). Raises `ConfigError`."""
+    dotted, equals, value = text.partition("=")
+    if not equals or dotted not in set(setting_names()):
+        raise ConfigError(f"--set {text}: expected SETTING=VALUE; {_nearest(dotted, list(setting_names()))}")
+    return dotted, _list_or_text(dotted, value)
+
+
+def _list_or_text(dotted: str, text: str) -> Any:
+    """Text as pydantic should see it: lists as JSON or comma-separated, `none` for settings that may be unset."""
+    if dotted == "lora.target_modules":
+        return json.loads(text) if text.lstrip().startswith("[") else [part.strip() for part in text.split(",")]
+    if text.lower() in ("none", "null") and dotted in ("base.revision", "base.canonical_id", "training.max_steps"):
+        return None
+    return text
+
+
+def _nest(flat: Mapping[str, Any]) -> dict[str, Any]:
+    nested: dict[str, Any] = {}
+    for dotted, value in flat.items():
+        section = nested
+        *parents, leaf = dotted.split(".")
+        for parent in parents:
+            section = section.setdefault(parent, {})
+        section[leaf] = value
+    return nested
+
+
+def _merge(low: Mapping[str, Any], high: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(low)
+    for key, value in high.items():
+        below = merged.get(key)
+        merged[key] = _merge(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def _explain(error: ValidationError, sources: list[Source]) -> Iterator[str]:
+    names = list(setting_names())
+    for problem in error.errors(include_url=False):
+        # a union adds the branch it tried ("auto", "int") behind the field: the field is enough
+        location = [str(part) for part in problem["loc"]]
+        dotted = ".".join(location)
+        while dotted not in names and len(location) > 1 and problem["type"] != "extra_forbidden":
+            location.pop()
+            dotted = ".".join(location)
+        place = next((source.place(dotted) for source in reversed(sources) if _holds(source.values, location)), dotted)
+        if problem["type"] == "extra_forbidden":
+            yield f"{place}: no such setting; {_nearest(dotted, names)}"
+        elif problem["type"] == "missing":
+            option = "--" + dotted.replace("_", "-")
+            yield f"{dotted}: not given; pass {option}, or set {environment_name(dotted)}, or '{dotted}:' in the configuration file"
+        else:
+            said = problem["msg"].removeprefix("Value error, ")
+            yield f"{place}: {dotted}: got {problem['input']!r}; {said[0].lower()}{said[1:]}"
+
+
+def _holds(values: Any, location: list[str]) -> bool:
+    for part in location:
+        if not isinstance(values, dict) or part not in values:
+            return False
+        values = values[part]
+    return True
+
+
+def _nearest(name: str, names: list[str]) -> str:
+    import difflib
+
+    close = difflib.get_close_matches(name, names, n=2, cutoff=0.6)
+    return f"did you mean {' or '.join(close)}?" if close else "see 'lora-trainer show-config' for all of them"
