@@ -82,23 +82,28 @@ def max_emoji(intensity: float) -> int:
 _EMOJI = r"[\p{Extended_Pictographic}\p{Emoji_Presentation}\uFE0F\u200D\u20E3\U0001F3FB-\U0001F3FF]"
 _LAUGH_OR_CRY = "ㅋㅎㅠㅜㅡㅇㄷㄴㄱ"
 
-# these end a sentence wherever they stand, except inside a number or an address (3.5, a.com), in front of
-# a quotative ("뭐?"라고), and as the first two dots of an ellipsis
+# Every repetition below is bounded or cannot be matched in two ways: a line of a megabyte of one sign must cost
+# what any other megabyte does.
+#
+# These end a sentence wherever they stand, except inside a number or an address (3.5, a.com), in front of
+# a quotative ("뭐?"라고), and as the first dots of an ellipsis
 _HARD_STOP = regex.compile(
-    r"""[!?！？。]+[.!?！？。~…]*(?!["'”’」』]\p{Hangul})|(?<![.…])\.(?![.\w]|["'”’」』]\p{Hangul})|(?<=\p{Hangul})\.(?=\p{Hangul})|\n+"""
+    r"""[!?！？。]{1,20}+[.!?！？。~…]{0,20}+(?!["'”’」』]\p{Hangul})"""
+    r"""|(?<![.…])\.(?![.\w]|["'”’」』]\p{Hangul})|(?<=\p{Hangul})\.(?=\p{Hangul})|\n+"""
 )
-# these end a sentence only behind a word that can: "음... 글쎄", "오늘 ㅋㅋ 뭐 먹지" and "너랑 😊 나" go on
+# these end a sentence only behind a syllable that can: "음... 글쎄", "오늘 ㅋㅋ 뭐 먹지" and "너랑 😊 나" go on
 _SOFT_STOP = regex.compile(rf"(?:\.{{2,}}|…|[~∼〜^♡♥★☆]|[{_LAUGH_OR_CRY}]{{2,}}|{_EMOJI})+")
-_CAN_END = regex.compile(
-    r"(?:[다야어아여해돼자네까래지니냐마줘봐와가게걸데군든함음임요죠워려라져셔춰둬꿔겨켜쳐써커퍼빠파]|[았었했됐갔왔였]음|거든|잖아|는데)$"
+_CAN_END: Final = frozenset("다야어아여해돼자네까래지니냐마줘봐와가게걸데군든함음임요죠워려라져셔춰둬꿔겨켜쳐써커퍼빠파")
+# words that react and say nothing yet, alone or in a row
+_INTERJECTION = re.compile(
+    "(?:[오와우아어앗엇헉헐음흠흥응웅엥에야하호히헤후휴으이잉힝흑쳇칫캬꺄악윽읏옹앙엉얍참짠쉿굿콜옛]|아이[고구쿠]|에[고구]|어머나?|세상에|맙소사"
+    "|대박|진짜|정말|그래|그럼|그치|글쎄|아니|맞아|안녕|오케이|오키|[화파]이팅|[아앗]싸|저런|이런|있지|ok(?:ay)?|wow|lol|yay|hi)+",
+    re.IGNORECASE,
 )
-_INTERJECTION = regex.compile(
-    r"(?:[오와우아어앗엇헉헐음흠흥응웅엥에야하호히헤후휴으이잉힝흑쳇칫캬꺄악윽읏옹앙엉얍]+|아이[고구쿠]|에[고구]|어머나?|세상에|맙소사|대박|"
-    r"진짜|정말|그래|그럼|그치|글쎄|아니|맞아|안녕|참|짠|쉿|굿|콜|오케이|오키|[화파]이팅|아싸|앗싸|뭐|왜|헤이|저런|이런|있지|자|옛|ok|okay|wow|lol|yay|hi)+",
-    regex.IGNORECASE,
-)
-_WORD = regex.compile(r"[\p{L}\p{N}]+")
-_LETTER = regex.compile(r"[\p{Hangul}\p{Latin}\p{Han}\p{Hiragana}\p{Katakana}--[ㄱ-ㅣ]]", regex.VERSION1)
+# reactions when they stand alone, parts of a sentence otherwise (왜 그래, 하자)
+_ALONE: Final = frozenset(("뭐", "뭐야", "왜", "자"))
+# letters, without the jamo of ㅋㅋ and ㅠㅠ
+_WORD = re.compile(r"[^\W\d_ㄱ-ㅣ]+")
 
 
 def sentences(text: str) -> list[str]:
@@ -108,8 +113,9 @@ def sentences(text: str) -> list[str]:
     for piece in _HARD_STOP.split(unicodedata.normalize("NFC", text)):
         begin = 0
         for stop in _SOFT_STOP.finditer(piece):
-            if _CAN_END.search(piece, begin, stop.start()) or not _is_sentence(piece[begin : stop.start()]):
-                found.append(piece[begin : stop.start()])
+            before = piece[begin : stop.start()].rstrip()
+            if before[-1:] in _CAN_END or not _is_sentence(before):
+                found.append(before)
                 begin = stop.end()
         found.append(piece[begin:])
     return [piece.strip() for piece in found if _is_sentence(piece)]
@@ -121,13 +127,16 @@ def sentence_count(text: str) -> int:
 
 
 def _is_sentence(piece: str) -> bool:
-    return _LETTER.search(piece) is not None and not all(_INTERJECTION.fullmatch(word) for word in _WORD.findall(piece))
+    words = _WORD.findall(piece)
+    if len(words) == 1 and words[0] in _ALONE:
+        return False
+    return any(not _INTERJECTION.fullmatch(word) for word in words)
 
 
 # --- speech level --------------------------------------------------------------------------------------
 
 _PERHAPS_FORMAL = re.compile("[요욬욯욥욤용죠쇼뇨여염]|니다|니당|니닷|니까|시오|시다|네|넵|넹|옙")
-_QUOTED = re.compile("[\"“'‘「『][^\"”'’」』]*[\"”'’」』](?=[가-힣])")
+_QUOTED = re.compile("[\"“'‘「『][^\"”'’」』]{0,80}[\"”'’」』](?=[가-힣])")
 _CLAUSE_END = re.compile("[^가-힣 \t0-9A-Za-z]+")
 _HANGUL_WORD = re.compile("[가-힣]+")
 
