@@ -1,0 +1,581 @@
+"""A data file as a whole: every problem, what its records cover, and what its prompts cost.
+
+One pass, one record at a time. What grows with the file is the table that finds duplicates and nothing
+else, so that a million lines are checked in the memory of a thousand and some tens of MiB.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, NamedTuple, Protocol, TextIO
+
+from lora_trainer.errors import ConfigError, DataError
+from lora_trainer.formatter import OUTPUT_LINE, prompt_messages, reply_json
+from lora_trainer.lint import (
+    MIN_QUESTION_RATE,
+    MIN_RECORDS_FOR_RATES,
+    DuplicateFinder,
+    IntensityThird,
+    blood_types_named,
+    emoji_count,
+    has_question,
+    intensity_third,
+    lint_reply,
+)
+from lora_trainer.personas import BloodType, Feeling
+from lora_trainer.records import JsonlReader, Problem, Severity, TrainingRecord
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+SHOWN_PROBLEMS: Final = 50
+"""Problems that a report holds in full; all are counted."""
+
+_SHOWN_LINES: Final = 20
+# what a batch and the cache may hold, so that records of a megabyte cost no gigabyte
+_BATCH_RECORDS: Final = 1024
+_BATCH_CHARACTERS: Final = 1024 * 1024
+_CACHED_TEXTS: Final = 4096
+_CACHED_CHARACTERS: Final = 512
+
+OnProblem = Callable[[Problem], None]
+
+
+class Tokenizer(Protocol):
+    """What the cost of a prompt needs of a base's tokenizer."""
+
+    def count_tokens(self, texts: list[str]) -> list[int]:
+        """Tokens in each text, special tokens not added."""
+
+
+class TokenCounter:
+    """A `Tokenizer` out of a folder that holds `tokenizer.json`."""
+
+    def __init__(self, folder: Path) -> None:
+        """Raises `ConfigError` when there is no such file, or the `tokenizers` library or the file cannot be loaded."""
+        path = folder / "tokenizer.json"
+        if not path.is_file():
+            raise ConfigError(f"{path}: no such file; expected the folder of a base's tokenizer, with its tokenizer.json")
+        try:
+            # imported here: checking a file's schema needs no tokenizer
+            import tokenizers
+        except ImportError:
+            raise ConfigError("counting tokens needs the 'tokenizers' library; install it, or leave the tokenizer out") from None
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        # the library raises bare Exception for a file it cannot read
+        except Exception as error:
+            raise ConfigError(f"{path}: not a tokenizer that the 'tokenizers' library can load: {error}") from None
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+
+    def count_tokens(self, texts: list[str]) -> list[int]:
+        """Tokens in each text, special tokens not added."""
+        return [len(encoding.ids) for encoding in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+
+
+@dataclass(frozen=True, slots=True)
+class LengthDistribution:
+    """Token lengths of one part over all records. Percentiles are nearest-rank: lengths that occur."""
+
+    count: int
+    mean_tokens: float
+    p50_tokens: int
+    p95_tokens: int
+    max_tokens: int
+    share: float
+    """Of all tokens of the file, in [0, 1]."""
+
+    @classmethod
+    def of(cls, lengths: Mapping[int, int], all_tokens: int) -> LengthDistribution:
+        """`lengths` maps a length to how many records have it; `all_tokens` is what `share` is of."""
+        count = sum(lengths.values())
+        total = sum(length * times for length, times in lengths.items())
+        return cls(
+            count=count,
+            mean_tokens=total / count if count else 0.0,
+            p50_tokens=_percentile(lengths, count, 50),
+            p95_tokens=_percentile(lengths, count, 95),
+            max_tokens=max(lengths, default=0),
+            share=total / all_tokens if all_tokens else 0.0,
+        )
+
+
+def _percentile(lengths: Mapping[int, int], count: int, percent: int) -> int:
+    rank = -(-count * percent // 100)
+    seen = 0
+    for length in sorted(lengths):
+        seen += lengths[length]
+        if seen >= rank:
+            return length
+    return 0
+
+
+class PromptParts(NamedTuple):
+    """What one record sends to the tokenizer, part by part; every line of the system message with its line break."""
+
+    instruction: str
+    summary: str
+    emotion: str
+    input: str
+    reply: str
+
+
+PART_NAMES: Final = (*PromptParts._fields, "template")
+"""`template`: the output line of the system message and what the chat template puts around the turns."""
+
+
+def prompt_parts(record: TrainingRecord) -> PromptParts:
+    """The parts of a record's prompt and reply as the formatter writes them."""
+    emotion = record.context.current_emotion
+    system, user = prompt_messages(record.instruction, record.context.summary, emotion.type, emotion.intensity, record.input)
+    instruction, *summary, emotion_line, _ = system["content"].split("\n")
+    return PromptParts(
+        instruction=instruction + "\n",
+        summary=summary[0] + "\n" if summary else "",
+        emotion=emotion_line + "\n",
+        input=user["content"],
+        reply=reply_json(record.reply.text, record.reply.emotion),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class PromptCost:
+    """What a file's records cost in tokens, and which of them are too long to train on."""
+
+    max_length_tokens: int
+    whole: LengthDistribution
+    """The record as it is trained on: prompt, reply and chat template."""
+    parts: Mapping[str, LengthDistribution]
+    """By the names in `PART_NAMES`; their shares add up to 1."""
+    left_out: int
+    """Records longer than `max_length_tokens`: training leaves them out."""
+    left_out_lines: tuple[int, ...]
+    """The first of them, at most 20."""
+
+    def as_json(self) -> dict[str, object]:
+        """Plain values, for `validate --json`."""
+        return {
+            "max_length_tokens": self.max_length_tokens,
+            "whole": _distribution_json(self.whole),
+            "parts": {name: _distribution_json(self.parts[name]) for name in PART_NAMES},
+            "left_out": self.left_out,
+            "left_out_lines": list(self.left_out_lines),
+        }
+
+
+def _distribution_json(lengths: LengthDistribution) -> dict[str, object]:
+    return {
+        "count": lengths.count,
+        "mean_tokens": round(lengths.mean_tokens, 2),
+        "p50_tokens": lengths.p50_tokens,
+        "p95_tokens": lengths.p95_tokens,
+        "max_tokens": lengths.max_tokens,
+        "share": round(lengths.share, 4),
+    }
+
+
+class _CostMeter:
+    """Counts tokens in batches and keeps histograms only.
+
+    The parts of the system message are counted line by line and added up. That is exact where a line
+    break ends a word for the tokenizer, as it does in Qwen2's (its pre-tokenizer splits behind every run
+    of line breaks), and half the work: the lines that repeat are counted once.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, max_length_tokens: int, template_overhead_tokens: int) -> None:
+        self._count_tokens = tokenizer.count_tokens
+        self._max_length_tokens = max_length_tokens
+        self._template_tokens = template_overhead_tokens + tokenizer.count_tokens([OUTPUT_LINE])[0]
+        self._count_cached = lru_cache(maxsize=_CACHED_TEXTS)(self._count_one)
+        self._batch: list[tuple[int, PromptParts]] = []
+        self._batch_characters = 0
+        self._lengths: dict[str, Counter[int]] = {name: Counter() for name in PART_NAMES}
+        self._whole: Counter[int] = Counter()
+        self._left_out = 0
+        self._left_out_lines: list[int] = []
+
+    def add(self, line: int, record: TrainingRecord) -> None:
+        parts = prompt_parts(record)
+        self._batch.append((line, parts))
+        self._batch_characters += sum(map(len, parts))
+        if len(self._batch) == _BATCH_RECORDS or self._batch_characters >= _BATCH_CHARACTERS:
+            self._flush()
+
+    def _count_one(self, text: str) -> int:
+        return self._count_tokens([text])[0]
+
+    def _count_repeated(self, text: str) -> int:
+        return self._count_cached(text) if len(text) <= _CACHED_CHARACTERS else self._count_one(text)
+
+    def _flush(self) -> None:
+        texts = list(dict.fromkeys(text for _, parts in self._batch for text in (parts.summary, parts.input, parts.reply)))
+        tokens = dict(zip(texts, self._count_tokens(texts), strict=True)) if texts else {}
+        for line, parts in self._batch:
+            counts = (
+                self._count_repeated(parts.instruction),
+                tokens[parts.summary],
+                self._count_repeated(parts.emotion),
+                tokens[parts.input],
+                tokens[parts.reply],
+                self._template_tokens,
+            )
+            for name, count in zip(PART_NAMES, counts, strict=True):
+                self._lengths[name][count] += 1
+            whole = sum(counts)
+            self._whole[whole] += 1
+            if whole > self._max_length_tokens:
+                self._left_out += 1
+                if len(self._left_out_lines) < _SHOWN_LINES:
+                    self._left_out_lines.append(line)
+        self._batch.clear()
+        self._batch_characters = 0
+
+    def result(self) -> PromptCost:
+        self._flush()
+        all_tokens = sum(length * times for length, times in self._whole.items())
+        return PromptCost(
+            max_length_tokens=self._max_length_tokens,
+            whole=LengthDistribution.of(self._whole, all_tokens),
+            parts={name: LengthDistribution.of(lengths, all_tokens) for name, lengths in self._lengths.items()},
+            left_out=self._left_out,
+            left_out_lines=tuple(self._left_out_lines),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class FileReport:
+    """All that is known of one data file after one pass over it."""
+
+    file: str
+    blood_type: BloodType | None
+    """The persona that its instructions were held against; `None`: neither given nor told by name or content."""
+    lines: int
+    blank_lines: int
+    records: int
+    """Lines that are records."""
+    counts: Mapping[Severity, Mapping[str, int]]
+    """How often each code occurred."""
+    problems: tuple[Problem, ...]
+    """The first 50, by line; errors come before warnings when there is no room for both."""
+    coverage: Mapping[tuple[Feeling, IntensityThird], int]
+    """Records by what the AI feels and how strongly."""
+    question_rate: float
+    """Share of replies that ask something, in [0, 1]; 0 without records."""
+    emoji_mean: Mapping[IntensityThird, float]
+    """Emoji in a reply, on average; 0 for a third without records."""
+    cost: PromptCost | None
+    """`None` without a tokenizer."""
+
+    @property
+    def errors(self) -> int:
+        """Problems that stop a run."""
+        return sum(self.counts[Severity.ERROR].values())
+
+    @property
+    def warnings(self) -> int:
+        """Problems that stop a run only under `--strict`."""
+        return sum(self.counts[Severity.WARNING].values())
+
+    def is_accepted(self, *, strict: bool = False) -> bool:
+        """Whether a run would train on this file."""
+        return not self.errors and not (strict and self.warnings)
+
+    def lines_of_problems(self) -> list[str]:
+        """The problems held, one a line, and a last line that counts the rest."""
+        shown = [problem.render(self.file) for problem in self.problems]
+        hidden = self.errors + self.warnings - len(shown)
+        more = f" ({hidden:,} more, all of them with 'validate --json')" if hidden else ""
+        return [*shown, f"{self.file}: {_plural(self.errors, 'error')}, {_plural(self.warnings, 'warning')}{more}"]
+
+    def as_json(self, *, with_problems: bool = True) -> dict[str, object]:
+        """Plain values. `with_problems` adds those held in full; `write_json` streams all of them instead."""
+        document: dict[str, object] = {
+            "file": self.file,
+            "blood_type": self.blood_type and str(self.blood_type),
+            "lines": self.lines,
+            "blank_lines": self.blank_lines,
+            "records": self.records,
+            "errors": self.errors,
+            "warnings": self.warnings,
+            "counts": {str(severity): dict(sorted(codes.items())) for severity, codes in self.counts.items()},
+            "coverage": {
+                str(feeling): {str(third): self.coverage.get((feeling, third), 0) for third in IntensityThird}
+                for feeling in Feeling
+            },
+            "question_rate": round(self.question_rate, 4),
+            "emoji_mean": {str(third): round(self.emoji_mean[third], 4) for third in IntensityThird},
+            "prompt_cost": self.cost and self.cost.as_json(),
+        }
+        if with_problems:
+            document["problems"] = [problem.as_json() for problem in self.problems]
+        return document
+
+
+@dataclass(slots=True)
+class _Tally:
+    """What a pass over one file adds up."""
+
+    on_problem: OnProblem | None
+    counts: dict[Severity, Counter[str]] = field(default_factory=lambda: {severity: Counter() for severity in Severity})
+    first: dict[Severity, list[Problem]] = field(default_factory=lambda: {severity: [] for severity in Severity})
+    records: int = 0
+    questions: int = 0
+    coverage: Counter[tuple[Feeling, IntensityThird]] = field(default_factory=Counter)
+    emoji: Counter[IntensityThird] = field(default_factory=Counter)
+    by_type: Counter[BloodType] = field(default_factory=Counter)
+    named_elsewhere: Counter[frozenset[BloodType]] = field(default_factory=Counter)
+    lines_naming: dict[frozenset[BloodType], list[int]] = field(default_factory=dict)
+
+    def problem(self, problem: Problem) -> None:
+        self.counts[problem.severity][problem.code] += 1
+        first = self.first[problem.severity]
+        if len(first) < SHOWN_PROBLEMS:
+            first.append(problem)
+        if self.on_problem:
+            self.on_problem(problem)
+
+    def record(self, line: int, record: TrainingRecord) -> None:
+        text, emotion = record.reply.text, record.context.current_emotion
+        third = intensity_third(emotion.intensity)
+        self.records += 1
+        self.coverage[emotion.type, third] += 1
+        self.emoji[third] += emoji_count(text)
+        self.questions += has_question(text)
+        if named := blood_types_named(record.instruction):
+            self.by_type.update(named)
+            self.named_elsewhere[named] += 1
+            lines = self.lines_naming.setdefault(named, [])
+            if len(lines) < _SHOWN_LINES:
+                lines.append(line)
+
+    def shown(self) -> tuple[Problem, ...]:
+        errors = self.first[Severity.ERROR]
+        kept = [*errors, *self.first[Severity.WARNING]][:SHOWN_PROBLEMS]
+        return tuple(sorted(kept, key=lambda problem: problem.line or 0))
+
+
+def check_file(
+    path: Path,
+    blood_type: BloodType | None = None,
+    tokenizer: Tokenizer | None = None,
+    *,
+    max_length_tokens: int = 1024,
+    template_overhead_tokens: int = 0,
+    on_problem: OnProblem | None = None,
+    on_record: Callable[[TrainingRecord], None] | None = None,
+) -> FileReport:
+    """Read `path` once and report on it. Nothing in the file raises; the records are not kept.
+
+    `blood_type` is the persona that the instructions should name. Without it: the one in the file's name
+    (`train_data_type_A.jsonl`), or else the one that most records name. `tokenizer` makes the report tell
+    what the prompts cost; `template_overhead_tokens` is what the base's chat template adds to a record
+    (constant for ChatML). `on_problem` is called with every problem, `on_record` with every record, in the
+    order of the file; problems of the file as a whole come last.
+    """
+    reader = JsonlReader(path)
+    tally = _Tally(on_problem)
+    duplicates = DuplicateFinder()
+    meter = _CostMeter(tokenizer, max_length_tokens, template_overhead_tokens) if tokenizer else None
+    for number, record, problems in reader:
+        for problem in problems:
+            tally.problem(problem)
+        if record is None:
+            continue
+        tally.record(number, record)
+        for problem in lint_reply(record.reply.text, record.context.current_emotion.intensity, number):
+            tally.problem(problem)
+        if earlier := duplicates.first_line(record, number):
+            tally.problem(_duplicate(number, *earlier))
+        if meter:
+            meter.add(number, record)
+        if on_record:
+            on_record(record)
+    expected_type = blood_type or _type_in_name(path) or _most_named(tally.by_type)
+    for problem in _about_file(tally, expected_type):
+        tally.problem(problem)
+    per_third = {third: sum(tally.coverage[feeling, third] for feeling in Feeling) for third in IntensityThird}
+    return FileReport(
+        file=str(path),
+        blood_type=expected_type,
+        lines=reader.lines_read,
+        blank_lines=reader.blank_lines,
+        records=tally.records,
+        counts={severity: dict(codes) for severity, codes in tally.counts.items()},
+        problems=tally.shown(),
+        coverage=dict(tally.coverage),
+        question_rate=tally.questions / tally.records if tally.records else 0.0,
+        emoji_mean={third: tally.emoji[third] / count if count else 0.0 for third, count in per_third.items()},
+        cost=meter.result() if meter else None,
+    )
+
+
+def read_records(
+    path: Path, blood_type: BloodType | None = None, *, strict: bool = False
+) -> tuple[list[TrainingRecord], FileReport]:
+    """All records of `path`, in order, for training.
+
+    Raises `DataError` when there are errors, or warnings under `strict`: its problems are the first 50,
+    one `file:line: field: got ..., expected ...; fix` each, and a last line that counts all of them.
+    """
+    records: list[TrainingRecord] = []
+    report = check_file(path, blood_type, on_record=records.append)
+    if not report.is_accepted(strict=strict):
+        *shown, total = report.lines_of_problems()
+        if not strict:
+            # warnings stop nothing here, and would hide among them what does
+            shown = [problem.render(report.file) for problem in report.problems if problem.severity is Severity.ERROR]
+        raise DataError([*shown, total])
+    return records, report
+
+
+def write_json(out: TextIO, paths: Iterable[Path], check: Callable[[Path, OnProblem], FileReport]) -> list[FileReport]:
+    """Check `paths` and write one JSON document: `{"files": [{"problems": [all of them], ...}, ...]}`.
+
+    `check` is `check_file` with everything but the path and `on_problem` given. Problems are written as
+    they are found, so their number costs no memory. What is written is ASCII, whatever `out` is encoded in.
+    """
+    reports: list[FileReport] = []
+    out.write('{"files": [')
+    for path in paths:
+        out.write(("," if reports else "") + '\n{"problems": [')
+        separator = "\n"
+
+        def write_problem(problem: Problem) -> None:
+            nonlocal separator
+            out.write(separator + json.dumps(problem.as_json()))
+            separator = ",\n"
+
+        report = check(path, write_problem)
+        out.write("],\n" + json.dumps(report.as_json(with_problems=False))[1:])
+        reports.append(report)
+    out.write("\n]}\n")
+    return reports
+
+
+def render(report: FileReport) -> RenderableType:
+    """The report for a terminal: problems, coverage and cost as tables."""
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    parts: list[RenderableType] = [Text(line) for line in report.lines_of_problems()]
+    codes = [(severity, code, count) for severity, found in report.counts.items() for code, count in sorted(found.items())]
+    if codes:
+        table = Table("severity", "code", title="Problems", title_justify="left")
+        table.add_column("count", justify="right")
+        for severity, code, count in codes:
+            table.add_row(str(severity), code, f"{count:,}")
+        parts.append(table)
+    parts.append(
+        Text(
+            f"{_plural(report.records, 'record')} in {_plural(report.lines, 'line')} ({report.blank_lines:,} blank); "
+            f"persona {report.blood_type or 'unknown'}; {report.question_rate:.0%} of the replies ask something"
+        )
+    )
+    if report.records:
+        parts.append(_coverage_table(report))
+    if report.cost:
+        parts.extend(_cost_tables(report.cost))
+    return Group(*parts)
+
+
+def _coverage_table(report: FileReport) -> RenderableType:
+    from rich.table import Table
+
+    table = Table("feeling", title="Records by feeling and intensity", title_justify="left")
+    for third in IntensityThird:
+        table.add_column(str(third), justify="right")
+    for feeling in Feeling:
+        table.add_row(str(feeling), *(f"{report.coverage.get((feeling, third), 0):,}" for third in IntensityThird))
+    table.add_section()
+    table.add_row("emoji a reply", *(f"{report.emoji_mean[third]:.2f}" for third in IntensityThird))
+    return table
+
+
+def _cost_tables(cost: PromptCost) -> Iterator[RenderableType]:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table("part", title="Tokens a record", title_justify="left")
+    for name in ("mean", "p50", "p95", "max", "share"):
+        table.add_column(name, justify="right")
+    rows = [(name, cost.parts[name]) for name in PART_NAMES]
+    for name, lengths in [*rows, ("whole", cost.whole)]:
+        if name == "whole":
+            table.add_section()
+        table.add_row(
+            name,
+            f"{lengths.mean_tokens:.1f}",
+            f"{lengths.p50_tokens:,}",
+            f"{lengths.p95_tokens:,}",
+            f"{lengths.max_tokens:,}",
+            f"{lengths.share:.1%}",
+        )
+    yield table
+    lines = ", ".join(map(str, cost.left_out_lines))
+    more = ", …" if cost.left_out > len(cost.left_out_lines) else ""
+    where = f": line {lines}{more}" if cost.left_out else ""
+    yield Text(f"{_plural(cost.left_out, 'record')} longer than {cost.max_length_tokens:,} tokens would be left out{where}")
+
+
+def _duplicate(line: int, first_line: int, is_exact: bool) -> Problem:
+    return Problem(
+        line,
+        "",
+        Severity.WARNING,
+        "duplicate" if is_exact else "near_duplicate",
+        f"the record of line {first_line} again" if is_exact else f"nearly the input and the reply of line {first_line}",
+        "records that differ",
+        "remove one of the two" if is_exact else "vary the wording, or remove one of the two",
+    )
+
+
+_NAMED_FILE = re.compile(r"train_data_type_(AB|A|B|O)\.jsonl")
+
+
+def _type_in_name(path: Path) -> BloodType | None:
+    found = _NAMED_FILE.fullmatch(path.name)
+    return BloodType(found[1]) if found else None
+
+
+def _most_named(by_type: Counter[BloodType]) -> BloodType | None:
+    return by_type.most_common(1)[0][0] if by_type else None
+
+
+def _about_file(tally: _Tally, expected_type: BloodType | None) -> Iterator[Problem]:
+    for named, count in tally.named_elsewhere.items():
+        if expected_type is None or expected_type in named:
+            continue
+        lines = tally.lines_naming[named]
+        more = ", …" if count > len(lines) else ""
+        yield Problem(
+            None,
+            "instruction",
+            Severity.WARNING,
+            "other_blood_type",
+            f"{' and '.join(f'{name}형' for name in BloodType if name in named)} in {_plural(count, 'record')} "
+            f"(line {', '.join(map(str, lines))}{more})",
+            f"{expected_type}형",
+            "check that this is the right persona's file",
+        )
+    if tally.records >= MIN_RECORDS_FOR_RATES and tally.questions < MIN_QUESTION_RATE * tally.records:
+        yield Problem(
+            None,
+            "output.text",
+            Severity.WARNING,
+            "few_questions",
+            f"a question in {tally.questions / tally.records:.0%} of {tally.records:,} replies",
+            f"at least {MIN_QUESTION_RATE:.0%}",
+            "ask something back more often",
+        )
+
+
+def _plural(count: int, word: str) -> str:
+    return f"{count:,} {word}" if count == 1 else f"{count:,} {word}s"
