@@ -56,6 +56,7 @@ def intensity_third(intensity: float) -> IntensityThird:
 
 # the cheap test first: most replies hold nothing that could begin an emoji but a digit
 _PERHAPS_EMOJI = re.compile("[\u00a9\u00ae\u203c\u2049\u20e3\u2122\u2139\u2194-\u3299\ufe0f\U0001f000-\U0001faff]")
+_CLUSTER = regex.compile(r"\X")
 # one grapheme cluster (a ZWJ family, a flag, a skin tone) is one emoji. A cluster counts when it
 # is drawn as one by itself, or is made one by U+FE0F, or is a keycap; hearts and faces of the old blocks
 # are typed without U+FE0F and meant as emoji, the © ™ ↔ before them are not
@@ -67,9 +68,12 @@ _EMOJI_CLUSTER = regex.compile(
 
 def emoji_count(text: str) -> int:
     """Emoji as a reader counts them: a family, a flag, a keycap or a skin tone is one. `ㅋㅋ`, `^^` and `♡` are none."""
-    if not _PERHAPS_EMOJI.search(text):
+    first = _PERHAPS_EMOJI.search(text)
+    if not first:
         return 0
-    return sum(1 for cluster in regex.findall(r"\X", text) if _EMOJI_CLUSTER.search(cluster))
+    # one character back: a keycap begins with its digit
+    clusters = _CLUSTER.findall(text, pos=max(0, first.start() - 1))
+    return sum(1 for cluster in clusters if _EMOJI_CLUSTER.search(cluster))
 
 
 def max_emoji(intensity: float) -> int:

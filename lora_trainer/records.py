@@ -347,7 +347,7 @@ def _decode(text: str) -> object:
     except _RecordError:
         raise
     except json.JSONDecodeError as error:
-        got = f"something that is not JSON ({error.msg.lower()} at character {error.pos + 1})"
+        got = f"something that is not JSON ({error.msg.lower().removesuffix(' at')} at character {error.pos + 1})"
         if error.msg == "Extra data":
             fix = "put one record on a line, and nothing behind it"
         else:
