@@ -1,0 +1,930 @@
+"""`s3://` and `file://` with one set of semantics: exact keys, whole files, prefixes that end in `/`.
+
+A storage is a folder named by a URI; everything in it is addressed by a key relative to that folder.
+A key is either there with all its bytes or not there at all: nothing half-written is ever visible.
+
+S3 is set up by the ordinary AWS variables and files alone, through boto3's own chain:
+
+- credentials: `AWS_ACCESS_KEY_ID`, `AWS_SECRET_ACCESS_KEY`, `AWS_SESSION_TOKEN`; `AWS_PROFILE`; web identity
+  (`AWS_ROLE_ARN` and `AWS_WEB_IDENTITY_TOKEN_FILE`, which is what IRSA injects); the instance's role.
+- endpoint: `AWS_ENDPOINT_URL_S3` or `AWS_ENDPOINT_URL`. botocore then addresses buckets by path
+  (`http://host/bucket/key`), which MinIO, Ceph and the like need; without one it uses virtual hosts. To have
+  virtual hosts at a custom endpoint, say `s3 = addressing_style = virtual` in the profile: botocore reads that
+  from the file only.
+- region: `AWS_REGION`, then `AWS_DEFAULT_REGION`, then the profile's, then `us-east-1`.
+- `AWS_MAX_ATTEMPTS` (6 unless set), `AWS_RETRY_MODE`, `AWS_CA_BUNDLE`.
+- `AWS_REQUEST_CHECKSUM_CALCULATION=when_required` leaves out the SHA-256 of each upload, for an old store that
+  refuses the header.
+
+Errors: a missing key is `NotFound` (exit 3) and a missing bucket or a wrong setting is `ConfigError` (exit 2),
+since trying again does not help. What may help to try again is `StorageError` (exit 6): refused, unreachable,
+no credentials yet, disk full.
+"""
+
+from __future__ import annotations
+
+import difflib
+import errno
+import fcntl
+import hashlib
+import mimetypes
+import os
+import re
+import secrets
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import cached_property
+from io import BufferedRandom
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Protocol
+from urllib.parse import unquote
+
+import structlog
+
+from lora_trainer.errors import ConfigError, DataError, LoraTrainerError, StorageError
+
+if TYPE_CHECKING:
+    from botocore.exceptions import BotoCoreError, ClientError
+    from mypy_boto3_s3 import S3Client
+    from s3transfer.futures import TransferFuture
+    from s3transfer.manager import TransferManager
+
+_log = structlog.get_logger(__name__)
+
+MAX_DOCUMENT_BYTES: Final = 16 * 2**20
+"""Largest object that `read_bytes` takes into memory unless told: manifests and pointers are kilobytes."""
+
+_OWN_PREFIX: Final = ".~lora-trainer."
+"""Names of our temporary and lock files in a folder storage. Listings leave them out."""
+
+# 16 MiB parts: 10,000 of them, S3's limit, make 156 GiB
+_PART_BYTES: Final = 16 * 2**20
+_CONNECTIONS: Final = 8
+_CONNECT_TIMEOUT_S: Final = 10
+_READ_TIMEOUT_S: Final = 60
+# exponential backoff: about 15 s before the last of six, which outlasts a throttled prefix or a restarted gateway
+_ATTEMPTS: Final = 6
+_STALE_TEMPORARY_S: Final = 3600
+_SHA256_METADATA: Final = "lora-trainer-sha256"
+
+_BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,254}")
+_ACCESS_KEY_ID = re.compile(r"\b(?:AKIA|ASIA|AROA|AIDA)[A-Z0-9]{12,}\b")
+_USER_INFO = re.compile(r"(?<=://)[^/@\s\"']+@")
+
+
+class NotFound(DataError):  # noqa: N818  it reads as what it says: not found
+    """A key that is not there. The message names the nearest keys that are."""
+
+
+class PreconditionFailed(Exception):  # noqa: N818  HTTP's own name for it
+    """A compare-and-swap lost: the key is no longer what the caller last read.
+
+    Not a `LoraTrainerError`: the caller reads again and decides.
+    """
+
+
+@dataclass(frozen=True, slots=True)
+class Fetched:
+    """What a download put on the disk."""
+
+    size_bytes: int
+    sha256: str
+    """64 lower-case hex digits."""
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectInfo:
+    """One line of a listing."""
+
+    key: str
+    """Relative to the storage's URI."""
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class ReadResult:
+    """A small object, and the tag that names exactly these bytes to `write_bytes(if_match=…)`."""
+
+    data: bytes
+    etag: str
+    """Opaque, and comparable only within one storage."""
+
+
+class Storage(Protocol):
+    """A folder of objects. Both kinds behave the same; every method may be repeated safely.
+
+    Every method raises `ValueError` for a key that `safe_key` refuses, and `ConfigError` or `StorageError` as
+    the module's docstring says.
+    """
+
+    @property
+    def uri(self) -> str:
+        """Canonical, ends in `/`."""
+
+    @property
+    def local_folder(self) -> Path | None:
+        """The folder itself, absolute, or None where it is not on this machine."""
+
+    def download(self, key: str, target: Path) -> Fetched:
+        """The object as the file `target`, whole or not at all, replacing what was there.
+
+        Raises `NotFound`. Memory use does not depend on the object's size.
+        """
+
+    def upload(self, path: Path, key: str) -> None:
+        """The file `path` as the object `key`, whole or not at all, replacing what was there.
+
+        Raises `NotFound` when there is no such file. Memory use does not depend on its size.
+        """
+
+    def read_bytes(self, key: str, *, max_bytes: int = MAX_DOCUMENT_BYTES) -> ReadResult | None:
+        """A small object, or None when the key is not there. Raises `StorageError` for more than `max_bytes`."""
+
+    def write_bytes(self, key: str, data: bytes, *, if_match: str | None = None, if_absent: bool = False) -> None:
+        """A small object, replacing what was there.
+
+        With `if_match` only when the key still has that etag, with `if_absent` only when it is not there;
+        raises `PreconditionFailed` otherwise. A key should be written with conditions always or never.
+        """
+
+    def list(self, prefix: str) -> Iterator[ObjectInfo]:
+        """Every object below `prefix`, which is empty or ends in `/`, sorted by the key's UTF-8 bytes, streamed.
+
+        Nothing at all under a prefix is an empty listing, not an error. Raises `ValueError` for another prefix
+        (`A` would also match `AB/`) and `StorageError` for an object whose key is not a safe relative path.
+        """
+
+    def exists(self, key: str) -> bool:
+        """Whether this exact key is there."""
+
+
+def open_storage(uri: str) -> Storage:
+    """The storage that `uri` names: `s3://bucket/prefix/`, `file:///folder/` or a local folder.
+
+    Nothing is contacted or created. Percent-escapes are decoded in `file://` and nowhere else.
+    Raises `ConfigError` for a URI that names no folder.
+    """
+    scheme, separator, rest = uri.partition("://")
+    if not separator:
+        return FileStorage(Path(uri).expanduser())
+    if scheme == "file":
+        host, slash, path = rest.partition("/")
+        if not slash or host not in ("", "localhost"):
+            raise ConfigError(f"{uri}: got '{host}' where a host would be; expected file:/// with three slashes and a full path")
+        return FileStorage(Path("/" + unquote(path)))
+    if scheme == "s3":
+        bucket, _, prefix = rest.partition("/")
+        return S3Storage(bucket, prefix)
+    raise ConfigError(f"{uri}: unknown scheme '{scheme}://'; expected s3://bucket/prefix/, file:///folder/ or a local folder")
+
+
+def split_uri(uri: str) -> tuple[str, str]:
+    """(URI of the folder, key) of a URI that names one object, such as `s3://bucket/prefix/train.jsonl`.
+
+    Raises `ConfigError` when it names a folder or a bucket.
+    """
+    scheme, separator, rest = uri.rpartition("://")
+    folder, slash, key = rest.rpartition("/")
+    if not key or (separator and not slash):
+        raise ConfigError(f"{uri}: names no object; expected one such as s3://bucket/prefix/name.jsonl")
+    if scheme == "file":
+        key = unquote(key)
+    try:
+        safe_key(key)
+    except ValueError as error:
+        raise ConfigError(f"{uri}: {error}") from None
+    return f"{scheme}{separator}{folder}{slash}" or "./", key
+
+
+def safe_key(key: str) -> str:
+    """`key` itself, when it stays inside a folder and means the same on a disk and in S3.
+
+    For keys that come from outside, such as a manifest. Raises `ValueError` for an empty or absolute key, for
+    empty, `.` or `..` segments, backslashes, control characters and text that is not valid Unicode.
+    """
+    problem = _unsafe(key)
+    if problem:
+        raise ValueError(f"unsafe key {key!r}: {problem}; expected a relative path such as 'runs/A/manifest.json'")
+    return key
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file, 64 lower-case hex digits. Raises `NotFound` or `StorageError`."""
+    with _local_errors(path), path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _unsafe(key: str) -> str | None:
+    if not key:
+        return "it is empty"
+    if key.startswith("/"):
+        return "it is absolute"
+    if "\\" in key or any(ord(character) < 32 or ord(character) == 127 for character in key):
+        return "it has a backslash or a control character"
+    for segment in key.split("/"):
+        if segment in ("", ".", ".."):
+            return f"it has the segment '{segment}'"
+    try:
+        key.encode("utf-8")
+    except UnicodeEncodeError:
+        return "it is not valid Unicode"
+    return None
+
+
+def _checked_prefix(prefix: str) -> str:
+    if prefix and not prefix.endswith("/"):
+        raise ValueError(f"prefix {prefix!r} must be empty or end in '/': 'A' would also match 'AB/'")
+    if prefix:
+        safe_key(prefix.removesuffix("/"))
+    return prefix
+
+
+def _check_one_condition(if_match: str | None, if_absent: bool) -> None:
+    if if_match is not None and if_absent:
+        raise ValueError("if_match and if_absent exclude each other")
+
+
+def _not_found(where: str, key: str, folder_uri: str, names: Sequence[str] | None) -> NotFound:
+    """`names` are those in the key's own folder, or None where they could not be listed."""
+    wanted = key.rpartition("/")[2]
+    if names is None:
+        hint = "its folder may not be listed with these credentials, so check the name by hand"
+    elif not names:
+        hint = f"nothing is in {folder_uri}; check the folder, or put the file there"
+    elif close := difflib.get_close_matches(wanted, names, n=3, cutoff=0.6):
+        hint = f"the nearest names in {folder_uri} are {', '.join(close)}"
+    else:
+        hint = f"{folder_uri} holds {', '.join(islice(sorted(names), 3))}{' and more' if len(names) > 3 else ''}"
+    return NotFound(f"{where}: not found; {hint}")
+
+
+# ---------------------------------------------------------------------------------------------- local disk
+
+
+@contextmanager
+def _local_errors(path: Path) -> Iterator[None]:
+    """Says which file, and what to do about it, when the disk refuses."""
+    try:
+        yield
+    except OSError as error:
+        raise _explain_local(error, path) from error
+
+
+def _explain_local(error: OSError, path: Path) -> LoraTrainerError:
+    where = str(error.filename2 or error.filename or path)
+    if Path(where).name.startswith(_OWN_PREFIX):
+        where = str(path)
+    said = error.strerror or str(error)
+    match error.errno:
+        case errno.ENOENT:
+            return NotFound(f"{where}: no such file; check the path")
+        case errno.ENOTDIR | errno.EEXIST:
+            return ConfigError(f"{where}: got a file where a folder is expected; choose another folder or move the file away")
+        case errno.EISDIR:
+            return ConfigError(f"{where}: got a folder where a file is expected; choose another name or move the folder away")
+        case errno.ENAMETOOLONG:
+            return ConfigError(f"{where}: {said}; choose a shorter path")
+        case errno.ENOSPC | errno.EDQUOT:
+            return StorageError(f"{where}: {said}; free some space there, or use a folder on a larger volume")
+        case errno.EACCES | errno.EPERM | errno.EROFS:
+            return StorageError(f"{where}: {said}; expected to be allowed this as uid {os.geteuid()}: check owner, mode and mount")
+        case _:
+            return StorageError(f"{where}: {said}; check the disk or the mount")
+
+
+def _make_folder(folder: Path) -> None:
+    missing = []
+    while not folder.is_dir():
+        missing.append(folder)
+        folder = folder.parent
+    for new in reversed(missing):
+        new.mkdir(exist_ok=True)
+        _sync_folder(new.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Makes renames in `folder` survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # some network and FUSE mounts have no fsync for folders; they have nothing better to offer either
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _replacing(target: Path) -> Iterator[BufferedRandom]:
+    """A file that becomes `target` when the block ends well, and leaves no trace when it does not."""
+    _make_folder(target.parent)
+    _remove_stale_temporaries(target.parent)
+    temporary = target.parent / f"{_OWN_PREFIX}{secrets.token_hex(8)}.tmp"
+    try:
+        # "x": umask decides the mode, unlike tempfile's 0600, which nobody else could read once published
+        with temporary.open("x+b") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(target)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _sync_folder(target.parent)
+
+
+def _remove_stale_temporaries(folder: Path) -> None:
+    """What a killed process left: on a volume that outlives the pod, gigabytes a time."""
+    oldest_s = time.time() - _STALE_TEMPORARY_S
+    for temporary in folder.glob(f"{_OWN_PREFIX}*.tmp"):
+        with suppress(OSError):
+            # one that is being written was touched within the last read timeout
+            if temporary.stat().st_mtime < oldest_s:
+                temporary.unlink()
+
+
+@contextmanager
+def _exclusive(path: Path) -> Iterator[None]:
+    """Holds the lock file beside `path`. It stays: taking a lock file away safely is not possible on NFS."""
+    _make_folder(path.parent)
+    with (path.parent / f"{_OWN_PREFIX}{path.name}.lock").open("wb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+class FileStorage:
+    """A folder on this machine. It need not exist: like a prefix, it comes with its first object."""
+
+    def __init__(self, folder: Path) -> None:
+        """Raises `ConfigError` when `folder` is a file."""
+        self._folder = Path(os.path.normpath(folder.absolute()))
+        with _local_errors(self._folder):
+            if self._folder.exists() and not self._folder.is_dir():
+                raise ConfigError(f"{self._folder}: got a file, expected a folder")
+
+    @property
+    def uri(self) -> str:
+        path = str(self._folder).replace("%", "%25")
+        return "file://" + path if path == "/" else f"file://{path}/"
+
+    @property
+    def local_folder(self) -> Path | None:
+        return self._folder
+
+    def download(self, key: str, target: Path) -> Fetched:
+        path = self._path(key)
+        if not self.exists(key):
+            raise self._not_found(key)
+        size_bytes, digest = 0, hashlib.sha256()
+        with _local_errors(path), path.open("rb") as source, _local_errors(target), _replacing(target) as file:
+            while chunk := source.read(2**20):
+                digest.update(chunk)
+                size_bytes += file.write(chunk)
+        return Fetched(size_bytes, digest.hexdigest())
+
+    def upload(self, path: Path, key: str) -> None:
+        target = self._path(key)
+        with _local_errors(path), path.open("rb") as source, _local_errors(target), _replacing(target) as file:
+            shutil.copyfileobj(source, file, 2**20)
+
+    def read_bytes(self, key: str, *, max_bytes: int = MAX_DOCUMENT_BYTES) -> ReadResult | None:
+        path = self._path(key)
+        with _local_errors(path):
+            try:
+                with path.open("rb") as file:
+                    data = file.read(max_bytes + 1)
+            except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+                # a folder of that name is no object, exactly as in S3
+                return None
+        if len(data) > max_bytes:
+            raise _too_large(str(path), max_bytes)
+        return ReadResult(data, hashlib.sha256(data).hexdigest())
+
+    def write_bytes(self, key: str, data: bytes, *, if_match: str | None = None, if_absent: bool = False) -> None:
+        path = self._path(key)
+        _check_one_condition(if_match, if_absent)
+        with _local_errors(path):
+            if if_match is None and not if_absent:
+                self._replace(path, data)
+                return
+            with _exclusive(path):
+                current = sha256_of(path) if path.is_file() else None
+                if (if_absent and current is not None) or (if_match is not None and current != if_match):
+                    raise PreconditionFailed(f"{path}: no longer what was last read")
+                self._replace(path, data)
+
+    def list(self, prefix: str) -> Iterator[ObjectInfo]:
+        prefix = _checked_prefix(prefix)
+        return self._walk(self._folder / prefix, prefix)
+
+    def exists(self, key: str) -> bool:
+        path = self._path(key)
+        with _local_errors(path):
+            return path.is_file()
+
+    def _path(self, key: str) -> Path:
+        return self._folder / safe_key(key)
+
+    @staticmethod
+    def _replace(path: Path, data: bytes) -> None:
+        with _replacing(path) as file:
+            file.write(data)
+
+    def _walk(self, folder: Path, prefix: str) -> Iterator[ObjectInfo]:
+        with _local_errors(folder):
+            try:
+                with os.scandir(folder) as found:
+                    # a folder sorts as its name with "/", so that the walk as a whole is in the order of the keys
+                    entries = sorted(
+                        (os.fsencode(entry.name) + (b"/" if entry.is_dir(follow_symlinks=False) else b""), entry)
+                        for entry in found
+                        if not entry.name.startswith(_OWN_PREFIX)
+                    )
+            except (FileNotFoundError, NotADirectoryError):
+                return
+        for name, entry in entries:
+            key = prefix + entry.name
+            if name.endswith(b"/"):
+                yield from self._walk(Path(entry.path), key + "/")
+                continue
+            with _local_errors(Path(entry.path)):
+                # a link to a folder is left out: what it shows has its own key already, or lies outside
+                size_bytes = entry.stat().st_size if entry.is_file() else None
+            if size_bytes is not None:
+                yield ObjectInfo(_listed_key(key, str(folder)), size_bytes)
+
+    def _not_found(self, key: str) -> NotFound:
+        folder = self._path(key).parent
+        names: list[str] = []
+        with suppress(OSError), os.scandir(folder) as found:
+            names = [entry.name + ("/" if entry.is_dir() else "") for entry in islice(found, 1000)]
+        return _not_found(str(self._path(key)), key, f"{folder}/", names)
+
+
+def _listed_key(key: str, where: str) -> str:
+    problem = _unsafe(key)
+    if problem:
+        raise StorageError(f"{where}: holds an object called {key!r}: {problem}; rename or remove it")
+    return key
+
+
+def _too_large(where: str, max_bytes: int) -> StorageError:
+    return StorageError(f"{where}: got more than the {max_bytes:,} bytes expected; it is not what belongs under this name")
+
+
+# ------------------------------------------------------------------------------------------------------ S3
+
+
+class S3Storage:
+    """A prefix of a bucket. The client is made by the first request."""
+
+    def __init__(self, bucket: str, prefix: str) -> None:
+        """Raises `ConfigError` for a bucket name or prefix that cannot be."""
+        prefix = prefix if not prefix or prefix.endswith("/") else prefix + "/"
+        if not _BUCKET.fullmatch(bucket):
+            raise ConfigError(f"s3://{bucket}/{prefix}: got '{bucket}' as the bucket; expected s3://bucket/prefix/")
+        if prefix and (problem := _unsafe(prefix.removesuffix("/"))):
+            raise ConfigError(f"s3://{bucket}/{prefix}: cannot use this prefix: {problem}; expected s3://bucket/prefix/")
+        self._bucket = bucket
+        self._prefix = prefix
+        self._bucket_seen = False
+        self._conditional_writes = True
+
+    @property
+    def uri(self) -> str:
+        return f"s3://{self._bucket}/{self._prefix}"
+
+    @property
+    def local_folder(self) -> Path | None:
+        return None
+
+    def download(self, key: str, target: Path) -> Fetched:
+        name = self._name(key)
+        with _local_errors(target), self._explained(key):
+            head = self._client.head_object(Bucket=self._bucket, Key=name)
+            pinned = _pinned_to(head["ContentLength"], head["ETag"])
+            with _replacing(target) as file:
+                with self._transfers() as manager:
+                    manager.download(self._bucket, name, file, subscribers=[pinned]).result()
+                size_bytes = file.seek(0, os.SEEK_END)
+                file.seek(0)
+                sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+                # ranges carry no checksum of the store, so large objects are held to the one that `upload` left
+                expected = head["Metadata"].get(_SHA256_METADATA, sha256)
+                if size_bytes != head["ContentLength"] or sha256 != expected:
+                    raise StorageError(
+                        f"{self._where(key)}: got {size_bytes:,} bytes with SHA-256 {sha256}, expected "
+                        f"{head['ContentLength']:,} with {expected}: replaced while it was read, or damaged; run it again, "
+                        "and upload the object anew if it stays so"
+                    )
+        return Fetched(size_bytes, sha256)
+
+    def upload(self, path: Path, key: str) -> None:
+        name = self._name(key)
+        with _local_errors(path), self._explained(key):
+            extra = {"Metadata": {_SHA256_METADATA: sha256_of(path)}, **self._checksummed(key)}
+            with self._transfers() as manager:
+                manager.upload(str(path), self._bucket, name, extra_args=extra).result()
+
+    def read_bytes(self, key: str, *, max_bytes: int = MAX_DOCUMENT_BYTES) -> ReadResult | None:
+        from botocore.exceptions import ClientError
+
+        name = self._name(key)
+        with self._explained(key):
+            try:
+                return self._read_whole(key, name, max_bytes)
+            except ClientError as error:
+                if _status(error) == 404 and _code(error) != "NoSuchBucket":
+                    return None
+                raise
+
+    def write_bytes(self, key: str, data: bytes, *, if_match: str | None = None, if_absent: bool = False) -> None:
+        from botocore.exceptions import ClientError
+
+        name = self._name(key)
+        _check_one_condition(if_match, if_absent)
+        condition = {"IfMatch": if_match} if if_match is not None else {"IfNoneMatch": "*"} if if_absent else {}
+        if not self._conditional_writes and condition:
+            self._check_then_write(key, data, if_match)
+            return
+        with self._explained(key):
+            try:
+                self._put(key, name, data, condition)
+                return
+            except ClientError as error:
+                refused = error
+        if condition and _code(refused) == "NotImplemented":
+            self._without_conditional_writes("NotImplemented")
+            self._check_then_write(key, data, if_match)
+        elif condition and (_status(refused) in (409, 412) or _code(refused) == "NoSuchKey"):
+            self._settle_conflict(key, data, if_match, retried=refused.response["ResponseMetadata"]["RetryAttempts"] > 0)
+        else:
+            raise self._explain_refusal(refused, key) from refused
+
+    def list(self, prefix: str) -> Iterator[ObjectInfo]:
+        return self._pages(_checked_prefix(prefix))
+
+    def exists(self, key: str) -> bool:
+        from botocore.exceptions import ClientError
+
+        name = self._name(key)
+        with self._explained(key):
+            try:
+                self._client.head_object(Bucket=self._bucket, Key=name)
+            except ClientError as error:
+                if _status(error) != 404:
+                    raise
+                self._require_bucket()
+                return False
+        return True
+
+    # -- requests
+
+    @cached_property
+    def _client(self) -> S3Client:
+        import boto3.session
+        import botocore.session
+        from botocore.config import Config
+
+        core = botocore.session.Session()
+        # botocore reads AWS_DEFAULT_REGION only; every other AWS SDK, and IRSA, goes by AWS_REGION
+        region = os.environ.get("AWS_REGION") or core.get_config_variable("region") or "us-east-1"
+        attempts = core.get_config_variable("max_attempts") or _ATTEMPTS
+        config = Config(
+            connect_timeout=_CONNECT_TIMEOUT_S,
+            read_timeout=_READ_TIMEOUT_S,
+            retries={"mode": core.get_config_variable("retry_mode") or "standard", "total_max_attempts": attempts},
+            tcp_keepalive=True,
+            max_pool_connections=2 * _CONNECTIONS,
+            user_agent_extra="lora-trainer",
+        )
+        session = boto3.session.Session(botocore_session=core, region_name=region)
+        try:
+            # here, and not in the first request, where a missing token file could be taken for a missing data file
+            if credentials := session.get_credentials():
+                credentials.get_frozen_credentials()
+        except OSError as error:
+            raise StorageError(
+                f"{self.uri}: cannot read the AWS credentials: {error.filename}: {error.strerror}; "
+                "check AWS_WEB_IDENTITY_TOKEN_FILE and the mounted service-account token"
+            ) from error
+        return session.client("s3", config=config)
+
+    def _transfers(self) -> TransferManager:
+        from boto3.s3.transfer import TransferConfig, create_transfer_manager
+
+        config = TransferConfig(
+            multipart_threshold=_PART_BYTES,
+            multipart_chunksize=_PART_BYTES,
+            max_concurrency=_CONNECTIONS,
+            # the native client, where it happens to be installed, ignores most of these settings
+            preferred_transfer_client="classic",
+        )
+        return create_transfer_manager(self._client, config)
+
+    def _checksummed(self, key: str) -> dict[str, Any]:
+        """What every upload carries. The type lets a browser show `report.html` straight from the store."""
+        extra = {"ContentType": mimetypes.guess_type(key)[0] or "application/octet-stream"}
+        # botocore sets the attributes of a Config dynamically
+        if self._client.meta.config.request_checksum_calculation == "when_supported":  # type: ignore[attr-defined]
+            extra["ChecksumAlgorithm"] = "SHA256"
+        return extra
+
+    def _put(self, key: str, name: str, data: bytes, condition: dict[str, str]) -> None:
+        arguments: dict[str, Any] = {**self._checksummed(key), **condition}
+        self._client.put_object(Bucket=self._bucket, Key=name, Body=data, ContentLength=len(data), **arguments)
+
+    def _read_whole(self, key: str, name: str, max_bytes: int) -> ReadResult:
+        from botocore.exceptions import IncompleteReadError, ReadTimeoutError, ResponseStreamingError
+
+        for attempts_left in (2, 1, 0):
+            response = self._client.get_object(Bucket=self._bucket, Key=name)
+            data = bytearray()
+            try:
+                # to the very end: only there does botocore compare length and checksum
+                while chunk := response["Body"].read(2**16):
+                    data += chunk
+                    if len(data) > max_bytes:
+                        response["Body"].close()
+                        raise _too_large(self._where(key), max_bytes)
+                return ReadResult(bytes(data), response["ETag"])
+            except (IncompleteReadError, ReadTimeoutError, ResponseStreamingError):
+                # botocore retries requests, not a body that breaks off
+                if not attempts_left:
+                    raise
+        raise AssertionError("the last attempt returns or raises")
+
+    def _pages(self, prefix: str) -> Iterator[ObjectInfo]:
+        with self._explained(prefix, operation_key=False):
+            pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self._bucket, Prefix=self._prefix + prefix)
+            for page in pages:
+                for found in page.get("Contents", []):
+                    key = found["Key"].removeprefix(self._prefix)
+                    # the empty objects that consoles make to show a folder
+                    if not key or (key.endswith("/") and not found["Size"]):
+                        continue
+                    yield ObjectInfo(_listed_key(key, self.uri), found["Size"])
+
+    def _require_bucket(self) -> None:
+        """A HEAD does not tell a missing key from a missing bucket, so this does, once."""
+        from botocore.exceptions import ClientError
+
+        if self._bucket_seen:
+            return
+        try:
+            self._client.head_bucket(Bucket=self._bucket)
+        except ClientError as error:
+            if _status(error) == 404:
+                raise self._no_bucket() from error
+            # a role that may not ask about the bucket has still been told, by the 404, that the key is missing
+        self._bucket_seen = True
+
+    # -- conditional writes where the store has none
+
+    def _settle_conflict(self, key: str, data: bytes, if_match: str | None, *, retried: bool) -> None:
+        """What a refused condition means: lost, or already done by us, or a store that cannot compare."""
+        current = self.read_bytes(key)
+        if retried and current is not None and current.data == data:
+            # the first attempt was written and its answer lost: the retry then met our own object
+            return
+        if if_match is not None and current is not None and current.etag == if_match:
+            # older Ceph answers 412 to an If-Match that does match
+            self._without_conditional_writes("refused a matching If-Match")
+            self._check_then_write(key, data, if_match)
+            return
+        raise PreconditionFailed(f"{self._where(key)}: no longer what was last read")
+
+    def _without_conditional_writes(self, reason: str) -> None:
+        self._conditional_writes = False
+        _log.warning("storage_conditional_writes_unsupported", uri=self.uri, reason=reason)
+
+    def _check_then_write(self, key: str, data: bytes, if_match: str | None) -> None:
+        """The next best: two writers within one round trip of each other are not told apart."""
+        current = self.read_bytes(key)
+        if (current.etag if current else None) != if_match:
+            raise PreconditionFailed(f"{self._where(key)}: no longer what was last read")
+        with self._explained(key):
+            self._put(key, self._name(key), data, {})
+
+    # -- names and errors
+
+    def _name(self, key: str) -> str:
+        return self._prefix + safe_key(key)
+
+    def _where(self, key: str) -> str:
+        return self.uri + key
+
+    @property
+    def _endpoint(self) -> str:
+        """For messages, so it must not fail: the client may be what could not be made."""
+        named = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+        client = self.__dict__.get("_client")
+        return _redacted(client.meta.endpoint_url if client else named or "the AWS endpoint")
+
+    @contextmanager
+    def _explained(self, key: str, *, operation_key: bool = True) -> Iterator[None]:
+        """Turns what boto3 raises about `key` (or about a prefix) into this project's errors."""
+        from botocore.exceptions import BotoCoreError, ClientError
+        from s3transfer.exceptions import RetriesExceededError, S3DownloadFailedError
+
+        try:
+            yield
+        except ClientError as error:
+            raise self._explain_refusal(self._with_reason(error, key) if operation_key else error, key) from error
+        except BotoCoreError as error:
+            raise self._explain_failure(error, key) from error
+        except RetriesExceededError as error:
+            raise StorageError(
+                f"{self._where(key)}: the transfer from {self._endpoint} kept breaking off: "
+                f"{_redacted(str(error.last_exception))}; check the network, then run it again"
+            ) from error
+        except S3DownloadFailedError as error:
+            raise StorageError(f"{self._where(key)}: replaced while it was read; run it again") from error
+        except ConnectionError as error:
+            raise StorageError(f"{self._where(key)}: lost the connection to {self._endpoint}: {error}; run it again") from error
+        except ValueError as error:
+            # botocore's way to refuse an endpoint or an AWS_* value; ours are raised before this block is entered
+            raise ConfigError(f"{self._where(key)}: {_redacted(str(error))}; check the AWS_* variables and the profile") from error
+
+    def _with_reason(self, error: ClientError, key: str) -> ClientError:
+        """The answer to a HEAD has no body, hence no reason: a GET of one byte is refused with one."""
+        from botocore.exceptions import ClientError
+
+        if error.operation_name != "HeadObject" or _status(error) == 404:
+            return error
+        try:
+            self._client.get_object(Bucket=self._bucket, Key=self._name(key), Range="bytes=0-0")["Body"].close()
+        except ClientError as reason:
+            return reason
+        return error
+
+    def _no_bucket(self) -> ConfigError:
+        return ConfigError(
+            f"{self.uri}: no bucket called '{self._bucket}' at {self._endpoint}; check the name, the endpoint "
+            "(AWS_ENDPOINT_URL) and the account (AWS_PROFILE), or make the bucket first"
+        )
+
+    def _missing(self, key: str) -> LoraTrainerError:
+        from botocore.exceptions import BotoCoreError, ClientError
+
+        folder = key.rpartition("/")[0]
+        prefix = self._prefix + (folder + "/" if folder else "")
+        names: list[str] | None = None
+        try:
+            page = self._client.list_objects_v2(Bucket=self._bucket, Prefix=prefix, Delimiter="/", MaxKeys=1000)
+        except ClientError as error:
+            if _code(error) == "NoSuchBucket":
+                return self._no_bucket()
+        except BotoCoreError:
+            # the listing only serves the message
+            pass
+        else:
+            found = [item["Key"] for item in page.get("Contents", [])] + [item["Prefix"] for item in page.get("CommonPrefixes", [])]
+            names = [name.removeprefix(prefix) for name in found if name != prefix]
+        return _not_found(self._where(key), key, f"s3://{self._bucket}/{prefix}", names)
+
+    def _explain_refusal(self, error: ClientError, key: str) -> LoraTrainerError:
+        code, status, where = _code(error), _status(error), self._where(key)
+        said = _redacted(error.response["Error"].get("Message") or "")
+        got = f"HTTP {status} {code}" + (f" ({said})" if said and said != code else "")
+        if error.operation_name.startswith("AssumeRole"):
+            return StorageError(
+                f"{where}: the role in AWS_ROLE_ARN could not be assumed: {got}; check the role's trust policy "
+                "and the service account's annotation"
+            )
+        if code == "NoSuchBucket":
+            return self._no_bucket()
+        if code in ("NoSuchKey", "404"):
+            return self._missing(key)
+        if code in ("ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "RequestExpired"):
+            return StorageError(
+                f"{where}: the credentials have expired: {got}; renew them (AWS_SESSION_TOKEN, or 'aws sso login'); "
+                "a role's are renewed by themselves, so there check the clock"
+            )
+        if code in ("InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidToken", "InvalidSecurity", "NotSignedUp"):
+            return StorageError(
+                f"{where}: {self._endpoint} does not accept the credentials: {got}; check that AWS_ACCESS_KEY_ID and "
+                "AWS_SECRET_ACCESS_KEY belong together and to this endpoint"
+            )
+        if code == "RequestTimeTooSkewed":
+            return StorageError(f"{where}: this machine's clock is off: {got}; set it, then run it again")
+        if code in ("PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException", "301"):
+            return ConfigError(f"{where}: the bucket is in another region: {got}; set AWS_REGION to the bucket's own")
+        if code == "InvalidBucketName":
+            return ConfigError(f"{where}: {got}; expected s3://bucket/prefix/ with an existing bucket")
+        if code == "InvalidObjectState":
+            return DataError(f"{where}: the object is archived: {got}; restore it to a readable storage class first")
+        if status == 403:
+            action = _ACTIONS.get(error.operation_name, f"s3:{error.operation_name}")
+            missing = (
+                "; without s3:ListBucket a key that is not there is refused the same way, so check its name as well"
+                if action == "s3:GetObject"
+                else ""
+            )
+            resource = f"arn:aws:s3:::{self._bucket}" + ("" if action == "s3:ListBucket" else f"/{self._prefix}{key}")
+            return StorageError(f"{where}: {action} refused: {got}; expected it to be allowed on {resource}{missing}")
+        attempts = error.response["ResponseMetadata"].get("RetryAttempts", 0) + 1
+        times = "once" if attempts == 1 else f"{attempts} times"
+        return StorageError(
+            f"{where}: {error.operation_name} failed: {self._endpoint} answered {got}, asked {times}; "
+            "check the store's health, then run it again"
+        )
+
+    def _explain_failure(self, error: BotoCoreError, key: str) -> LoraTrainerError:
+        from botocore import exceptions as raised
+
+        where, said = self._where(key), _redacted(str(error))
+        match error:
+            case raised.NoCredentialsError():
+                return StorageError(
+                    f"{where}: no AWS credentials found; expected AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE "
+                    "with ~/.aws/credentials, or a role (AWS_ROLE_ARN with AWS_WEB_IDENTITY_TOKEN_FILE, or the instance's)"
+                )
+            case raised.PartialCredentialsError():
+                return ConfigError(f"{where}: half of the AWS credentials is missing: {said}; set both, or neither")
+            case (
+                raised.CredentialRetrievalError()
+                | raised.MetadataRetrievalError()
+                | raised.TokenRetrievalError()
+                | raised.SSOError()
+                | raised.LoginError()
+            ):
+                return StorageError(f"{where}: the AWS credentials could not be fetched: {said}; renew them, then run it again")
+            case raised.ProfileNotFound() | raised.ConfigParseError() | raised.ConfigNotFound():
+                return ConfigError(f"{where}: {said}; check AWS_PROFILE and ~/.aws/config")
+            case raised.FlexibleChecksumError() | raised.ChecksumError():
+                return StorageError(
+                    f"{where}: the bytes received do not match the store's checksum: {said}; run it again, and upload the "
+                    "object anew if it stays so"
+                )
+            case raised.SSLError():
+                return StorageError(
+                    f"{where}: no trusted TLS connection to {self._endpoint}: {said}; AWS_CA_BUNDLE names a private CA"
+                )
+            case raised.ConnectionError() | raised.HTTPClientError() | raised.IncompleteReadError():
+                return StorageError(
+                    f"{where}: {self._endpoint} cannot be reached: {said}; check AWS_ENDPOINT_URL, the network and the proxy"
+                )
+            case (
+                raised.InvalidConfigError()
+                | raised.InvalidRetryConfigurationError()
+                | raised.InvalidChecksumConfigError()
+                | raised.InvalidDefaultsMode()
+                | raised.ValidationError()
+                | raised.ParamValidationError()
+                | raised.BaseEndpointResolverError()
+                | raised.EndpointProviderError()
+                | raised.InvalidEndpointConfigurationError()
+                | raised.InvalidProxiesConfigError()
+                | raised.InvalidS3AddressingStyleError()
+                | raised.InvalidDNSNameError()
+            ):
+                return ConfigError(f"{where}: {said}; check the AWS_* variables and the profile")
+            case _:
+                return StorageError(f"{where}: {said}; check the AWS_* variables and the store, then run it again")
+
+
+_ACTIONS: Final = {
+    "HeadObject": "s3:GetObject",
+    "HeadBucket": "s3:ListBucket",
+    "ListObjectsV2": "s3:ListBucket",
+    "CreateMultipartUpload": "s3:PutObject",
+    "UploadPart": "s3:PutObject",
+    "CompleteMultipartUpload": "s3:PutObject",
+}
+"""The permission behind each request, where the two have different names."""
+
+
+def _pinned_to(size_bytes: int, etag: str) -> Any:
+    """Lets a transfer use the size and tag of the HEAD that was made already, and fail if the object is replaced."""
+    from s3transfer.subscribers import BaseSubscriber
+
+    class Pinned(BaseSubscriber):
+        def on_queued(self, future: TransferFuture, **_: Any) -> None:
+            future.meta.provide_transfer_size(size_bytes)
+            future.meta.provide_object_etag(etag)
+
+    return Pinned()
+
+
+def _code(error: ClientError) -> str:
+    # an empty element in the answer is None here
+    return error.response["Error"].get("Code") or ""
+
+
+def _status(error: ClientError) -> int:
+    return error.response["ResponseMetadata"]["HTTPStatusCode"]
+
+
+def _redacted(text: str) -> str:
+    """`text` from a library or a server, without anything that is or names a credential."""
+    for variable in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"):
+        # a shorter one is a word such as "test", which tells nothing and may be part of any message
+        if len(value := os.environ.get(variable, "")) >= 8:
+            text = text.replace(value, "…")
+    return _USER_INFO.sub("…@", _ACCESS_KEY_ID.sub("…", text))
