@@ -1,0 +1,61 @@
+"""What more than one kind of test needs: a real S3 server, and an AWS environment that is nobody's own."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import secrets
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def load_tool(name: str) -> ModuleType:
+    """`tools/<name>.py` as a module: tools are scripts, not part of the package."""
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, REPOSITORY / "tools" / f"{name}.py")
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module
+        spec.loader.exec_module(module)
+    return sys.modules[name]
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A `DevS3` on loopback, started once."""
+    dev_s3 = load_tool("dev_s3")
+    if missing := dev_s3.why_not():
+        pytest.skip(missing)
+    with dev_s3.serve(tmp_path_factory.mktemp("s3")) as server:
+        yield server
+
+
+@pytest.fixture
+def aws_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> pytest.MonkeyPatch:
+    """No AWS setting of the developer's or the machine's is left; a test sets those it is about."""
+    for variable in os.environ:
+        if variable.startswith("AWS_") or variable.lower() in ("http_proxy", "https_proxy", "all_proxy"):
+            monkeypatch.delenv(variable)
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "no-aws-config"))
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "no-aws-credentials"))
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "2")
+    return monkeypatch
+
+
+@pytest.fixture
+def bucket(s3_server: Any, aws_environment: pytest.MonkeyPatch) -> str:
+    """The name of a fresh bucket; AWS_* point at its server."""
+    for variable, value in s3_server.environment.items():
+        aws_environment.setenv(variable, value)
+    name = f"test-{secrets.token_hex(6)}"
+    s3_server.make_bucket(name)
+    return name
