@@ -450,7 +450,7 @@ def _described(value: object) -> str:
     if isinstance(value, float):
         return repr(value)
     if isinstance(value, str):
-        return f"text of {len(value)} characters"
+        return f"text of {len(value)} character{'' if len(value) == 1 else 's'}"
     return "a list" if isinstance(value, list) else "an object"
 
 
