@@ -5,8 +5,10 @@ from __future__ import annotations
 import base64
 import os
 import re
+import signal
 import socket
 import threading
+import time
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -19,7 +21,7 @@ import pytest
 from storage_contract import KEY, StorageContract, keys
 from structlog.testing import capture_logs
 
-from lora_trainer.errors import ConfigError, ExitCode, StorageError
+from lora_trainer.errors import ConfigError, ExitCode, Interrupted, StorageError
 from lora_trainer.storage import NotFound, PreconditionFailed, Storage, open_storage, sha256_of
 
 pytestmark = pytest.mark.integration
@@ -346,6 +348,16 @@ def test_listing_goes_on_after_the_first_page(bad_day: BadDay) -> None:
     assert [found.key for found in listing] == ["A/2"]
 
 
+def test_virtual_hosts_at_a_custom_endpoint(bad_day: BadDay, aws_environment: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The one S3 setting that has no variable: botocore reads it from the profile."""
+    (tmp_path / "config").write_text("[default]\ns3 =\n  addressing_style = virtual\n")
+    aws_environment.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    aws_environment.setenv("AWS_ENDPOINT_URL", "http://store.invalid:1")
+    with pytest.raises(StorageError, match=r"http://bucket\.store\.invalid:1/prefix/x"):
+        open_storage(STORE).read_bytes("x")
+    assert bad_day.requests == []
+
+
 def test_store_without_conditional_writes(bad_day: BadDay) -> None:
     """The write goes through with a check before it, and one warning for all of them."""
     kept: dict[str, bytes] = {}
@@ -460,6 +472,33 @@ def test_object_replaced_while_it_is_read(bad_day: BadDay, tmp_path: Path) -> No
     with pytest.raises(StorageError, match="replaced while it was read"):
         open_storage(STORE).download("x", tmp_path / "target")
     assert all(request.headers["if-match"] == '"e"' for request in bad_day.requests if request.method == "GET")
+    assert [request.method for request in bad_day.requests].count("HEAD") == 1, "one HEAD settles size, tag and checksum"
+
+
+def test_sigterm_stops_a_transfer_and_leaves_no_trace(bad_day: BadDay, tmp_path: Path) -> None:
+    """What `entrypoint` does on SIGTERM: raise `Interrupted` wherever the main thread happens to be."""
+    asked = threading.Event()
+
+    def answer(_: Request) -> Answer:
+        asked.set()
+        time.sleep(0.5)
+        return Answer(200, b"x" * 1000, {"ETag": '"e"'})
+
+    def interrupt(*_: object) -> None:
+        raise Interrupted("SIGTERM")
+
+    bad_day.answer = head_or(answer, 1000)
+    before = signal.signal(signal.SIGTERM, interrupt)
+    sender = threading.Thread(target=lambda: asked.wait(10) and os.kill(os.getpid(), signal.SIGTERM))
+    sender.start()
+    try:
+        with pytest.raises(Interrupted):
+            open_storage(STORE).download("x", tmp_path / "target")
+    finally:
+        sender.join()
+        signal.signal(signal.SIGTERM, before)
+    assert list(tmp_path.glob("*target*")) == []
+    assert list(tmp_path.glob(".~*")) == []
 
 
 def test_answer_from_something_that_is_no_object_store(bad_day: BadDay) -> None:

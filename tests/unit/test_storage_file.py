@@ -220,9 +220,9 @@ def test_a_safe_key_stays_inside_its_folder(key: str) -> None:
         safe_key(key)
     except ValueError:
         return
-    path = os.path.normpath(f"/root/{key}")
-    assert path == f"/root/{key}"
-    assert path.startswith("/root/")
+    path = os.path.normpath(f"/store/{key}")
+    assert path == f"/store/{key}"
+    assert path.startswith("/store/")
 
 
 def test_sha256_of(tmp_path: Path) -> None:
