@@ -1,0 +1,81 @@
+# `make` alone tells what there is. Everything is installed into .venv and .venv-s3, nothing outside this folder.
+
+PYTHON ?= python3
+VENV ?= .venv
+VENV_S3 ?= .venv-s3
+UV ?= uv
+# more arguments for pytest: make test ARGS='-k packing -x'
+ARGS ?=
+
+BIN := $(VENV)/bin
+PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help setup demo test test-gpu lint typecheck format lock clean
+
+help: ## This list
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(VENV)/.installed $(VENV_S3)/.installed ## Install everything for development, without a GPU
+
+demo: setup ## The real job on a tiny model against a local S3 server, in minutes, without a GPU
+	$(BIN)/python examples/demo.py
+
+test: setup ## All tests that need no GPU, with the coverage of the pure modules (at least 90 %)
+	$(BIN)/python -m pytest tests/unit tests/integration tests/e2e --cov --cov-report=term $(ARGS)
+
+test-gpu: ## The tests that need a CUDA GPU, in the environment that is active
+	$(PYTHON) -m pytest tests/gpu $(ARGS)
+
+lint: $(VENV)/.installed ## Style of the code, of the shell scripts and of the workflows
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/shellcheck .ci/run
+	$(BIN)/zizmor --quiet --offline .github/workflows
+
+typecheck: $(VENV)/.installed ## mypy --strict on both packages
+	$(BIN)/mypy
+
+format: $(VENV)/.installed ## Format the code, and fix what ruff can fix
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# Pins that still fit are kept; `make lock UPGRADE=--upgrade` moves everything. Only metadata is downloaded.
+COMPILE := $(UV) pip compile pyproject.toml --quiet $(UPGRADE) --no-python-downloads --no-emit-index-url --no-annotate \
+	--custom-compile-command 'make lock' --constraints locks/pins.txt --overrides locks/overrides.txt
+lock: ## Write locks/ again from pyproject.toml (needs uv)
+	$(COMPILE) --universal --python-version 3.11 --extra cpu --group dev \
+		--excludes locks/cpu-excludes.txt --output-file locks/cpu.txt >/dev/null
+	$(COMPILE) --universal --python-version 3.11 --extra cpu --extra gpu --group dev \
+		--excludes locks/cpu-excludes.txt --output-file locks/unsloth-cpu.txt >/dev/null
+	$(COMPILE) --python-version 3.12 --python-platform x86_64-manylinux_2_28 --only-binary :all: --extra cpu --extra gpu \
+		--generate-hashes --output-file locks/gpu.txt >/dev/null
+
+clean: ## Remove the environments, the caches and what the demo left
+	rm -rf $(VENV) $(VENV_S3) .demo build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage .coverage.*
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# A stamp is newer than all it was made from, so a second `make setup` does nothing.
+$(VENV)/.installed: pyproject.toml locks/cpu.txt
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || { \
+		echo "Python 3.11, 3.12 or 3.13 is needed; $(PYTHON) is none of them: make setup PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { \
+		echo "$(PYTHON) can't make virtual environments: install its venv module (Debian: python3-venv)." >&2; exit 1; }
+	@echo "Installing the CPU set into $(VENV): some minutes, about 2 GB"
+	@# pip older than 25.1 knows no --group
+	@$(BIN)/python $(PIP_INSTALL) 'pip>=25.1' && \
+	$(BIN)/python $(PIP_INSTALL) --constraint locks/cpu.txt --editable '.[cpu]' --group dev || { \
+		echo >&2; \
+		echo "The installation into $(VENV) failed; pip's own words are above." >&2; \
+		echo "No torch, or gigabytes of CUDA packages: point pip at PyTorch's CPU index, whose address PyTorch's" >&2; \
+		echo "install page names, and run it again:  PIP_EXTRA_INDEX_URL=<the index> make setup" >&2; \
+		exit 1; }
+	@touch $@
+
+# The S3 server pins a botocore of its own, so it can't live beside ours. After the bar: whose check of the Python comes first.
+$(VENV_S3)/.installed: locks/dev-s3.txt | $(VENV)/.installed
+	@$(PYTHON) -m venv $(VENV_S3)
+	@$(VENV_S3)/bin/python $(PIP_INSTALL) --requirement locks/dev-s3.txt || \
+		{ echo "The local S3 server could not be installed into $(VENV_S3); pip's own words are above." >&2; exit 1; }
+	@touch $@
