@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -78,6 +78,16 @@ class TokenCounter:
     def count_tokens(self, texts: list[str]) -> list[int]:
         """Tokens in each text, special tokens not added."""
         return [len(encoding.ids) for encoding in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+
+
+def chatml_overhead_tokens(tokenizer: Tokenizer) -> int:
+    """Tokens that ChatML wraps a system, a user and an assistant turn in, up to the last turn's end.
+
+    Counted on empty turns, so that validating needs neither transformers nor a template engine; training
+    renders the base's own template (`tokenization.tokenize`) and refuses one that is not of this form.
+    """
+    turns = "<|im_start|>system\n<|im_end|>\n<|im_start|>user\n<|im_end|>\n<|im_start|>assistant\n<|im_end|>"
+    return tokenizer.count_tokens([turns])[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -287,11 +297,11 @@ class FileReport:
         """Whether a run would train on this file."""
         return not self.errors and not (strict and self.warnings)
 
-    def lines_of_problems(self) -> list[str]:
-        """The problems held, one a line, and a last line that counts the rest."""
-        shown = [problem.render(self.file) for problem in self.problems]
+    def lines_of_problems(self, severities: Container[Severity] = tuple(Severity)) -> list[str]:
+        """The problems held, one a line, and a last line that counts all there are. Only those of `severities` are shown."""
+        shown = [problem.render(self.file) for problem in self.problems if problem.severity in severities]
         hidden = self.errors + self.warnings - len(shown)
-        more = f" ({hidden:,} more, all of them with 'validate --json')" if hidden else ""
+        more = f" ({hidden:,} of them not shown here; 'validate --json' lists all)" if hidden else ""
         return [*shown, f"{self.file}: {_plural(self.errors, 'error')}, {_plural(self.warnings, 'warning')}{more}"]
 
     def as_json(self, *, with_problems: bool = True) -> dict[str, object]:
@@ -427,11 +437,8 @@ def read_records(
     records: list[TrainingRecord] = []
     report = check_file(path, blood_type, on_record=records.append)
     if not report.is_accepted(strict=strict):
-        *shown, total = report.lines_of_problems()
-        if not strict:
-            # warnings stop nothing here, and would hide among them what does
-            shown = [problem.render(report.file) for problem in report.problems if problem.severity is Severity.ERROR]
-        raise DataError([*shown, total])
+        # warnings stop nothing unless strict, and would hide among them what does
+        raise DataError(report.lines_of_problems(tuple(Severity) if strict else (Severity.ERROR,)))
     return records, report
 
 
