@@ -1,0 +1,187 @@
+"""What it costs to validate a file of a million records: wall time, and peak memory against a file of a thousand.
+
+    python benchmarks/validate_million.py --tokenizer FOLDER
+
+Writes both files into a temporary folder (about 550 MB), checks each in a process of its own, and writes
+`benchmarks/results/validate-million.json`. The records are made of a fixed seed: the same files everywhere.
+Exits with 1 when a million lines take more than 200 MiB over what a thousand take.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import random
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+ALLOWED_GROWTH_MIB = 200
+
+CHECK = """
+import sys
+from functools import partial
+from pathlib import Path
+from lora_trainer.validation import TokenCounter, check_file, write_json
+check = partial(check_file, template_overhead_tokens=14)
+counter = TokenCounter(Path(sys.argv[2]))
+write_json(sys.stdout, [Path(sys.argv[1])], lambda path, on_problem: check(path, None, counter, on_problem=on_problem))
+"""
+
+WORDS = {
+    "place": "카페 도서관 한강 공원 학교 편의점 영화관 지하철역 서점 노래방 분식집 헬스장 미술관 바닷가 빵집 시장 옥상 놀이공원",
+    "time": "아까 어제 방금 아침에 점심때 저녁에 주말에 새벽에 퇴근하고 수업끝나고 요즘 매일 가끔",
+    "thing": "떡볶이 라면 커피 케이크 신발 기타 고양이 강아지 우산 소설책 게임기 "
+    "사진 김밥 자전거 화분 드라마 시험 면접 여행 선물 이어폰",
+    "doing": "보다가 먹다가 고르다가 찾다가 사다가 얘기하다가 기다리다가 준비하다가 잃어버리고 빌려주고 자랑하다가",
+    "end": "깜짝/놀랐어 웃음이/터졌어 네/생각났어 좀/지쳤어 기분이/좋아졌어 눈물이/났어 살짝/설렜어 배가/고파졌어",
+    "reaction": "오! 와! 헐! 아! 우와! 음... 진짜? 대박!",
+    "feeling": "neutral happy excited love surprised worried sad angry embarrassed tired",
+    "expression": "neutral smile laugh love wink proud surprise think worry sad cry angry pout shy sleepy",
+}
+"""Separated by white space; `/` is a space inside one of them."""
+
+ANSWERS = [
+    "나도 가고 싶다",
+    "그거 완전 너답다",
+    "나는 아직 못 해봤어",
+    "네가 좋았다니 다행이야",
+    "그 마음 알 것 같아",
+    "조금 쉬어도 괜찮아",
+]
+QUESTIONS = [
+    "다음엔 같이 갈래?",
+    "누구랑 있었어?",
+    "지금은 좀 어때?",
+    "그래서 어떻게 됐어?",
+    "맛있었어?",
+    "내일도 갈 거야?",
+    "뭐가 제일 좋았어?",
+]
+EMOJI = ["😊", "😂", "🎉", "💪🏽", "🥹", "✨", "❤️", "🐶"]
+
+
+def lines(count: int) -> Iterator[str]:
+    """`count` lines: one in 1,000 is broken, one in 200 repeats an earlier one, the others are plausible records."""
+    chance = random.Random(20)  # noqa: S311  (data, not secrets)
+    choices = {name: words.split() for name, words in WORDS.items()}
+
+    def word(name: str) -> str:
+        return chance.choice(choices[name]).replace("/", " ")
+
+    kept = ""
+    for number in range(count):
+        if kept and chance.random() < 0.005:
+            yield kept
+            continue
+        place, thing = word("place"), word("thing")
+        emoji = "".join(chance.choices(EMOJI, k=chance.choice((0, 0, 0, 1, 1, 2))))
+        sentences = f"{place} {thing}{_particle(thing)} {chance.choice(ANSWERS)}! {chance.choice(QUESTIONS)}"
+        reply = {"text": f"{word('reaction')} {sentences} {emoji}".strip(), "emotion": word("expression")}
+        summary = f"우리는 {word('time')} {word('place')}에서 {word('thing')} 얘기를 {chance.randrange(2, 90)}분쯤 했어."
+        record = {
+            "instruction": "너는 A형 다정한 친구야. 짧은 반말로 답해.",
+            "context": {"summary": summary, "current_emotion": {"type": word("feeling"), "intensity": round(chance.random(), 2)}},
+            "input": f"나 {word('time')} {place}에서 {thing} {word('doing')} {word('end')}. {word('thing')}도 있었고.",
+            "output": json.dumps(reply, ensure_ascii=False),
+        }
+        line = json.dumps(record, ensure_ascii=False)
+        if number % 1000 == 999:
+            line = line[: len(line) // 2]
+        elif number % 100 == 0:
+            kept = line
+        yield line
+
+
+def _particle(noun: str) -> str:
+    return "이라니" if (ord(noun[-1]) - 0xAC00) % 28 else "라니"
+
+
+def measure(command: list[str], folder: Path) -> dict[str, object]:
+    """Wall time and peak memory of one process; its standard output goes into `folder`."""
+    with (folder / "report.json").open("wb") as out:
+        begin = time.perf_counter()
+        # S603: the command is this file's own, or what its user typed
+        process = subprocess.Popen(command, stdout=out, cwd=ROOT)  # noqa: S603
+        _, status, usage = os.wait4(process.pid, 0)
+        wall_s = time.perf_counter() - begin
+    process.returncode = os.waitstatus_to_exitcode(status)
+    report = json.loads((folder / "report.json").read_text())["files"][0]
+    # kilobytes on Linux, bytes on macOS
+    peak_bytes = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return {
+        "wall_s": round(wall_s, 2),
+        "cpu_s": round(usage.ru_utime + usage.ru_stime, 2),
+        "peak_rss_mib": round(peak_bytes / 2**20, 1),
+        "exit_code": process.returncode,
+        "records": report["records"],
+        "errors": report["errors"],
+        "warnings": report["warnings"],
+        "problems_written": len(report["problems"]),
+        "mean_tokens": report["prompt_cost"]["whole"]["mean_tokens"],
+    }
+
+
+def machine() -> dict[str, object]:
+    """The machine, as far as the numbers depend on it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    described = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    models = [line.partition(":")[2].strip() for line in described if line.startswith("model name")]
+    return {
+        "cpu": models[0] if models else platform.processor(),
+        "cores": os.cpu_count(),
+        "os": f"{platform.system()} {platform.release()}",
+        "load_average_before": round(os.getloadavg()[0], 1),
+    }
+
+
+def main() -> int:
+    """Run both measurements and write the result."""
+    parser = argparse.ArgumentParser(description="Time and peak memory of validating 1,000 and 1,000,000 records.")
+    parser.add_argument("--tokenizer", type=Path, required=True, help="folder with the base's tokenizer.json")
+    parser.add_argument(
+        "--command", help="what to measure instead of the library, such as 'python -m entrypoint validate {file} --json'"
+    )
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/validate-million.json")
+    options = parser.parse_args()
+    measured_on = machine()
+    results: dict[str, dict[str, object]] = {}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for count in (1_000, 1_000_000):
+            file = folder / f"{count}.jsonl"
+            with file.open("w", encoding="utf-8") as out:
+                out.writelines(line + "\n" for line in lines(count))
+            if options.command:
+                command = [part.format(file=file, tokenizer=options.tokenizer) for part in shlex.split(options.command)]
+            else:
+                command = [sys.executable, "-c", CHECK, str(file), str(options.tokenizer.resolve())]
+            results[f"{count}_lines"] = {"file_mib": round(file.stat().st_size / 2**20, 1), **measure(command, folder)}
+            print(count, results[f"{count}_lines"], flush=True)  # noqa: T201  (a script's output)
+    peaks = [float(str(result["peak_rss_mib"])) for result in results.values()]
+    growth_mib = round(peaks[1] - peaks[0], 1)
+    document = {
+        "what": "validate with the token cost of every record, all problems as JSON",
+        "command": options.command or "python benchmarks/validate_million.py --tokenizer FOLDER",
+        "machine": measured_on,
+        "versions": {"python": platform.python_version()}
+        | {name: metadata.version(name) for name in ("pydantic", "regex", "tokenizers")},
+        "results": results,
+        "growth_mib": growth_mib,
+        "allowed_growth_mib": ALLOWED_GROWTH_MIB,
+    }
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    return 0 if growth_mib <= ALLOWED_GROWTH_MIB else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
