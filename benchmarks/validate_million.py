@@ -30,9 +30,9 @@ CHECK = """
 import sys
 from functools import partial
 from pathlib import Path
-from lora_trainer.validation import TokenCounter, check_file, write_json
-check = partial(check_file, template_overhead_tokens=14)
+from lora_trainer.validation import TokenCounter, chatml_overhead_tokens, check_file, write_json
 counter = TokenCounter(Path(sys.argv[2]))
+check = partial(check_file, template_overhead_tokens=chatml_overhead_tokens(counter))
 write_json(sys.stdout, [Path(sys.argv[1])], lambda path, on_problem: check(path, None, counter, on_problem=on_problem))
 """
 

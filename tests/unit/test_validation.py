@@ -20,6 +20,7 @@ from lora_trainer.validation import (
     FileReport,
     LengthDistribution,
     TokenCounter,
+    chatml_overhead_tokens,
     check_file,
     prompt_parts,
     read_records,
@@ -291,6 +292,18 @@ def test_the_parts_add_up_to_the_whole_system_message(tmp_path: Path) -> None:
         texts = [parts.instruction, parts.summary, parts.emotion, '출력: {"text","emotion"} JSON']
         assert "".join(texts) == system
         assert sum(counter.count_tokens(texts)) == counter.count_tokens([system])[0]
+
+
+def test_chatml_is_counted_with_its_control_tokens(tmp_path: Path) -> None:
+    folder = tokenizer_folder(tmp_path)
+    tokenizers = pytest.importorskip("tokenizers", reason="the 'tokenizers' library is not installed")
+    tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    counter = TokenCounter(folder)
+    roles = sum(counter.count_tokens(["system", "user", "assistant"]))
+    # three turns of two control tokens and a line break behind the role, and two line breaks between turns
+    assert chatml_overhead_tokens(counter) == roles + 3 * 3 + 2
 
 
 def test_a_folder_without_a_tokenizer_is_a_config_error(tmp_path: Path) -> None:
