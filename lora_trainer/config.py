@@ -38,21 +38,21 @@ class BaseModelConfig(_Section):
     """Which model the adapter is trained on, and where its files come from."""
 
     model: str = Field(
-        "Qwen/Qwen2.5-7B-Instruct",
+        default="Qwen/Qwen2.5-7B-Instruct",
         min_length=1,
         description="Hub id; or a folder (begins with `/`, `./`, `../`, `~` or `file://`); or an `s3://bucket/prefix/`.",
     )
     revision: str | None = Field(
-        "a09a35458c702b33eeacc393d103063234e8bc28",
+        default="a09a35458c702b33eeacc393d103063234e8bc28",
         description="Commit of a hub id, 40 hex digits. Ignored for a folder or an `s3://` prefix, whose files are hashed instead.",
     )
     canonical_id: str | None = Field(
-        None,
+        default=None,
         description="Name written into the adapter for a folder or an `s3://` prefix (a mirror of a hub model, say). "
         "Default: the folder's own name.",
     )
     cache_dir: Path = Field(
-        Path("~/.cache/lora-trainer"),
+        default=Path("~/.cache/lora-trainer"),
         description="Folder in which a base from `s3://` is mirrored, verified and reused.",
     )
 
@@ -67,11 +67,13 @@ class BaseModelConfig(_Section):
 class LoraConfig(_Section):
     """Shape of the adapter."""
 
-    r: int = Field(16, ge=1, le=512, description="LoRA rank.")
-    alpha: float = Field(32.0, gt=0, le=1024, description="LoRA scaling numerator: updates are scaled by alpha / r.")
-    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapter's input. Above 0 Unsloth leaves its fast path.")
+    r: int = Field(default=16, ge=1, le=512, description="LoRA rank.")
+    alpha: float = Field(default=32.0, gt=0, le=1024, description="LoRA scaling numerator: updates are scaled by alpha / r.")
+    dropout: float = Field(
+        default=0.0, ge=0, lt=1, description="Dropout on the adapter's input. Above 0 Unsloth leaves its fast path."
+    )
     target_modules: tuple[TargetModule, ...] = Field(
-        ALL_LINEAR, min_length=1, description="Linear projections that get an adapter. Default: all seven."
+        default=ALL_LINEAR, min_length=1, description="Linear projections that get an adapter. Default: all seven."
     )
 
     @field_validator("target_modules")
@@ -86,45 +88,51 @@ class LoraConfig(_Section):
 class TrainingConfig(_Section):
     """The recipe: what, with the data and the base, decides the weights."""
 
-    epochs: float = Field(3.0, gt=0, le=1000, description="Passes over the training split.")
-    max_steps: int | None = Field(None, ge=1, description="Stop after this many optimizer steps, if that is sooner.")
+    epochs: float = Field(default=3.0, gt=0, le=1000, description="Passes over the training split.")
+    max_steps: int | None = Field(default=None, ge=1, description="Stop after this many optimizer steps, if that is sooner.")
     sequences_per_step: int = Field(
-        32, ge=1, le=65536, description="Records in one optimizer step, however many micro-batches they are packed into."
+        default=32, ge=1, le=65536, description="Records in one optimizer step, however many micro-batches they are packed into."
     )
-    learning_rate: float = Field(2e-4, gt=0, le=1, description="Peak learning rate.")
-    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="Learning rate after the warm-up.")
-    warmup_fraction: float = Field(0.05, ge=0, lt=1, description="Share of all steps in which the learning rate rises linearly.")
-    weight_decay: float = Field(0.0, ge=0, le=1, description="AdamW's decoupled weight decay.")
-    max_grad_norm: float = Field(1.0, gt=0, description="Gradient clipping, L2 norm.")
+    learning_rate: float = Field(default=2e-4, gt=0, le=1, description="Peak learning rate.")
+    schedule: Literal["cosine", "linear", "constant"] = Field(default="cosine", description="Learning rate after the warm-up.")
+    warmup_fraction: float = Field(
+        default=0.05, ge=0, lt=1, description="Share of all steps in which the learning rate rises linearly."
+    )
+    weight_decay: float = Field(default=0.0, ge=0, le=1, description="AdamW's decoupled weight decay.")
+    max_grad_norm: float = Field(default=1.0, gt=0, description="Gradient clipping, L2 norm.")
     max_length_tokens: int = Field(
-        1024, ge=16, le=32768, description="Longest record, in tokens. A longer one is left out and reported, never cut."
+        default=1024, ge=16, le=32768, description="Longest record, in tokens. A longer one is left out and reported, never cut."
     )
-    held_out_fraction: float = Field(0.05, gt=0, lt=0.9, description="Share of the records held out by a stable hash.")
-    seed: int = Field(20, ge=0, lt=2**32, description="Order of the records, adapter initialisation and dropout.")
+    held_out_fraction: float = Field(default=0.05, gt=0, lt=0.9, description="Share of the records held out by a stable hash.")
+    seed: int = Field(default=20, ge=0, lt=2**32, description="Order of the records, adapter initialisation and dropout.")
     quantization: Literal["nf4", "none"] = Field(
-        "nf4", description="Base weights: 4-bit NormalFloat with double quantization (QLoRA), or as they are."
+        default="nf4", description="Base weights: 4-bit NormalFloat with double quantization (QLoRA), or as they are."
     )
-    compute_dtype: Literal["bfloat16", "float32"] = Field("bfloat16", description="Type of activations and of unquantized weights.")
+    compute_dtype: Literal["bfloat16", "float32"] = Field(
+        default="bfloat16", description="Type of activations and of unquantized weights."
+    )
 
 
 class MemoryConfig(_Section):
     """How the work is laid out on the device. Never part of `run_id`: it does not change what is computed."""
 
     gradient_checkpointing: Literal["auto", "off", "on", "unsloth"] = Field(
-        "auto",
+        default="auto",
         description="Recompute activations in the backward pass. `unsloth` also offloads them; `auto` decides by free memory.",
     )
     micro_batch_tokens: Literal["auto"] | Annotated[int, Field(ge=64, le=1_048_576)] = Field(
-        "auto", description="Tokens packed into one forward pass. `auto` decides by free memory."
+        default="auto", description="Tokens packed into one forward pass. `auto` decides by free memory."
     )
 
 
 class LoggingConfig(_Section):
     """What is said, and how."""
 
-    level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severe event that is printed.")
-    format: Literal["auto", "json", "console"] = Field("auto", description="`auto`: console on a terminal, JSON lines elsewhere.")
-    log_every_steps: int = Field(10, ge=1, description="Optimizer steps between two `training_step` events.")
+    level: Literal["debug", "info", "warning", "error"] = Field(default="info", description="Least severe event that is printed.")
+    format: Literal["auto", "json", "console"] = Field(
+        default="auto", description="`auto`: console on a terminal, JSON lines elsewhere."
+    )
+    log_every_steps: int = Field(default=10, ge=1, description="Optimizer steps between two `training_step` events.")
 
 
 class RunConfig(_Section):
@@ -132,18 +140,20 @@ class RunConfig(_Section):
 
     blood_type: BloodType = Field(description="Persona to train: A, B, O or AB.")
     data: str = Field(
-        "data/", description="Folder that holds `train_data_type_<blood type>.jsonl`, or one `.jsonl`: `s3://` or `file://`."
+        default="data/",
+        description="Folder that holds `train_data_type_<blood type>.jsonl`, or one `.jsonl`: `s3://` or `file://`.",
     )
-    output: str = Field("outputs/", description="Folder that adapters are published under: `s3://` or `file://`.")
+    output: str = Field(default="outputs/", description="Folder that adapters are published under: `s3://` or `file://`.")
     work_dir: Path = Field(
-        Path(".lora-trainer"), description="Local scratch: fetched data, `progress.json`, the bundle before it is published."
+        default=Path(".lora-trainer"),
+        description="Local scratch: fetched data, `progress.json`, the bundle before it is published.",
     )
-    strict: bool = Field(False, description="Treat warnings about the data as errors.")
+    strict: bool = Field(default=False, description="Treat warnings about the data as errors.")
     backend: Literal["auto", "unsloth", "transformers"] = Field(
-        "auto", description="Training stack. `auto`: unsloth on CUDA, transformers on the CPU."
+        default="auto", description="Training stack. `auto`: unsloth on CUDA, transformers on the CPU."
     )
     device: Literal["cuda", "cpu"] = Field(
-        "cuda", description="`cuda` without a GPU ends with exit 5; the CPU is used only when asked for."
+        default="cuda", description="`cuda` without a GPU ends with exit 5; the CPU is used only when asked for."
     )
     base: BaseModelConfig = BaseModelConfig()
     lora: LoraConfig = LoraConfig()
@@ -202,10 +212,16 @@ def setting_names(model: type[BaseModel] = RunConfig, prefix: str = "") -> Itera
             yield prefix + name
 
 
-def settle(cli: Mapping[str, Any], environment: Mapping[str, str] | None = None, config_file: Path | None = None) -> RunConfig:
+def settle(
+    cli: Mapping[str, Any],
+    environment: Mapping[str, str] | None = None,
+    config_file: Path | None = None,
+    fallback: Mapping[str, Any] | None = None,
+) -> RunConfig:
     """Merge the sources into one `RunConfig`.
 
-    `cli` maps dotted settings to values (only those given). `environment` is `os.environ` unless told.
+    `cli` maps dotted settings to values (only those given), `fallback` likewise, for a command that can do
+    without a setting that `run` needs. `environment` is `os.environ` unless told.
     Raises `ConfigError` with every problem of every source at once.
     """
     environment = os.environ if environment is None else environment
@@ -221,7 +237,7 @@ def settle(cli: Mapping[str, Any], environment: Mapping[str, str] | None = None,
     problems.extend(unknown)
     sources.append(Source(from_environment, "{env}"))
     sources.append(Source(_nest(cli), "command line"))
-    merged: dict[str, Any] = {}
+    merged = _nest(fallback or {})
     for source in sources:
         merged = _merge(merged, source.values)
     try:
@@ -293,9 +309,8 @@ def _read_file(path: Path) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)
-        raise ConfigError(
-            f"{where}: not plain YAML: {getattr(error, 'problem', None) or 'not UTF-8'}; only mappings, lists and scalars are accepted"
-        ) from None
+        said = getattr(error, "problem", None) or "not UTF-8"
+        raise ConfigError(f"{where}: not plain YAML: {said}; only mappings, lists and scalars are accepted") from None
     if loaded is None:
         return {}
     if not isinstance(loaded, dict) or not all(isinstance(key, str) for key in loaded):
