@@ -103,6 +103,8 @@ class ObjectInfo:
     key: str
     """Relative to the storage's URI."""
     size_bytes: int
+    etag: str
+    """Changes when the object does; opaque, and comparable only within one storage."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -454,9 +456,9 @@ class FileStorage:
                 continue
             with _local_errors(Path(entry.path)):
                 # a link to a folder is left out: what it shows has its own key already, or lies outside
-                size_bytes = entry.stat().st_size if entry.is_file() else None
-            if size_bytes is not None:
-                yield ObjectInfo(_listed_key(key, str(folder)), size_bytes)
+                status = entry.stat() if entry.is_file() else None
+            if status is not None:
+                yield ObjectInfo(_listed_key(key, str(folder)), status.st_size, f"{status.st_mtime_ns}-{status.st_size}")
 
     def _not_found(self, key: str) -> NotFound:
         folder = self._path(key).parent
@@ -668,7 +670,7 @@ class S3Storage:
                     # the empty objects that consoles make to show a folder
                     if not key or (key.endswith("/") and not found["Size"]):
                         continue
-                    yield ObjectInfo(_listed_key(key, self.uri), found["Size"])
+                    yield ObjectInfo(_listed_key(key, self.uri), found["Size"], found.get("ETag", ""))
 
     def _require_bucket(self) -> None:
         """A HEAD does not tell a missing key from a missing bucket, so this does, once."""
