@@ -1,0 +1,17 @@
+"""The two training stacks behind one interface. Nothing here imports torch until a backend is started."""
+
+from __future__ import annotations
+
+from lora_trainer.backends.transformers import TransformersBackend as Backend
+from lora_trainer.config import RunConfig
+
+__all__ = ["Backend", "open_backend"]
+
+
+def open_backend(config: RunConfig) -> Backend:
+    """The backend that `config` asks for, not yet started."""
+    if config.resolved_backend == "unsloth":
+        from lora_trainer.backends.unsloth import UnslothBackend
+
+        return UnslothBackend(config)
+    return Backend(config)

@@ -1,0 +1,303 @@
+"""TRL's `SFTTrainer`, fed one optimizer step at a time.
+
+The parent knows a fixed number of equally many rows a step. Ours differ: a step is a fixed number of
+*records*, packed into as few rows as the device's memory allows, so that the optimizer sees the same
+batches on every GPU. One item of the data loader is therefore a whole step, and `training_step` goes
+through its rows. Everything else (optimizer, schedule, clipping, state) is the parent's.
+
+Import this module only from a backend that has done its own imports first: unsloth has to come before
+trl, transformers and peft.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase, TrainerCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from trl import SFTConfig, SFTTrainer
+
+from lora_trainer.config import TrainingConfig
+from lora_trainer.errors import DivergedError, InvariantError
+from lora_trainer.packing import pack
+from lora_trainer.tokenization import IGNORED_LABEL, TokenSequence
+from lora_trainer.training import OnStep, StepLog, TrainingLog
+
+Row = dict[str, torch.Tensor]
+"""`input_ids`, `position_ids`, `labels`: [1, T]; `packed_seq_lengths`: [documents], int32."""
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One optimizer step's rows."""
+
+    rows: list[Row]
+    tokens: int
+    loss_tokens: int
+
+
+def make_row(sequences: Sequence[TokenSequence]) -> Row:
+    """Documents one after another in a row of their own length: no padding, positions restart at each."""
+    labels = [label for sequence in sequences for label in sequence.labels]
+    if all(label == IGNORED_LABEL for label in labels):
+        raise InvariantError("a row has no token in the loss: all labels are -100")
+    return {
+        "input_ids": torch.tensor([[token for sequence in sequences for token in sequence.input_ids]]),
+        "position_ids": torch.tensor([[position for sequence in sequences for position in range(len(sequence))]]),
+        "labels": torch.tensor([labels]),
+        "packed_seq_lengths": torch.tensor([len(sequence) for sequence in sequences], dtype=torch.int32),
+    }
+
+
+def make_step(sequences: Sequence[TokenSequence], row_tokens: int) -> Step:
+    """Pack the records of one optimizer step."""
+    rows = [
+        make_row([sequences[position] for position in positions])
+        for positions in pack([len(sequence) for sequence in sequences], row_tokens)
+    ]
+    # the model predicts token t + 1 at t, so a label on a document's first token is never in the loss
+    loss_tokens = sum(sequence.reply_tokens for sequence in sequences)
+    return Step(rows, sum(len(sequence) for sequence in sequences), loss_tokens)
+
+
+class StepTrainer(SFTTrainer):
+    """`SFTTrainer` whose batch is one optimizer step (`Step`)."""
+
+    def __init__(self, *, on_step: OnStep, model_takes_lengths: bool, model_loss: bool, **kwargs: Any) -> None:
+        """`model_takes_lengths`: the forward takes `packed_seq_lengths`. `model_loss`: take the model's own loss
+        and not TRL's fused head, which needs Triton: on the CPU, and where Unsloth's forward has a fused loss of its own."""
+        super().__init__(**kwargs)
+        self.model_takes_lengths = model_takes_lengths
+        self.model_loss = model_loss
+        self.training_log = TrainingLog()
+        self._on_step = on_step
+        for printing in (PrinterCallback, ProgressCallback):
+            self.remove_callback(printing)
+        self.add_callback(_StepEnd(self))
+        self._unread: _UnreadStep | None = None
+        self._mark_s = 0.0
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Step], num_batches: int, device: torch.device
+    ) -> tuple[list[Step], torch.Tensor]:
+        """One step, and the number of its loss tokens: the divisor that makes its loss a mean over tokens."""
+        step = next(epoch_iterator)
+        return [step], torch.tensor(step.loss_tokens, device=device)
+
+    def training_step(self, model: torch.nn.Module, inputs: Step, num_items_in_batch: torch.Tensor) -> torch.Tensor:
+        """Forward and backward over the step's rows; gives the step's mean loss, nats a token."""
+        model.train()
+        total = torch.zeros((), device=self.args.device)
+        for row in inputs.rows:
+            with self.compute_loss_context_manager():
+                loss = self.row_loss(model, row, num_items_in_batch)
+            self.accelerator.backward(loss)
+            total += loss.detach()
+        self._unread = _UnreadStep(inputs, total, self._unread)
+        return total
+
+    def row_loss(self, model: torch.nn.Module, row: Row, divisor: torch.Tensor) -> torch.Tensor:
+        """Sum of a row's token losses over `divisor`."""
+        inputs: dict[str, Any] = self._prepare_inputs(dict(row))
+        if not self.model_takes_lengths:
+            del inputs["packed_seq_lengths"]
+        loss: torch.Tensor
+        if self.model_loss:
+            loss = model(**inputs, use_cache=False, num_items_in_batch=divisor).loss
+        else:
+            loss = super().compute_loss(model, inputs, num_items_in_batch=divisor)
+        return loss
+
+    def mean_loss(self, sequences: Sequence[TokenSequence], row_tokens: int) -> float:
+        """Mean loss over all reply tokens of `sequences` without training, nats a token."""
+        step = make_step(sequences, row_tokens)
+        divisor = torch.tensor(step.loss_tokens, device=self.args.device)
+        self.model.eval()
+        if self.args.use_cpu:
+            _keep_four_bit_layout(self.model)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            losses = [self.row_loss(self.model, row, divisor) for row in step.rows]
+        return float(torch.stack(losses).sum())
+
+    def floating_point_ops(self, inputs: Step) -> int:
+        """The parent counts by a key that a step does not have; nothing here uses the count."""
+        return 0
+
+    def _clip_grad_norm(self, model: torch.nn.Module) -> torch.Tensor:
+        norm: torch.Tensor = super()._clip_grad_norm(model)
+        if self._unread is not None:
+            self._unread.grad_norm = norm
+            self._unread.learning_rate = self.lr_scheduler.get_last_lr()[0]
+        return norm
+
+    def begin_clock(self) -> None:
+        """Start of the first step."""
+        self._mark_s = self._began_s = time.perf_counter()
+
+    def end_step(self, number: int) -> None:
+        """Note the step just done and report the one before it.
+
+        Its numbers are on the device: read at once, the host would wait for the device before it can
+        prepare the next step.
+        """
+        step = self._unread
+        if step is None:
+            raise InvariantError("a step ended that never began: the trainer's loop is not the one this class was written for")
+        now_s = time.perf_counter()
+        step.number, step.step_s, self._mark_s = number, now_s - self._mark_s, now_s
+        if step.previous is not None:
+            self._report(step.previous)
+            step.previous = None
+
+    def end_training(self) -> None:
+        """Report the last step and stop the clock."""
+        if self._unread is not None:
+            self._report(self._unread)
+            self._unread = None
+        self.training_log.train_s = time.perf_counter() - self._began_s
+
+    def _report(self, step: _UnreadStep) -> None:
+        log = StepLog(
+            step=step.number,
+            loss=float(step.loss),
+            learning_rate=step.learning_rate,
+            grad_norm=float(step.grad_norm),
+            tokens=step.step.tokens,
+            loss_tokens=step.step.loss_tokens,
+            rows=len(step.step.rows),
+            step_s=step.step_s,
+        )
+        if not (math.isfinite(log.loss) and math.isfinite(log.grad_norm)):
+            raise DivergedError(
+                f"training diverged at step {log.step} of {self.state.max_steps}: loss {log.loss}, gradient norm {log.grad_norm}; "
+                f"lower training.learning_rate (peak {self.args.learning_rate:g}), or look for broken records near this step"
+            )
+        self.training_log.steps.append(log)
+        self.training_log.packed_rows += sum(len(row["packed_seq_lengths"]) > 1 for row in step.step.rows)
+        self._on_step(log, self.state.max_steps)
+
+
+def _keep_four_bit_layout(model: torch.nn.Module) -> None:
+    """Stop bitsandbytes from repacking 4-bit weights on a CPU, which it does for good at the first forward in eval mode
+    (0.50.2, `Linear4bit.forward`) and which training does not survive. These layers have no dropout: nothing else changes."""
+    for module in model.modules():
+        if type(module).__module__ == "bitsandbytes.nn.modules":
+            module.training = True
+
+
+@dataclass(slots=True)
+class _UnreadStep:
+    """A step whose numbers are still on the device."""
+
+    step: Step
+    loss: torch.Tensor
+    previous: _UnreadStep | None
+    grad_norm: torch.Tensor | float = math.nan
+    learning_rate: float = math.nan
+    number: int = 0
+    step_s: float = 0.0
+
+
+class _StepEnd(TrainerCallback):
+    """Tells the trainer where its parent's loop is."""
+
+    def __init__(self, trainer: StepTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.trainer.begin_clock()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.trainer.end_step(state.global_step)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.trainer.end_training()
+
+
+@dataclass(frozen=True, slots=True)
+class StepCollator:
+    """Data loader item (a step's record indices) -> `Step`."""
+
+    sequences: Sequence[TokenSequence]
+    row_tokens: int
+
+    def __call__(self, items: list[dict[str, Any]]) -> Step:
+        """`items` has one element: a step is a batch of its own."""
+        (item,) = items
+        return make_step([self.sequences[index] for index in item["records"]], self.row_tokens)
+
+
+def build_trainer(
+    *,
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    sequences: Sequence[TokenSequence],
+    steps: Sequence[Sequence[int]],
+    row_tokens: int,
+    recipe: TrainingConfig,
+    on_cuda: bool,
+    checkpointing: bool,
+    output_dir: Path,
+    on_step: OnStep,
+    model_takes_lengths: bool,
+    model_loss: bool,
+) -> StepTrainer:
+    """A trainer for `steps` (record indices each). Every default that differs between TRL, Unsloth and us is set here."""
+    schedule = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}[recipe.schedule]
+    arguments = SFTConfig(
+        output_dir=str(output_dir),
+        max_steps=len(steps),
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=1,
+        learning_rate=recipe.learning_rate,
+        lr_scheduler_type=schedule,
+        warmup_steps=round(recipe.warmup_fraction * len(steps)),
+        weight_decay=recipe.weight_decay,
+        max_grad_norm=recipe.max_grad_norm,
+        # full-precision AdamW: the adapter's states are small, 8-bit ones would save 0.2 GiB of 6
+        optim="adamw_torch_fused" if on_cuda else "adamw_torch",
+        adam_beta1=0.9,
+        adam_beta2=0.999,
+        adam_epsilon=1e-8,
+        seed=recipe.seed,
+        data_seed=recipe.seed,
+        bf16=recipe.compute_dtype == "bfloat16",
+        fp16=False,
+        tf32=None,
+        use_cpu=not on_cuda,
+        gradient_checkpointing=checkpointing,
+        # steps come planned, packed and labelled
+        train_sampling_strategy="sequential",
+        packing=False,
+        padding_free=False,
+        max_length=None,
+        remove_unused_columns=False,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        dataloader_num_workers=0,
+        dataloader_pin_memory=on_cuda,
+        # reports go through on_step; a NaN must not be averaged away
+        logging_nan_inf_filter=False,
+        logging_strategy="no",
+        save_strategy="no",
+        eval_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        push_to_hub=False,
+    )
+    return StepTrainer(
+        on_step=on_step,
+        model_takes_lengths=model_takes_lengths,
+        model_loss=model_loss,
+        model=model,
+        args=arguments,
+        processing_class=tokenizer,
+        data_collator=StepCollator(sequences, row_tokens),
+        train_dataset=Dataset.from_dict({"records": [list(step) for step in steps]}),
+    )

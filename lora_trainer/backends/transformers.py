@@ -1,0 +1,412 @@
+"""TRL + PEFT without Unsloth: the CPU's path, and the reference that Unsloth is measured against."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from lora_trainer.config import RunConfig
+from lora_trainer.errors import ConfigError, HardwareError, InvariantError
+from lora_trainer.planning import GIB, MemoryPlan, ModelShape
+from lora_trainer.tokenization import Tokenizer, TokenSequence
+from lora_trainer.training import OnStep, TrainingLog
+
+if TYPE_CHECKING:
+    import torch
+
+    from lora_trainer.backends.trainer import StepTrainer
+
+
+@dataclass(frozen=True, slots=True)
+class ReadBack:
+    """How far the logits of one held-out record moved: adapter loaded from the saved folder against base and memory."""
+
+    base_difference: float
+    """Largest |logit| difference between the read-back adapter and the base."""
+    memory_difference: float
+    """Largest |logit| difference between the read-back adapter and the one that was trained."""
+
+
+class TransformersBackend:
+    """Loads a base, attaches an adapter, trains it, saves it and reads it back. Methods are called in that order."""
+
+    name: Literal["transformers", "unsloth"] = "transformers"
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+        self.model: Any = None
+        self.tokenizer: Any = None
+        self._trainer: StepTrainer | None = None
+
+    # -- before the base is loaded ------------------------------------------------------------------
+
+    def start(self) -> dict[str, object]:
+        """Import the training stack and check the device; gives what the manifest says of both.
+
+        Raises `ConfigError` if the stack is not installed, `HardwareError` if the device is not there.
+        """
+        torch = self._import_torch()
+        if self.config.device == "cpu":
+            torch.use_deterministic_algorithms(True)
+            environment: dict[str, object] = {"device": "cpu", "threads": torch.get_num_threads()}
+        else:
+            environment = self._require_one_gpu(torch)
+        environment["attention"] = self._import_stack()
+        torch.manual_seed(self.config.training.seed)
+        return environment
+
+    def _import_torch(self) -> Any:
+        try:
+            import torch
+        except ImportError as error:
+            extra = "gpu" if self.config.device == "cuda" else "cpu"
+            raise ConfigError(
+                f"the training stack is not installed ({error.name or 'torch'} is missing): pip install 'lora-trainer[{extra}]'"
+            ) from None
+        return torch
+
+    def _import_stack(self) -> str:
+        """Import everything that training needs; gives the attention implementation's name."""
+        try:
+            import lora_trainer.backends.trainer  # noqa: F401
+        except ImportError as error:
+            raise ConfigError(f"the training stack is not complete ({error}): pip install 'lora-trainer[cpu]' or '[gpu]'") from None
+        self._quiet_libraries()
+        return "sdpa"
+
+    def _quiet_libraries(self) -> None:
+        """Their log records go through ours, and their progress bars, which are not lines, nowhere."""
+        import logging
+
+        from datasets.utils.logging import disable_progress_bar
+        from transformers.utils import logging as transformers_logging
+
+        transformers_logging.disable_default_handler()
+        transformers_logging.enable_propagation()
+        transformers_logging.disable_progress_bar()
+        disable_progress_bar()
+        if self.config.device == "cpu":
+            # it asks for a 4-bit kernel package on every import
+            logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+    def _require_one_gpu(self, torch: Any) -> dict[str, object]:
+        if not torch.cuda.is_available():
+            raise HardwareError(
+                "device: got no CUDA GPU that torch can use, expected one; check the pod's GPU resource and the driver, "
+                "or pass --device cpu to train on the CPU"
+            )
+        count = torch.cuda.device_count()
+        if count > 1:
+            raise HardwareError(
+                f"device: got {count} visible GPUs, expected 1: this version trains on one; set CUDA_VISIBLE_DEVICES or ask for one"
+            )
+        properties = torch.cuda.get_device_properties(0)
+        if self.config.training.compute_dtype == "bfloat16" and not torch.cuda.is_bf16_supported(including_emulation=False):
+            raise HardwareError(
+                f"device: {properties.name} has no bfloat16 arithmetic; use a GPU of compute capability 8.0 or later, "
+                "or set training.compute_dtype to float32"
+            )
+        return {
+            "device": "cuda",
+            "gpu": properties.name,
+            "gpu_memory_gib": round(properties.total_memory / GIB, 1),
+            "cuda": torch.version.cuda,
+            "compute_capability": f"{properties.major}.{properties.minor}",
+        }
+
+    def free_bytes(self) -> int | None:
+        """Free memory of the GPU; None on a CPU."""
+        if self.config.device == "cpu":
+            return None
+        import torch
+
+        return int(torch.cuda.mem_get_info()[0])
+
+    def shape(self, base: Path) -> ModelShape:
+        """Sizes from the base's `config.json`. Raises `ConfigError` if it is not a Qwen2-like decoder."""
+        path = base / "config.json"
+        try:
+            settings = json.loads(path.read_text(encoding="utf-8"))
+            return ModelShape(
+                layers=settings["num_hidden_layers"],
+                hidden=settings["hidden_size"],
+                intermediate=settings["intermediate_size"],
+                attention_heads=settings["num_attention_heads"],
+                key_value_heads=settings.get("num_key_value_heads", settings["num_attention_heads"]),
+                vocabulary=settings["vocab_size"],
+                tied_embeddings=settings.get("tie_word_embeddings", False),
+            )
+        except (OSError, ValueError, KeyError) as error:
+            raise ConfigError(f"base.model: {path}: expected a Qwen2-like decoder's configuration, got {error!r}") from None
+
+    def load_tokenizer(self, base: Path) -> Tokenizer:
+        """The base's own tokenizer. Raises `ConfigError` if it has no chat template."""
+        from transformers import AutoTokenizer
+
+        tokenizer: Any = AutoTokenizer.from_pretrained(str(base), local_files_only=True)
+        if not getattr(tokenizer, "chat_template", None):
+            raise ConfigError(f"base.model: {base} has no chat template; use an instruction-tuned base such as Qwen2.5-7B-Instruct")
+        self.tokenizer = tokenizer
+        checked: Tokenizer = tokenizer
+        return checked
+
+    # -- the model ----------------------------------------------------------------------------------
+
+    def load(self, base: Path, plan: MemoryPlan, longest_tokens: int) -> None:
+        """Load the base and attach a fresh adapter to it."""
+        import torch
+        from peft import LoraConfig, get_peft_model
+        from transformers import AutoModelForCausalLM
+
+        model = AutoModelForCausalLM.from_pretrained(
+            str(base),
+            local_files_only=True,
+            dtype=self._compute_dtype(),
+            quantization_config=self._quantization(),
+            device_map={"": 0 if self.config.device == "cuda" else "cpu"},
+            attn_implementation="sdpa",
+            use_safetensors=True,
+        )
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        self._align_special_tokens(model)
+        if plan.gradient_checkpointing != "off":
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            model.enable_input_require_grads()
+        lora = self.config.lora
+        torch.manual_seed(self.config.training.seed)
+        self.model = get_peft_model(
+            model,
+            LoraConfig(
+                r=lora.r,
+                lora_alpha=lora.alpha,
+                lora_dropout=lora.dropout,
+                target_modules=list(lora.target_modules),
+                bias="none",
+                task_type="CAUSAL_LM",
+            ),
+        )
+
+    def _align_special_tokens(self, model: Any) -> None:
+        """Give the model the tokenizer's special tokens, as the trainer would with a warning."""
+        for settings in (model.config, model.generation_config):
+            settings.bos_token_id = self.tokenizer.bos_token_id
+            settings.pad_token_id = self.tokenizer.pad_token_id
+        model.config.eos_token_id = self.tokenizer.eos_token_id
+
+    def _compute_dtype(self) -> torch.dtype:
+        import torch
+
+        return torch.bfloat16 if self.config.training.compute_dtype == "bfloat16" else torch.float32
+
+    def _quantization(self) -> Any:
+        if self.config.training.quantization == "none":
+            return None
+        from transformers import BitsAndBytesConfig
+
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=self._compute_dtype(),
+        )
+
+    def _model_takes_lengths(self) -> bool:
+        return False
+
+    def prepare_training(
+        self,
+        sequences: Sequence[TokenSequence],
+        steps: Sequence[Sequence[int]],
+        plan: MemoryPlan,
+        work_dir: Path,
+        on_step: OnStep,
+    ) -> None:
+        """Build the trainer; `steps` holds indices into `sequences`."""
+        from lora_trainer.backends.trainer import build_trainer
+
+        self._row_tokens = plan.micro_batch_tokens
+        self._trainer = build_trainer(
+            model=self.model,
+            tokenizer=self.tokenizer,
+            sequences=sequences,
+            steps=steps,
+            row_tokens=plan.micro_batch_tokens,
+            recipe=self.config.training,
+            on_cuda=self.config.device == "cuda",
+            checkpointing=plan.gradient_checkpointing != "off",
+            output_dir=work_dir,
+            on_step=on_step,
+            model_takes_lengths=self._model_takes_lengths(),
+            model_loss=self.config.device == "cpu" or self.name == "unsloth",
+        )
+
+    def train(self) -> TrainingLog:
+        """Train the adapter.
+
+        Raises `InvariantError` if a base weight changed, an adapter weight did not, or records were not
+        packed though a step has several; `HardwareError` when memory runs out; `DivergedError` for a NaN.
+        """
+        trainer = self._ready_trainer()
+        before = self._fingerprint(trainable=False)
+        adapter_before = self._fingerprint(trainable=True)
+        with self._out_of_memory_is_hardware():
+            trainer.train()
+        changed = [name for name, value in self._fingerprint(trainable=False).items() if before[name] != value]
+        if changed:
+            raise InvariantError(
+                f"{len(changed)} base weights changed in training ({changed[0]}, ...): only the adapter may change"
+            )
+        adapter_after = self._fingerprint(trainable=True)
+        still = [name for name, value in adapter_after.items() if adapter_before[name] == value]
+        # A is random and B zero at the start: B moves with the first step, A from the second on
+        stuck = [name for name in still if "lora_B" in name or len(trainer.training_log.steps) > 1]
+        if stuck or not adapter_after:
+            raise InvariantError(f"{len(stuck)} of {len(adapter_after)} adapter weights did not change in training ({stuck[:1]})")
+        return trainer.training_log
+
+    def mean_loss(self, sequences: Sequence[TokenSequence]) -> float:
+        """Mean loss over the reply tokens of `sequences` with the adapter as it is now, nats a token."""
+        with self._out_of_memory_is_hardware():
+            return self._ready_trainer().mean_loss(sequences, self._row_tokens)
+
+    def check_isolation(self, first: TokenSequence, second: TokenSequence) -> float:
+        """Prove that records in one row don't see each other.
+
+        The second record's logits are computed behind the first and behind another record of the same
+        length. Gives the largest difference relative to the largest logit; raises `InvariantError` when
+        it is more than noise.
+        """
+        import torch
+
+        from lora_trainer.backends.trainer import make_row
+
+        other = TokenSequence(tuple(reversed(first.input_ids)), first.prompt_tokens)
+        if other.input_ids == first.input_ids:
+            raise ValueError("the first record reads the same backwards: the check would prove nothing")
+        logits = [self._row_logits(make_row([before, second]))[len(first) :] for before in (first, other)]
+        scale = logits[0].abs().max().clamp(min=1e-6)
+        difference = float((logits[0] - logits[1]).abs().max() / scale)
+        if not difference <= ISOLATION_TOLERANCE or not torch.isfinite(scale):
+            raise InvariantError(
+                f"records packed into one row see each other: logits of the second change by {difference:.1%} with the first, "
+                f"expected at most {ISOLATION_TOLERANCE:.1%}; this attention implementation can't be used with packing"
+            )
+        return difference
+
+    def _row_logits(self, row: Any) -> torch.Tensor:
+        """Logits of one row [T, V], float32, by the path that training takes."""
+        import torch
+
+        trainer = self._ready_trainer()
+        inputs = trainer._prepare_inputs({key: value for key, value in row.items() if key != "labels"})
+        if not trainer.model_takes_lengths:
+            del inputs["packed_seq_lengths"]
+        self.model.train()
+        with torch.no_grad(), torch.random.fork_rng(devices=[0] if self.config.device == "cuda" else []):
+            # the same dropout mask in every call
+            torch.manual_seed(0)
+            with trainer.compute_loss_context_manager():
+                logits: torch.Tensor = self.model(**inputs, use_cache=False).logits
+        return logits[0].float()
+
+    # -- the result ---------------------------------------------------------------------------------
+
+    def save(self, folder: Path, canonical_id: str, revision: str | None) -> None:
+        """Write adapter and tokenizer to `folder`, with the base's public name instead of a local path."""
+        self.model.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
+        # PEFT writes a model card of its own; the bundle's is written with the run's numbers
+        (folder / "README.md").unlink(missing_ok=True)
+        self.tokenizer.save_pretrained(str(folder))
+        path = folder / "adapter_config.json"
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        settings["base_model_name_or_path"] = canonical_id
+        settings["revision"] = revision
+        settings["inference_mode"] = True
+        # sets come out in hash order, which changes from process to process
+        settings["target_modules"] = sorted(settings["target_modules"])
+        path.write_text(json.dumps(settings, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    def read_back(self, folder: Path, probe: TokenSequence) -> ReadBack:
+        """Load the saved adapter beside the trained one and compare the logits of `probe`.
+
+        Raises `InvariantError` if the adapter from the folder does not change the base, or is not the
+        one that was trained.
+        """
+        from lora_trainer.backends.trainer import make_row
+
+        row = make_row([probe])
+        trained = self._row_logits(row)
+        with self.model.disable_adapter():
+            base = self._row_logits(row)
+        self.model.load_adapter(str(folder), adapter_name=READ_BACK_NAME, is_trainable=False, local_files_only=True)
+        self.model.set_adapter(READ_BACK_NAME)
+        loaded = self._row_logits(row)
+        self.model.set_adapter("default")
+        self.model.delete_adapter(READ_BACK_NAME)
+        result = ReadBack(float((loaded - base).abs().max()), float((loaded - trained).abs().max()))
+        if not result.base_difference > 0:
+            raise InvariantError("the saved adapter does not change the base's logits: nothing was learned or nothing was saved")
+        if not result.memory_difference <= READ_BACK_TOLERANCE * max(1.0, result.base_difference):
+            raise InvariantError(
+                f"the saved adapter is not the one that was trained: its logits differ by {result.memory_difference:.3g} "
+                f"(from the base by {result.base_difference:.3g})"
+            )
+        return result
+
+    def peak_memory_gib(self) -> float:
+        """Most memory that was held at one time: allocated on the GPU, or resident on a CPU."""
+        if self.config.device == "cuda":
+            import torch
+
+            return float(torch.cuda.max_memory_allocated() / GIB)
+        import resource
+
+        # kilobytes on Linux
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
+
+    # -- shared -------------------------------------------------------------------------------------
+
+    def _ready_trainer(self) -> StepTrainer:
+        if self._trainer is None:
+            raise RuntimeError("prepare_training comes first")
+        return self._trainer
+
+    def _fingerprint(self, trainable: bool) -> dict[str, int]:
+        """The sum over each weight's bits: cheap, and as good as certain to change with the weight."""
+        import torch
+
+        prints = {}
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad is not trainable:
+                continue
+            words = parameter.detach().reshape(-1).view(torch.uint8)
+            if words.numel() % 4 == 0:
+                words = words.view(torch.int32)
+            # in pieces: torch copies what it sums in a wider type
+            sums = [piece.sum(dtype=torch.int64) for piece in words.split(_FINGERPRINT_PIECE)]
+            prints[name] = int(torch.stack(sums).sum())
+        return prints
+
+    @contextmanager
+    def _out_of_memory_is_hardware(self) -> Iterator[None]:
+        import torch
+
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            raise HardwareError(
+                f"GPU memory ran out at {self._row_tokens} tokens a micro-batch, peak {self.peak_memory_gib():.1f} GiB: "
+                "lower memory.micro_batch_tokens or set memory.gradient_checkpointing to 'unsloth'"
+            ) from error
+
+
+ISOLATION_TOLERANCE = 0.01
+"""bfloat16 rounds at 0.4 %; a record that is seen by the next one moves its logits by tens of percent."""
+READ_BACK_TOLERANCE = 0.01
+READ_BACK_NAME = "read_back"
+_FINGERPRINT_PIECE = 4 * 1024 * 1024

@@ -1,0 +1,104 @@
+"""Unsloth: fused kernels and varlen attention on CUDA, the default where there is a GPU."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+from pathlib import Path
+from typing import Literal
+
+from lora_trainer.backends.transformers import TransformersBackend
+from lora_trainer.errors import ConfigError
+from lora_trainer.planning import MemoryPlan
+
+
+class UnslothBackend(TransformersBackend):
+    """As the reference, with Unsloth's loader, adapter and forward."""
+
+    name: Literal["transformers", "unsloth"] = "unsloth"
+
+    def _import_stack(self) -> str:
+        if self.config.device == "cuda":
+            # otherwise it trains on the CPU without a word when the driver is broken
+            os.environ["UNSLOTH_DISABLE_CPU_FALLBACK"] = "1"
+        # it downloads a file from the hub to be counted
+        os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
+        # generated code goes to the working folder unless told; that is read-only in the image
+        os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(self.config.work_dir.absolute() / "unsloth_compiled_cache"))
+        try:
+            # before trl, transformers and peft: it patches them as they are imported
+            with contextlib.redirect_stdout(io.StringIO()):
+                import unsloth  # noqa: F401
+        except ImportError as error:
+            raise ConfigError(f"the unsloth backend is not installed ({error}): pip install 'lora-trainer[gpu]'") from None
+        name = super()._import_stack()
+        return _varlen_attention() if self.config.device == "cuda" else name
+
+    def load(self, base: Path, plan: MemoryPlan, longest_tokens: int) -> None:
+        """Load the base through Unsloth and attach a fresh adapter to it."""
+        from unsloth import FastLanguageModel
+
+        checkpointing = "unsloth" if plan.gradient_checkpointing == "unsloth" else plan.gradient_checkpointing == "on"
+        training = self.config.training
+        with contextlib.redirect_stdout(io.StringIO()):
+            model, _ = FastLanguageModel.from_pretrained(
+                # a folder: by its hub name Unsloth would take its own pre-quantized copy instead
+                model_name=str(base),
+                max_seq_length=max(plan.micro_batch_tokens, longest_tokens),
+                dtype=self._compute_dtype(),
+                load_in_4bit=training.quantization == "nf4",
+                load_in_16bit=training.quantization == "none",
+                quantization_config=self._quantization(),
+                use_gradient_checkpointing=checkpointing,
+                use_exact_model_name=True,
+                local_files_only=True,
+                random_state=training.seed,
+                max_lora_rank=self.config.lora.r,
+                trust_remote_code=False,
+            )
+            lora = self.config.lora
+            self.model = FastLanguageModel.get_peft_model(
+                model,
+                r=lora.r,
+                lora_alpha=lora.alpha,
+                lora_dropout=lora.dropout,
+                target_modules=list(lora.target_modules),
+                bias="none",
+                use_gradient_checkpointing=checkpointing,
+                random_state=training.seed,
+            )
+
+    def _model_takes_lengths(self) -> bool:
+        # Unsloth's own forward does; in its CPU mode the model is transformers' own
+        return self.config.device == "cuda"
+
+
+def _varlen_attention() -> str:
+    """The name of the kernel by which packed rows attend within their records.
+
+    Unsloth takes flash-attn where it is installed, and torch's own varlen function from torch 2.12 on,
+    when that took on grouped queries. On 2.11 it attends record by record: 28 layers times 50 records a
+    row were 476 kernels and more time than the arithmetic. The flash kernel underneath takes grouped
+    queries in 2.11 already, so there Unsloth's own autograd function around that kernel is switched on
+    (benchmarks/results/ has both). `UNSLOTH_TORCH_VARLEN=0` leaves it off, as on later versions.
+    """
+    import torch
+    import unsloth.utils.attention_dispatch as dispatch
+
+    if dispatch.HAS_FLASH_ATTENTION:
+        return "flash-attn varlen"
+    if dispatch._TORCH_VARLEN_ATTN is not None:
+        return "torch varlen"
+    if not torch.__version__.startswith("2.11.") or os.environ.get("UNSLOTH_TORCH_VARLEN", "1").lower() in (
+        "0",
+        "false",
+        "no",
+        "off",
+    ):
+        return "record by record"
+    dispatch._TORCH_VARLEN_ATTN = torch.ops.aten._flash_attention_forward
+    dispatch._LEAN_VARLEN = True
+    # torch 2.11 has no cuDNN varlen path to prefer
+    dispatch._varlen_can_use_cudnn = lambda *_, **__: False
+    return "torch 2.11 flash kernel varlen"
