@@ -1,0 +1,262 @@
+"""The bundle: everything a server needs of a finished run in one folder, and how it is published and read back.
+
+The manifest is written last, so a prefix without one does not exist. `latest.json` moves by
+compare-and-swap and never backwards in time.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Final
+
+import yaml
+
+from lora_trainer.bases import Base, hash_file
+from lora_trainer.config import RunConfig
+from lora_trainer.errors import InvariantError, StorageError
+from lora_trainer.formatter import prompt_template
+from lora_trainer.personas import BloodType, Expression, persona_spec
+from lora_trainer.storage import PreconditionFailed, Storage, safe_key
+from lora_trainer.training import TrainingLog
+
+MANIFEST_NAME: Final = "manifest.json"
+MANIFEST_SCHEMA: Final = 1
+MAX_REPLY_CHARACTERS: Final = 200
+"""Twice the longest reply of the bundled data: a bound that constrained decoding can hold to."""
+_SWAP_ATTEMPTS: Final = 8
+
+
+def bundle_prefix(blood_type: BloodType, run_id: str) -> str:
+    """Where a run's bundle lies under the output."""
+    return f"adapters/{blood_type}/{run_id}/"
+
+
+def latest_key(blood_type: BloodType) -> str:
+    """The pointer to the newest accepted bundle."""
+    return f"adapters/{blood_type}/latest.json"
+
+
+def response_schema() -> dict[str, object]:
+    """JSON Schema of a reply, for constrained decoding behind the adapter."""
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "type": "object",
+        "properties": {
+            "text": {"type": "string", "minLength": 1, "maxLength": MAX_REPLY_CHARACTERS},
+            "emotion": {"type": "string", "enum": [str(expression) for expression in Expression]},
+        },
+        "required": ["text", "emotion"],
+        "additionalProperties": False,
+    }
+
+
+def write_documents(folder: Path, config: RunConfig, base: Base, run_id: str, metrics: Mapping[str, Any], log: TrainingLog) -> None:
+    """Put the bundle's own files beside the adapter and tokenizer that the backend saved in `folder`."""
+    _write_json(folder / "prompt.json", prompt_template())
+    _write_json(folder / "response_schema.json", response_schema())
+    _write_json(folder / "metrics.json", metrics)
+    spec = persona_spec(config.blood_type)
+    (folder / "persona.yaml").write_text(
+        yaml.safe_dump(spec.model_dump(mode="json"), allow_unicode=True, sort_keys=False, width=1000), encoding="utf-8"
+    )
+    with (folder / "train_log.jsonl").open("w", encoding="utf-8") as file:
+        for step in log.steps:
+            file.write(json.dumps({name: getattr(step, name) for name in step.__slots__}) + "\n")
+    (folder / "README.md").write_text(model_card(config, base, run_id, metrics), encoding="utf-8")
+
+
+def model_card(config: RunConfig, base: Base, run_id: str, metrics: Mapping[str, Any]) -> str:
+    """README.md of a bundle: what it is, what was measured, how it is served."""
+    spec = persona_spec(config.blood_type)
+    name = f"persona-{config.blood_type}"
+    revision = f" --revision {base.revision}" if base.revision else ""
+    training, held_out = metrics["training"], metrics["held_out"]
+    return f"""---
+base_model: {base.canonical_id}
+library_name: peft
+language: ko
+tags: [lora, persona]
+---
+# Persona {config.blood_type} ({spec.name})
+
+A LoRA adapter on `{base.canonical_id}`{f" at `{base.revision}`" if base.revision else ""} that answers as the friend of blood type
+{config.blood_type}: {spec.tone}
+
+Run `{run_id}`: {training["records"]:,} records, {training["steps"]:,} optimizer steps, rank {config.lora.r}.
+Held-out loss {held_out["loss_base"]:.3f} (base) to {held_out["loss_adapter"]:.3f} (adapter), nats a reply token,
+on {held_out["records"]:,} records. All numbers: `metrics.json`. Data, configuration and versions: `manifest.json`.
+
+## Prompt and reply
+
+`prompt.json` is the system message's template, with the instruction `{spec.instruction}`. A reply is one JSON
+object, `{{"text": ..., "emotion": ...}}`; `response_schema.json` is its schema.
+
+## Serve it with vLLM
+
+```bash
+vllm serve {base.canonical_id}{revision} --enable-lora --max-lora-rank {config.lora.r} \\
+  --lora-modules {name}=/path/to/this/folder
+```
+
+Ask for the model `{name}`: by the base's name the server answers without the adapter.
+
+## Load it with PEFT
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("/path/to/this/folder")
+base = AutoModelForCausalLM.from_pretrained("{base.canonical_id}"{f', revision="{base.revision}"' if base.revision else ""})
+model = PeftModel.from_pretrained(base, "/path/to/this/folder")
+```
+"""
+
+
+def write_manifest(folder: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Hash all files of `folder` and write `manifest.json` with `facts` beside them; gives the manifest."""
+    files = {
+        path.relative_to(folder).as_posix(): {"size_bytes": path.stat().st_size, "sha256": hash_file(path)}
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != MANIFEST_NAME
+    }
+    manifest = {"schema": MANIFEST_SCHEMA, **facts, "files": files}
+    _write_json(folder / MANIFEST_NAME, manifest)
+    return manifest
+
+
+def publish(folder: Path, storage: Storage, prefix: str) -> None:
+    """Upload a bundle under `prefix`, its manifest last. Safe to repeat. Raises `StorageError`."""
+    manifest = json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8"))
+    for name in manifest["files"]:
+        storage.upload(folder / name, prefix + name)
+    storage.upload(folder / MANIFEST_NAME, prefix + MANIFEST_NAME)
+
+
+def read_manifest(storage: Storage, prefix: str) -> dict[str, Any] | None:
+    """The manifest under `prefix`, or None: then there is no bundle. Raises `StorageError` for one that is not a manifest."""
+    found = storage.read_bytes(prefix + MANIFEST_NAME)
+    if found is None:
+        return None
+    try:
+        manifest: dict[str, Any] = json.loads(found.data)
+        if manifest["schema"] != MANIFEST_SCHEMA or not isinstance(manifest["files"], dict):
+            raise ValueError("another schema")
+    except (ValueError, KeyError, TypeError):
+        raise StorageError(
+            f"{storage.uri}{prefix}{MANIFEST_NAME}: not a manifest of schema {MANIFEST_SCHEMA}; "
+            "it was changed, or written by another version: move that prefix away and run again"
+        ) from None
+    return manifest
+
+
+def verify(storage: Storage, prefix: str) -> list[str]:
+    """Download a published bundle and compare every file with the manifest; gives one line for each that differs."""
+    manifest = read_manifest(storage, prefix)
+    if manifest is None:
+        return [f"{storage.uri}{prefix}: no manifest, so no bundle"]
+    problems = []
+    with tempfile.TemporaryDirectory() as scratch:
+        for name, expected in manifest["files"].items():
+            got = storage.download(prefix + safe_key(name), Path(scratch) / "file")
+            if (got.size_bytes, got.sha256) != (expected["size_bytes"], expected["sha256"]):
+                problems.append(
+                    f"{storage.uri}{prefix}{name}: got {got.size_bytes} bytes, SHA-256 {got.sha256}; manifest says otherwise"
+                )
+    return problems
+
+
+@dataclass(frozen=True, slots=True)
+class LatestMove:
+    """What became of `latest.json`."""
+
+    moved: bool
+    reason: str
+
+
+def move_latest(storage: Storage, blood_type: BloodType, manifest: Mapping[str, Any]) -> LatestMove:
+    """Point `latest.json` at the manifest's run, unless it names a run that started later. Safe to repeat.
+
+    Raises `StorageError` if other writers win the compare-and-swap every time.
+    """
+    key = latest_key(blood_type)
+    mine = {
+        "run_id": manifest["run_id"],
+        "bundle": bundle_prefix(blood_type, manifest["run_id"]),
+        "started_at": manifest["started_at"],
+    }
+    data = (json.dumps(mine, indent=2) + "\n").encode()
+    for _ in range(_SWAP_ATTEMPTS):
+        found = storage.read_bytes(key)
+        if found is not None:
+            theirs = _pointer(found.data, f"{storage.uri}{key}")
+            if theirs["run_id"] == mine["run_id"]:
+                return LatestMove(False, "it already names this run")
+            if _when(theirs["started_at"]) > _when(mine["started_at"]):
+                return LatestMove(False, f"it names run {theirs['run_id']}, which started later")
+        try:
+            storage.write_bytes(key, data, if_match=found.etag if found else None, if_absent=found is None)
+        except PreconditionFailed:
+            continue
+        return LatestMove(True, "this run started last")
+    raise StorageError(f"{storage.uri}{key}: other writers changed it {_SWAP_ATTEMPTS} times in a row; run the same command again")
+
+
+def _pointer(data: bytes, where: str) -> dict[str, str]:
+    try:
+        pointer: dict[str, str] = json.loads(data)
+        _when(pointer["started_at"])
+        _ = pointer["run_id"]
+    except (ValueError, KeyError, TypeError):
+        raise StorageError(
+            f"{where}: not a pointer to a bundle; expected run_id, bundle and started_at: remove it or mend it"
+        ) from None
+    return pointer
+
+
+def _when(text: str) -> datetime:
+    moment = datetime.fromisoformat(text)
+    if moment.tzinfo is None:
+        raise ValueError("a time without its zone")
+    return moment
+
+
+def link_newest(storage: Storage, blood_type: BloodType, run_id: str) -> Path | None:
+    """Point the folder `adapter_<blood type>` in a local output at the bundle; None where the output is not local."""
+    if storage.local_folder is None:
+        return None
+    link = storage.local_folder / f"adapter_{blood_type}"
+    if link.exists() and not link.is_symlink():
+        raise StorageError(f"{link}: in the way: got a file or folder, expected nothing or a link; move it away and run again")
+    temporary = link.with_name(f".{link.name}.{os.getpid()}")
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(bundle_prefix(blood_type, run_id).rstrip("/"))
+    os.replace(temporary, link)  # noqa: PTH105  a reader sees the old link or the new one
+    return link
+
+
+def fresh_folder(folder: Path) -> Path:
+    """An empty folder at this path; what an interrupted run left there goes."""
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+    return folder
+
+
+def check_complete(folder: Path) -> None:
+    """Raise `InvariantError` if a backend did not save what a bundle has to have."""
+    expected = ("adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "tokenizer_config.json")
+    missing = [name for name in expected if not (folder / name).is_file()]
+    if missing:
+        raise InvariantError(f"the backend saved no {', '.join(missing)}: the bundle would not load")
+
+
+def _write_json(path: Path, value: object) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
