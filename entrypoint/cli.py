@@ -1,0 +1,350 @@
+"""The Click command line. It turns options into a `RunConfig`, and every failure into one message and an exit code."""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Final, TypeVar, cast
+
+import click
+import structlog
+import yaml
+
+from lora_trainer import __version__, logs
+from lora_trainer.config import config_table, parse_override, settle
+from lora_trainer.errors import ConfigError, ExitCode, Interrupted, LoraTrainerError
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+# option -> (setting, metavar, help); the ones people change from run to run, `--set` has the rest
+_RUN_OPTIONS: Final = (
+    ("--data", "data", "URI", "Training data: folder with train_data_type_<TYPE>.jsonl, or one .jsonl. s3:// or file://."),
+    ("--output", "output", "URI", "Folder that the adapter is published under. s3:// or file://."),
+    ("--work-dir", "work_dir", "FOLDER", "Local scratch folder."),
+    ("--backend", "backend", "NAME", "auto, unsloth or transformers."),
+    ("--device", "device", "NAME", "cuda or cpu. Never falls back from cuda to cpu."),
+    ("--base-model", "base.model", "MODEL", "Hub id, folder (./...) or s3:// prefix of the base model."),
+    ("--base-revision", "base.revision", "COMMIT", "Commit of a hub id."),
+    ("--epochs", "training.epochs", "N", "Passes over the training split."),
+    ("--max-steps", "training.max_steps", "N", "Stop after N optimizer steps, if that is sooner."),
+    ("--learning-rate", "training.learning_rate", "X", "Peak learning rate."),
+    ("--sequences-per-step", "training.sequences_per_step", "N", "Records in one optimizer step."),
+    ("--seed", "training.seed", "N", "Order of the records, initialisation, dropout."),
+    ("--log-level", "logging.level", "NAME", "debug, info, warning or error."),
+    ("--log-format", "logging.format", "NAME", "auto, json or console."),
+)
+
+
+def _setting_options(command: _F) -> _F:
+    """`--config`, `--blood-type`, the options of `_RUN_OPTIONS`, `--strict` and `--set`."""
+    decorators = [
+        click.option("--config", "config_file", type=click.Path(path_type=Path), metavar="FILE", help="YAML file with settings."),
+        click.option("--blood-type", "--blood_type", "blood_type", metavar="TYPE", help="Persona: A, B, O or AB."),
+        *(
+            click.option(option, setting.replace(".", "__"), metavar=metavar, help=text)
+            for option, setting, metavar, text in _RUN_OPTIONS
+        ),
+        click.option("--strict", is_flag=True, default=None, help="Treat warnings about the data as errors."),
+        click.option(
+            "--set", "overrides", multiple=True, metavar="SETTING=VALUE", help="Any setting, such as lora.r=32. Repeatable."
+        ),
+    ]
+    for decorator in reversed(decorators):
+        command = decorator(command)
+    return command
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="lora-trainer")
+def cli() -> None:
+    """Turn a persona's JSONL into a LoRA adapter on Qwen2.5-7B-Instruct.
+
+    \b
+    Settings come from, strongest first:
+      1. options of the command, --set SETTING=VALUE among them
+      2. environment: LORA_TRAINER_BLOOD_TYPE, LORA_TRAINER_TRAINING__EPOCHS, ...
+         (LORA_TRAINER_CONFIG names the file below)
+      3. the YAML file given with --config
+      4. defaults: 'lora-trainer show-config' prints all settings with what they mean
+
+    \b
+    S3 is set up by the ordinary AWS variables, profiles and roles (AWS_ENDPOINT_URL for MinIO and
+    the like, AWS_REGION, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE, IRSA).
+
+    \b
+    Exit codes:
+      0    done, or already done
+      1    a bug or a lost device             may be retried
+      2    configuration or usage             must not be retried
+      3    data                               must not be retried
+      4    gate not passed                    must not be retried
+      5    the hardware can't do it           must not be retried
+      6    storage failed for good            may be retried
+      7    training diverged                  must not be retried
+      143  interrupted, run it again          may be retried
+    """
+
+
+@cli.command()
+@_setting_options
+def run(config_file: Path | None, overrides: Sequence[str], **options: Any) -> None:
+    """Train one persona's adapter and publish it.
+
+    \b
+    Fetches the persona's JSONL, checks it, trains an adapter on the base model, reads it back, and
+    publishes it under OUTPUT:
+      adapters/<TYPE>/<run id>/     the bundle, its manifest.json written last
+      adapters/<TYPE>/latest.json   the newest accepted run
+    The same command again ends at once: the run id is a hash of all that decides the weights.
+
+    \b
+    Examples:
+      lora-trainer run --blood-type A
+      lora-trainer run --blood-type AB --data s3://bucket/personas/ --output s3://bucket/lora/
+      lora-trainer run --config run.yaml --blood-type O --set lora.r=32
+
+    Prints the bundle's URI to standard output; everything else goes to standard error.
+    """
+    logs.configure("info", "auto")
+    edge = _RunEdge()
+    with edge:
+        config = settle(_given(options, overrides), config_file=config_file)
+        logs.configure(config.logging.level, config.logging.format)
+        structlog.contextvars.bind_contextvars(blood_type=str(config.blood_type))
+        logs.get_logger().info("run_settled", data=config.data, output=config.output, backend=config.resolved_backend)
+        from rich.console import Console
+
+        from lora_trainer.pipeline import run as run_job
+
+        console = Console(stderr=True) if sys.stderr.isatty() and config.logging.format != "json" else None
+        outcome = run_job(config, console)
+        edge.facts.update(run_id=outcome.run_id, bundle=outcome.bundle_uri, already_done=outcome.already_done)
+        click.echo(outcome.bundle_uri)
+    edge.leave()
+
+
+@cli.command("show-config")
+@_setting_options
+@click.option("--json", "as_json", is_flag=True, help="JSON without the explanations.")
+def show_config(config_file: Path | None, overrides: Sequence[str], as_json: bool, **options: Any) -> None:
+    """Print the settings that 'run' would use, as YAML that --config takes.
+
+    Without a blood type it shows A's.
+    """
+    config = settle(_given(options, overrides), config_file=config_file, fallback={"blood_type": "A"})
+    values = config.model_dump(mode="json")
+    click.echo(json.dumps(values, indent=2, ensure_ascii=False) if as_json else _commented_yaml(values), nl=as_json)
+
+
+@cli.command()
+@click.argument("files", nargs=-1, required=True, metavar="FILE...")
+@click.option(
+    "--blood-type", "--blood_type", "blood_type", metavar="TYPE", help="Persona that the file should be. Default: as its name says."
+)
+@click.option("--strict", is_flag=True, help="Warnings make the exit code 3, too.")
+@click.option("--json", "as_json", is_flag=True, help="Everything as one JSON document, every problem included.")
+@click.option("--config", "config_file", type=click.Path(path_type=Path), metavar="FILE", help="YAML file with settings.")
+@click.option(
+    "--base-model", "base__model", metavar="MODEL", help="Base whose tokenizer counts the tokens: hub id, folder or s3:// prefix."
+)
+@click.option("--no-tokens", is_flag=True, help="Don't count tokens: needs no tokenizer.")
+@click.option(
+    "--set", "overrides", multiple=True, metavar="SETTING=VALUE", help="Any setting, such as training.max_length_tokens=512."
+)
+def validate(
+    files: Sequence[str],
+    blood_type: str | None,
+    strict: bool,
+    as_json: bool,
+    config_file: Path | None,
+    no_tokens: bool,
+    overrides: Sequence[str],
+    **options: Any,
+) -> None:
+    """Check training data: schema, lint, coverage, and what the prompts cost.
+
+    \b
+    FILE is a JSONL file: a local path, file:// or s3://. Two severities:
+      error     'run' refuses the file: not JSON, a missing field, an unknown emotion, ...
+      warning   counted; 'run' refuses the file under --strict: three sentences, 존댓말, too many
+                emoji for the intensity, near-duplicates, too few questions, another persona's file
+
+    \b
+    Examples:
+      lora-trainer validate data/*.jsonl
+      lora-trainer validate --strict --json s3://bucket/personas/train_data_type_A.jsonl
+
+    Exits with 3 if there are errors, or warnings under --strict.
+    """
+    from lora_trainer import validation
+    from lora_trainer.bases import tokenizer_folder
+    from lora_trainer.storage import open_storage, split_uri
+
+    options["blood_type"] = blood_type
+    config = settle(_given(options, overrides), config_file=config_file, fallback={"blood_type": "A"})
+    persona = config.blood_type if blood_type else None
+    counter, overhead_tokens = None, 0
+    if not no_tokens:
+        try:
+            counter = validation.TokenCounter(tokenizer_folder(config.base))
+            overhead_tokens = validation.chatml_overhead_tokens(counter)
+        except LoraTrainerError as error:
+            click.echo(
+                f"tokens not counted: {error}\n(--no-tokens, or --base-model with a folder that holds tokenizer.json)", err=True
+            )
+    with tempfile.TemporaryDirectory() as scratch:
+        paths = []
+        for number, name in enumerate(files):
+            path = Path(name)
+            if "://" in name:
+                folder, key = split_uri(name)
+                # the name stays: it says which persona the file should be
+                path = Path(scratch) / str(number) / Path(key).name
+                open_storage(folder).download(key, path)
+            elif not path.is_file():
+                raise ConfigError(f"{name}: no such file; expected a JSONL file")
+            paths.append(path)
+
+        def check(path: Path, on_problem: validation.OnProblem | None = None) -> validation.FileReport:
+            return validation.check_file(
+                path,
+                persona,
+                counter,
+                max_length_tokens=config.training.max_length_tokens,
+                template_overhead_tokens=overhead_tokens,
+                on_problem=on_problem,
+            )
+
+        if as_json:
+            reports = validation.write_json(sys.stdout, paths, check)
+        else:
+            from rich.console import Console
+
+            reports = []
+            for path in paths:
+                reports.append(check(path))
+                Console().print(validation.render(reports[-1]))
+    if not all(report.is_accepted(strict=strict) for report in reports):
+        raise click.exceptions.Exit(ExitCode.DATA)
+
+
+def run_cli(arguments: Sequence[str]) -> int:
+    """Run the command line; gives the exit code. A user's mistake is a message, never a traceback."""
+    try:
+        result = cli.main(args=list(arguments), prog_name="lora-trainer", standalone_mode=False)
+    except click.exceptions.Abort:
+        return ExitCode.INTERRUPTED
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except LoraTrainerError as error:
+        for problem in error.problems:
+            click.echo(f"error: {problem}", err=True)
+        return error.exit_code
+    except BrokenPipeError:
+        # whoever read our output has seen enough
+        return ExitCode.DONE
+    except Interrupted:
+        return ExitCode.INTERRUPTED
+    return result if isinstance(result, int) else ExitCode.DONE
+
+
+class _RunEdge:
+    """Where a run's exception becomes its last words: one `run_finished` event, the termination log, an exit code."""
+
+    def __init__(self) -> None:
+        self.facts: dict[str, object] = {}
+        self._code = ExitCode.DONE
+        self._started_s = time.monotonic()
+
+    def __enter__(self) -> None:
+        """Start the clock."""
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> bool:
+        outcome = "done"
+        problems: tuple[str, ...] = ()
+        if isinstance(error, LoraTrainerError):
+            self._code, outcome, problems = error.exit_code, type(error).__name__, error.problems
+        elif isinstance(error, Interrupted | KeyboardInterrupt):
+            self._code, outcome = ExitCode.INTERRUPTED, "interrupted"
+            problems = ("interrupted: nothing was published; run the same command again",)
+        elif isinstance(error, Exception):
+            self._code, outcome = ExitCode.BUG, "bug"
+            problems = (f"{type(error).__module__}.{type(error).__name__}{_safe_message(error)}",)
+            self.facts["frames"] = [
+                f"{frame.filename}:{frame.lineno} {frame.name}" for frame in traceback.extract_tb(error.__traceback__)
+            ][-12:]
+        elif error is not None:
+            return False
+        summary = {
+            "outcome": outcome,
+            "exit_code": int(self._code),
+            **self.facts,
+            "duration_s": round(time.monotonic() - self._started_s, 1),
+        }
+        if problems:
+            summary["problems"] = list(problems)
+        log = logs.get_logger()
+        if sys.stderr.isatty():
+            for problem in problems:
+                click.secho(f"error: {problem}", fg="red", err=True)
+            shown = {key: value for key, value in summary.items() if key != "problems"}
+            (log.info if self._code is ExitCode.DONE else log.error)("run_finished", **shown)
+        else:
+            (log.info if self._code is ExitCode.DONE else log.error)("run_finished", **summary)
+        logs.last_word({**structlog.contextvars.get_contextvars(), **summary})
+        return True
+
+    def leave(self) -> None:
+        """Hand the exit code to Click."""
+        if self._code is not ExitCode.DONE:
+            raise click.exceptions.Exit(self._code)
+
+
+def _safe_message(error: Exception) -> str:
+    """An unexpected error's message, unless its kind is one that quotes data (ValueError, KeyError, ...)."""
+    if isinstance(
+        error, RuntimeError | OSError | ImportError | MemoryError | AttributeError | AssertionError | NotImplementedError
+    ):
+        return f": {str(error)[:1000]}"
+    return " (its message is left out: it may quote training text)"
+
+
+def _given(options: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Dotted settings that the command line sets."""
+    given = {name.replace("__", "."): value for name, value in options.items() if value is not None}
+    problems: list[str] = []
+    for text in overrides:
+        try:
+            setting, value = parse_override(text)
+        except ConfigError as error:
+            problems.extend(error.problems)
+        else:
+            given[setting] = value
+    if problems:
+        raise ConfigError(problems)
+    return given
+
+
+def _commented_yaml(values: dict[str, Any]) -> str:
+    """`values` as YAML, each setting under a comment with its meaning and range."""
+    lines = ["# Settings of 'lora-trainer run'; give this file back with --config."]
+    section = None
+    for name, _, allowed, meaning in config_table():
+        *parents, leaf = name.split(".")
+        if parents and parents[0] != section:
+            section = parents[0]
+            lines.append(f"{section}:")
+        indent = "  " * len(parents)
+        value: Any = values
+        for part in name.split("."):
+            value = cast("dict[str, Any]", value)[part]
+        lines.append(f"{indent}# {meaning}" + (f" [{allowed}]" if allowed else ""))
+        dumped = yaml.safe_dump({leaf: value}, allow_unicode=True, default_flow_style=True, width=1000).strip()
+        lines.append(f"{indent}{dumped[1:-1]}")
+    return "\n".join(lines) + "\n"
