@@ -1,0 +1,1 @@
+"""How examples/tiny-base was made: `python -m tools.tiny_base.train --help`."""

@@ -1,0 +1,311 @@
+"""Persona-neutral Korean dialogues in the project's record format, as many as asked for, the same for the same seed.
+
+    python -m tools.tiny_base.corpus --records 5
+
+A grammar over the hand-written lines of `frames.py`. Two things are deliberate. The manner depends on nothing
+in the prompt (a persona's instruction line is answered as plainly as any other, and emoji don't follow the
+intensity), so that whatever an adapter shows of these it has learned itself. And the inputs are much wilder than
+the replies (typos, unknown words, 300 characters of rambling), so that the reply format holds on any input.
+
+No torch here, and none of the bundled persona data.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import re
+import sys
+from collections.abc import Iterator
+from typing import Final, TypedDict
+
+from lora_trainer.personas import BloodType, Expression, Feeling, persona_spec
+from tools.tiny_base.frames import (
+    ANYTHING,
+    ECHOES,
+    EMOJI,
+    ENGLISH,
+    FAMILIES,
+    INSTRUCTIONS,
+    OPENERS,
+    PARTICLES,
+    PREFIXES,
+    QUOTED,
+    RAMBLES,
+    TAILS,
+    Turns,
+)
+
+MAX_INPUT_CHARACTERS: Final = 320
+
+# Which of the AI's feelings go with what the user reports, most likely first.
+MOOD_FEELINGS: Final[dict[str, tuple[Feeling, ...]]] = {
+    "good": (Feeling.HAPPY, Feeling.EXCITED, Feeling.LOVE, Feeling.SURPRISED, Feeling.NEUTRAL, Feeling.EMBARRASSED, Feeling.TIRED),
+    "bad": (Feeling.WORRIED, Feeling.SAD, Feeling.ANGRY, Feeling.TIRED, Feeling.NEUTRAL, Feeling.SURPRISED, Feeling.LOVE),
+    "plain": tuple(Feeling),
+}
+
+# The face that goes with a feeling: when it is weak, and when it is strong.
+FACES: Final[dict[Feeling, tuple[tuple[Expression, ...], tuple[Expression, ...]]]] = {
+    Feeling.NEUTRAL: ((Expression.NEUTRAL, Expression.THINK), (Expression.NEUTRAL, Expression.SMILE)),
+    Feeling.HAPPY: ((Expression.SMILE, Expression.WINK), (Expression.LAUGH, Expression.SMILE)),
+    Feeling.EXCITED: ((Expression.SMILE, Expression.PROUD), (Expression.LAUGH, Expression.PROUD)),
+    Feeling.LOVE: ((Expression.SHY, Expression.SMILE), (Expression.LOVE, Expression.WINK)),
+    Feeling.SURPRISED: ((Expression.THINK, Expression.SURPRISE), (Expression.SURPRISE,)),
+    Feeling.WORRIED: ((Expression.THINK, Expression.WORRY), (Expression.WORRY,)),
+    Feeling.SAD: ((Expression.SAD, Expression.WORRY), (Expression.CRY, Expression.SAD)),
+    Feeling.ANGRY: ((Expression.POUT,), (Expression.ANGRY, Expression.POUT)),
+    Feeling.EMBARRASSED: ((Expression.SHY, Expression.THINK), (Expression.SHY, Expression.POUT)),
+    Feeling.TIRED: ((Expression.SLEEPY, Expression.NEUTRAL), (Expression.SLEEPY,)),
+}
+
+FACE_EMOJI: Final[dict[Expression, str]] = {
+    Expression.NEUTRAL: "🙂😌",
+    Expression.SMILE: "😊😄🙂☕🌸🍀",
+    Expression.LAUGH: "😂🤣😆🎉🔥",
+    Expression.LOVE: "🥰😍💕💖💛",
+    Expression.WINK: "😉👍✨😜",
+    Expression.PROUD: "😎💪🏆👏",
+    Expression.SURPRISE: "😮😲😳👀",
+    Expression.THINK: "🤔💭💡",
+    Expression.WORRY: "😟🥺😥🙏",
+    Expression.SAD: "😢😔😞🌧",
+    Expression.CRY: "😭😢💔",
+    Expression.ANGRY: "😡😠💢🔥",
+    Expression.POUT: "😤🙄😑",
+    Expression.SHY: "☺🙈🤭😳",
+    Expression.SLEEPY: "😴🥱😪🌙",
+}
+
+_SLOT: Final = re.compile(r"\{(\w+)(?::(\w+))?\}")
+_CHOICE: Final = re.compile(r"\[([^|\]]*)\|([^|\]]*)\]")
+_LAST_COPULA: Final = re.compile(r"(?<=([가-힣]))야(?=[.?!]|$)")
+_FIRST_SYLLABLE: Final = 0xAC00
+_LAST_SYLLABLE: Final = 0xD7A3
+_FINALS: Final = 28
+_RIEUL: Final = 8
+
+# initial, medial and final letters (as Unicode orders them) that made-up words are built from: the frequent ones
+_MEDIALS: Final = (0, 1, 4, 5, 6, 8, 13, 18, 20)
+_WORD_FINALS: Final = (0, 0, 0, 0, 4, 8, 16, 21, 1, 17, 19)
+
+
+class Emotion(TypedDict):
+    type: str
+    intensity: float
+
+
+class Context(TypedDict):
+    summary: str
+    current_emotion: Emotion
+
+
+class Output(TypedDict):
+    text: str
+    emotion: str
+
+
+class Record(TypedDict):
+    """A training record, with `output` as an object."""
+
+    instruction: str
+    context: Context
+    input: str
+    output: Output
+
+
+def with_particle(word: str, particle: str) -> str:
+    """`word` with the form of `particle` that its last letter asks for; particles with one form are appended.
+
+    Raises IndexError for an empty word.
+    """
+    forms = PARTICLES.get(particle)
+    if forms is None:
+        return word + particle
+    code = ord(word[-1])
+    # anything but Hangul takes the form after a vowel: most of the Latin words here end in one when read out
+    final = (code - _FIRST_SYLLABLE) % _FINALS if _FIRST_SYLLABLE <= code <= _LAST_SYLLABLE else 0
+    after_consonant = final != 0 and not (particle == "으로" and final == _RIEUL)
+    return word + forms[0 if after_consonant else 1]
+
+
+def realise(frame: str, words: dict[str, str], *, polite: bool) -> str:
+    """`frame` (see `frames.py`) with its slots filled, in casual or polite speech."""
+    text = _CHOICE.sub(lambda match: match[2 if polite else 1], frame).replace("~", "요" if polite else "")
+    if polite:
+        text = _LAST_COPULA.sub(lambda match: "에요" if match[1] in "이니" else "예요", text)
+        text = re.sub(r"(?<![가-힣])나(?=도 |는 )", "저", text)
+        text = re.sub(r"(?<![가-힣])내가(?= )", "제가", text)
+    return _SLOT.sub(lambda match: with_particle(words[match[1]], match[2]) if match[2] else words[match[1]], text)
+
+
+def syllable(initial: int, medial: int, final: int) -> str:
+    """The Hangul syllable of three letters, each by its place in Unicode's order."""
+    return chr(_FIRST_SYLLABLE + (initial * 21 + medial) * _FINALS + final)
+
+
+def _odd_word(rng: random.Random) -> str:
+    return "".join(syllable(rng.randrange(19), rng.choice(_MEDIALS), rng.choice(_WORD_FINALS)) for _ in range(rng.randint(2, 4)))
+
+
+_NOUNS: Final = tuple(sorted({word for family in FAMILIES for values in family.slots.values() for word in values}))
+
+
+def _ramble(rng: random.Random, clauses: int, *, polite: bool) -> tuple[str, str]:
+    """Loosely connected clauses, and a word that occurs in them."""
+    parts, said = [], ""
+    for _ in range(clauses):
+        words = {
+            "noun": rng.choice(_NOUNS) if rng.random() < 0.75 else _odd_word(rng),
+            "noun2": rng.choice(_NOUNS),
+            "odd": _odd_word(rng),
+            "eng": rng.choice(ENGLISH),
+            "num": str(rng.choice((rng.randint(1, 12), rng.randint(1, 99), rng.randint(100, 9999)))),
+        }
+        frame = rng.choice(RAMBLES)
+        parts.append(realise(frame, words, polite=polite))
+        word = next((key for key in ("odd", "eng", "noun") if "{" + key in frame), "noun")
+        if not said or rng.random() < 0.5:
+            said = words[word]
+    return " ".join(parts), said
+
+
+def _typo(rng: random.Random, text: str) -> str:
+    letters = list(text)
+    for _ in range(rng.randint(1, 3)):
+        if len(letters) < 3:
+            break
+        at = rng.randrange(len(letters) - 1)
+        kind = rng.random()
+        if kind < 0.35:
+            letters[at], letters[at + 1] = letters[at + 1], letters[at]
+        elif kind < 0.6:
+            del letters[at]
+        elif kind < 0.8:
+            letters.insert(at, letters[at])
+        else:
+            letters[at] = rng.choice("ㅇㄴㅋㅎㄱㅏㅓㅜ뭐이가는도")
+    return "".join(letters)
+
+
+def _as_typed(rng: random.Random, text: str) -> str:
+    """`text` as somebody types it into a chat."""
+    if rng.random() < 0.12:
+        text = f"{rng.choice(PREFIXES)}{rng.choice((' ', ', ', '... '))}{text}"
+    if rng.random() < 0.4:
+        text = text.rstrip(".!,")
+    if rng.random() < 0.25:
+        text = f"{text}{rng.choice(('', ' '))}{rng.choice(TAILS)}"
+    if rng.random() < 0.1:
+        text = _typo(rng, text)
+    if rng.random() < 0.05:
+        text = text.replace(" ", "")
+    if rng.random() < 0.08:
+        emoji = rng.choice(EMOJI)
+        text = f"{text}{rng.choice(('', ' '))}{emoji * rng.choice((1, 1, 1, 2, 3))}"
+    return text[:MAX_INPUT_CHARACTERS].strip() or "응"
+
+
+def _reply(rng: random.Random, sentences: list[str], face: Expression) -> str:
+    # seldom, and whatever the intensity: enough to have seen emoji in a reply
+    if rng.random() < 0.08:
+        emoji = rng.choice(FACE_EMOJI[face]) if rng.random() < 0.5 else rng.choice(EMOJI)
+        at = rng.randrange(len(sentences))
+        sentences = [*sentences[:at], f"{sentences[at]} {emoji * rng.choice((1, 1, 1, 2, 3))}", *sentences[at + 1 :]]
+    return " ".join(sentences)
+
+
+def make_record(rng: random.Random) -> Record:
+    """One dialogue. All of its randomness comes from `rng`."""
+    family = rng.choice(FAMILIES)
+    words = {slot: rng.choice(values) for slot, values in family.slots.items()}
+    mood = rng.choice(("good", "bad", "plain"))
+    turns: Turns = getattr(family, mood)
+    feelings = MOOD_FEELINGS[mood]
+    # the first feelings are the natural ones, the others happen
+    feeling = rng.choice(feelings[:3] if mood != "plain" and rng.random() < 0.6 else feelings)
+    intensity = round(rng.random(), rng.choice((1, 1, 2)))
+    weak, strong = FACES[feeling]
+    face = rng.choice(strong if intensity >= 0.5 else weak)
+    user_polite, polite = rng.random() < 0.15, rng.random() < 0.65
+
+    opener = realise(rng.choice(OPENERS[feeling]), {}, polite=polite)
+    kind = rng.random()
+    if kind < 0.72:
+        at = rng.randrange(len(turns.inputs))
+        said = realise(turns.inputs[at], words, polite=user_polite)
+        answered = at if rng.random() < 0.85 else rng.randrange(len(turns.replies))
+        answer = realise(turns.replies[answered], words, polite=polite)
+        if rng.random() < 0.2:
+            around, _ = _ramble(rng, rng.randint(1, 5), polite=user_polite)
+            said = f"{said} {around}" if rng.random() < 0.6 else f"{around} {said}"
+    elif kind < 0.95:
+        said, word = _ramble(rng, rng.choice((1, 1, 2, 2, 3, 5, 8, 11)), polite=user_polite)
+        chosen = rng.random()
+        frames = ECHOES if chosen < 0.6 else QUOTED if chosen < 0.68 else ANYTHING
+        answer = realise(rng.choice(frames), {"word": word}, polite=polite)
+    else:
+        said = rng.choice((_odd_word(rng), rng.choice(_NOUNS), rng.choice(TAILS), rng.choice(PREFIXES), rng.choice(EMOJI), opener))
+        answer = realise(rng.choice(ANYTHING), {}, polite=polite)
+
+    more = realise(rng.choice(family.questions if kind < 0.72 else ANYTHING), words, polite=polite)
+    shape = rng.random()
+    if shape < 0.4:
+        sentences = [opener, answer]
+    elif shape < 0.7 or answer.endswith("?"):
+        sentences = [answer]
+    elif shape < 0.92:
+        sentences = [answer, more]
+    else:
+        sentences = [opener, answer, more]
+
+    about = rng.random()
+    if about < 0.15:
+        summary = ""
+    elif about < 0.85:
+        summary = realise(rng.choice(family.summaries), words, polite=False)
+    else:
+        summary, _ = _ramble(rng, rng.randint(1, 3), polite=False)
+    by_persona = rng.random() < 0.35
+    return {
+        "instruction": persona_spec(rng.choice(list(BloodType))).instruction if by_persona else rng.choice(INSTRUCTIONS),
+        "context": {"summary": summary, "current_emotion": {"type": feeling.value, "intensity": intensity}},
+        "input": _as_typed(rng, said),
+        "output": {"text": _reply(rng, sentences, face), "emotion": face.value},
+    }
+
+
+def records(count: int, seed: int) -> Iterator[Record]:
+    """`count` records, always the same for a `seed`; a longer corpus begins with the shorter one."""
+    rng = random.Random(seed)  # noqa: S311  (a reproducible corpus, not a secret)
+    for _ in range(count):
+        yield make_record(rng)
+
+
+def alphabet() -> Iterator[str]:
+    """Frequent syllables, letters of chats and emoji, one a line: they get tokens of their own even where rare."""
+    for medial in range(21):
+        for initial in range(19):
+            yield syllable(initial, medial, 0)
+    for final in (4, 8, 16, 21, 1, 17, 20, 19):
+        for medial in (0, 4, 8, 13, 18, 20, 1, 5, 6):
+            for initial in range(19):
+                yield syllable(initial, medial, final)
+    yield from "ㄱㄴㄷㄹㅁㅂㅅㅇㅈㅊㅋㅌㅍㅎㄲㄸㅃㅆㅉㅏㅑㅓㅕㅗㅛㅜㅠㅡㅣㅔㅐ"
+    yield from EMOJI
+    for emoji in FACE_EMOJI.values():
+        yield from emoji
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Print records of the tiny base's corpus as JSONL.")
+    parser.add_argument("--records", type=int, default=10, help="how many (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=20, help="default: %(default)s")
+    arguments = parser.parse_args()
+    for record in records(arguments.records, arguments.seed):
+        sys.stdout.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+
+if __name__ == "__main__":
+    main()
