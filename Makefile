@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 VENV_S3 ?= .venv-s3
 UV ?= uv
-# more arguments for pytest: make test ARGS='-k packing -x'
+# more arguments for pytest: make test ARGS='-k packing --no-cov'
 ARGS ?=
 
 BIN := $(VENV)/bin
