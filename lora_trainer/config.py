@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, get_args
@@ -166,6 +167,14 @@ class RunConfig(_Section):
     def _any_case(cls, value: object) -> object:
         return value.upper() if isinstance(value, str) else value
 
+    @field_validator("work_dir")
+    @classmethod
+    def _home(cls, value: Path) -> Path:
+        try:
+            return value.expanduser()
+        except RuntimeError:
+            raise ValueError("expected a folder: '~' names none here, since this user has no home") from None
+
     @field_validator("data", "output")
     @classmethod
     def _known_scheme(cls, value: str) -> str:
@@ -230,13 +239,15 @@ def settle(
     named_file = config_file or (Path(environment[CONFIG_FILE_VARIABLE]) if environment.get(CONFIG_FILE_VARIABLE) else None)
     if named_file is not None:
         try:
-            sources.append(Source(_read_file(named_file), f"{named_file}: {{key}}"))
+            # a file's name may hold braces of its own
+            escaped = str(named_file).replace("{", "{{").replace("}", "}}")
+            sources.append(Source(_read_file(named_file), f"{escaped}: {{key}}"))
         except ConfigError as error:
             problems.extend(error.problems)
     from_environment, unknown = _read_environment(environment)
     problems.extend(unknown)
     sources.append(Source(from_environment, "{env}"))
-    sources.append(Source(_nest(cli), "command line"))
+    sources.append(Source(_nest(cli), "command line: {key}"))
     merged = _nest(fallback or {})
     for source in sources:
         merged = _merge(merged, source.values)
@@ -329,7 +340,7 @@ def _read_file(path: Path) -> dict[str, Any]:
 
 
 def _is_relative_path(dotted: str, value: str) -> bool:
-    if "://" in value or value.startswith(("/", "~")):
+    if not value or "://" in value or value.startswith(("/", "~")):
         return False
     # a bare "org/name" is a hub id
     return dotted != "base.model" or value.startswith(("./", "../"))
@@ -360,7 +371,11 @@ def parse_override(text: str) -> tuple[str, Any]:
 def _list_or_text(dotted: str, text: str) -> Any:
     """Text as pydantic should see it: lists as JSON or comma-separated, `none` for settings that may be unset."""
     if dotted == "lora.target_modules":
-        return json.loads(text) if text.lstrip().startswith("[") else [part.strip() for part in text.split(",")]
+        if text.lstrip().startswith("["):
+            # what is not JSON goes on as a name, which the check of the names then refuses with its place
+            with suppress(json.JSONDecodeError):
+                return json.loads(text)
+        return [part.strip() for part in text.split(",")]
     if text.lower() in ("none", "null") and dotted in ("base.revision", "base.canonical_id", "training.max_steps"):
         return None
     return text
@@ -402,7 +417,7 @@ def _explain(error: ValidationError, sources: list[Source]) -> Iterator[str]:
             yield f"{dotted}: not given; pass {option}, or set {environment_name(dotted)}, or '{dotted}:' in the configuration file"
         else:
             said = problem["msg"].removeprefix("Value error, ")
-            yield f"{place}: {dotted}: got {problem['input']!r}; {said[0].lower()}{said[1:]}"
+            yield f"{place}: got {problem['input']!r}; {said[0].lower()}{said[1:]}"
 
 
 def _holds(values: Any, location: list[str]) -> bool:
