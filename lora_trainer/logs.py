@@ -77,10 +77,11 @@ def _library_event(logger: object, method: str, event: structlog.typing.EventDic
 
 def last_word(summary: dict[str, object], path: Path = TERMINATION_LOG) -> None:
     """Write `summary` to the termination log where there is one; losing it must not change the exit code."""
-    text = json.dumps(summary, ensure_ascii=False).encode()
+    # backslashes: a file name of the user's may hold bytes that are no UTF-8
+    text = json.dumps(summary, ensure_ascii=False).encode(errors="backslashreplace")
     if len(text) > TERMINATION_LOG_BYTES:
         kept = {key: value for key, value in summary.items() if key != "problems"}
-        text = json.dumps({**kept, "problems": ["too many to show here: see the log"]}, ensure_ascii=False).encode()
+        text = json.dumps({**kept, "problems": ["too many to show here: see the log"]}).encode()
     try:
         if path.exists():
             path.write_bytes(text[:TERMINATION_LOG_BYTES])
