@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -66,7 +67,7 @@ def split_held_out(records: Sequence[TrainingRecord], fraction: float) -> tuple[
     draws = [int.from_bytes(record_digest(record)[:8], "big") / 2**64 for record in records]
     limit = fraction
     if draws and not any(draw < limit for draw in draws):
-        limit = min(draws) + 2**-60
+        limit = math.nextafter(min(draws), 2)
     if draws and all(draw < limit for draw in draws):
         limit = max(draws)
     held_out = [index for index, draw in enumerate(draws) if draw < limit]
