@@ -113,7 +113,7 @@ def plan_memory(
             verb = "asked for" if both_set else "fastest that fits"
             reason = f"{verb}: {need / GIB:.1f} GiB estimated, {usable / GIB:.1f} GiB usable of {free_bytes / GIB:.1f} GiB free"
             return MemoryPlan(checkpointing, tokens, round(need / GIB, 1), reason)
-    least = peak(True, max(chosen_tokens or _CANDIDATES[-1][1], longest_tokens))
+    least = peak(chosen_checkpointing != "off", max(chosen_tokens or _CANDIDATES[-1][1], longest_tokens))
     raise HardwareError(
         f"GPU memory: {free_bytes / GIB:.1f} GiB free, expected at least {least / USABLE_SHARE / GIB:.1f} GiB for this base; "
         "use a larger GPU, free the memory another process holds, or set memory.micro_batch_tokens and "
