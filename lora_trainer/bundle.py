@@ -23,7 +23,7 @@ from lora_trainer.config import RunConfig
 from lora_trainer.errors import InvariantError, StorageError
 from lora_trainer.formatter import prompt_template
 from lora_trainer.personas import BloodType, Expression, persona_spec
-from lora_trainer.storage import PreconditionFailed, Storage, safe_key
+from lora_trainer.storage import NotFound, PreconditionFailed, Storage, safe_key
 from lora_trainer.training import TrainingLog
 
 MANIFEST_NAME: Final = "manifest.json"
@@ -125,7 +125,7 @@ def write_manifest(folder: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
     files = {
         path.relative_to(folder).as_posix(): {"size_bytes": path.stat().st_size, "sha256": hash_file(path)}
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != MANIFEST_NAME
+        if path.is_file() and path != folder / MANIFEST_NAME
     }
     manifest = {"schema": MANIFEST_SCHEMA, **facts, "files": files}
     _write_json(folder / MANIFEST_NAME, manifest)
@@ -165,7 +165,14 @@ def verify(storage: Storage, prefix: str) -> list[str]:
     problems = []
     with tempfile.TemporaryDirectory() as scratch:
         for name, expected in manifest["files"].items():
-            got = storage.download(prefix + safe_key(name), Path(scratch) / "file")
+            try:
+                got = storage.download(prefix + safe_key(name), Path(scratch) / "file")
+            except NotFound:
+                problems.append(f"{storage.uri}{prefix}{name}: not found; the manifest says {expected['size_bytes']} bytes")
+                continue
+            except ValueError as error:
+                problems.append(f"{storage.uri}{prefix}{MANIFEST_NAME}: {error}")
+                continue
             if (got.size_bytes, got.sha256) != (expected["size_bytes"], expected["sha256"]):
                 problems.append(
                     f"{storage.uri}{prefix}{name}: got {got.size_bytes} bytes, SHA-256 {got.sha256}; manifest says otherwise"
@@ -178,6 +185,8 @@ class LatestMove:
     """What became of `latest.json`."""
 
     moved: bool
+    names_this_run: bool
+    """Now, or already before: what a crash left undone behind the move may have to be completed."""
     reason: str
 
 
@@ -198,14 +207,14 @@ def move_latest(storage: Storage, blood_type: BloodType, manifest: Mapping[str, 
         if found is not None:
             theirs = _pointer(found.data, f"{storage.uri}{key}")
             if theirs["run_id"] == mine["run_id"]:
-                return LatestMove(False, "it already names this run")
+                return LatestMove(False, True, "it already names this run")
             if _when(theirs["started_at"]) > _when(mine["started_at"]):
-                return LatestMove(False, f"it names run {theirs['run_id']}, which started later")
+                return LatestMove(False, False, f"it names run {theirs['run_id']}, which started later")
         try:
             storage.write_bytes(key, data, if_match=found.etag if found else None, if_absent=found is None)
         except PreconditionFailed:
             continue
-        return LatestMove(True, "this run started last")
+        return LatestMove(True, True, "this run started last")
     raise StorageError(f"{storage.uri}{key}: other writers changed it {_SWAP_ATTEMPTS} times in a row; run the same command again")
 
 

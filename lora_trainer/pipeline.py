@@ -402,7 +402,7 @@ def _accept(job: Job, output: Storage, manifest: dict[str, Any]) -> bool:
     """Make a finished run the newest accepted one, unless a later one is."""
     move = bundle.move_latest(output, job.config.blood_type, manifest)
     job.log.info("latest_checked", moved=move.moved, reason=move.reason)
-    if move.moved:
+    if move.names_this_run:
         bundle.link_newest(output, job.config.blood_type, manifest["run_id"])
     return move.moved
 
