@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
-import shutil
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
@@ -15,11 +16,11 @@ from typing import Final
 
 from lora_trainer.config import BaseModelConfig
 from lora_trainer.errors import ConfigError, StorageError
-from lora_trainer.storage import open_storage
+from lora_trainer.storage import FileStorage, ReadResult, open_storage, sha256_of
 
 MODEL_FILES: Final = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model")
 """Configuration, tokenizer, chat template and weights. Weights only as safetensors: other formats can run code."""
-_CHUNK_BYTES: Final = 8 * 1024 * 1024
+_MIRROR_RECORD: Final = ".mirror.json"
 _HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
@@ -48,7 +49,7 @@ def identify_base(config: BaseModelConfig) -> Base:
         name = PurePosixPath(model.rstrip("/")).name
     elif _is_folder(model):
         folder = _local_folder(model)
-        name = folder.absolute().name
+        name = Path(os.path.normpath(folder.absolute())).name
     else:
         if not _HUB_ID.fullmatch(model):
             raise ConfigError(
@@ -78,6 +79,7 @@ def _download(config: BaseModelConfig, patterns: Sequence[str]) -> Path:
         from huggingface_hub.errors import (
             GatedRepoError,
             HfHubHTTPError,
+            HFValidationError,
             LocalEntryNotFoundError,
             RepositoryNotFoundError,
             RevisionNotFoundError,
@@ -89,6 +91,8 @@ def _download(config: BaseModelConfig, patterns: Sequence[str]) -> Path:
     where = f"base.model: {config.model}@{config.revision}"
     try:
         return Path(snapshot_download(config.model, revision=config.revision, allow_patterns=list(patterns)))
+    except HFValidationError as error:
+        raise ConfigError(f"{where}: not a hub id: {error}") from None
     except (RepositoryNotFoundError, RevisionNotFoundError, GatedRepoError) as error:
         raise ConfigError(
             f"{where}: the hub has no such model or commit, or it needs a token ({type(error).__name__}); "
@@ -121,7 +125,9 @@ def _is_folder(model: str) -> bool:
 
 
 def _local_folder(model: str) -> Path:
-    return Path(model.removeprefix("file://")).expanduser()
+    folder = open_storage(model).local_folder
+    assert folder is not None  # noqa: S101  only an s3:// URI has none
+    return folder
 
 
 def _model_files(folder: Path) -> list[Path]:
@@ -133,7 +139,8 @@ def _model_files(folder: Path) -> list[Path]:
 
 
 def _is_model_file(name: str) -> bool:
-    return any(fnmatch(name, pattern) for pattern in MODEL_FILES)
+    # not a dot file: neither the mirror's record nor what a platform leaves behind is part of a model
+    return not name.startswith(".") and any(fnmatch(name, pattern) for pattern in MODEL_FILES)
 
 
 def _check_complete(where: str, names: Iterable[str]) -> None:
@@ -147,19 +154,10 @@ def _check_complete(where: str, names: Iterable[str]) -> None:
         )
 
 
-def hash_file(path: Path) -> str:
-    """SHA-256 of a file, hex."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
 def _hash_files(files: list[Path]) -> str:
     # hashlib lets other threads run: four shards of a 7B model take the time of one
     with ThreadPoolExecutor(max_workers=4) as pool:
-        digests = list(pool.map(hash_file, files))
+        digests = list(pool.map(sha256_of, files))
     return hashlib.sha256(
         "".join(f"{path.name}\0{digest}\n" for path, digest in zip(files, digests, strict=True)).encode()
     ).hexdigest()
@@ -171,12 +169,11 @@ def _mirror(uri: str, cache_dir: Path) -> Path:
     folder = cache_dir / "bases" / hashlib.sha256(storage.uri.encode()).hexdigest()[:16]
     wanted = {item.key: item for item in storage.list("") if "/" not in item.key and _is_model_file(item.key)}
     _check_complete(storage.uri, wanted)
-    folder.mkdir(parents=True, exist_ok=True)
-    record = folder / ".mirror.json"
-    known: dict[str, dict[str, object]] = json.loads(record.read_text(encoding="utf-8")) if record.exists() else {}
-    for path in folder.iterdir():
-        if path.name not in wanted and path != record:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    local_storage = FileStorage(folder)
+    known = _mirrored(local_storage.read_bytes(_MIRROR_RECORD))
+    for item in local_storage.list(""):
+        if item.key not in wanted and item.key != _MIRROR_RECORD:
+            (folder / item.key).unlink(missing_ok=True)
     for key, item in wanted.items():
         local = folder / key
         if (
@@ -187,5 +184,15 @@ def _mirror(uri: str, cache_dir: Path) -> Path:
             continue
         storage.download(key, local)
         known[key] = {"size": item.size_bytes, "etag": item.etag}
-        record.write_text(json.dumps({name: known[name] for name in sorted(known) if name in wanted}), encoding="utf-8")
+        kept = {name: known[name] for name in sorted(known) if name in wanted}
+        # replaced as a whole: a pod that dies here must not leave half a record for the next one
+        local_storage.write_bytes(_MIRROR_RECORD, json.dumps(kept).encode())
     return folder
+
+
+def _mirrored(record: ReadResult | None) -> dict[str, dict[str, object]]:
+    """What the mirror holds, by its own record; nothing is known of a mirror whose record is damaged."""
+    with suppress(ValueError):
+        if record is not None and isinstance(known := json.loads(record.data), dict):
+            return known
+    return {}

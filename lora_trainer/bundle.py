@@ -18,12 +18,12 @@ from typing import Any, Final
 
 import yaml
 
-from lora_trainer.bases import Base, hash_file
+from lora_trainer.bases import Base
 from lora_trainer.config import RunConfig
 from lora_trainer.errors import InvariantError, StorageError
 from lora_trainer.formatter import prompt_template
 from lora_trainer.personas import BloodType, Expression, persona_spec
-from lora_trainer.storage import NotFound, PreconditionFailed, Storage, safe_key
+from lora_trainer.storage import NotFound, PreconditionFailed, Storage, safe_key, sha256_of
 from lora_trainer.training import TrainingLog
 
 MANIFEST_NAME: Final = "manifest.json"
@@ -123,7 +123,7 @@ model = PeftModel.from_pretrained(base, "/path/to/this/folder")
 def write_manifest(folder: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
     """Hash all files of `folder` and write `manifest.json` with `facts` beside them; gives the manifest."""
     files = {
-        path.relative_to(folder).as_posix(): {"size_bytes": path.stat().st_size, "sha256": hash_file(path)}
+        path.relative_to(folder).as_posix(): {"size_bytes": path.stat().st_size, "sha256": sha256_of(path)}
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path != folder / MANIFEST_NAME
     }
