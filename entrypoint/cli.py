@@ -124,8 +124,9 @@ def run(config_file: Path | None, overrides: Sequence[str], **options: Any) -> N
         console = Console(stderr=True) if sys.stderr.isatty() and config.logging.format != "json" else None
         outcome = run_job(config, console)
         edge.facts.update(run_id=outcome.run_id, bundle=outcome.bundle_uri, already_done=outcome.already_done)
-        click.echo(outcome.bundle_uri)
     edge.leave()
+    # behind the last word: a reader that went away does not undo the run
+    click.echo(edge.facts["bundle"])
 
 
 @cli.command("show-config")
@@ -207,7 +208,7 @@ def validate(
                 path = Path(scratch) / str(number) / Path(key).name
                 open_storage(folder).download(key, path)
             elif not path.is_file():
-                raise ConfigError(f"{name}: no such file; expected a JSONL file")
+                raise ConfigError(f"{name}: {'a folder' if path.is_dir() else 'no such file'}; expected a JSONL file")
             paths.append(path)
 
         def check(path: Path, on_problem: validation.OnProblem | None = None) -> validation.FileReport:
@@ -246,8 +247,8 @@ def run_cli(arguments: Sequence[str]) -> int:
         for problem in error.problems:
             click.echo(f"error: {problem}", err=True)
         return error.exit_code
-    except BrokenPipeError:
-        # whoever read our output has seen enough
+    except SystemExit:
+        # Click's and Rich's answer to a closed pipe, with code 1: whoever read our output has seen enough
         return ExitCode.DONE
     except Interrupted:
         return ExitCode.INTERRUPTED
