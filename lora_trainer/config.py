@@ -402,7 +402,11 @@ def _merge(low: Mapping[str, Any], high: Mapping[str, Any]) -> dict[str, Any]:
 
 def _explain(error: ValidationError, sources: list[Source]) -> Iterator[str]:
     names = list(setting_names())
-    for problem in error.errors(include_url=False):
+    found = error.errors(include_url=False)
+    for problem in found:
+        if problem["type"] == "too_short" and any(other["loc"][:-1] == problem["loc"] for other in found):
+            # a list is only too short for want of the elements that have a line of their own
+            continue
         # a union adds the branch it tried ("auto", "int") behind the field: the field is enough
         location = [str(part) for part in problem["loc"]]
         dotted = ".".join(location)
