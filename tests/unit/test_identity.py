@@ -1,0 +1,137 @@
+"""`run_id`: what makes another run, and what does not."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from lora_trainer import identity
+from lora_trainer.config import RunConfig, setting_names, settle
+from lora_trainer.identity import library_versions, run_id, run_ingredients
+
+DATA = "d" * 64
+BASE = "Qwen/Qwen2.5-7B-Instruct@a09a35458c702b33eeacc393d103063234e8bc28"
+
+# one other value for every setting: a new one has to say which kind it is
+RECIPE = {
+    "blood_type": "B",
+    "backend": "transformers",
+    "device": "cpu",
+    "lora.r": 8,
+    "lora.alpha": 16,
+    "lora.dropout": 0.1,
+    "lora.target_modules": ["q_proj"],
+    "training.epochs": 2,
+    "training.max_steps": 100,
+    "training.sequences_per_step": 16,
+    "training.learning_rate": 1e-4,
+    "training.schedule": "linear",
+    "training.warmup_fraction": 0.1,
+    "training.weight_decay": 0.01,
+    "training.max_grad_norm": 0.5,
+    "training.max_length_tokens": 512,
+    "training.held_out_fraction": 0.1,
+    "training.seed": 21,
+    "training.quantization": "none",
+    "training.compute_dtype": "float32",
+}
+NOT_RECIPE = {
+    "data": "s3://bucket/other/",
+    "output": "s3://bucket/out/",
+    "work_dir": "elsewhere",
+    "strict": True,
+    # the base's identity stands for these
+    "base.model": "./mirror",
+    "base.revision": None,
+    "base.canonical_id": "a/b",
+    "base.cache_dir": "cache",
+    "memory.gradient_checkpointing": "on",
+    "memory.micro_batch_tokens": 2048,
+    "logging.level": "debug",
+    "logging.format": "json",
+    "logging.log_every_steps": 1,
+}
+
+
+def config(**changes: Any) -> RunConfig:
+    return settle({"blood_type": "A", **changes}, {})
+
+
+def identify(settings: RunConfig, data: str = DATA, base: str = BASE) -> str:
+    return run_id(run_ingredients(settings, data, base))
+
+
+def test_every_setting_is_either_recipe_or_not() -> None:
+    assert sorted([*RECIPE, *NOT_RECIPE]) == sorted(setting_names())
+
+
+@pytest.mark.parametrize("setting", RECIPE)
+def test_what_decides_the_weights_is_another_run(setting: str) -> None:
+    other = config(**{setting: RECIPE[setting]})
+    assert other != config()
+    assert identify(other) != identify(config())
+
+
+@pytest.mark.parametrize("setting", NOT_RECIPE)
+def test_what_does_not_is_the_same_run(setting: str) -> None:
+    other = config(**{setting: NOT_RECIPE[setting]})
+    assert other != config()
+    assert identify(other) == identify(config())
+
+
+def test_data_and_base_are_part_of_it() -> None:
+    ids = {identify(config()), identify(config(), data="e" * 64), identify(config(), base=f"sha256:{DATA}")}
+    assert len(ids) == 3
+
+
+@pytest.mark.parametrize("constant", ["RECIPE_VERSION", "PROMPT_VERSION"])
+def test_versions_are_part_of_it(constant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = identify(config())
+    monkeypatch.setattr(identity, constant, 99)
+    assert identify(config()) != before
+
+
+def test_an_explicit_backend_is_the_run_that_auto_would_be() -> None:
+    assert identify(config(backend="unsloth")) == identify(config(backend="auto"))
+
+
+def test_the_versions_of_what_computes_are_part_of_it() -> None:
+    names = set(library_versions(config()))
+    assert {"torch", "transformers", "trl", "peft", "accelerate", "tokenizers", "safetensors"} < names
+    assert {"unsloth", "unsloth_zoo", "triton", "bitsandbytes"} < names
+    plain = set(library_versions(config(device="cpu", **{"training.quantization": "none"})))
+    assert not plain & {"unsloth", "unsloth_zoo", "triton", "bitsandbytes"}
+    ingredients = run_ingredients(config(), DATA, BASE)
+    assert ingredients["libraries"] == library_versions(config())
+    other = {**ingredients, "libraries": {**library_versions(config()), "torch": "0.0"}}
+    assert run_id(other) != run_id(ingredients)
+
+
+def test_a_library_that_is_not_there_is_absent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(identity, "_COMMON", ("tokenizers", "no-such-library-anywhere"))
+    versions = library_versions(config(device="cpu", **{"training.quantization": "none"}))
+    assert versions["no-such-library-anywhere"] == "absent"
+    assert versions["tokenizers"][0].isdigit()
+
+
+def test_the_order_of_keys_does_not_matter() -> None:
+    ingredients = run_ingredients(config(), DATA, BASE)
+
+    def reversed_keys(value: Any) -> Any:
+        return {key: reversed_keys(value[key]) for key in reversed(value)} if isinstance(value, dict) else value
+
+    assert list(reversed_keys(ingredients)) != list(ingredients)
+    assert run_id(reversed_keys(ingredients)) == run_id(ingredients)
+
+
+def test_it_survives_the_manifest() -> None:
+    ingredients = run_ingredients(config(), DATA, BASE)
+    assert run_id(json.loads(json.dumps(ingredients, indent=2))) == run_id(ingredients)
+
+
+def test_the_hash_is_pinned() -> None:
+    """Another serialisation would train every finished run again."""
+    assert run_id({"b": 1, "a": {"é": [1.5, None, True]}}) == "830732c3983333d4"
+    assert len(identify(config())) == 16
