@@ -354,7 +354,7 @@ def _read_environment(environment: Mapping[str, str]) -> tuple[dict[str, Any], l
         if not variable.startswith(ENVIRONMENT_PREFIX) or variable == CONFIG_FILE_VARIABLE:
             continue
         if variable not in known:
-            problems.append(f"{variable}: no such setting; {_nearest(variable, list(known))}")
+            problems.append(f"{variable}: no such setting; {_nearest(variable, list(known), ENVIRONMENT_PREFIX)}")
         elif text != "":
             values[known[variable]] = _list_or_text(known[variable], text)
     return _nest(values), problems
@@ -432,8 +432,10 @@ def _holds(values: Any, location: list[str]) -> bool:
     return True
 
 
-def _nearest(name: str, names: list[str]) -> str:
+def _nearest(name: str, names: list[str], shared: str = "") -> str:
+    """`shared`: what all names begin with, which would make any two look alike."""
     import difflib
 
-    close = difflib.get_close_matches(name, names, n=2, cutoff=0.6)
+    bare = [known.removeprefix(shared) for known in names]
+    close = [shared + found for found in difflib.get_close_matches(name.removeprefix(shared), bare, n=2, cutoff=0.6)]
     return f"did you mean {' or '.join(close)}?" if close else "see 'lora-trainer show-config' for all of them"

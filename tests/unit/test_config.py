@@ -101,7 +101,7 @@ def test_all_problems_at_once_each_with_its_place(tmp_path: Path) -> None:
     environment = {
         "LORA_TRAINER_TRAINING__SEED": "many",
         "LORA_TRAINER_MEMORY__MICRO_BATCH_TOKENS": "lots",
-        "LORA_TRAINER_TRAINING__EPOCS": "3",
+        "LORA_TRAINER_BLOODTYPE": "A",
         "LORA_TRAINER_XYZZY": "1",
     }
     said = problems({"training.learning_rate": "2", "output": "gs://bucket/x/"}, environment, file)
@@ -109,7 +109,7 @@ def test_all_problems_at_once_each_with_its_place(tmp_path: Path) -> None:
     assert sorted(said) == sorted(
         [
             "LORA_TRAINER_XYZZY: no such setting; see 'lora-trainer show-config' for all of them",
-            "LORA_TRAINER_TRAINING__EPOCS: no such setting; did you mean LORA_TRAINER_TRAINING__EPOCHS or LORA_TRAINER_TRAINING__SEED?",
+            "LORA_TRAINER_BLOODTYPE: no such setting; did you mean LORA_TRAINER_BLOOD_TYPE?",
             "blood_type: not given; pass --blood-type, or set LORA_TRAINER_BLOOD_TYPE, or 'blood_type:' in the configuration file",
             f"{file}: data: got datetime.date(2026, 1, 1); input should be a valid string",
             "command line: output: got 'gs://bucket/x/'; unknown scheme 'gs://'; expected s3://bucket/prefix/ or file:///folder/",
