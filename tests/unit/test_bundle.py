@@ -1,0 +1,392 @@
+"""The bundle on a local output: its manifest, its publication, its pointer."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from lora_trainer import bundle
+from lora_trainer.bases import Base
+from lora_trainer.config import settle
+from lora_trainer.errors import ConfigError, InvariantError, LoraTrainerError, StorageError
+from lora_trainer.formatter import prompt_template, reply_json
+from lora_trainer.personas import BloodType, Expression, persona_spec
+from lora_trainer.storage import Storage, open_storage
+from lora_trainer.training import StepLog, TrainingLog
+
+A = BloodType.A
+PREFIX = "adapters/A/0123456789abcdef/"
+METRICS = {
+    "training": {"records": 1234, "steps": 56},
+    "held_out": {"records": 7, "loss_base": 3.21987, "loss_adapter": 1.5},
+}
+
+
+@pytest.fixture
+def storage(tmp_path: Path) -> Storage:
+    return open_storage(f"file://{tmp_path}/outputs/")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A bundle as a backend and the pipeline leave it, with a folder and a Korean name in it."""
+    path = tmp_path / "bundle"
+    (path / "extra").mkdir(parents=True)
+    (path / "adapter_model.safetensors").write_bytes(bytes(range(256)) * 100)
+    (path / "adapter_config.json").write_text("{}")
+    (path / "tokenizer.json").write_text("{}")
+    (path / "tokenizer_config.json").write_text("{}")
+    (path / "extra" / "한글 이름.txt").write_text("가")
+    (path / "extra" / "manifest.json").write_text("not ours")
+    return path
+
+
+def facts(run_id: str = "0123456789abcdef", started_at: str = "2026-01-01T00:00:00+00:00") -> dict[str, Any]:
+    return {"run_id": run_id, "started_at": started_at, "finished_at": started_at}
+
+
+def test_the_manifest_has_every_file_and_the_facts(folder: Path) -> None:
+    (folder / "manifest.json").write_text("an older one")
+    manifest = bundle.write_manifest(folder, facts())
+    assert manifest == json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    files = {path for path in folder.rglob("*") if path.is_file() and path != folder / "manifest.json"}
+    assert manifest["files"] == {
+        path.relative_to(folder).as_posix(): {
+            "size_bytes": path.stat().st_size,
+            "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+        }
+        for path in files
+    }
+    assert len(files) == 6
+    assert {name: manifest[name] for name in facts()} == facts()
+    assert manifest["schema"] == 1
+
+
+def test_what_was_published_is_whole_and_may_be_published_again(folder: Path, storage: Storage) -> None:
+    written = bundle.write_manifest(folder, facts())
+    assert bundle.read_manifest(storage, PREFIX) is None
+    assert bundle.verify(storage, PREFIX) == [f"{storage.uri}{PREFIX}: no manifest, so no bundle"]
+    for _ in range(2):
+        bundle.publish(folder, storage, PREFIX)
+        assert bundle.read_manifest(storage, PREFIX) == written
+        assert bundle.verify(storage, PREFIX) == []
+        assert {item.key for item in storage.list("")} == {PREFIX + name for name in [*written["files"], "manifest.json"]}
+
+
+def test_verify_names_what_differs(folder: Path, storage: Storage) -> None:
+    bundle.write_manifest(folder, facts())
+    bundle.publish(folder, storage, PREFIX)
+    assert storage.local_folder is not None
+    published = storage.local_folder / PREFIX
+    data = bytearray((published / "adapter_model.safetensors").read_bytes())
+    data[12345] ^= 1
+    (published / "adapter_model.safetensors").write_bytes(data)
+    (published / "tokenizer.json").unlink()
+    with (published / "adapter_config.json").open("a") as file:
+        file.write(" ")
+    problems = bundle.verify(storage, PREFIX)
+    where = f"{storage.uri}{PREFIX}"
+    digest = hashlib.sha256(data).hexdigest()
+    assert sorted(problems) == [
+        f"{where}adapter_config.json: got 3 bytes, SHA-256 {hashlib.sha256(b'{} ').hexdigest()}; manifest says otherwise",
+        f"{where}adapter_model.safetensors: got 25600 bytes, SHA-256 {digest}; manifest says otherwise",
+        f"{where}tokenizer.json: not found; the manifest says 2 bytes",
+    ]
+
+
+def test_verify_does_not_follow_a_name_out_of_the_bundle(folder: Path, storage: Storage) -> None:
+    manifest = bundle.write_manifest(folder, facts())
+    bundle.publish(folder, storage, PREFIX)
+    manifest["files"]["../../../../etc/passwd"] = {"size_bytes": 1, "sha256": "0"}
+    storage.write_bytes(f"{PREFIX}manifest.json", json.dumps(manifest).encode())
+    (problem,) = bundle.verify(storage, PREFIX)
+    assert problem.startswith(f"{storage.uri}{PREFIX}manifest.json: unsafe key '../../../../etc/passwd'")
+
+
+@pytest.mark.parametrize("hindered", ["adapter_config.json", "adapter_model.safetensors", "tokenizer_config.json"])
+def test_a_publication_that_breaks_off_is_no_bundle(folder: Path, storage: Storage, hindered: str) -> None:
+    bundle.write_manifest(folder, facts())
+    # a folder where the file would go: the upload fails there
+    assert storage.local_folder is not None
+    in_the_way = storage.local_folder / PREFIX / hindered
+    (in_the_way / "x").mkdir(parents=True)
+    with pytest.raises(ConfigError, match=f"{hindered}: got a folder"):
+        bundle.publish(folder, storage, PREFIX)
+    assert bundle.read_manifest(storage, PREFIX) is None
+    (in_the_way / "x").rmdir()
+    in_the_way.rmdir()
+    bundle.publish(folder, storage, PREFIX)
+    assert bundle.verify(storage, PREFIX) == []
+
+
+def test_a_file_that_vanished_before_its_upload_is_no_bundle(folder: Path, storage: Storage) -> None:
+    bundle.write_manifest(folder, facts())
+    (folder / "tokenizer_config.json").unlink()
+    with pytest.raises(LoraTrainerError, match=r"tokenizer_config\.json"):
+        bundle.publish(folder, storage, PREFIX)
+    assert bundle.read_manifest(storage, PREFIX) is None
+
+
+@pytest.mark.parametrize("data", [b"", b"{", b"[]", b"{}", b'{"schema": 2, "files": {}}', b'{"schema": 1, "files": []}', b"\xff"])
+def test_a_manifest_that_is_none(storage: Storage, data: bytes) -> None:
+    storage.write_bytes(f"{PREFIX}manifest.json", data)
+    with pytest.raises(StorageError, match=r"manifest\.json: not a manifest of schema 1; .*move that prefix away and run again"):
+        bundle.read_manifest(storage, PREFIX)
+
+
+# -- latest.json ----------------------------------------------------------------------------------------
+
+
+def pointed_at(storage: Storage) -> dict[str, str]:
+    found = storage.read_bytes("adapters/A/latest.json")
+    assert found is not None
+    pointer: dict[str, str] = json.loads(found.data)
+    return pointer
+
+
+def test_the_first_run_is_the_latest(storage: Storage) -> None:
+    move = bundle.move_latest(storage, A, facts())
+    assert (move.moved, move.names_this_run) == (True, True)
+    assert pointed_at(storage) == {
+        "run_id": "0123456789abcdef",
+        "bundle": "adapters/A/0123456789abcdef/",
+        "started_at": "2026-01-01T00:00:00+00:00",
+    }
+    assert not storage.exists("adapters/AB/latest.json")
+
+
+@pytest.mark.parametrize(
+    ("started_at", "moved"),
+    [
+        ("2026-01-01T00:00:01+00:00", True),
+        ("2026-01-01T00:00:00+00:00", True),
+        ("2025-12-31T23:59:59+00:00", False),
+        # the same moment as 00:00:01 and 23:59:59, written in Seoul: times are compared, not their spelling
+        ("2026-01-01T09:00:01+09:00", True),
+        ("2026-01-01T08:59:59+09:00", False),
+    ],
+)
+def test_only_a_run_that_did_not_start_earlier_takes_over(storage: Storage, started_at: str, moved: bool) -> None:
+    bundle.move_latest(storage, A, facts("first"))
+    move = bundle.move_latest(storage, A, facts("second", started_at))
+    assert (move.moved, move.names_this_run) == (moved, moved)
+    assert pointed_at(storage)["run_id"] == ("second" if moved else "first")
+    if not moved:
+        assert move.reason == "it names run first, which started later"
+
+
+def test_the_same_run_again_writes_nothing(storage: Storage) -> None:
+    bundle.move_latest(storage, A, facts())
+    before = storage.read_bytes("adapters/A/latest.json")
+    move = bundle.move_latest(storage, A, facts(started_at="2027-01-01T00:00:00+00:00"))
+    assert (move.moved, move.names_this_run, move.reason) == (False, True, "it already names this run")
+    assert storage.read_bytes("adapters/A/latest.json") == before
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b'"x"',
+        b"{}",
+        b'{"run_id": "x"}',
+        b'{"run_id": "x", "started_at": 5}',
+        b'{"run_id": "x", "started_at": "yesterday"}',
+        b'{"run_id": "x", "started_at": "2026-01-01T00:00:00"}',
+        b'{"started_at": "2026-01-01T00:00:00+00:00"}',
+        b"\xff\xfe",
+    ],
+)
+def test_a_broken_pointer_is_said_and_left(storage: Storage, data: bytes) -> None:
+    storage.write_bytes("adapters/A/latest.json", data)
+    with pytest.raises(StorageError, match=r"adapters/A/latest\.json: not a pointer to a bundle; .*remove it or mend it"):
+        bundle.move_latest(storage, A, facts())
+    found = storage.read_bytes("adapters/A/latest.json")
+    assert found is not None
+    assert found.data == data
+
+
+def test_concurrent_movers_end_with_the_latest(tmp_path: Path) -> None:
+    # eight: each lost swap is another's won one, and eight attempts are made
+    movers = 8
+    for attempt in range(20):
+        uri = f"file://{tmp_path}/{attempt}/"
+        barrier = threading.Barrier(movers)
+
+        def move(number: int, uri: str = uri, barrier: threading.Barrier = barrier) -> bool:
+            barrier.wait()
+            manifest = facts(f"run-{number}", f"2026-01-01T00:00:0{number}+00:00")
+            return bundle.move_latest(open_storage(uri), A, manifest).moved
+
+        with ThreadPoolExecutor(movers) as pool:
+            moved = list(pool.map(move, range(movers)))
+        assert pointed_at(open_storage(uri))["run_id"] == f"run-{movers - 1}"
+        assert moved[-1]
+
+
+class Contended:
+    """A real storage, in which somebody else writes between every read and the write after it."""
+
+    def __init__(self, storage: Storage) -> None:
+        self._storage = storage
+        self.reads = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._storage, name)
+
+    def read_bytes(self, key: str) -> Any:
+        found = self._storage.read_bytes(key)
+        self.reads += 1
+        other = {"run_id": f"other-{self.reads}", "started_at": "2025-01-01T00:00:00+00:00"}
+        self._storage.write_bytes(key, json.dumps(other).encode())
+        return found
+
+
+def test_a_swap_that_is_always_lost_ends(storage: Storage) -> None:
+    contended: Any = Contended(storage)
+    with pytest.raises(StorageError, match=r"latest\.json: other writers changed it 8 times in a row; run the same command again"):
+        bundle.move_latest(contended, A, facts())
+    assert contended.reads == 8
+    assert pointed_at(storage)["run_id"] == "other-8"
+
+
+# -- the local link -------------------------------------------------------------------------------------
+
+
+def test_the_link_follows(storage: Storage) -> None:
+    assert storage.local_folder is not None
+    storage.write_bytes(f"{PREFIX}x", b"1")
+    storage.write_bytes("adapters/A/other/x", b"2")
+    link = bundle.link_newest(storage, A, "0123456789abcdef")
+    assert link == storage.local_folder / "adapter_A"
+    assert (link / "x").read_bytes() == b"1"
+    # relative: the output may be moved or mounted elsewhere
+    assert link.readlink() == Path("adapters/A/0123456789abcdef")
+    bundle.link_newest(storage, A, "other")
+    assert (link / "x").read_bytes() == b"2"
+    bundle.link_newest(storage, A, "gone")
+    assert link.is_symlink()
+    bundle.link_newest(storage, A, "other")
+    assert (link / "x").read_bytes() == b"2"
+    assert sorted(path.name for path in storage.local_folder.iterdir()) == ["adapter_A", "adapters"]
+
+
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_what_is_no_link_is_not_replaced(storage: Storage, kind: str) -> None:
+    assert storage.local_folder is not None
+    storage.write_bytes("adapter_A/precious" if kind == "folder" else "adapter_A", b"x")
+    with pytest.raises(StorageError, match="adapter_A: in the way: got a file or folder, expected nothing or a link; move it away"):
+        bundle.link_newest(storage, A, "0123456789abcdef")
+    assert len(list(storage.list(""))) == 1
+
+
+@pytest.mark.usefixtures("aws_environment")
+def test_an_object_store_has_no_links() -> None:
+    assert bundle.link_newest(open_storage("s3://bucket/out/"), A, "0123456789abcdef") is None
+
+
+# -- the documents --------------------------------------------------------------------------------------
+
+
+def accepts(schema: dict[str, Any], value: object) -> bool:
+    """JSON Schema as far as ours goes; a keyword that is not known here fails the test."""
+    assert set(schema) <= {
+        "$schema", "type", "properties", "required", "additionalProperties", "minLength", "maxLength", "enum",
+    }  # fmt: skip
+    if schema["type"] == "object":
+        assert schema["additionalProperties"] is False
+        properties = schema["properties"]
+        return (
+            isinstance(value, dict)
+            and set(schema["required"]) <= set(value) <= set(properties)
+            and all(accepts(properties[name], part) for name, part in value.items())
+        )
+    assert schema["type"] == "string"
+    return (
+        isinstance(value, str)
+        and value in schema.get("enum", [value])
+        and schema.get("minLength", 0) <= len(value) <= schema.get("maxLength", len(value))
+    )
+
+
+def test_the_schema_takes_replies_and_nothing_else() -> None:
+    schema: Any = json.loads(json.dumps(bundle.response_schema()))
+    for expression in Expression:
+        assert accepts(schema, json.loads(reply_json("오! 나 금방 도착해! 😊", expression)))
+    assert accepts(schema, {"text": "가" * 200, "emotion": "smile"})
+    for value in (
+        {"text": "", "emotion": "smile"},
+        {"text": "가" * 201, "emotion": "smile"},
+        {"text": "응", "emotion": "happy"},
+        {"text": "응", "emotion": "SMILE"},
+        {"text": "응"},
+        {"emotion": "smile"},
+        {"text": "응", "emotion": "smile", "more": 1},
+        {"text": 5, "emotion": "smile"},
+        ["응", "smile"],
+        "응",
+    ):
+        assert not accepts(schema, value), value
+
+
+def test_every_bundled_reply_is_one_that_the_schema_takes() -> None:
+    schema: Any = bundle.response_schema()
+    data = Path(__file__).resolve().parents[2] / "data"
+    lines = [line for file in sorted(data.glob("*.jsonl")) for line in file.read_text(encoding="utf-8").splitlines()]
+    assert len(lines) > 100
+    for line in lines:
+        output = json.loads(line)["output"]
+        assert accepts(schema, json.loads(output) if isinstance(output, str) else output)
+
+
+@pytest.mark.parametrize("revision", ["a09a35458c702b33eeacc393d103063234e8bc28", None])
+def test_the_documents(folder: Path, revision: str | None) -> None:
+    config = settle({"blood_type": "A", "lora.r": 8}, {})
+    base = Base("Qwen/Qwen2.5-7B-Instruct", revision, "identity", None)
+    log = TrainingLog([StepLog(1, 2.5, 1e-4, 0.7, 300, 100, 2, 1.5), StepLog(2, 2.0, 5e-5, 0.6, 310, 90, 1, 1.0)])
+    bundle.write_documents(folder, config, base, "0123456789abcdef", METRICS, log)
+    read = {
+        path.name: path.read_text(encoding="utf-8") for path in folder.iterdir() if path.is_file() and path.suffix != ".safetensors"
+    }
+    assert json.loads(read["prompt.json"]) == prompt_template()
+    assert "상황" in read["prompt.json"], "Korean as itself, for whoever reads it"
+    assert json.loads(read["response_schema.json"]) == bundle.response_schema()
+    assert json.loads(read["metrics.json"]) == METRICS
+    assert yaml.safe_load(read["persona.yaml"]) == persona_spec(A).model_dump(mode="json")
+    steps = [json.loads(line) for line in read["train_log.jsonl"].splitlines()]
+    assert [StepLog(**step) for step in steps] == log.steps
+    card = read["README.md"]
+    front = yaml.safe_load(card.split("---")[1])
+    assert (front["base_model"], front["library_name"]) == ("Qwen/Qwen2.5-7B-Instruct", "peft")
+    assert "1,234 records, 56 optimizer steps, rank 8" in card
+    assert "Held-out loss 3.220 (base) to 1.500 (adapter)" in card
+    assert persona_spec(A).instruction in card
+    pinned = f" --revision {revision}" if revision else ""
+    assert f"vllm serve Qwen/Qwen2.5-7B-Instruct{pinned} --enable-lora --max-lora-rank 8 \\\n  --lora-modules persona-A=" in card
+    assert (f'revision="{revision}"' in card) is (revision is not None)
+    assert "None" not in card
+
+
+def test_a_fresh_folder_is_empty(tmp_path: Path) -> None:
+    for _ in range(2):
+        made = bundle.fresh_folder(tmp_path / "a" / "bundle")
+        assert list(made.iterdir()) == []
+        (made / "left").mkdir()
+        (made / "left" / "over").touch()
+
+
+def test_what_a_backend_must_have_saved(folder: Path) -> None:
+    bundle.check_complete(folder)
+    (folder / "tokenizer.json").unlink()
+    (folder / "adapter_model.safetensors").unlink()
+    with pytest.raises(InvariantError, match=r"saved no adapter_model\.safetensors, tokenizer\.json: the bundle would not load"):
+        bundle.check_complete(folder)
