@@ -1,0 +1,156 @@
+"""Log lines, and the last word that Kubernetes shows."""
+
+from __future__ import annotations
+
+import json
+import logging
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import structlog
+
+from lora_trainer import logs
+
+
+@pytest.fixture(autouse=True)
+def untouched_logging() -> Iterator[None]:
+    """`configure` is for a process of its own: put back what pytest had."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    yield
+    logging.captureWarnings(capture=False)
+    root.handlers[:] = handlers
+    root.setLevel(level)
+    for name in ("lora_trainer", "entrypoint"):
+        logging.getLogger(name).setLevel(logging.NOTSET)
+    structlog.contextvars.clear_contextvars()
+    structlog.reset_defaults()
+
+
+Capture = pytest.CaptureFixture[str]
+
+
+def events(text: str) -> list[dict[str, object]]:
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def ours() -> structlog.stdlib.BoundLogger:
+    # as a module of ours gets it
+    logger: structlog.stdlib.BoundLogger = structlog.get_logger("lora_trainer.anything")
+    return logger
+
+
+def test_json_off_a_terminal_one_event_a_line(capsys: Capture) -> None:
+    logs.configure("info", "auto")
+    structlog.contextvars.bind_contextvars(run_id="0123", blood_type="A")
+    ours().info("training_step", loss=1.5, text="두 줄\n이야", path=Path("/x"))
+    printed = capsys.readouterr().err
+    (event,) = events(printed)
+    assert list(event)[:3] == ["timestamp", "level", "event"]
+    timestamp = str(event.pop("timestamp"))
+    assert timestamp.endswith("Z")
+    assert event == {
+        "level": "info",
+        "event": "training_step",
+        "loss": 1.5,
+        "text": "두 줄\n이야",
+        "path": "PosixPath('/x')",
+        "run_id": "0123",
+        "blood_type": "A",
+    }
+    assert "두 줄" in printed, "Korean as itself"
+
+
+def test_console_when_asked_for(capsys: Capture) -> None:
+    logs.configure("info", "console")
+    ours().warning("records_left_out", records=3)
+    line = capsys.readouterr().err
+    assert "records_left_out" in line
+    assert "records=3" in line
+    with pytest.raises(json.JSONDecodeError):
+        json.loads(line)
+
+
+@pytest.mark.parametrize(
+    ("level", "shown"),
+    [
+        ("debug", ["debug", "info", "warning", "error"]),
+        ("info", ["info", "warning", "error"]),
+        ("warning", ["warning", "error"]),
+        ("error", ["error"]),
+    ],
+)
+def test_levels(capsys: Capture, level: str, shown: list[str]) -> None:
+    logs.configure(level, "json")
+    for name in ("debug", "info", "warning", "error"):
+        getattr(ours(), name)(f"at_{name}")
+    assert [event["event"] for event in events(capsys.readouterr().err)] == [f"at_{name}" for name in shown]
+
+
+def test_libraries_speak_from_warning_up_and_in_our_format(capsys: Capture) -> None:
+    logs.configure("debug", "json")
+    library = logging.getLogger("transformers.trainer")
+    library.info("chatter that may quote data")
+    library.warning("careful with %s", "this")
+    warnings.warn("an old function", DeprecationWarning, stacklevel=1)
+    first, second = events(capsys.readouterr().err)
+    assert first.pop("timestamp")
+    assert first == {
+        "level": "warning",
+        "event": "library_message",
+        "library": "transformers.trainer",
+        "message": "careful with this",
+    }
+    assert second["library"] == "py.warnings"
+    assert "an old function" in str(second["message"])
+
+
+def test_a_second_set_up_replaces_the_first(capsys: Capture) -> None:
+    logs.configure("info", "json")
+    logs.configure("error", "json")
+    ours().warning("quiet_now")
+    ours().error("once")
+    assert [event["event"] for event in events(capsys.readouterr().err)] == ["once"]
+
+
+# -- the last word --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    file = tmp_path / "termination-log"
+    file.touch()
+    return file
+
+
+def test_the_last_word(path: Path) -> None:
+    summary: dict[str, object] = {"outcome": "DataError", "exit_code": 3, "problems": ["줄 3"]}
+    logs.last_word(summary, path)
+    assert json.loads(path.read_bytes()) == summary
+    assert "줄" in path.read_text(encoding="utf-8")
+
+
+def test_where_there_is_none_none_is_made(tmp_path: Path) -> None:
+    logs.last_word({"exit_code": 0}, tmp_path / "nowhere")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_too_many_problems_still_fit_and_still_are_json(path: Path) -> None:
+    logs.last_word({"exit_code": 3, "problems": [f"{number}: " + "가" * 30 for number in range(1000)]}, path)
+    text = path.read_bytes()
+    assert len(text) <= 4096
+    assert json.loads(text) == {"exit_code": 3, "problems": ["too many to show here: see the log"]}
+
+
+def test_a_name_that_is_no_utf_8_can_be_written(path: Path) -> None:
+    logs.last_word({"exit_code": 2, "problems": ["\udcff.yaml: no such file"]}, path)
+    assert json.loads(path.read_bytes())["problems"] == ["\udcff.yaml: no such file"]
+
+
+def test_losing_it_is_a_warning_and_no_failure(capsys: Capture, tmp_path: Path) -> None:
+    logs.configure("info", "json")
+    logs.last_word({"exit_code": 0}, tmp_path)
+    (event,) = events(capsys.readouterr().err)
+    assert (event["level"], event["event"], event["reason"]) == ("warning", "termination_log_not_written", "Is a directory")
