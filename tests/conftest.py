@@ -13,6 +13,9 @@ from typing import Any
 
 import pytest
 
+# before torch is imported: threads that spin while they wait bring two busy processes on two cores to a stop
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -60,6 +62,10 @@ class TransformersBackend:
         return environment
 
     def _import_torch(self) -> Any:
+        if self.config.device == "cpu":
+            # OpenMP's threads spin while they wait; beside another busy process on the same cores two runs
+            # of six steps took 65 s each, and 5 s when the threads sleep
+            os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         try:
             import torch
         except ImportError as error:
@@ -71,6 +77,9 @@ class TransformersBackend:
 
     def _import_stack(self) -> str:
         """Import everything that training needs; gives the attention implementation's name."""
+        if self.config.device == "cpu" and self.config.training.quantization == "none":
+            # peft imports it, and on a CPU it asks for a kernel package that nothing here would use
+            logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
         try:
             import lora_trainer.backends.trainer  # noqa: F401
         except ImportError as error:
@@ -80,8 +89,6 @@ class TransformersBackend:
 
     def _quiet_libraries(self) -> None:
         """Their log records go through ours, and their progress bars, which are not lines, nowhere."""
-        import logging
-
         from datasets.utils.logging import disable_progress_bar
         from transformers.utils import logging as transformers_logging
 
@@ -89,9 +96,6 @@ class TransformersBackend:
         transformers_logging.enable_propagation()
         transformers_logging.disable_progress_bar()
         disable_progress_bar()
-        if self.config.device == "cpu":
-            # it asks for a 4-bit kernel package on every import
-            logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
     def _require_one_gpu(self, torch: Any) -> dict[str, object]:
         if not torch.cuda.is_available():

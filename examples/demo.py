@@ -1,0 +1,172 @@
+"""`make demo`: the real job on the tiny base, against a real S3 server on loopback.
+
+    python examples/demo.py [A|B|O|AB]
+
+Everything it keeps is in .demo/ (`make clean` removes it): the S3 server's data, the job's scratch, the
+published adapter. Run again, it finds the run done.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
+
+from dev_s3 import DevS3Error, serve  # noqa: E402
+from rich.console import Console  # noqa: E402
+from rich.table import Table  # noqa: E402
+
+from lora_trainer import bundle  # noqa: E402
+from lora_trainer.formatter import prompt_messages  # noqa: E402
+from lora_trainer.personas import BloodType, persona_spec  # noqa: E402
+from lora_trainer.storage import open_storage  # noqa: E402
+
+SCRATCH = ROOT / ".demo"
+BUCKET = "persona-demo"
+DATA_URI = f"s3://{BUCKET}/data/"
+OUTPUT_URI = f"s3://{BUCKET}/lora/"
+NEW_TOKENS = 96
+
+# (what was said before, feeling, intensity, what the user says): none of it is in data/
+PROMPTS = (
+    ("", "happy", 0.9, "나 오늘 첫 월급 받았어!"),
+    ("친구가 밤늦게까지 과제를 하고 있어.", "worried", 0.5, "졸린데 과제가 안 끝나ㅠㅠ"),
+    ("", "neutral", 0.2, "저녁 뭐 먹을까?"),
+    ("내일 같이 바다에 가기로 했어.", "excited", 1.0, "내일 날씨 맑대!"),
+)
+
+console = Console()
+
+
+def main() -> int:
+    """Run the demo; gives the job's exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("blood_type", nargs="?", default="AB", type=str.upper, choices=[str(kind) for kind in BloodType])
+    blood_type = BloodType(parser.parse_args().blood_type)
+    spec = persona_spec(blood_type)
+    try:
+        with serve(SCRATCH / "s3") as server:
+            # this process and the job's: ordinary AWS variables, nothing of our own
+            os.environ.update(server.environment)
+            server.make_bucket(BUCKET)
+            heading(f"1. Data: data/ -> {DATA_URI} (a local S3 server, {server.endpoint_url})")
+            data = open_storage(DATA_URI)
+            for path in sorted((ROOT / "data").glob("*.jsonl")):
+                data.upload(path, path.name)
+                console.print(f"   {path.name}  {sum(1 for _ in path.open(encoding='utf-8'))} records")
+            heading(f"2. Job: persona {blood_type} ({spec.name}) on the tiny base")
+            code, uri, seconds = run_job(blood_type)
+            if code:
+                console.print(f"[red]The job ended with exit code {code}; its own words are above.[/red]")
+                return code
+            heading(f"3. Published, after {seconds:.0f} s: {uri}")
+            show_bundle(blood_type, uri)
+            heading("4. The same prompts, the base and the adapter")
+            show_replies(blood_type, spec.instruction, uri)
+    except DevS3Error as error:
+        console.print(f"[red]{error}[/red]")
+        return 1
+    heading("Now try")
+    console.print("   make demo                      again: the run is already done")
+    console.print("   .venv/bin/python examples/demo.py A      another persona (A, B, O, AB)")
+    console.print("   .venv/bin/lora-trainer run --help        your own data, bucket and GPU")
+    return 0
+
+
+def heading(text: str) -> None:
+    """A line that stands out."""
+    console.print(f"\n[bold]{text}[/bold]", highlight=False)
+
+
+def run_job(blood_type: BloodType) -> tuple[int, str, float]:
+    """`lora-trainer run` in a process of its own; gives its exit code, the bundle's URI and its seconds."""
+    command = [
+        sys.executable, "-m", "entrypoint", "run",
+        "--config", str(ROOT / "examples" / "demo.yaml"),
+        "--blood-type", str(blood_type),
+        "--data", DATA_URI,
+        "--output", OUTPUT_URI,
+        "--work-dir", str(SCRATCH / "work"),
+        "--log-format", "console",
+    ]  # fmt: skip
+    started_s = time.monotonic()
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False)  # noqa: S603
+    return done.returncode, done.stdout.strip(), time.monotonic() - started_s
+
+
+def show_bundle(blood_type: BloodType, uri: str) -> None:
+    """List what was published, checked against its manifest."""
+    output = open_storage(OUTPUT_URI)
+    prefix = uri.removeprefix(OUTPUT_URI)
+    for item in output.list(prefix):
+        console.print(f"   {item.key.removeprefix(prefix):28} {item.size_bytes:>10,} bytes", highlight=False)
+    problems = bundle.verify(output, prefix)
+    for problem in problems:
+        console.print(f"[red]   {problem}[/red]")
+    if not problems:
+        console.print("   every file matches the manifest's SHA-256")
+    pointer = output.read_bytes(bundle.latest_key(blood_type))
+    if pointer:
+        console.print(f"   latest.json names run {json.loads(pointer.data)['run_id']}", highlight=False)
+    found = output.read_bytes(prefix + "metrics.json")
+    if found:
+        metrics = json.loads(found.data)
+        held_out, training = metrics["held_out"], metrics["training"]
+        console.print(
+            f"   held-out loss {held_out['loss_base']:.2f} (base) -> {held_out['loss_adapter']:.2f} (adapter), "
+            f"{training['steps']} steps, {training['tokens_per_s']:,.0f} tokens/s",
+            highlight=False,
+        )
+
+
+def show_replies(blood_type: BloodType, instruction: str, uri: str) -> None:
+    """Greedy replies of base and adapter, loaded from S3 with plain PEFT."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the job: other processes may be busy on these cores
+    # peft imports bitsandbytes, which asks for a kernel package that nothing here would use
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    folder = SCRATCH / "adapter" / blood_type
+    output = open_storage(OUTPUT_URI)
+    prefix = uri.removeprefix(OUTPUT_URI)
+    for item in output.list(prefix):
+        output.download(item.key, folder / item.key.removeprefix(prefix))
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+    base = AutoModelForCausalLM.from_pretrained(ROOT / "examples" / "tiny-base", dtype=torch.float32)
+    model = PeftModel.from_pretrained(base, str(folder)).eval()
+
+    def reply(prompt: str) -> str:
+        inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
+        with torch.no_grad():
+            tokens = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
+        return str(tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+
+    table = Table(show_lines=True)
+    for column in ("prompt", "base", f"adapter {blood_type}"):
+        table.add_column(column, overflow="fold", ratio=1)
+    for summary, feeling, intensity, said in PROMPTS:
+        prompt = tokenizer.apply_chat_template(
+            prompt_messages(instruction, summary, feeling, intensity, said), tokenize=False, add_generation_prompt=True
+        )
+        with model.disable_adapter():
+            before = reply(prompt)
+        table.add_row(f"{said}\n({feeling} {intensity})", before, reply(prompt))
+    console.print(table)
+    console.print("   A model of 2.4 million parameters: the manner changes, the wit waits for the 7B.")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
