@@ -1,0 +1,279 @@
+"""What the documents say of the code, held against the code."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final
+from urllib.parse import unquote
+
+import click
+import pytest
+from conftest import REPOSITORY, load_tool
+
+from entrypoint.cli import cli
+from lora_trainer.config import ALL_LINEAR, MemoryConfig, TrainingConfig, config_table
+from lora_trainer.errors import ExitCode, HardwareError
+from lora_trainer.identity import run_ingredients
+from lora_trainer.personas import Expression, Feeling
+from lora_trainer.planning import GIB, MemoryPlan, ModelShape, plan_memory
+from lora_trainer.records import Line, parse_record
+from lora_trainer.tokenization import record_messages
+
+tool: Any = load_tool("config_table")
+
+READMES: Final = ("README.md", "README.ko.md")
+WITH_EXIT_CODES: Final = (*READMES, "SDS.md")
+# every document of the project, and none of a folder that git ignores
+DOCUMENTS: Final = sorted(
+    str(path.relative_to(REPOSITORY))
+    for pattern in ("*.md", "data/*.md", "locks/*.md", "docs/**/*.md", "examples/*/*.md", "benchmarks/**/*.md")
+    for path in REPOSITORY.glob(pattern)
+)
+QWEN_7B: Final = ModelShape(
+    layers=28, hidden=3584, intermediate=18944, attention_heads=28, key_value_heads=4, vocabulary=152064, tied_embeddings=False
+)
+
+
+def document(name: str) -> str:
+    path: Path = REPOSITORY / name
+    return path.read_text(encoding="utf-8")
+
+
+def marked(name: str, marker: str) -> str:
+    """What stands between `<!-- marker:begin -->` and `<!-- marker:end -->`."""
+    (found,) = re.findall(f"<!-- {marker}:begin -->\n(.*?)<!-- {marker}:end -->", document(name), re.DOTALL)
+    return str(found)
+
+
+def rows(name: str, marker: str) -> list[list[str]]:
+    """The cells of a marked table without its head; a cell that is one piece of code, without its backticks."""
+    lines = marked(name, marker).strip().splitlines()
+    assert set(lines[1]) <= set("|- "), f"{name}: {marker} is not a table"
+    cells = ([cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines[2:])
+    return [[re.sub("^`([^`]*)`$", r"\1", cell) for cell in row] for row in cells]
+
+
+def sources() -> Iterator[ast.Module]:
+    for package in ("entrypoint", "lora_trainer"):
+        for path in (REPOSITORY / package).rglob("*.py"):
+            yield ast.parse(path.read_text(encoding="utf-8"))
+
+
+def calls() -> Iterator[ast.Call]:
+    for module in sources():
+        yield from (node for node in ast.walk(module) if isinstance(node, ast.Call))
+
+
+def words(node: ast.AST) -> set[str]:
+    """The snake_case string constants in `node`."""
+    constants = (part.value for part in ast.walk(node) if isinstance(part, ast.Constant))
+    return {value for value in constants if isinstance(value, str) and re.fullmatch(r"[a-z][a-z0-9_]*", value)}
+
+
+# --- configuration ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", READMES)
+def test_configuration_table_is_the_generated_one(name: str) -> None:
+    text = document(name)
+    assert tool.with_table(text, name) == text, "run: python tools/config_table.py --write"
+
+
+def test_the_table_tool_refuses_a_file_without_its_markers() -> None:
+    with pytest.raises(ValueError, match=r"other\.md: expected one"):
+        tool.with_table("no markers here", "other.md")
+
+
+def test_defaults_in_the_specification_are_the_codes() -> None:
+    described = {setting: default for setting, default, _ in rows("SDS.md", "parameters")}
+    decide_the_weights = {
+        setting: default
+        for setting, default, _, _ in config_table()
+        if setting.startswith(("lora.", "training.")) or setting in ("base.model", "base.revision")
+    }
+    assert described == decide_the_weights
+
+
+def test_all_seven_are_named() -> None:
+    (why,) = (why for setting, _, why in rows("SDS.md", "parameters") if setting == "lora.target_modules")
+    assert why.startswith(", ".join(module.removesuffix("_proj") for module in ALL_LINEAR))
+
+
+def test_ingredients_of_the_run_id() -> None:
+    (body,) = ast.parse(inspect.getsource(run_ingredients)).body
+    returned = next(node.value for node in ast.walk(body) if isinstance(node, ast.Return))
+    assert isinstance(returned, ast.Dict)
+    in_code = {key.value for key in returned.keys if isinstance(key, ast.Constant)}
+    described = {name for cells in rows("SDS.md", "ingredients") for name in re.findall(r"\w+", cells[0])}
+    assert described == in_code
+
+
+def test_memory_rule() -> None:
+    for recomputation, tokens, estimate_gib, free_gib in rows("SDS.md", "memory"):
+        memory = MemoryConfig(gradient_checkpointing="off" if recomputation == "no" else "unsloth", micro_batch_tokens=int(tokens))
+
+        def plan(gib: float, memory: MemoryConfig = memory) -> MemoryPlan:
+            return plan_memory(memory, TrainingConfig(), QWEN_7B, int(gib * GIB), 200, "unsloth")
+
+        assert plan(80).estimated_peak_gib == float(estimate_gib)
+        automatic = plan(float(free_gib) + 0.05, MemoryConfig())
+        assert (automatic.gradient_checkpointing, automatic.micro_batch_tokens) == (memory.gradient_checkpointing, int(tokens))
+        try:
+            less = plan(float(free_gib) - 0.1, MemoryConfig())
+        except HardwareError:
+            assert tokens == "1024"
+        else:
+            assert (less.gradient_checkpointing, less.micro_batch_tokens) != (memory.gradient_checkpointing, int(tokens))
+    assert len(rows("SDS.md", "memory")) == 6
+
+
+# --- exit codes, problems, vocabularies, events ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", WITH_EXIT_CODES)
+def test_exit_codes(name: str) -> None:
+    described = {int(code): title for code, title, *_ in rows(name, "exit-codes")}
+    assert described == {int(code): code.name.lower() for code in ExitCode}
+
+
+@pytest.mark.parametrize(
+    ("name", "may", "must_not"),
+    [("README.md", "may help", "no"), ("README.ko.md", "해 볼 만함", "소용없음"), ("SDS.md", "may help", "no")],
+)
+def test_exit_codes_say_what_help_says_of_a_retry(name: str, may: str, must_not: str) -> None:
+    said = dict(
+        re.findall(r"^ {2,}(\d+) .*?(may be retried|must not be retried)?$", inspect.cleandoc(cli.help or ""), re.MULTILINE)
+    )
+    expected = {"may be retried": may, "must not be retried": must_not, "": ""}
+    assert {code: cells[-1] for code, *cells in rows(name, "exit-codes")} == {code: expected[retry] for code, retry in said.items()}
+
+
+@pytest.mark.parametrize(("marker", "vocabulary"), [("feelings", Feeling), ("expressions", Expression)])
+def test_vocabularies(marker: str, vocabulary: type[Feeling | Expression]) -> None:
+    described = rows("SDS.md", marker)
+    assert [value for value, _ in described] == [str(value) for value in vocabulary]
+    assert all(re.search("[가-힣]", gloss) for _, gloss in described)
+
+
+def test_problem_codes() -> None:
+    in_code: dict[str, set[str]] = {"error": set(), "warning": set()}
+    for call in calls():
+        name = call.func.id if isinstance(call.func, ast.Name) else ""
+        if name in ("_RecordError", "kind"):
+            in_code["error"] |= words(call.args[0])
+        elif name == "_warning":
+            in_code["warning"] |= words(call.args[1])
+        elif name == "Problem" and "WARNING" in ast.dump(call.args[2]):
+            in_code["warning"] |= words(call.args[3])
+    described = {severity: {code for code, found, _ in rows("SDS.md", "problems") if found == severity} for severity in in_code}
+    assert described == in_code
+    assert min(map(len, in_code.values())) > 5
+
+
+def test_log_events() -> None:
+    in_code = {"library_message"}
+    for call in calls():
+        is_log = isinstance(call.func, ast.IfExp) or (
+            isinstance(call.func, ast.Attribute) and call.func.attr in ("debug", "info", "warning", "error")
+        )
+        if is_log and call.args and isinstance(call.args[0], ast.Constant):
+            in_code |= words(call.args[0])
+    assert {cells[0] for cells in rows("SDS.md", "events")} == in_code
+    assert len(in_code) > 10
+
+
+def test_fields_of_log_events() -> None:
+    described = dict(re.findall(r"^\| `(\w+)` \| (.*) \|$", marked("SDS.md", "events"), re.MULTILINE))
+    for call in calls():
+        if isinstance(call.func, ast.Attribute) and call.args and isinstance(call.args[0], ast.Constant):
+            event = call.args[0].value
+            if event in described and call.func.attr in ("debug", "info", "warning", "error"):
+                fields = {keyword.arg for keyword in call.keywords if keyword.arg}
+                assert fields <= set(re.findall(r"`(\w+)`", described[event])), event
+
+
+def test_sample_prompt() -> None:
+    line: Line = parse_record(re.findall(r"```json\n(\{\"instruction.*?)\n```", document("SDS.md"))[0])
+    assert line.record is not None, line.problems
+    system, user = record_messages(line.record)
+    prompt = marked("SDS.md", "prompt")
+    assert f"<|im_start|>system\n{system['content']}<|im_end|>\n<|im_start|>user\n{user['content']}<|im_end|>\n" in prompt
+
+
+@pytest.mark.parametrize("name", READMES)
+def test_sample_record_is_one(name: str) -> None:
+    (sample,) = re.findall(r"```json\n(\{\"instruction.*?)\n```", document(name))
+    assert parse_record(sample).record is not None
+
+
+# --- commands, messages, targets, links ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", READMES)
+def test_every_command_and_option_is_mentioned(name: str) -> None:
+    lines = [line for line in document(name).splitlines() if line.startswith("| `lora-trainer ")]
+    by_command = {line.split("`")[1].split()[1]: line for line in lines}
+    assert set(by_command) == set(cli.commands)
+    run_options = option_names(cli.commands["run"])
+    for command_name, command in cli.commands.items():
+        mentioned = set(re.findall(r"`(--[a-z_-]+)`", by_command[command_name]))
+        # "those of run, and ..."
+        inherited = run_options if command_name == "show-config" else set()
+        assert mentioned | inherited == option_names(command), command_name
+
+
+def option_names(command: click.Command) -> set[str]:
+    return {option for parameter in command.params if isinstance(parameter, click.Option) for option in parameter.opts}
+
+
+@pytest.mark.parametrize("name", READMES)
+def test_troubleshooting_quotes_real_messages(name: str) -> None:
+    literals = [
+        str(part.value)
+        for module in sources()
+        for part in ast.walk(module)
+        if isinstance(part, ast.Constant) and isinstance(part.value, str)
+    ]
+    for quoted, code, _ in rows(name, "troubleshooting"):
+        assert any(quoted in literal for literal in literals), quoted
+        assert code == "–" or int(code) in set(ExitCode)
+    assert [cells[:2] for cells in rows(name, "troubleshooting")] == [cells[:2] for cells in rows("README.md", "troubleshooting")]
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_make_targets_exist(name: str) -> None:
+    targets = set(re.findall(r"^([a-z0-9-]+):", (REPOSITORY / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    in_code = re.findall(r"^make ((?:[a-z-]+ ?)+)|`make ([a-z][a-z -]*)", document(name), re.MULTILINE)
+    used = {target for found in in_code for text in found for target in text.split()}
+    # named by the design for a later part
+    assert used - targets - ({"train-local"} if name == "ROADMAP.md" else set()) == set()
+
+
+def anchors(text: str) -> set[str]:
+    """The ids that GitHub gives to headings."""
+    headings = re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", text, flags=re.DOTALL), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_relative_links_resolve(name: str) -> None:
+    text = re.sub(r"```.*?```", "", document(name), flags=re.DOTALL)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if re.match(r"[a-z]+:", target):
+            continue
+        path, _, anchor = unquote(target).partition("#")
+        found: Path = (REPOSITORY / name).parent / path if path else REPOSITORY / name
+        assert found.exists(), f"{name}: {target}"
+        assert REPOSITORY in (found.resolve(), *found.resolve().parents), f"{name}: {target} leaves the project"
+        if anchor:
+            assert anchor in anchors(found.read_text(encoding="utf-8")), f"{name}: {target}"
+
+
+def test_the_documents_are_there() -> None:
+    expected = {"README.md", "README.ko.md", "SDS.md", "ROADMAP.md", "CHANGELOG.md", "CONTRIBUTING.md", "data/README.md"}
+    assert expected <= set(DOCUMENTS)
+    assert "Apache License" in document("LICENSE")
