@@ -58,6 +58,10 @@ def test_a_file_more_or_under_another_name_counts(folder: Path) -> None:
     (folder / "added_tokens.json").write_bytes(b"{}")
     assert identify(folder) != before
     (folder / "added_tokens.json").unlink()
+    (folder / "generation_config.json").rename(folder / "generation_config_2.json")
+    assert identify(folder) != before
+    (folder / "generation_config_2.json").rename(folder / "generation_config.json")
+    assert identify(folder) == before
     one, two, spare = folder / "model-00001-of-00002.safetensors", folder / "model-00002-of-00002.safetensors", folder / "spare"
     one.rename(spare)
     two.rename(one)

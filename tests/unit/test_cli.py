@@ -505,8 +505,8 @@ def test_an_interruption_before_training_is_143(tmp_path: Path, number: signal.S
 
 SLOW_IMPORT = """
 import time
-print("importing", flush=True)
 try:
+    print("importing", flush=True)
     time.sleep(60)
 except BaseException:
     if STUBBORN:

@@ -97,6 +97,11 @@ def test_an_explicit_backend_is_the_run_that_auto_would_be() -> None:
     assert identify(config(backend="unsloth")) == identify(config(backend="auto"))
 
 
+def test_the_device_counts_by_itself() -> None:
+    on_cpu, on_gpu = (config(backend="transformers", device=device) for device in ("cpu", "cuda"))
+    assert identify(on_cpu) != identify(on_gpu)
+
+
 def test_the_versions_of_what_computes_are_part_of_it() -> None:
     names = set(library_versions(config()))
     assert {"torch", "transformers", "trl", "peft", "accelerate", "tokenizers", "safetensors"} < names
