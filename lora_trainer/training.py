@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 from lora_trainer.records import TrainingRecord
 
@@ -45,6 +46,27 @@ class TrainingLog:
     def tokens_per_s(self) -> float:
         """Real tokens a second, from the first step to the last, compilation and warm-up included."""
         return self.tokens / self.train_s if self.train_s else 0.0
+
+
+Schedule = Literal["cosine", "linear", "constant"]
+
+
+def learning_rate_factor(step: int, steps: int, warmup_steps: int, schedule: Schedule) -> float:
+    """Share of the peak learning rate at optimizer step `step` of `steps`, counted from 0; never 0 within the run.
+
+    Rises linearly over `warmup_steps`, reaches 1 on the step after them, and from there falls by a half
+    cosine (Loshchilov & Hutter, arXiv 1608.03983) or a line that would reach 0 one step after the last.
+    """
+    if step < warmup_steps:
+        return (step + 1) / (warmup_steps + 1)
+    progress = min(1.0, (step - warmup_steps) / max(1, steps - warmup_steps))
+    match schedule:
+        case "cosine":
+            return 0.5 * (1 + math.cos(math.pi * progress))
+        case "linear":
+            return 1 - progress
+        case "constant":
+            return 1.0
 
 
 OnStep = Callable[[StepLog, int], None]

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from trl import SFTConfig, SFTTrainer
@@ -28,7 +29,7 @@ from lora_trainer.config import TrainingConfig
 from lora_trainer.errors import DivergedError, InvariantError
 from lora_trainer.packing import pack
 from lora_trainer.tokenization import IGNORED_LABEL, TokenSequence
-from lora_trainer.training import OnStep, StepLog, TrainingLog
+from lora_trainer.training import OnStep, Schedule, StepLog, TrainingLog, learning_rate_factor
 
 Row = dict[str, torch.Tensor]
 """`input_ids`, `position_ids`, `labels`: [1, T]; `packed_seq_lengths`: [documents], int32."""
@@ -70,9 +71,10 @@ def make_step(sequences: Sequence[TokenSequence], row_tokens: int) -> Step:
 class StepTrainer(SFTTrainer):
     """`SFTTrainer` whose batch is one optimizer step (`Step`)."""
 
-    def __init__(self, *, on_step: OnStep, model_takes_lengths: bool, model_loss: bool, **kwargs: Any) -> None:
+    def __init__(self, *, on_step: OnStep, schedule: Schedule, model_takes_lengths: bool, model_loss: bool, **kwargs: Any) -> None:
         """`model_takes_lengths`: the forward takes `packed_seq_lengths`. `model_loss`: take the model's own loss
         and not TRL's fused head, which needs Triton: on the CPU, and where Unsloth's forward has a fused loss of its own."""
+        self.recipe_schedule = schedule
         super().__init__(**kwargs)
         self.model_takes_lengths = model_takes_lengths
         self.model_loss = model_loss
@@ -125,6 +127,26 @@ class StepTrainer(SFTTrainer):
         with torch.no_grad(), self.compute_loss_context_manager():
             losses = [self.row_loss(self.model, row, divisor) for row in step.rows]
         return float(torch.stack(losses).sum())
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LambdaLR:
+        """The recipe's schedule. Unlike transformers' own, no step has a learning rate of zero: theirs wastes the first
+        one on it whenever there is a warm-up, and runs of a few dozen steps are common here."""
+        self.lr_scheduler = LambdaLR(
+            optimizer or self.optimizer,
+            lambda step: learning_rate_factor(step, num_training_steps, self.args.warmup_steps, self.recipe_schedule),
+        )
+        self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    @property
+    def could_pack(self) -> bool:
+        """Whether some step has two records that fit one row together."""
+        collator: StepCollator = self.data_collator
+        for step in self.train_dataset["records"]:
+            lengths = sorted(len(collator.sequences[index]) for index in step)
+            if len(lengths) > 1 and lengths[0] + lengths[1] <= collator.row_tokens:
+                return True
+        return False
 
     def floating_point_ops(self, inputs: Step) -> int:
         """The parent counts by a key that a step does not have; nothing here uses the count."""
@@ -250,14 +272,12 @@ def build_trainer(
     model_loss: bool,
 ) -> StepTrainer:
     """A trainer for `steps` (record indices each). Every default that differs between TRL, Unsloth and us is set here."""
-    schedule = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}[recipe.schedule]
     arguments = SFTConfig(
         output_dir=str(output_dir),
         max_steps=len(steps),
         per_device_train_batch_size=1,
         gradient_accumulation_steps=1,
         learning_rate=recipe.learning_rate,
-        lr_scheduler_type=schedule,
         warmup_steps=round(recipe.warmup_fraction * len(steps)),
         weight_decay=recipe.weight_decay,
         max_grad_norm=recipe.max_grad_norm,
@@ -293,6 +313,7 @@ def build_trainer(
     )
     return StepTrainer(
         on_step=on_step,
+        schedule=recipe.schedule,
         model_takes_lengths=model_takes_lengths,
         model_loss=model_loss,
         model=model,

@@ -69,11 +69,14 @@ class TransformersBackend:
         try:
             import torch
         except ImportError as error:
-            extra = "gpu" if self.config.device == "cuda" else "cpu"
             raise ConfigError(
-                f"the training stack is not installed ({error.name or 'torch'} is missing): pip install 'lora-trainer[{extra}]'"
+                f"the training stack is not installed ({error.name or 'torch'} is missing): {self._install_command()}"
             ) from None
         return torch
+
+    def _install_command(self) -> str:
+        cpu_only = self.config.device == "cpu" and self.name == "transformers"
+        return "pip install 'lora-trainer[cpu]'" if cpu_only else "pip install 'lora-trainer[cpu,gpu]'"
 
     def _import_stack(self) -> str:
         """Import everything that training needs; gives the attention implementation's name."""
@@ -83,7 +86,7 @@ class TransformersBackend:
         try:
             import lora_trainer.backends.trainer  # noqa: F401
         except ImportError as error:
-            raise ConfigError(f"the training stack is not complete ({error}): pip install 'lora-trainer[cpu]' or '[gpu]'") from None
+            raise ConfigError(f"the training stack is not complete ({error}): {self._install_command()}") from None
         self._quiet_libraries()
         return "sdpa"
 
@@ -267,10 +270,12 @@ class TransformersBackend:
             )
         adapter_after = self._fingerprint(trainable=True)
         still = [name for name, value in adapter_after.items() if adapter_before[name] == value]
-        # A is random and B zero at the start: B moves with the first step, A from the second on
+        # A is random and B zero at the start: B moves with the first step, A from the second on, once B is not zero
         stuck = [name for name in still if "lora_B" in name or len(trainer.training_log.steps) > 1]
         if stuck or not adapter_after:
             raise InvariantError(f"{len(stuck)} of {len(adapter_after)} adapter weights did not change in training ({stuck[:1]})")
+        if trainer.training_log.packed_rows == 0 and trainer.could_pack:
+            raise InvariantError("no row held more than one record though several fit: packing is off")
         return trainer.training_log
 
     def mean_loss(self, sequences: Sequence[TokenSequence]) -> float:
@@ -405,7 +410,8 @@ class TransformersBackend:
         except torch.OutOfMemoryError as error:
             raise HardwareError(
                 f"GPU memory ran out at {self._row_tokens} tokens a micro-batch, peak {self.peak_memory_gib():.1f} GiB: "
-                "lower memory.micro_batch_tokens or set memory.gradient_checkpointing to 'unsloth'"
+                "lower memory.micro_batch_tokens, or set memory.gradient_checkpointing to "
+                f"'{'unsloth' if self.name == 'unsloth' else 'on'}'"
             ) from error
 
 
