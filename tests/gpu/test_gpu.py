@@ -1,0 +1,189 @@
+"""What only a CUDA GPU can show: Unsloth's own forward, its kernels, NF4, varlen attention. `make test-gpu`.
+
+Everything runs on the tiny base or on a small random model of Qwen2's shape; the 7B is `benchmarks/train_speed.py`'s.
+Each run is a process of its own: Unsloth patches its libraries for good, and the reference must not see that.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.gpu
+torch = pytest.importorskip("torch", reason="torch is not installed: pip install '.[cpu,gpu]'")
+if not torch.cuda.is_available():
+    pytest.skip("no CUDA GPU that torch can use", allow_module_level=True)
+for needed in ("unsloth", "bitsandbytes", "trl", "peft"):
+    if importlib.util.find_spec(needed) is None:
+        pytest.skip(f"{needed} is not installed: pip install '.[cpu,gpu]'", allow_module_level=True)
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+TINY_BASE = REPOSITORY / "examples" / "tiny-base"
+
+
+def python(code: str, *arguments: str, timeout_s: int = 300, **environment: str) -> str:
+    """Run `code` in a fresh interpreter; gives what it prints."""
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        env={**os.environ, "PYTHONPATH": f"{REPOSITORY}:{os.environ.get('PYTHONPATH', '')}", **environment},
+        capture_output=True, text=True, timeout=timeout_s, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def small_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Qwen2 with the real head size (128) and grouped queries (4 to 1), and the tiny base's tokenizer."""
+    import shutil
+
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    folder = tmp_path_factory.mktemp("small-base")
+    torch.manual_seed(0)
+    tiny = json.loads((TINY_BASE / "config.json").read_text())
+    config = Qwen2Config(
+        vocab_size=tiny["vocab_size"], hidden_size=1024, intermediate_size=2816, num_hidden_layers=4, num_attention_heads=8,
+        num_key_value_heads=2, max_position_embeddings=4096, rope_theta=1e6, tie_word_embeddings=False,
+        eos_token_id=tiny["eos_token_id"],
+    )  # fmt: skip
+    Qwen2ForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(TINY_BASE / name, folder)
+    return folder
+
+
+def run_job(base: Path, output: Path, *arguments: str) -> dict[str, dict[str, Any]]:
+    """`lora-trainer run` on the GPU; gives its log by event name."""
+    done = subprocess.run(
+        [
+            sys.executable, "-m", "entrypoint", "run", "--blood-type", "A", "--device", "cuda",
+            "--data", str(REPOSITORY / "data"), "--output", str(output), "--work-dir", str(output.parent / "work"),
+            "--base-model", str(base), "--set", "base.canonical_id=test/base", "--sequences-per-step", "24",
+            "--epochs", "4", "--learning-rate", "1e-3", *arguments,
+        ],
+        cwd=REPOSITORY, capture_output=True, text=True, timeout=400, check=False,
+    )  # fmt: skip
+    lines = [json.loads(line) for line in done.stderr.splitlines()]
+    assert done.returncode == 0, lines[-1]
+    return {line["event"]: line for line in lines}
+
+
+RELOAD = """
+import json, sys, torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+folder, base = sys.argv[1:]
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16, device_map={"": 0})
+ids = tokenizer("나 지금 도착했는데 어디야?", return_tensors="pt").input_ids.cuda()
+with torch.no_grad():
+    before = model(input_ids=ids).logits.float()
+    after = PeftModel.from_pretrained(model, folder)(input_ids=ids).logits.float()
+assert not any(name.split(".")[0] in ("unsloth", "lora_trainer") for name in sys.modules)
+print(float((before - after).abs().max()))
+"""
+
+
+@pytest.mark.parametrize("checkpointing", ["off", "unsloth"])
+def test_the_whole_job_with_unsloth(small_base: Path, tmp_path: Path, checkpointing: str) -> None:
+    log = run_job(small_base, tmp_path / "out", "--set", f"memory.gradient_checkpointing={checkpointing}")
+
+    assert log["backend_started"]["backend"] == "unsloth"
+    assert log["backend_started"]["attention"] != "record by record"
+    # several records a row, and none of them sees another
+    assert log["packing_checked"]["relative_difference"] < 0.01
+    assert log["training_finished"]["held_out_loss_adapter"] < log["training_finished"]["held_out_loss_base"]
+    assert log["adapter_read_back"]["memory_difference"] <= 0.01 * max(1, log["adapter_read_back"]["base_difference"])
+    metrics = json.loads((tmp_path / "out" / "adapter_A" / "metrics.json").read_text())
+    assert metrics["training"]["packed_rows"] == metrics["training"]["rows"]
+    # plain PEFT on plain transformers, in a process that knows neither Unsloth nor this project
+    assert (
+        float(python(RELOAD, str(tmp_path / "out" / "adapter_A"), str(small_base), PYTHONPATH=os.environ.get("PYTHONPATH", "")))
+        > 0.05
+    )
+
+
+def test_both_backends_learn_alike(small_base: Path, tmp_path: Path) -> None:
+    """Same steps, same records, same loss: the reference says what Unsloth's kernels and our packing should compute."""
+    losses = {}
+    for backend in ("unsloth", "transformers"):
+        run_job(small_base, tmp_path / backend / "out", "--backend", backend, "--set", "training.quantization=none")
+        log = (tmp_path / backend / "out" / "adapter_A" / "train_log.jsonl").read_text().splitlines()
+        losses[backend] = [json.loads(line) for line in log]
+    first = [steps[0]["loss"] for steps in losses.values()]
+    # before the first update both are the base: only rounding differs (bfloat16: 8 bits)
+    assert first[0] == pytest.approx(first[1], rel=0.01)
+    assert losses["unsloth"][0]["loss_tokens"] == losses["transformers"][0]["loss_tokens"]
+    # adapters are initialised from different random streams, so the curves agree but do not coincide
+    assert losses["unsloth"][-1]["loss"] == pytest.approx(losses["transformers"][-1]["loss"], rel=0.15)
+    assert losses["unsloth"][-1]["loss"] < 0.9 * first[0]
+
+
+ISOLATION = """
+import json, sys
+from pathlib import Path
+from lora_trainer.backends import open_backend
+from lora_trainer.config import settle
+from lora_trainer.errors import InvariantError
+from lora_trainer.planning import plan_memory
+from lora_trainer.records import JsonlReader
+from lora_trainer.tokenization import tokenize
+base, data, work = map(Path, sys.argv[1:])
+memory = {"memory.micro_batch_tokens": 2048, "memory.gradient_checkpointing": "off"}
+config = settle({"blood_type": "A", "work_dir": str(work), **memory}, {})
+backend = open_backend(config)
+backend.start()
+records = [line.record for line in JsonlReader(data) if line.record][:40]
+sequences = tokenize(records, backend.load_tokenizer(base))
+plan = plan_memory(config.memory, config.training, backend.shape(base), backend.free_bytes(), 1024, backend.name)
+backend.load(base, plan, 1024)
+backend.prepare_training(sequences, [list(range(len(sequences)))], plan, work, lambda step, of: None)
+print("packed", backend.check_isolation(sequences[0], sequences[1]))
+# what a forward without boundaries would do must be caught
+import lora_trainer.backends.trainer as trainer
+true_row = trainer.make_row
+def joined(sequences):
+    row = true_row(sequences)
+    total = row["input_ids"].shape[1]
+    row["packed_seq_lengths"] = row["packed_seq_lengths"].new_tensor([total])
+    row["position_ids"] = row["position_ids"].new_tensor([list(range(total))])
+    return row
+trainer.make_row = joined
+try:
+    backend.check_isolation(sequences[0], sequences[1])
+    print("leak unnoticed")
+except InvariantError:
+    print("leak caught")
+trainer.make_row = true_row
+summed = sum(backend.mean_loss([sequence]) * sequence.reply_tokens for sequence in sequences)
+print("losses", backend.mean_loss(sequences), summed / sum(sequence.reply_tokens for sequence in sequences))
+"""
+
+
+def test_packed_records_do_not_see_each_other_and_a_leak_is_caught(small_base: Path, tmp_path: Path) -> None:
+    data = REPOSITORY / "data" / "train_data_type_A.jsonl"
+    lines = dict(line.split(" ", 1) for line in python(ISOLATION, str(small_base), str(data), str(tmp_path)).splitlines() if line)
+    assert float(lines["packed"]) < 0.01
+    assert lines["leak"] == "caught"
+    packed, one_by_one = map(float, lines["losses"].split())
+    assert packed == pytest.approx(one_by_one, rel=0.005)
+
+
+def test_a_plan_is_made_from_the_free_memory(small_base: Path, tmp_path: Path) -> None:
+    log = run_job(small_base, tmp_path / "out", "--max-steps", "2")
+    assert log["plan_chosen"]["gradient_checkpointing"] == "off"
+    assert log["plan_chosen"]["micro_batch_tokens"] == 8192
+    assert log["training_finished"]["peak_memory_gib"] < log["plan_chosen"]["estimated_peak_gib"] * 1.25
+
+
+def test_the_tiny_base_trains_on_the_gpu_as_it_ships(tmp_path: Path) -> None:
+    log = run_job(TINY_BASE, tmp_path / "out", "--set", "training.quantization=none")
+    assert log["run_finished"]["exit_code"] == 0
