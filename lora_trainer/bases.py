@@ -86,7 +86,8 @@ def _download(config: BaseModelConfig, patterns: Sequence[str]) -> Path:
         )
     except ImportError:
         raise ConfigError(
-            "the training stack is not installed (huggingface_hub is missing): pip install 'lora-trainer[gpu]' or '[cpu]'"
+            "the training stack is not installed (huggingface_hub is missing): pip install 'lora-trainer[cpu,gpu]', "
+            "or 'lora-trainer[cpu]' to train on a CPU"
         ) from None
     where = f"base.model: {config.model}@{config.revision}"
     try:

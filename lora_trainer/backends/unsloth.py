@@ -31,7 +31,7 @@ class UnslothBackend(TransformersBackend):
             with contextlib.redirect_stdout(io.StringIO()):
                 import unsloth  # noqa: F401
         except ImportError as error:
-            raise ConfigError(f"the unsloth backend is not installed ({error}): pip install 'lora-trainer[gpu]'") from None
+            raise ConfigError(f"the unsloth backend is not installed ({error}): {self._install_command()}") from None
         name = super()._import_stack()
         return _varlen_attention() if self.config.device == "cuda" else name
 
