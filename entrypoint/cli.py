@@ -121,8 +121,10 @@ def run(config_file: Path | None, overrides: Sequence[str], **options: Any) -> N
 
         from lora_trainer.pipeline import run as run_job
 
-        console = Console(stderr=True) if sys.stderr.isatty() and config.logging.format != "json" else None
-        outcome = run_job(config, console)
+        # the stream itself: sys.stderr is about to be the libraries' own
+        console = Console(file=sys.stderr) if sys.stderr.isatty() and config.logging.format != "json" else None
+        with logs.libraries_print_to_the_log():
+            outcome = run_job(config, console)
         edge.facts.update(run_id=outcome.run_id, bundle=outcome.bundle_uri, already_done=outcome.already_done)
     edge.leave()
     # behind the last word: a reader that went away does not undo the run

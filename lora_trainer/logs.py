@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Final, Literal, cast
 
@@ -58,6 +61,41 @@ def configure(level: str, log_format: Literal["auto", "json", "console"]) -> Non
     logging.getLogger("lora_trainer").setLevel(number)
     logging.getLogger("entrypoint").setLevel(number)
     logging.captureWarnings(capture=True)
+
+
+def adopt_library_loggers() -> None:
+    """Take the handlers off loggers that libraries set up for themselves, so that their records come through ours.
+
+    Called after the libraries are imported: torch, transformers and others write lines of their own format.
+    """
+    for logger in list(logging.Logger.manager.loggerDict.values()):
+        if isinstance(logger, logging.Logger) and logger.handlers:
+            logger.handlers.clear()
+            logger.propagate = True
+
+
+class _LineLog(io.TextIOBase):
+    """A stream for libraries that print: each line becomes a `library_output` event at debug level."""
+
+    def __init__(self, stream: str) -> None:
+        self._stream = stream
+        self._rest = ""
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, text: str) -> int:
+        *lines, self._rest = (self._rest + text).replace("\r", "\n").split("\n")
+        for line in filter(str.strip, lines):
+            get_logger().debug("library_output", stream=self._stream, message=line)
+        return len(text)
+
+
+@contextmanager
+def libraries_print_to_the_log() -> Iterator[None]:
+    """Keep standard output for results and standard error for one event a line, whatever a library prints."""
+    with redirect_stdout(_LineLog("stdout")), redirect_stderr(_LineLog("stderr")):
+        yield
 
 
 def _event_first(logger: object, method: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:

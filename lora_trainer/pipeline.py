@@ -258,7 +258,7 @@ def train(job: Job, backend: Backend, identity: Identity, prepared: Prepared, pl
 
     def on_step(step: Any, of: int) -> None:
         progress.step(step, of)
-        if step.step % every == 0 or step.step in (1, of):
+        if not progress.is_drawn and (step.step % every == 0 or step.step in (1, of)):
             job.log.info(
                 "training_step",
                 step=step.step,

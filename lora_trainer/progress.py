@@ -30,11 +30,17 @@ class RunProgress:
             Progress(
                 TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[numbers]}"),
                 TimeRemainingColumn(), console=console, transient=True,
+                redirect_stdout=False, redirect_stderr=False,
             )
             if console is not None and console.is_terminal
             else None
         )  # fmt: skip
         self._task: TaskID | None = None
+
+    @property
+    def is_drawn(self) -> bool:
+        """Whether a bar shows each step, so that lines for them would only disturb it."""
+        return self._bar is not None
 
     def stage(self, name: str) -> None:
         """The pipeline entered the step `name`."""

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from lora_trainer.config import RunConfig
 from lora_trainer.errors import ConfigError, HardwareError, InvariantError
+from lora_trainer.logs import adopt_library_loggers
 from lora_trainer.planning import GIB, MemoryPlan, ModelShape
 from lora_trainer.tokenization import Tokenizer, TokenSequence
 from lora_trainer.training import OnStep, TrainingLog
@@ -72,6 +73,7 @@ class TransformersBackend:
             raise ConfigError(
                 f"the training stack is not installed ({error.name or 'torch'} is missing): {self._install_command()}"
             ) from None
+        adopt_library_loggers()
         return torch
 
     def _install_command(self) -> str:
@@ -95,8 +97,7 @@ class TransformersBackend:
         from datasets.utils.logging import disable_progress_bar
         from transformers.utils import logging as transformers_logging
 
-        transformers_logging.disable_default_handler()
-        transformers_logging.enable_propagation()
+        adopt_library_loggers()
         transformers_logging.disable_progress_bar()
         disable_progress_bar()
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import os
 from pathlib import Path
 from typing import Literal
@@ -28,8 +26,7 @@ class UnslothBackend(TransformersBackend):
         os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(self.config.work_dir.absolute() / "unsloth_compiled_cache"))
         try:
             # before trl, transformers and peft: it patches them as they are imported
-            with contextlib.redirect_stdout(io.StringIO()):
-                import unsloth  # noqa: F401
+            import unsloth  # noqa: F401
         except ImportError as error:
             raise ConfigError(f"the unsloth backend is not installed ({error}): {self._install_command()}") from None
         name = super()._import_stack()
@@ -41,33 +38,32 @@ class UnslothBackend(TransformersBackend):
 
         checkpointing = "unsloth" if plan.gradient_checkpointing == "unsloth" else plan.gradient_checkpointing == "on"
         training = self.config.training
-        with contextlib.redirect_stdout(io.StringIO()):
-            model, _ = FastLanguageModel.from_pretrained(
-                # a folder: by its hub name Unsloth would take its own pre-quantized copy instead
-                model_name=str(base),
-                max_seq_length=max(plan.micro_batch_tokens, longest_tokens),
-                dtype=self._compute_dtype(),
-                load_in_4bit=training.quantization == "nf4",
-                load_in_16bit=training.quantization == "none",
-                quantization_config=self._quantization(),
-                use_gradient_checkpointing=checkpointing,
-                use_exact_model_name=True,
-                local_files_only=True,
-                random_state=training.seed,
-                max_lora_rank=self.config.lora.r,
-                trust_remote_code=False,
-            )
-            lora = self.config.lora
-            self.model = FastLanguageModel.get_peft_model(
-                model,
-                r=lora.r,
-                lora_alpha=lora.alpha,
-                lora_dropout=lora.dropout,
-                target_modules=list(lora.target_modules),
-                bias="none",
-                use_gradient_checkpointing=checkpointing,
-                random_state=training.seed,
-            )
+        model, _ = FastLanguageModel.from_pretrained(
+            # a folder: by its hub name Unsloth would take its own pre-quantized copy instead
+            model_name=str(base),
+            max_seq_length=max(plan.micro_batch_tokens, longest_tokens),
+            dtype=self._compute_dtype(),
+            load_in_4bit=training.quantization == "nf4",
+            load_in_16bit=training.quantization == "none",
+            quantization_config=self._quantization(),
+            use_gradient_checkpointing=checkpointing,
+            use_exact_model_name=True,
+            local_files_only=True,
+            random_state=training.seed,
+            max_lora_rank=self.config.lora.r,
+            trust_remote_code=False,
+        )
+        lora = self.config.lora
+        self.model = FastLanguageModel.get_peft_model(
+            model,
+            r=lora.r,
+            lora_alpha=lora.alpha,
+            lora_dropout=lora.dropout,
+            target_modules=list(lora.target_modules),
+            bias="none",
+            use_gradient_checkpointing=checkpointing,
+            random_state=training.seed,
+        )
 
     def _model_takes_lengths(self) -> bool:
         # Unsloth's own forward does; in its CPU mode the model is transformers' own

@@ -1,0 +1,54 @@
+"""The unsloth backend's wiring, in Unsloth's own CPU mode: it tells of a changed API, nothing of kernels or speed.
+
+`.ci/run` runs it in an environment of its own (locks/unsloth-cpu.txt). Each run is a process of its own, since
+Unsloth patches its libraries for good.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.e2e
+for needed in ("unsloth", "bitsandbytes"):
+    if importlib.util.find_spec(needed) is None:
+        pytest.skip(f"{needed} is not installed: pip install --no-deps -r locks/unsloth-cpu.txt", allow_module_level=True)
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "none"])
+def test_the_whole_job_in_unsloths_cpu_mode(quantization: str, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [
+            sys.executable, "-m", "entrypoint", "run", "--config", str(REPOSITORY / "examples" / "demo.yaml"),
+            "--blood-type", "A", "--backend", "unsloth", "--max-steps", "4",
+            "--set", f"training.quantization={quantization}",
+            "--data", str(REPOSITORY / "data"), "--output", str(tmp_path / "out"), "--work-dir", str(tmp_path / "work"),
+        ],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
+    )  # fmt: skip
+    # one event a line, whatever Unsloth prints of itself
+    log = {line["event"]: line for line in map(json.loads, done.stderr.splitlines())}
+    assert done.returncode == 0, log
+    assert done.stdout.strip().startswith("file://")
+    assert log["backend_started"]["backend"] == "unsloth"
+    assert log["packing_checked"]["relative_difference"] < 0.01
+    assert log["adapter_read_back"]["base_difference"] > 0
+    bundle = tmp_path / "out" / "adapter_A"
+    metrics = json.loads((bundle / "metrics.json").read_text())
+    assert metrics["training"]["packed_rows"] == metrics["training"]["rows"] > 0
+    settings = json.loads((bundle / "adapter_config.json").read_text())
+    assert settings["base_model_name_or_path"] == "lora-trainer/tiny-base"
+    assert len(settings["target_modules"]) == 7
