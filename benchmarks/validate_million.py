@@ -165,7 +165,7 @@ def main() -> int:
             else:
                 command = [sys.executable, "-c", CHECK, str(file), str(options.tokenizer.resolve())]
             results[f"{count}_lines"] = {"file_mib": round(file.stat().st_size / 2**20, 1), **measure(command, folder)}
-            print(count, results[f"{count}_lines"], flush=True)  # noqa: T201  (a script's output)
+            print(count, results[f"{count}_lines"], flush=True)
     peaks = [float(str(result["peak_rss_mib"])) for result in results.values()]
     growth_mib = round(peaks[1] - peaks[0], 1)
     document = {

@@ -60,14 +60,14 @@ def test_loopback_only(server_python: Path) -> None:
 
 def test_command(server_python: Path, tmp_path: Path) -> None:
     command = [sys.executable, "tools/dev_s3.py", "--data", str(tmp_path), "--python", str(server_python), "--bucket", "demo"]
-    process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)  # noqa: S603
+    process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
         first = process.stdout.readline()
         assert first.startswith("export AWS_ENDPOINT_URL=http://127.0.0.1:")
         port = int(first.rpartition(":")[2])
         assert listens(port)
-        second = subprocess.run(  # noqa: S603
+        second = subprocess.run(
             [*command, "--port", str(port)], cwd=REPOSITORY, capture_output=True, text=True, timeout=30, check=False
         )
         assert second.returncode == 1
@@ -80,7 +80,7 @@ def test_command(server_python: Path, tmp_path: Path) -> None:
 
 def test_server_does_not_outlive_a_killed_parent(server_python: Path, tmp_path: Path) -> None:
     command = [sys.executable, "tools/dev_s3.py", "--data", str(tmp_path), "--python", str(server_python)]
-    with subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True) as process:  # noqa: S603
+    with subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         port = int(process.stdout.readline().rpartition(":")[2])
         assert listens(port)
