@@ -30,7 +30,7 @@ from lora_trainer.progress import RunProgress
 from lora_trainer.records import Severity, TrainingRecord
 from lora_trainer.storage import Fetched, Storage, open_storage, split_uri
 from lora_trainer.tokenization import TokenSequence, tokenize
-from lora_trainer.training import TrainingLog, split_held_out
+from lora_trainer.training import StepLog, TrainingLog, split_held_out
 from lora_trainer.validation import read_records
 
 
@@ -256,7 +256,7 @@ def train(job: Job, backend: Backend, identity: Identity, prepared: Prepared, pl
     """Step 7: the adapter."""
     every = job.config.logging.log_every_steps
 
-    def on_step(step: Any, of: int) -> None:
+    def on_step(step: StepLog, of: int) -> None:
         progress.step(step, of)
         if not progress.is_drawn and (step.step % every == 0 or step.step in (1, of)):
             job.log.info(
