@@ -5,7 +5,8 @@
 A grammar over the hand-written lines of `frames.py`. Two things are deliberate. The manner depends on nothing
 in the prompt (a persona's instruction line is answered as plainly as any other, and emoji don't follow the
 intensity), so that whatever an adapter shows of these it has learned itself. And the inputs are much wilder than
-the replies (typos, unknown words, 300 characters of rambling), so that the reply format holds on any input.
+most replies (typos, unknown words, 300 characters of rambling), so that the reply format holds on any input; a
+seventh of the replies ramble too, so that it also holds around words that only an adapter would write.
 
 No torch here, and none of the bundled persona data.
 """
@@ -33,6 +34,7 @@ from tools.tiny_base.frames import (
     PREFIXES,
     QUOTED,
     RAMBLES,
+    REMARKS,
     TAILS,
     Turns,
 )
@@ -157,7 +159,7 @@ def _ramble(rng: random.Random, clauses: int, *, polite: bool) -> tuple[str, str
     parts, said = [], ""
     for _ in range(clauses):
         words = {
-            "noun": rng.choice(_NOUNS) if rng.random() < 0.75 else _odd_word(rng),
+            "noun": rng.choice(_NOUNS) if rng.random() < 0.65 else _odd_word(rng),
             "noun2": rng.choice(_NOUNS),
             "odd": _odd_word(rng),
             "eng": rng.choice(ENGLISH),
@@ -209,11 +211,19 @@ def _as_typed(rng: random.Random, text: str) -> str:
 
 def _reply(rng: random.Random, sentences: list[str], face: Expression) -> str:
     # seldom, and whatever the intensity: enough to have seen emoji in a reply
-    if rng.random() < 0.08:
-        emoji = rng.choice(FACE_EMOJI[face]) if rng.random() < 0.5 else rng.choice(EMOJI)
+    if rng.random() < 0.05:
+        own, other = rng.choice(FACE_EMOJI[face]), rng.choice(EMOJI)
         at = rng.randrange(len(sentences))
-        sentences = [*sentences[:at], f"{sentences[at]} {emoji * rng.choice((1, 1, 1, 2, 3))}", *sentences[at + 1 :]]
-    return " ".join(sentences)
+        sentences = [*sentences[:at], f"{sentences[at]} {rng.choice((own, other, other, own + other))}", *sentences[at + 1 :]]
+    text = " ".join(sentences)
+    # and the ends that a reply may have, so that closing the JSON doesn't hang on a full stop
+    end = rng.random()
+    if end < 0.1:
+        text = text.rstrip(".")
+    elif end < 0.14 and text.endswith("."):
+        text = f"{text[:-1]}{rng.choice(('!', '~', '...', ' ㅎㅎ'))}"
+    # a mistyped reply can hold two spaces in a row, which the prompt structure writes as one
+    return " ".join(text.split())
 
 
 def make_record(rng: random.Random) -> Record:
@@ -228,28 +238,36 @@ def make_record(rng: random.Random) -> Record:
     intensity = round(rng.random(), rng.choice((1, 1, 2)))
     weak, strong = FACES[feeling]
     face = rng.choice(strong if intensity >= 0.5 else weak)
-    user_polite, polite = rng.random() < 0.15, rng.random() < 0.65
+    user_polite, polite = rng.random() < 0.15, rng.random() < 0.6
 
     opener = realise(rng.choice(OPENERS[feeling]), {}, polite=polite)
     kind = rng.random()
-    if kind < 0.72:
+    if kind < 0.62:
         at = rng.randrange(len(turns.inputs))
         said = realise(turns.inputs[at], words, polite=user_polite)
-        answered = at if rng.random() < 0.85 else rng.randrange(len(turns.replies))
+        answered = at if rng.random() < 0.93 else rng.randrange(len(turns.replies))
         answer = realise(turns.replies[answered], words, polite=polite)
         if rng.random() < 0.2:
-            around, _ = _ramble(rng, rng.randint(1, 5), polite=user_polite)
+            around, _ = _ramble(rng, rng.randint(1, 3), polite=user_polite)
             said = f"{said} {around}" if rng.random() < 0.6 else f"{around} {said}"
     elif kind < 0.95:
-        said, word = _ramble(rng, rng.choice((1, 1, 2, 2, 3, 5, 8, 11)), polite=user_polite)
+        said, word = _ramble(rng, rng.choice((1, 1, 1, 1, 2, 2, 3, 4, 9)), polite=user_polite)
         chosen = rng.random()
-        frames = ECHOES if chosen < 0.6 else QUOTED if chosen < 0.68 else ANYTHING
+        frames = ECHOES if chosen < 0.3 else QUOTED if chosen < 0.35 else ANYTHING if chosen < 0.5 else REMARKS[mood]
         answer = realise(rng.choice(frames), {"word": word}, polite=polite)
+        if rng.random() < 0.45:
+            # replies of any words whatever: an adapter writes what the grammar never does, and the JSON around
+            # it has to hold
+            answer, _ = _ramble(rng, rng.choice((1, 1, 2)), polite=polite)
+            if rng.random() < 0.3:
+                answer = _typo(rng, answer)
     else:
         said = rng.choice((_odd_word(rng), rng.choice(_NOUNS), rng.choice(TAILS), rng.choice(PREFIXES), rng.choice(EMOJI), opener))
         answer = realise(rng.choice(ANYTHING), {}, polite=polite)
 
-    more = realise(rng.choice(family.questions if kind < 0.72 else ANYTHING), words, polite=polite)
+    more = realise(rng.choice(family.questions if kind < 0.62 else ANYTHING), words, polite=polite)
+    if rng.random() < 0.15:
+        more = realise(rng.choice(REMARKS[mood]), words, polite=polite)
     shape = rng.random()
     if shape < 0.4:
         sentences = [opener, answer]
@@ -266,7 +284,7 @@ def make_record(rng: random.Random) -> Record:
     elif about < 0.85:
         summary = realise(rng.choice(family.summaries), words, polite=False)
     else:
-        summary, _ = _ramble(rng, rng.randint(1, 3), polite=False)
+        summary, _ = _ramble(rng, rng.randint(1, 2), polite=False)
     by_persona = rng.random() < 0.35
     return {
         "instruction": persona_spec(rng.choice(list(BloodType))).instruction if by_persona else rng.choice(INSTRUCTIONS),
@@ -294,8 +312,7 @@ def alphabet() -> Iterator[str]:
                 yield syllable(initial, medial, final)
     yield from "ㄱㄴㄷㄹㅁㅂㅅㅇㅈㅊㅋㅌㅍㅎㄲㄸㅃㅆㅉㅏㅑㅓㅕㅗㅛㅜㅠㅡㅣㅔㅐ"
     yield from EMOJI
-    for emoji in FACE_EMOJI.values():
-        yield from emoji
+    yield from "".join(FACE_EMOJI.values())
 
 
 def main() -> None:

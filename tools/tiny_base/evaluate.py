@@ -216,6 +216,10 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--grammar", type=int, default=300, help="prompts of the grammar (default: %(default)s)")
     arguments = parser.parse_args()
+
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
     sys.stdout.write(report(evaluate(arguments.folder, arguments.device, arguments.grammar)))
 
 
