@@ -15,6 +15,7 @@ import os
 import subprocess
 import sys
 import time
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -64,11 +65,16 @@ def main() -> int:
                 data.upload(path, path.name)
                 console.print(f"   {path.name}  {sum(1 for _ in path.open(encoding='utf-8'))} records")
             heading(f"2. Job: persona {blood_type} ({spec.name}) on the tiny base")
+            started = datetime.now(UTC)
             code, uri, seconds = run_job(blood_type)
             if code:
                 console.print(f"[red]The job ended with exit code {code}; its own words are above.[/red]")
                 return code
-            heading(f"3. Published, after {seconds:.0f} s: {uri}")
+            manifest = bundle.read_manifest(open_storage(OUTPUT_URI), uri.removeprefix(OUTPUT_URI))
+            if manifest and datetime.fromisoformat(manifest["finished_at"]) < started.replace(microsecond=0):
+                heading(f"3. Already done at {manifest['finished_at']}, nothing was trained again: {uri}")
+            else:
+                heading(f"3. Published, after {seconds:.0f} s: {uri}")
             show_bundle(blood_type, uri)
             heading("4. The same prompts, the base and the adapter")
             show_replies(blood_type, spec.instruction, uri)
