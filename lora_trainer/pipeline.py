@@ -414,8 +414,9 @@ def _git_revision() -> str | None:
     checkout = Path(__file__).resolve().parent.parent
     if not (checkout / ".git").exists() or not (git := shutil.which("git")):
         return None
-    done = subprocess.run([git, "-C", str(checkout), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)  # noqa: S603
-    return done.stdout.strip() or None
+    done = subprocess.run([git, "-C", str(checkout), "rev-parse", "--verify", "HEAD"], capture_output=True, text=True, check=False)  # noqa: S603
+    # without a commit git answers with the name it was asked for, and fails
+    return done.stdout.strip() if done.returncode == 0 else None
 
 
 def _image_digest() -> str | None:

@@ -53,6 +53,7 @@ class UnslothBackend(TransformersBackend):
             max_lora_rank=self.config.lora.r,
             trust_remote_code=False,
         )
+        self._align_special_tokens(model)
         lora = self.config.lora
         self.model = FastLanguageModel.get_peft_model(
             model,
