@@ -75,10 +75,11 @@ def _varlen_attention() -> str:
     """The name of the kernel by which packed rows attend within their records.
 
     Unsloth takes flash-attn where it is installed, and torch's own varlen function from torch 2.12 on,
-    when that took on grouped queries. On 2.11 it attends record by record: 28 layers times 50 records a
-    row were 476 kernels and more time than the arithmetic. The flash kernel underneath takes grouped
-    queries in 2.11 already, so there Unsloth's own autograd function around that kernel is switched on
-    (benchmarks/results/ has both). `UNSLOTH_TORCH_VARLEN=0` leaves it off, as on later versions.
+    when that took on grouped queries. On 2.11 it attends record by record, which costs more than the
+    arithmetic: 6,782 tokens a second against 17,165 with rows of 8,192 on one H200
+    (benchmarks/results/train-speed-h200.json). The flash kernel underneath takes grouped queries in 2.11
+    already, so there Unsloth's own autograd function around that kernel is switched on.
+    `UNSLOTH_TORCH_VARLEN=0` leaves it off, as on later versions.
     """
     import torch
     import unsloth.utils.attention_dispatch as dispatch
