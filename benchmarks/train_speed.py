@@ -48,7 +48,7 @@ CASES = ("trl-peft-reference", *OURS, "reload")
 
 def samples(count: int, vocabulary: int) -> list[tuple[list[int], int]]:
     """(token ids, prompt tokens) of random samples, the same ones in every case."""
-    draw = random.Random(0)  # noqa: S311
+    draw = random.Random(0)
     made = []
     for _ in range(count):
         length = min(400, max(60, round(draw.gauss(MEAN_TOKENS, 40))))
@@ -232,7 +232,7 @@ def machine() -> dict[str, Any]:
         (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), "unknown"
     )
     driver = subprocess.run(
-        ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],  # noqa: S607
+        ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     return {
@@ -271,7 +271,7 @@ def main() -> None:
         command = [sys.executable, __file__, "--base", str(arguments.base), "--case", case, "--scratch", str(arguments.scratch)]
         started_s = time.perf_counter()
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=arguments.timeout_s, check=False)  # noqa: S603
+            done = subprocess.run(command, capture_output=True, text=True, timeout=arguments.timeout_s, check=False)
             results[case] = json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else {"failed": done.stderr[-2500:]}
         except subprocess.TimeoutExpired:
             results[case] = {"failed": f"no result after {arguments.timeout_s} s"}

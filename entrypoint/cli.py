@@ -275,7 +275,7 @@ class _RunEdge:
             self._code, outcome, problems = error.exit_code, type(error).__name__, error.problems
         elif isinstance(error, Interrupted | KeyboardInterrupt):
             self._code, outcome = ExitCode.INTERRUPTED, "interrupted"
-            problems = ("interrupted: nothing was published; run the same command again",)
+            problems = ("interrupted: no half-published bundle is visible; run the same command again",)
         elif isinstance(error, Exception):
             self._code, outcome = ExitCode.BUG, "bug"
             problems = (f"{type(error).__module__}.{type(error).__name__}{_safe_message(error)}",)

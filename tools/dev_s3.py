@@ -94,7 +94,7 @@ def why_not(python: Path | None = None) -> str | None:
     python = python or default_python()
     if not os.access(python, os.X_OK):
         return f"no S3 server: {python} is not there; 'make setup' makes it: a virtual environment with {REQUIREMENTS}"
-    probe = subprocess.run(  # noqa: S603  the interpreter that the caller named
+    probe = subprocess.run(
         [python, "-c", "import importlib.util, sys; sys.exit(importlib.util.find_spec('ministack') is None)"], check=False
     )
     return f"no S3 server: {python} has no ministack; install {REQUIREMENTS} there" if probe.returncode else None
@@ -164,7 +164,7 @@ def _launch(folder: Path, port: int, python: Path) -> subprocess.Popen[bytes]:
         "STATE_DIR": str(folder / "state"),
     }
     with (folder / "server.log").open("wb") as log:
-        return subprocess.Popen(  # noqa: S603  the interpreter that the caller named
+        return subprocess.Popen(
             [python, "-c", _BOOTSTRAP],
             stdin=subprocess.PIPE,
             stdout=log,

@@ -143,7 +143,7 @@ def grammar_prompts(count: int, seed: int = HELD_OUT_SEED) -> list[list[Message]
 
 def wild_prompts(seed: int = HELD_OUT_SEED) -> list[list[Message]]:
     """The hand-written prompts under each persona's instruction, with any feeling and intensity."""
-    rng = random.Random(seed)  # noqa: S311  (the same prompts each time, not a secret)
+    rng = random.Random(seed)
     return [
         prompt_messages(persona_spec(blood_type).instruction, summary, rng.choice(list(Feeling)).value, rng.random(), said)
         for blood_type in BloodType

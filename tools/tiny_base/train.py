@@ -206,7 +206,7 @@ def train(model: Any, sequences: list[tuple[list[int], int]], settings: Settings
     import torch
 
     pad = model.config.pad_token_id
-    groups = batches(sequences, settings.batch_tokens, random.Random(settings.seed))  # noqa: S311  (order, not a secret)
+    groups = batches(sequences, settings.batch_tokens, random.Random(settings.seed))
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
     # Muon (https://kellerjordan.github.io/posts/muon/) needs fewer steps on a model this small; its step is scaled
