@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -91,7 +92,8 @@ def test_levels(capsys: Capture, level: str, shown: list[str]) -> None:
 
 def test_libraries_speak_from_warning_up_and_in_our_format(capsys: Capture) -> None:
     logs.configure("debug", "json")
-    library = logging.getLogger("transformers.trainer")
+    # no real library's name: another test may have imported it, and its logger would have a handler of its own
+    library = logging.getLogger("some_library.trainer")
     library.info("chatter that may quote data")
     library.warning("careful with %s", "this")
     warnings.warn("an old function", DeprecationWarning, stacklevel=1)
@@ -100,11 +102,36 @@ def test_libraries_speak_from_warning_up_and_in_our_format(capsys: Capture) -> N
     assert first == {
         "level": "warning",
         "event": "library_message",
-        "library": "transformers.trainer",
+        "library": "some_library.trainer",
         "message": "careful with this",
     }
     assert second["library"] == "py.warnings"
     assert "an old function" in str(second["message"])
+
+
+def test_a_library_that_set_up_its_own_handler_is_adopted(capsys: Capture) -> None:
+    library = logging.getLogger("self_made_library")
+    library.addHandler(logging.StreamHandler())
+    library.propagate = False
+    logs.configure("info", "json")
+    logs.adopt_library_loggers()
+    library.warning("in one format")
+    (event,) = events(capsys.readouterr().err)
+    assert (event["library"], event["message"]) == ("self_made_library", "in one format")
+
+
+def test_what_a_library_prints_becomes_a_debug_event(capsys: Capture) -> None:
+    logs.configure("debug", "json")
+    with logs.libraries_print_to_the_log():
+        sys.stdout.write("a banner\nof two lines\n")
+        sys.stderr.write("an aside\n")
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert [(event["stream"], event["message"]) for event in events(printed.err)] == [
+        ("stdout", "a banner"),
+        ("stdout", "of two lines"),
+        ("stderr", "an aside"),
+    ]
 
 
 def test_a_second_set_up_replaces_the_first(capsys: Capture) -> None:
