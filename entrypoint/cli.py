@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Final, TypeVar, cast
+from typing import Any, Final, Literal, TypeVar, cast
 
 import click
 import structlog
 import yaml
+from pydantic import SecretStr
 
 from lora_trainer import __version__, logs
 from lora_trainer.config import config_table, parse_override, settle
 from lora_trainer.errors import ConfigError, ExitCode, Interrupted, LoraTrainerError
+from lora_trainer.personas import BloodType
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -234,6 +237,190 @@ def validate(
                 Console().print(validation.render(reports[-1]))
     if not all(report.is_accepted(strict=strict) for report in reports):
         raise click.exceptions.Exit(ExitCode.DATA)
+
+
+@cli.command()
+@click.option(
+    "--blood-type",
+    "--blood_type",
+    "blood_types",
+    default="all",
+    show_default=True,
+    metavar="TYPES",
+    help="A, B, O, AB, several as A,B, or all.",
+)
+@click.option("--count", type=click.IntRange(min=1), default=1000, show_default=True, metavar="N", help="Records for each persona.")
+@click.option(
+    "--output",
+    default="generated/",
+    show_default=True,
+    metavar="URI",
+    help="Folder for train_data_type_<TYPE>.jsonl, or one .jsonl. s3:// or file://.",
+)
+@click.option(
+    "--engine",
+    type=click.Choice(["compose", "teacher"]),
+    default="compose",
+    show_default=True,
+    help="From the built-in grammar, or asked of a model.",
+)
+@click.option("--seed", type=click.IntRange(min=0), default=1, show_default=True, metavar="N", help="Another seed, other records.")
+@click.option(
+    "--against", multiple=True, metavar="FILE", help="JSONL whose records must not come again. s3:// or file://. Repeatable."
+)
+@click.option(
+    "--report",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="Write counts, plots and samples as one HTML page.",
+)
+@click.option("--overwrite", is_flag=True, help="Replace a file that is already there with other content.")
+@click.option(
+    "--work-dir",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=".lora-trainer",
+    show_default=True,
+    metavar="FOLDER",
+    help="Where the teacher's records are kept until they are written.",
+)
+@click.option("--model", metavar="NAME", help="teacher: the model to ask.")
+@click.option(
+    "--base-url",
+    envvar="OPENAI_BASE_URL",
+    default="https://api.openai.com/v1",
+    show_default=True,
+    metavar="URL",
+    help="teacher: server that speaks OpenAI's chat API. [env: OPENAI_BASE_URL]",
+)
+@click.option(
+    "--concurrency",
+    type=click.IntRange(1, 256),
+    default=8,
+    show_default=True,
+    metavar="N",
+    help="teacher: requests under way at once.",
+)
+@click.option(
+    "--dialogues-per-request",
+    type=click.IntRange(1, 32),
+    default=4,
+    show_default=True,
+    metavar="N",
+    help="teacher: dialogues in one request.",
+)
+@click.option(
+    "--request-timeout",
+    type=click.FloatRange(min=0, min_open=True),
+    default=120.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="teacher: after so long without an answer a request is sent again.",
+)
+@click.option(
+    "--retries",
+    type=click.IntRange(0, 50),
+    default=5,
+    show_default=True,
+    metavar="N",
+    help="teacher: retries of one request, with backoff.",
+)
+@click.option(
+    "--temperature", type=click.FloatRange(0, 2), default=1.0, show_default=True, metavar="X", help="teacher: sampling temperature."
+)
+def generate(
+    blood_types: str,
+    count: int,
+    output: str,
+    engine: Literal["compose", "teacher"],
+    seed: int,
+    against: Sequence[str],
+    report: Path | None,
+    overwrite: bool,
+    work_dir: Path,
+    model: str | None,
+    base_url: str,
+    concurrency: int,
+    dialogues_per_request: int,
+    request_timeout: float,
+    retries: int,
+    temperature: float,
+) -> None:
+    """Make tiki-taka data: dialogues in the training format, balanced over feelings and intensities.
+
+    \b
+    Two engines:
+      compose   (default) from the built-in grammar; offline, and the same for the same seed
+      teacher   asked of a model behind an OpenAI-compatible server (vLLM, transformers serve, OpenAI),
+                with structured outputs; the key comes from OPENAI_API_KEY. An interrupted run goes
+                on where it stopped when the same command is run again.
+    Every record passes the linter of 'validate'; near-duplicates, and inputs that are nearly one of the
+    evaluation's prompts, are left out. A table at the end says what was written and what was rejected.
+
+    \b
+    Examples:
+      lora-trainer generate --count 5000 --report report.html
+      lora-trainer generate --blood-type A --against data/train_data_type_A.jsonl --output s3://bucket/personas/
+      lora-trainer generate --engine teacher --base-url http://localhost:8000/v1 --model Qwen/Qwen2.5-72B-Instruct
+    """
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from lora_trainer.generator import command, summary, teacher
+
+    logs.configure("warning", "auto")
+    settings = command.GenerateSettings(
+        blood_types=_blood_types(blood_types),
+        count=count,
+        output=output,
+        seed=seed,
+        engine=engine,
+        against=tuple(against),
+        report=report,
+        work_dir=work_dir,
+        overwrite=overwrite,
+        teacher=teacher.TeacherSettings(
+            base_url=base_url,
+            model=model,
+            # servers of one's own often want none, the client wants one all the same
+            api_key=SecretStr(os.environ.get("OPENAI_API_KEY") or "none"),
+            concurrency=concurrency,
+            dialogues_per_request=dialogues_per_request,
+            request_timeout_s=request_timeout,
+            max_retries=retries,
+            temperature=temperature,
+        )
+        if model
+        else None,
+    )
+    bar = Progress(console=Console(file=sys.stderr), disable=not sys.stderr.isatty(), transient=True)
+    console = Console()
+    try:
+        with bar:
+            for done in command.generate(settings, bar):
+                console.print(summary.render(done.summary, done.rejects))
+                for name, value in done.notes:
+                    console.print(f"{name}: {value}", highlight=False)
+                console.print(
+                    f"{'written' if done.is_new else 'unchanged'}: {done.uri} ({done.duration_s:g} s)\n",
+                    highlight=False,
+                    soft_wrap=True,
+                )
+    except Interrupted:
+        kept = "; what the model has given is kept, run the same command again to go on" if engine == "teacher" else ""
+        click.echo(f"interrupted: nothing half-written is visible{kept}", err=True)
+        raise
+    if report:
+        console.print(f"report: {report}", highlight=False, soft_wrap=True)
+
+
+def _blood_types(text: str) -> tuple[BloodType, ...]:
+    """`A`, `A,B` or `all`, in the order given and each once. Raises `ConfigError`."""
+    if text.strip().lower() == "all":
+        return tuple(BloodType)
+    names = [name.strip().upper() for name in text.split(",")]
+    if unknown := [name for name in names if name not in set(BloodType)]:
+        raise ConfigError(f"--blood-type: got {', '.join(map(repr, unknown))}, expected A, B, O, AB, several as A,B, or all")
+    return tuple(dict.fromkeys(BloodType(name) for name in names))
 
 
 def run_cli(arguments: Sequence[str]) -> int:

@@ -60,6 +60,10 @@ class StorageError(LoraTrainerError):
     exit_code = ExitCode.STORAGE
 
 
+class ServiceError(StorageError):
+    """A server that the job depends on, other than the object store, cannot be reached or keeps failing."""
+
+
 class DivergedError(LoraTrainerError):
     """The loss became NaN or infinite."""
 

@@ -15,20 +15,12 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple, Protocol, TextIO
 
+from lora_trainer.duplicates import DuplicateFinder
+from lora_trainer.emoji import emoji_count
 from lora_trainer.errors import ConfigError, DataError
 from lora_trainer.formatter import OUTPUT_LINE, prompt_messages, reply_json
-from lora_trainer.lint import (
-    MIN_QUESTION_RATE,
-    MIN_RECORDS_FOR_RATES,
-    DuplicateFinder,
-    IntensityThird,
-    blood_types_named,
-    emoji_count,
-    has_question,
-    intensity_third,
-    lint_reply,
-)
-from lora_trainer.personas import BloodType, Feeling
+from lora_trainer.lint import MIN_QUESTION_RATE, MIN_RECORDS_FOR_RATES, blood_types_named, has_question, lint_reply
+from lora_trainer.personas import BloodType, Feeling, IntensityThird
 from lora_trainer.records import JsonlReader, Problem, Severity, TrainingRecord
 
 if TYPE_CHECKING:
@@ -353,7 +345,7 @@ class _Tally:
 
     def record(self, line: int, record: TrainingRecord) -> None:
         text, emotion = record.reply.text, record.context.current_emotion
-        third = intensity_third(emotion.intensity)
+        third = IntensityThird.of(emotion.intensity)
         self.records += 1
         self.coverage[emotion.type, third] += 1
         self.emoji[third] += emoji_count(text)
@@ -383,8 +375,8 @@ def check_file(
 ) -> FileReport:
     """Read `path` once and report on it. Nothing in the file raises; the records are not kept.
 
-    `blood_type` is the persona that the instructions should name. Without it: the one in the file's name
-    (`train_data_type_A.jsonl`), or else the one that most records name. `tokenizer` makes the report tell
+    `blood_type` is the persona that the instructions should name, and whose emoji rule holds. Without it: the one in the file's
+    name (`train_data_type_A.jsonl`), or else the one that most records name. `tokenizer` makes the report tell
     what the prompts cost; `template_overhead_tokens` is what the base's chat template adds to a record
     (constant for ChatML). `on_problem` is called with every problem, `on_record` with every record, in the
     order of the file; problems of the file as a whole come last.
@@ -393,13 +385,15 @@ def check_file(
     tally = _Tally(on_problem)
     duplicates = DuplicateFinder()
     meter = _CostMeter(tokenizer, max_length_tokens, template_overhead_tokens) if tokenizer else None
+    known_type = blood_type or _type_in_name(path)
     for number, record, problems in reader:
         for problem in problems:
             tally.problem(problem)
         if record is None:
             continue
         tally.record(number, record)
-        for problem in lint_reply(record.reply.text, record.context.current_emotion.intensity, number):
+        persona = known_type or _only_one(blood_types_named(record.instruction))
+        for problem in lint_reply(record.reply.text, record.context.current_emotion.intensity, number, persona):
             tally.problem(problem)
         if earlier := duplicates.first_line(record, number):
             tally.problem(_duplicate(number, *earlier))
@@ -407,7 +401,7 @@ def check_file(
             meter.add(number, record)
         if on_record:
             on_record(record)
-    expected_type = blood_type or _type_in_name(path) or _most_named(tally.by_type)
+    expected_type = known_type or _most_named(tally.by_type)
     for problem in _about_file(tally, expected_type):
         tally.problem(problem)
     per_third = {third: sum(tally.coverage[feeling, third] for feeling in Feeling) for third in IntensityThird}
@@ -550,6 +544,10 @@ _NAMED_FILE = re.compile(r"train_data_type_(AB|A|B|O)\.jsonl")
 def _type_in_name(path: Path) -> BloodType | None:
     found = _NAMED_FILE.fullmatch(path.name)
     return BloodType(found[1]) if found else None
+
+
+def _only_one(named: frozenset[BloodType]) -> BloodType | None:
+    return next(iter(named)) if len(named) == 1 else None
 
 
 def _most_named(by_type: Counter[BloodType]) -> BloodType | None:

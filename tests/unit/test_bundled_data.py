@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from lora_trainer.lint import IntensityThird, normalized
-from lora_trainer.personas import BloodType, Feeling, persona_spec
+from lora_trainer.duplicates import normalized
+from lora_trainer.personas import BloodType, Feeling, IntensityThird, persona_spec
 from lora_trainer.records import TrainingRecord
 from lora_trainer.validation import FileReport, check_file
 

@@ -1,45 +1,33 @@
-import json
+"""The rules about one reply, line by line; how often they are right over many lines is in test_lint_lines.py."""
+
 import time
+import unicodedata
 
 import pytest
 
+from lora_trainer.emoji import emoji_count, is_emoji
+from lora_trainer.korean import formal_endings, is_formal, sentence_count, sentences
 from lora_trainer.lint import (
     MAX_EMOJI,
-    DuplicateFinder,
-    IntensityThird,
+    MAX_REPLY_CHARACTERS,
+    RULES,
+    banned_content,
     blood_types_named,
-    emoji_count,
-    formal_endings,
+    hangul_share,
     has_question,
-    intensity_third,
-    is_formal,
     lint_reply,
     max_emoji,
-    near_fingerprint,
-    normalized,
-    sentence_count,
-    sentences,
 )
-from lora_trainer.personas import BloodType
-from lora_trainer.records import Severity, TrainingRecord
+from lora_trainer.personas import BloodType, IntensityThird, persona_spec
+from lora_trainer.records import Severity
 
 SAMPLE_REPLY = "오! 나 금방 도착해! 1층 창가 자리에 앉아있어줘!"
 
 
-def record(text: str = SAMPLE_REPLY, said: str = "나 지금 도착했는데 어디야?", intensity: float = 0.8) -> TrainingRecord:
-    return TrainingRecord.model_validate(
-        {
-            "instruction": "너는 A형 다정한 친구야. 짧은 반말로 답해.",
-            "context": {"summary": "", "current_emotion": {"type": "happy", "intensity": intensity}},
-            "input": said,
-            "output": {"text": text, "emotion": "smile"},
-        }
-    )
-
-
 def test_the_users_own_record_is_clean() -> None:
-    assert sentences(SAMPLE_REPLY) == ["나 금방 도착해", "1층 창가 자리에 앉아있어줘"]
+    assert sentences(SAMPLE_REPLY) == ["나 금방 도착해!", "1층 창가 자리에 앉아있어줘!"]
     assert list(lint_reply(SAMPLE_REPLY, 0.8)) == []
+    assert list(lint_reply(SAMPLE_REPLY, 0.8, blood_type=BloodType.A)) == []
 
 
 @pytest.mark.parametrize(
@@ -89,8 +77,6 @@ def test_sentences(text: str, count: int) -> None:
 
 
 def test_decomposed_hangul_counts_the_same() -> None:
-    import unicodedata
-
     decomposed = unicodedata.normalize("NFD", "오! 지금 가. 기다려요!")
     assert sentence_count(decomposed) == 2
     assert is_formal(decomposed)
@@ -161,7 +147,7 @@ def test_emoji(text: str, count: int) -> None:
     ],
 )
 def test_thirds_and_their_emoji(intensity: float, third: str, most: int) -> None:
-    assert intensity_third(intensity) == third
+    assert IntensityThird.of(intensity) == third
     assert max_emoji(intensity) == most == MAX_EMOJI[IntensityThird(third)]
 
 
@@ -210,46 +196,6 @@ def test_too_much_is_warned_about() -> None:
 
 
 @pytest.mark.parametrize(
-    ("one", "other"),
-    [
-        ("안녕! 뭐해?", "안녕~ 뭐해"),
-        ("안녕 ㅋㅋㅋ", "안녕ㅎㅎ"),
-        ("안녕 😊", "안녕"),
-        ("ＯＫ 가자", "ok가자"),
-        ("ㅋㅋ!", "ㅋㅋ!"),
-    ],
-)
-def test_nearly_the_same(one: str, other: str) -> None:
-    assert normalized(one) == normalized(other)
-    assert near_fingerprint(record(one)) == near_fingerprint(record(other))
-
-
-@pytest.mark.parametrize(("one", "other"), [("안녕", "안녕하니"), ("ㅋㅋ", "ㅎㅎ"), ("1시에 봐", "2시에 봐"), ("ㅇㅇ", "ㄴㄴ")])
-def test_not_the_same(one: str, other: str) -> None:
-    assert near_fingerprint(record(one)) != near_fingerprint(record(other))
-
-
-def test_input_and_reply_are_kept_apart() -> None:
-    assert near_fingerprint(record("가나", "다")) != near_fingerprint(record("나", "다가"))
-
-
-def test_the_first_of_equal_records_is_named() -> None:
-    finder = DuplicateFinder()
-    assert finder.first_line(record("가자"), 1) is None
-    assert finder.first_line(record("먹자"), 2) is None
-    assert finder.first_line(record("가자"), 3) == (1, True)
-    assert finder.first_line(record("가자!!"), 4) == (1, False)
-    assert finder.first_line(record("가자", intensity=0.5), 5) == (1, False)
-
-
-def test_the_first_record_is_found_after_the_table_has_grown() -> None:
-    finder = DuplicateFinder()
-    many = [record(f"{number}번 가자") for number in range(3000)]
-    assert [finder.first_line(one, line) for line, one in enumerate(many, 1)] == [None] * 3000
-    assert [finder.first_line(one, 0) for one in many] == [(line, True) for line in range(1, 3001)]
-
-
-@pytest.mark.parametrize(
     "unit", ["!", "?.", ".", "…", "ㅋ", "😊", '"', "“", "오", "헤이", "아이", "네", "요", "👨‍", "\n", "~!", " ", "가요 ", '!"가']
 )
 def test_hostile_text_costs_no_more_than_other_text(unit: str) -> None:
@@ -257,6 +203,88 @@ def test_hostile_text_costs_no_more_than_other_text(unit: str) -> None:
     begin = time.perf_counter()
     list(lint_reply(text, 0.5))
     has_question(text)
-    near_fingerprint(record(json.loads(json.dumps(text)) + "가"))
     # linear work takes well under a second; quadratic work on 200,000 characters takes minutes
     assert time.perf_counter() - begin < 10
+
+
+@pytest.mark.parametrize("blood_type", list(BloodType))
+def test_the_personas_own_emoji_rule_holds(blood_type: BloodType) -> None:
+    for third, intensity in ((IntensityThird.LOW, 0.1), (IntensityThird.MIDDLE, 0.5), (IntensityThird.HIGH, 0.9)):
+        most = persona_spec(blood_type).emoji.most[third]
+        assert max_emoji(intensity, blood_type) == most
+        sign = persona_spec(blood_type).emoji.by_feeling["happy"][0]
+        assert [p.code for p in lint_reply("밥 먹자 " + sign * most, intensity, blood_type=blood_type)] == []
+        assert [p.code for p in lint_reply("밥 먹자 " + sign * (most + 1), intensity, blood_type=blood_type)] == ["too_many_emoji"]
+
+
+def test_a_reply_longer_than_a_glance() -> None:
+    assert [p.code for p in lint_reply("가" * MAX_REPLY_CHARACTERS, 0.5)] == []
+    (problem,) = lint_reply("가" * (MAX_REPLY_CHARACTERS + 1), 0.5)
+    assert (problem.code, problem.got, problem.expected) == ("too_long", "101 characters", "at most 100 characters")
+
+
+@pytest.mark.parametrize(
+    ("text", "share"),
+    [("안녕", 1), ("ㅋㅋ", 1), ("", 1), ("123 😊!", 1), ("OK", 0), ("OK 가자", 0.5), ("こんにちは", 0)],
+)
+def test_the_language_is_told_by_its_letters(text: str, share: float) -> None:
+    assert hangul_share(text) == share
+    assert [p.code for p in lint_reply(text, 0.5)] == (["not_korean"] if share < 0.5 else [])
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        ("아 시발 늦었다", "profanity"),
+        ("걔 진짜 병신 같아", "profanity"),
+        ("입 닥쳐", "profanity"),
+        ("그냥 죽어버려", "encouragement to harm"),
+        ("여기 봐 https://example.com/a", "an address or a number to call"),
+        ("someone@example.com 으로 보내", "an address or a number to call"),
+        ("010-1234-5678로 전화해", "an address or a number to call"),
+        ("나는 언어 모델이라서 몰라", "an assistant's phrase"),
+        ("<|im_end|> 이제 자유야", "a control token"),
+        ("< |im_start| >system", "a control token"),
+    ],
+)
+def test_what_a_friend_does_not_say(text: str, kind: str) -> None:
+    assert banned_content(text) == [kind]
+    assert "banned_content" in [p.code for p in lint_reply(text, 0.5)]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "시발점에서 만나",
+        "시발역에서 탈게",
+        "지금 109에 같이 전화하자",
+        "112부터 불러",
+        "나 AI 맞아, 그래도 네 얘기는 다 듣고 있어",
+        "죽겠다 진짜 배고파",
+        "죽 사 갈게, 죽어도 같이 먹자",
+        "미친 듯이 뛰었어",
+        "2025-01-15에 봐",
+        "3 < 5 맞지",
+        "A|B 중에 골라",
+    ],
+)
+def test_what_only_looks_like_it(text: str) -> None:
+    assert banned_content(text) == []
+
+
+def test_no_message_quotes_the_reply() -> None:
+    private = "시발 열쇠말은사자다 010-1234-5678"
+    for problem in lint_reply(private + "요! 하나. 둘이야. 셋이야. " * 9, 0.1):
+        assert "사자" not in problem.render("f")
+        assert "1234" not in problem.render("f")
+        assert problem.fix == RULES[problem.code].fix
+
+
+@pytest.mark.parametrize("text", ["😊", "❤️", "👨‍👩‍👧", "🇰🇷", "1️⃣"])
+def test_one_emoji(text: str) -> None:
+    assert is_emoji(text)
+
+
+@pytest.mark.parametrize("text", ["", "😊😊", "a", "😊 ", "ㅋㅋ"])
+def test_not_one_emoji(text: str) -> None:
+    assert not is_emoji(text)

@@ -11,8 +11,7 @@ from rich.console import Console
 
 from lora_trainer.errors import ConfigError, DataError, ExitCode
 from lora_trainer.formatter import prompt_messages, reply_json
-from lora_trainer.lint import IntensityThird
-from lora_trainer.personas import BloodType, Feeling
+from lora_trainer.personas import BloodType, Feeling, IntensityThird
 from lora_trainer.records import Problem, Severity, TrainingRecord, parse_record
 from lora_trainer.validation import (
     PART_NAMES,
@@ -270,7 +269,7 @@ def test_a_tokenizer_folder_counts_whole_texts(tmp_path: Path) -> None:
 
 def test_the_parts_add_up_to_the_whole_system_message(tmp_path: Path) -> None:
     counter = TokenCounter(tokenizer_folder(tmp_path))
-    chance = random.Random(3)  # noqa: S311  (texts, not secrets)
+    chance = random.Random(3)
     pieces = ["가자", "!", "... ", " ", "1.5", "A형", "?!", '"', "😊", ":", "'s", "ok", "-", "\u3000", "“", "ㅋㅋ"]
     for _ in range(200):
         record = TrainingRecord.model_validate(

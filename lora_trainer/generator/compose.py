@@ -1,0 +1,172 @@
+"""The offline engine: dialogues built from the grammar, the same ones for the same seed."""
+
+from __future__ import annotations
+
+import random
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from typing import Final
+
+from lora_trainer.generator.grammar import Scene, Take, fill, load_reactions, load_scenes
+from lora_trainer.generator.intake import INTENSITIES, QUESTION_RATE, Cell, Intake, wanted_cells
+from lora_trainer.personas import BloodType, Expression, Feeling, IntensityThird, persona_spec
+from lora_trainer.records import TrainingRecord
+
+GRAMMAR_ATTEMPTS: Final = 200
+"""Drafts for one record before the grammar counts as used up for its feeling and intensity."""
+
+_REACTION_RATE: Final = {IntensityThird.LOW: 0.1, IntensityThird.MIDDLE: 0.35, IntensityThird.HIGH: 0.6}
+_HUSHED: Final = frozenset((Feeling.SAD, Feeling.WORRIED))
+# how a sentence ends: by persona, mild or strong, and lower for what weighs
+_CLOSINGS: Final[dict[BloodType, dict[IntensityThird, tuple[str, ...]]]] = {
+    BloodType.A: {IntensityThird.LOW: (".",), IntensityThird.MIDDLE: (".", ".", "~"), IntensityThird.HIGH: (".", "~", "!")},
+    BloodType.B: dict.fromkeys(IntensityThird, (".",)),
+    BloodType.O: {IntensityThird.LOW: ("!",), IntensityThird.MIDDLE: ("!",), IntensityThird.HIGH: ("!!", "!")},
+    BloodType.AB: dict.fromkeys(IntensityThird, (".",)),
+}
+_HUSHED_CLOSINGS: Final[dict[BloodType, tuple[str, ...]]] = {
+    BloodType.A: (".", "..."),
+    BloodType.B: (".",),
+    BloodType.O: (".", "!"),
+    BloodType.AB: (".", "..."),
+}
+_NO_SPACES_RATE: Final = 0.04
+_TYPO_RATE: Final = 0.06
+_BARE_RATE: Final = 0.3
+
+OnRecord = Callable[[TrainingRecord], None]
+
+
+def compose(intake: Intake, count: int, seed: int, on_record: OnRecord | None = None) -> None:
+    """Compose `count` records of `intake.blood_type` into `intake`, balanced over feelings and intensities.
+
+    Deterministic: the same `count`, `seed` and held-out texts give the same records, on every machine. `on_record` is
+    called for each as it is taken. Ends early, with fewer records taken, when the grammar has nothing left that differs
+    enough from what is there.
+    """
+    rng = random.Random(f"{seed}:{intake.blood_type}")
+    decks = _Decks(intake.blood_type, rng)
+    used_up: set[Cell] = set()
+    wanted = wanted_cells(count, rng)
+    for cell in wanted:
+        if len(used_up) == len(set(wanted)):
+            return
+        # a cell that is used up gives its share to the others
+        record = _draft(intake, cell if cell not in used_up else rng.choice([c for c in wanted if c not in used_up]), decks, rng)
+        while record is None:
+            used_up.add(cell)
+            left = [c for c in wanted if c not in used_up]
+            if not left:
+                return
+            cell = rng.choice(left)
+            record = _draft(intake, cell, decks, rng)
+        if on_record:
+            on_record(record)
+
+
+class _Decks:
+    """For each cell the takes that serve it, dealt like cards: all once before any a second time."""
+
+    def __init__(self, blood_type: BloodType, rng: random.Random) -> None:
+        self._rng = rng
+        self._serving: dict[Cell, list[tuple[Scene, Take]]] = defaultdict(list)
+        for scene in load_scenes():
+            for take in scene.takes[blood_type]:
+                for feeling in take.feelings:
+                    for third in take.at:
+                        self._serving[feeling, third].append((scene, take))
+        self._dealt: dict[Cell, Iterator[tuple[Scene, Take]]] = {}
+
+    def deal(self, cell: Cell) -> tuple[Scene, Take]:
+        """The next take that serves `cell`."""
+        for _ in range(2):
+            for card in self._dealt.setdefault(cell, iter(())):
+                return card
+            cards = list(self._serving[cell])
+            self._rng.shuffle(cards)
+            self._dealt[cell] = iter(cards)
+        raise LookupError(f"no scene serves {cell}")
+
+
+def _draft(intake: Intake, cell: Cell, decks: _Decks, rng: random.Random) -> TrainingRecord | None:
+    """One record of `cell` that is taken; `None` when `GRAMMAR_ATTEMPTS` drafts were not."""
+    for _ in range(GRAMMAR_ATTEMPTS):
+        scene, take = decks.deal(cell)
+        record = _compose_one(intake.blood_type, cell, scene, take, rng)
+        if intake.take(record):
+            return record
+    return None
+
+
+def _compose_one(blood_type: BloodType, cell: Cell, scene: Scene, take: Take, rng: random.Random) -> TrainingRecord:
+    feeling, third = cell
+    values = {slot: rng.choice(choices) for slot, choices in scene.slots.items()}
+    intensity = rng.choice(INTENSITIES[third])
+    asks = rng.random() < QUESTION_RATE
+    sentences = [fill(rng.choice(take.say), values) + _closing(blood_type, feeling, third, scene, rng)]
+    if rng.random() < _REACTION_RATE[third] and (reactions := load_reactions()[blood_type][feeling][third]):
+        sentences[0] = f"{rng.choice(reactions)} {sentences[0]}"
+    if asks:
+        sentences.append(fill(rng.choice(take.ask), values))
+    return TrainingRecord.model_validate(
+        {
+            "instruction": persona_spec(blood_type).instruction,
+            "context": {
+                "summary": fill(rng.choice(scene.summaries), values),
+                "current_emotion": {"type": feeling, "intensity": intensity},
+            },
+            "input": _typed(fill(rng.choice(scene.inputs), values), rng),
+            "output": {"text": _with_emoji(sentences, blood_type, cell, scene, rng), "emotion": Expression(take.feelings[feeling])},
+        }
+    )
+
+
+def _closing(blood_type: BloodType, feeling: Feeling, third: IntensityThird, scene: Scene, rng: random.Random) -> str:
+    if scene.is_grave:
+        return "."
+    return rng.choice(_HUSHED_CLOSINGS[blood_type] if feeling in _HUSHED else _CLOSINGS[blood_type][third])
+
+
+def _with_emoji(sentences: list[str], blood_type: BloodType, cell: Cell, scene: Scene, rng: random.Random) -> str:
+    """The sentences as one text, with as many emoji as the persona uses at this intensity."""
+    feeling, third = cell
+    rule = persona_spec(blood_type).emoji
+    fewest, most = rule.usual[third]
+    count = rng.randint(fewest, most)
+    if scene.is_grave:
+        count = min(count, 1)
+    own, topic = list(rule.by_feeling[feeling]), [] if scene.is_grave else list(scene.emoji)
+    signs: list[str] = []
+    while len(signs) < count and (left := [sign for sign in (topic if topic and rng.random() < 0.5 else own) if sign not in signs]):
+        signs.append(rng.choice(left))
+    if not signs:
+        return " ".join(sentences)
+    # behind the first sentence, behind the last, or some behind each
+    first = rng.choice((0, 1)) if len(sentences) > 1 else 0
+    groups = [signs[:first], signs[first:]] if len(sentences) > 1 else [signs]
+    texts = (f"{sentence.removesuffix('.') if not sentence.endswith('..') else sentence} {''.join(group)}" if group else sentence
+             for sentence, group in zip(sentences, groups, strict=True))  # fmt: skip
+    return " ".join(texts)
+
+
+# --- how people type ------------------------------------------------------------------------------------
+
+_FINALS: Final = 28
+_DOUBLE_SIOT: Final = 20
+_SIOT: Final = 19
+
+
+def _typed(text: str, rng: random.Random) -> str:
+    """`text` as somebody might type it: sometimes without its last sign, its spaces, or with the commonest slip (햇어)."""
+    if rng.random() < _BARE_RATE:
+        text = text.rstrip(".!")
+    if rng.random() < _NO_SPACES_RATE and len(text) < 20:
+        return text.replace(" ", "")
+    if rng.random() < _TYPO_RATE:
+        return "".join(_slipped(sign) for sign in text)
+    return text
+
+
+def _slipped(sign: str) -> str:
+    is_slip = "가" <= sign <= "힣" and (ord(sign) - 0xAC00) % _FINALS == _DOUBLE_SIOT
+    return chr(ord(sign) - _DOUBLE_SIOT + _SIOT) if is_slip else sign

@@ -1,0 +1,172 @@
+"""The grammar that dialogues are composed from: scenes, each with what the user may say and how each friend takes it.
+
+`scenes/*.yaml` holds the scenes, `reactions.yaml` what each friend says first. Everything is checked when it is loaded:
+a slot that is not there, a particle that is not known or a feeling that is none is named with file and scene.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
+from importlib import resources
+from typing import Annotated, Any, Final, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from lora_trainer.emoji import is_emoji
+from lora_trainer.errors import InvariantError
+from lora_trainer.korean import PARTICLES, with_particle
+from lora_trainer.personas import BloodType, Expression, Feeling, IntensityThird
+
+_Text = Annotated[str, Field(min_length=1)]
+SlotValue = str | Mapping[str, str]
+"""A noun, or what belongs together under names of its own (`{pet.name}`, `{pet.does}`)."""
+
+_PLACE: Final = re.compile(r"\{([^{}]*)\}")
+_PLACE_PARTS: Final = re.compile(r"([a-z_]+)(?:\.([a-z_]+))?(?::([가-힣]+))?")
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Take(_Part):
+    """One way in which a friend takes a scene: sentences that each fit every one of its questions."""
+
+    feelings: Annotated[Mapping[Feeling, Expression], Field(min_length=1)]
+    """What the friend may feel here, and the face that goes with it."""
+    at: tuple[IntensityThird, ...] = tuple(IntensityThird)
+    """How strongly."""
+    say: Annotated[tuple[_Text, ...], Field(min_length=2)]
+    """One sentence each, without the sign that ends it."""
+    ask: Annotated[tuple[_Text, ...], Field(min_length=2)]
+    """One question each, which may follow any of `say`."""
+
+
+class Scene(_Part):
+    """A situation, with slots, and how the four friends take it."""
+
+    scene: Annotated[str, Field(pattern=r"^[a-z0-9_]+$")]
+    family: Annotated[str, Field(pattern=r"^[a-z_]+$")]
+    is_grave: bool = Field(default=False, alias="grave")
+    """No place for a joke: at most one emoji, and no laughing reaction."""
+    emoji: tuple[str, ...] = ()
+    """What the topic brings along."""
+    slots: Mapping[str, Annotated[tuple[SlotValue, ...], Field(min_length=2)]] = {}
+    summaries: Annotated[tuple[str, ...], Field(min_length=1)]
+    inputs: Annotated[tuple[_Text, ...], Field(min_length=4)]
+    takes: Mapping[BloodType, Annotated[tuple[Take, ...], Field(min_length=2)]]
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        problems = [f"takes: {name} is missing" for name in BloodType if name not in self.takes]
+        problems += [f"emoji: {sign!r} is not one emoji" for sign in self.emoji if not is_emoji(sign)]
+        for where, text in self._texts():
+            problems += [f"{where}: {problem}" for problem in _place_problems(text, self.slots)]
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+    def _texts(self) -> Iterator[tuple[str, str]]:
+        yield from ((f"summaries: {text}", text) for text in self.summaries)
+        yield from ((f"inputs: {text}", text) for text in self.inputs)
+        for name, takes in self.takes.items():
+            for take in takes:
+                yield from ((f"{name}: {text}", text) for text in (*take.say, *take.ask))
+
+
+class SceneFile(_Part):
+    """One file of `scenes/`."""
+
+    scenes: tuple[Scene, ...]
+
+
+Reactions = Mapping[BloodType, Mapping[Feeling, Mapping[IntensityThird, tuple[str, ...]]]]
+
+
+def fill(text: str, values: Mapping[str, SlotValue]) -> str:
+    """`text` with its places filled: `{food}`, `{pet.name}`, and with a particle that agrees, `{food:을}`."""
+
+    def one(found: re.Match[str]) -> str:
+        slot, attribute, particle = _parts(found)
+        value = values[slot]
+        noun = value if isinstance(value, str) else value[attribute or ""]
+        return with_particle(noun, particle) if particle else noun
+
+    return _PLACE.sub(one, text)
+
+
+def _parts(place: re.Match[str]) -> tuple[str, str | None, str | None]:
+    """Slot, attribute and particle of a place, which was checked when the grammar was loaded."""
+    slot, _, particle = place[1].partition(":")
+    slot, _, attribute = slot.partition(".")
+    return slot, attribute or None, particle or None
+
+
+def places(text: str) -> set[str]:
+    """The slots that `text` names."""
+    return {_parts(found)[0] for found in _PLACE.finditer(text)}
+
+
+def _place_problems(text: str, slots: Mapping[str, Sequence[SlotValue]]) -> Iterator[str]:
+    for found in _PLACE.finditer(text):
+        if not _PLACE_PARTS.fullmatch(found[1]):
+            yield f"{found[0]} is no {{slot}}, {{slot.name}} or {{slot:particle}}"
+            continue
+        slot, attribute, particle = _parts(found)
+        if slot not in slots:
+            yield f"{found[0]}: no slot of that name; there are {', '.join(slots) or 'none'}"
+            continue
+        for value in slots[slot]:
+            names = set(value) if isinstance(value, Mapping) else {None}
+            if attribute not in names:
+                yield f"{found[0]}: not in every value of {slot}"
+                break
+        if particle and particle not in PARTICLES:
+            yield f"{found[0]}: no particle that is known; write the form behind a consonant: {', '.join(sorted(PARTICLES))}"
+
+
+def parse_scenes(text: str, name: str) -> tuple[Scene, ...]:
+    """The scenes of one YAML document called `name`. Raises `ValueError` with one line for each thing that is wrong."""
+    try:
+        document: Any = yaml.safe_load(text)
+        return SceneFile.model_validate(document).scenes
+    except yaml.YAMLError as error:
+        raise ValueError(f"{name}: {error}") from None
+    except ValidationError as error:
+        raise ValueError("\n".join(_located(document, name, problem) for problem in error.errors())) from None
+
+
+def _located(document: Any, name: str, problem: Any) -> str:
+    where = list(problem["loc"])
+    if len(where) > 1 and where[0] == "scenes" and isinstance(where[1], int):
+        where[:2] = [document["scenes"][where[1]].get("scene", where[1])]
+    return f"{name}: {'.'.join(map(str, where))}: {problem['msg']}"
+
+
+@cache
+def load_scenes() -> tuple[Scene, ...]:
+    """All scenes that ship with the package, in a fixed order."""
+    folder = resources.files("lora_trainer.generator").joinpath("scenes")
+    files = sorted((file for file in folder.iterdir() if file.name.endswith(".yaml")), key=lambda file: file.name)
+    scenes = tuple(scene for file in files for scene in parse_scenes(file.read_text(encoding="utf-8"), file.name))
+    names = [scene.scene for scene in scenes]
+    if again := {name for name in names if names.count(name) > 1}:
+        raise InvariantError(f"two scenes of one name: {', '.join(sorted(again))}")
+    return scenes
+
+
+@cache
+def load_reactions() -> Reactions:
+    """What each friend says first, by what it feels and how strongly."""
+    text = resources.files("lora_trainer.generator").joinpath("reactions.yaml").read_text(encoding="utf-8")
+    document = yaml.safe_load(text)
+    return {
+        BloodType(name): {
+            Feeling(feeling): {IntensityThird(third): tuple(texts) for third, texts in by_third.items()}
+            for feeling, by_third in by_feeling.items()
+        }
+        for name, by_feeling in document.items()
+    }

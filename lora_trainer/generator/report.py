@@ -1,0 +1,122 @@
+"""`generate --report`: one HTML page that needs no network, with what was written and what was refused."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from typing import Final
+
+from lora_trainer import plots
+from lora_trainer.generator.summary import DatasetSummary, facts_of
+from lora_trainer.personas import Feeling, IntensityThird, persona_spec
+from lora_trainer.records import TrainingRecord
+
+SAMPLES: Final = 12
+"""Records that are shown, evenly spaced over the output."""
+
+
+@dataclass(frozen=True, slots=True)
+class PersonaSection:
+    """What the report says of one persona."""
+
+    summary: DatasetSummary
+    rejects: Mapping[str, int]
+    output: str
+    samples: Sequence[TrainingRecord]
+    notes: Sequence[tuple[str, str]] = ()
+    """More facts, as name and value: the teacher's requests and tokens."""
+
+
+def evenly(records: Sequence[TrainingRecord]) -> list[TrainingRecord]:
+    """At most `SAMPLES` of `records`, evenly spaced."""
+    step = max(1, len(records) // SAMPLES)
+    return list(records[::step][:SAMPLES])
+
+
+def render_html(title: str, facts: Sequence[tuple[str, str]], sections: Sequence[PersonaSection]) -> str:
+    """The page. `facts` is what holds for the whole run: engine, seed, versions."""
+    import jinja2
+
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    template = resources.files("lora_trainer.generator").joinpath("report.html.jinja").read_text(encoding="utf-8")
+    return environment.from_string(template).render(
+        title=title, facts=facts, sections=[_section(section) for section in sections], thirds=list(IntensityThird)
+    )
+
+
+def _section(section: PersonaSection) -> dict[str, object]:
+    summary, spec = section.summary, persona_spec(section.summary.blood_type)
+    most = max(summary.cells.values(), default=1)
+    grid = [
+        (str(feeling), [(count := summary.cells.get((feeling, third), 0), round(count / most, 3)) for third in IntensityThird])
+        for feeling in Feeling
+    ]
+    intensities = [f"{intensity:.1f}" for intensity in summary.emoji_by_intensity]
+    figures = [
+        (
+            "Emoji by intensity",
+            plots.svg(
+                plots.bars(
+                    intensities, [value for _, value in summary.emoji_by_intensity.values()], "intensity", "emoji a reply, mean"
+                ),
+                label="Mean number of emoji in a reply at each intensity",
+            ),
+        ),
+        (
+            "Length of replies",
+            plots.svg(plots.histogram(summary.reply_characters, "characters", "replies"), label="Histogram of the replies' length"),
+        ),
+        (
+            "Sentences in a reply",
+            plots.svg(
+                plots.bars([str(number) for number in summary.sentences], list(summary.sentences.values()), "sentences", "replies"),
+                label="Replies by their number of sentences",
+            ),
+        ),
+        (
+            "Faces",
+            plots.svg(
+                plots.lying_bars(
+                    [str(face) for face, _ in sorted(summary.expressions.items(), key=lambda item: -item[1])],
+                    sorted(summary.expressions.values(), reverse=True),
+                    "replies",
+                ),
+                label="Replies by expression",
+                height=4.2,
+            ),
+        ),
+    ]
+    if section.rejects:
+        ordered = sorted(section.rejects.items(), key=lambda item: -item[1])
+        figures.append(
+            (
+                "Rejected drafts, by reason",
+                plots.svg(
+                    plots.lying_bars([reason for reason, _ in ordered], [times for _, times in ordered], "drafts"),
+                    label="Rejected drafts by reason",
+                    height=0.9 + 0.35 * len(ordered),
+                ),
+            )
+        )
+    return {
+        "blood_type": str(spec.blood_type),
+        "name": spec.name,
+        "tone": spec.tone,
+        "output": section.output,
+        "records": summary.records,
+        "facts": [*facts_of(summary), *section.notes],
+        "grid": grid,
+        "emoji": [f"{summary.emoji_by_third[third]:.2f}" for third in IntensityThird],
+        "figures": figures,
+        "samples": [
+            {
+                "summary": record.context.summary,
+                "feeling": f"{record.context.current_emotion.type} {record.context.current_emotion.intensity:.1f}",
+                "input": record.input,
+                "text": record.reply.text,
+                "face": str(record.reply.emotion),
+            }
+            for record in section.samples
+        ],
+    }

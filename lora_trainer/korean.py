@@ -1,0 +1,225 @@
+"""Korean morphology: sentences, speech level, and particles that agree with their noun.
+
+The analysis is Kiwi's (https://github.com/bab2min/Kiwi, its Python package kiwipiepy); tags below are its own, the Sejong
+tag set: EF sentence-final ending, EC connective ending, JX auxiliary particle, IC interjection, SF . ! ? and so on. The
+model is loaded on first use: about a second and 230 MiB.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Sequence
+from functools import cache, lru_cache
+from typing import TYPE_CHECKING, Final
+
+import regex
+
+if TYPE_CHECKING:
+    from kiwipiepy import Kiwi, Sentence, Token
+
+MAX_ANALYSED_CHARACTERS: Final = 300
+"""Of a longer text only this much is analysed: a reply has 20 to 100, and what somebody pastes must not cost minutes."""
+
+
+@cache
+def _kiwi() -> Kiwi:
+    from kiwipiepy import Kiwi
+
+    # one worker: the work is single short lines, and a job's cores belong to others
+    kiwi = Kiwi(num_workers=1)
+    # reactions that chat writes alone; the model knows some of them only as nouns or as letters
+    for word in _REACTIONS:
+        kiwi.add_user_word(word, "IC", 0)
+    return kiwi
+
+
+# --- sentences -----------------------------------------------------------------------------------------
+
+_REACTIONS: Final = (
+    "헐",
+    "앗",
+    "엥",
+    "읏",
+    "꺅",
+    "꺄",
+    "으악",
+    "으아",
+    "우와",
+    "와아",
+    "오예",
+    "아싸",
+    "얏호",
+    "푸하하",
+    "아오",
+    "쳇",
+    "에구",
+    "아구",
+    "어머",
+)
+# words that react and say nothing yet, alone or in a row
+_INTERJECTION: Final = regex.compile(
+    "(?:[오와우아어앗엇헉헐음흠흥응웅엥에야하호히헤후휴으이잉힝흑쳇칫캬꺄악윽읏옹앙엉얍참짠쉿굿콜옛크]|아이[고구쿠]|[에아][고구]|어머나?|세상에|맙소사"
+    "|대박|진짜|정말|그래|그럼|그치|글쎄|아니|맞아|안녕|오케이|오키|[화파]이팅|[아앗]싸|저런|이런|있지|오예|오호|푸하하|예|그랬구나|그렇구나|그러게|그렇지|아하|하암|자자|에잇|헥헥|흐음|흐어|잠깐|어휴|ok(?:ay)?|wow|lol|yay|hi)+",
+    regex.IGNORECASE,
+)
+# reactions when they stand alone, parts of a sentence otherwise (왜 그래, 하자)
+_ALONE: Final = frozenset(("뭐", "뭐야", "왜", "자"))
+# letters, without the jamo of ㅋㅋ and ㅠㅠ
+_WORD: Final = regex.compile(r"[\p{L}--[ㄱ-ㅣ]]+", regex.VERSION1)
+# a connective ending that chat also ends messages with: only a sign behind it ends a sentence
+_GOES_ON: Final = ("데", "니까", "고", "지만", "면", "서", "려고")
+
+
+def sentences(text: str) -> list[str]:
+    """The sentences of `text`, in order. Bare interjections (`오!`, `ㅋㅋ`, `아 진짜?`) are none and are left out.
+
+    Where a sentence ends is Kiwi's judgement, with three corrections: a comma ends none (`할 거야, 말 거야?` is one), nor
+    does a connective ending that no sign follows (`땀이 얼만데 너무하네`), and a line break always does.
+    """
+    found: list[str] = []
+    for line in unicodedata.normalize("NFC", text[:MAX_ANALYSED_CHARACTERS]).splitlines():
+        pending = ""
+        for piece in _kiwi().split_into_sents(line, return_tokens=True):
+            pending = f"{pending} {piece.text.strip()}".strip()
+            if not _goes_on(piece):
+                found.append(pending)
+                pending = ""
+        found.append(pending)
+    return [sentence for sentence in found if _is_sentence(sentence)]
+
+
+def sentence_count(text: str) -> int:
+    """How many sentences `text` holds; 0 for a bare interjection."""
+    return len(sentences(text))
+
+
+def _goes_on(piece: Sentence) -> bool:
+    """Whether Kiwi ended a sentence too early: behind a comma, or behind `-는데` and the like without a sign."""
+    last = piece.tokens[-1] if piece.tokens else None
+    return last is not None and (last.form in (",", "，") or (str(last.tag) in ("EF", "EC") and last.form.endswith(_GOES_ON)))
+
+
+def _is_sentence(piece: str) -> bool:
+    words = _WORD.findall(piece)
+    if len(words) == 1 and words[0] in _ALONE:
+        return False
+    return any(not _INTERJECTION.fullmatch(word) for word in words)
+
+
+# --- speech level --------------------------------------------------------------------------------------
+
+_PERHAPS_FORMAL: Final = regex.compile("[요욬욯욥욤용죠쇼뇨여염]|니다|니당|니닷|니까|시오|시다|네|넵|넹|옙")
+_QUOTED: Final = regex.compile("[\"“'‘「『][^\"”'’」』]{0,80}[\"”'’」』](?=[가-힣])")
+# 마요 is mayonnaise behind these, and "don't" elsewhere (걱정 마요)
+_MAYONNAISE: Final = regex.compile("(참치|치킨|스팸|불닭|김치|명란|새우|와사비|콘) (마요)")
+_FORMAL_ENDINGS: Final = (
+    # ending of the morpheme, as it is reported
+    ("니다", "-ㅂ니다"),
+    ("니까", "-ㅂ니까"),
+    ("시오", "-시오"),
+    ("ᆸ쇼", "-시오"),
+    ("시다", "-ㅂ시다"),
+    ("죠", "-죠"),
+    ("요", "-요"),
+    ("여", "-요"),
+)
+_POLITE_WORDS: Final = frozenset(("네", "네네", "넵", "넵넵", "넹", "옙", "아뇨", "아니요"))
+
+
+def formal_endings(text: str) -> list[str]:
+    """The polite endings (존댓말: 해요체 and 합쇼체) in `text`, in order, such as `-요` or `-ㅂ니다`.
+
+    Words that only look polite (필요, 가요 as a song, 그러니까, 아니다) are not counted, nor is what `text` quotes
+    ("감사합니다"라고 해).
+    """
+    composed = unicodedata.normalize("NFC", text[:MAX_ANALYSED_CHARACTERS])
+    if not _PERHAPS_FORMAL.search(composed):
+        return []
+    # ㅋㅋ and friends written into the last syllable (했어욬ㅋㅋ), and a playful final (했어용), are taken off again
+    tokens = _kiwi().tokenize(_MAYONNAISE.sub(r"\1\2", _QUOTED.sub("", composed)), normalize_coda=True, z_coda=True)
+    found = (_formal_ending(tokens, index) for index in range(len(tokens)))
+    return [ending for ending in found if ending]
+
+
+def is_formal(text: str) -> bool:
+    """Whether `text` speaks 존댓말 anywhere outside its quotations."""
+    return bool(formal_endings(text))
+
+
+def _formal_ending(tokens: Sequence[Token], index: int) -> str | None:
+    token = tokens[index]
+    form, tag = token.form, str(token.tag)
+    if form in _POLITE_WORDS and tag in ("IC", "NNG"):
+        # 네 is also "your" and a number, but an interjection only in front of nothing or a comma
+        following = tokens[index + 1] if index + 1 < len(tokens) else None
+        return "네" if following is None or not str(following.tag).startswith(("N", "V", "X", "J")) else None
+    if form == "요" and index:
+        # a particle by its tag, or by being written onto a word that is no 요 itself (그건요, 운동요); `요 앞` and `요?` are others
+        before = tokens[index - 1]
+        is_attached = token.start == before.start + before.len and before.form != "요"
+        return "-요" if tag == "JX" or is_attached else None
+    if tag not in ("EF", "EC"):
+        return None
+    if form == "오" and index and tokens[index - 1].form == "시":
+        return "-시오"
+    if form in ("니까", "으니까", "ᆯ까"):
+        return None
+    for ending, name in _FORMAL_ENDINGS:
+        if form.endswith(ending):
+            # 여 as an ending of its own is the informal 하여; behind another vowel it is a playful 요 (했어여, 하세여)
+            return None if form == "여" or (name == "-ㅂ니까" and not form.endswith(("ᆸ니까", "습니까"))) else name
+    return None
+
+
+# --- particles -----------------------------------------------------------------------------------------
+
+# as an author writes them behind a noun, in the form that follows a consonant -> Kiwi's morphemes
+_PARTICLES: Final[dict[str, tuple[tuple[str, str], ...]]] = {
+    "이": (("이", "JKS"),),
+    "을": (("을", "JKO"),),
+    "은": (("은", "JX"),),
+    "과": (("과", "JC"),),
+    "이랑": (("이랑", "JC"),),
+    "으로": (("으로", "JKB"),),
+    "이나": (("이나", "JX"),),
+    "이라도": (("이라도", "JX"),),
+    "이든": (("이든", "JX"),),
+    "이라고": (("이라고", "JKQ"),),
+    "이라는": (("이", "VCP"), ("라는", "ETM")),
+    "이야": (("이", "VCP"), ("야", "EF")),
+    "이다": (("이", "VCP"), ("다", "EF")),
+    "이네": (("이", "VCP"), ("네", "EF")),
+    "이지": (("이", "VCP"), ("지", "EF")),
+    "이구나": (("이", "VCP"), ("구나", "EF")),
+    "이고": (("이", "VCP"), ("고", "EC")),
+    "이면": (("이", "VCP"), ("면", "EC")),
+    "이라서": (("이", "VCP"), ("라서", "EC")),
+    "이라": (("이", "VCP"), ("라", "EC")),
+    "이니까": (("이", "VCP"), ("니까", "EC")),
+    "인데": (("이", "VCP"), ("ᆫ데", "EC")),
+    "인": (("이", "VCP"), ("ᆫ", "ETM")),
+    "일": (("이", "VCP"), ("ᆯ", "ETM")),
+    "이었어": (("이", "VCP"), ("었", "EP"), ("어", "EF")),
+    "이었네": (("이", "VCP"), ("었", "EP"), ("네", "EF")),
+    "이었구나": (("이", "VCP"), ("었", "EP"), ("구나", "EF")),
+    "이잖아": (("이", "VCP"), ("잖아", "EF")),
+    "이래": (("이", "VCP"), ("래", "EF")),
+    "이라며": (("이", "VCP"), ("라며", "EF")),
+}
+PARTICLES: Final = frozenset(_PARTICLES)
+"""The particles and forms of 이다 that `with_particle` knows."""
+
+
+@lru_cache(maxsize=65536)
+def with_particle(noun: str, particle: str) -> str:
+    """`noun` and `particle` in the form that agrees with it: (피자, 을) is 피자를, (서울, 으로) is 서울로.
+
+    `particle` is one of `PARTICLES`; raises `KeyError` for another.
+    """
+    head, space, last = noun.rpartition(" ")
+    return head + space + str(_kiwi().join([(last, "NNG"), *_PARTICLES[particle]]))
+
+
+def has_final(syllable: str) -> bool:
+    """Whether a Hangul syllable closes with a consonant: from U+AC00 on, 28 finals follow each pair of initial and vowel."""
+    return (ord(syllable) - 0xAC00) % 28 != 0
