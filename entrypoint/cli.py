@@ -175,10 +175,12 @@ def validate(
     """Check training data: schema, lint, coverage, and what the prompts cost.
 
     \b
-    FILE is a JSONL file: a local path, file:// or s3://. Two severities:
+    FILE is a JSONL file: a local path, file:// or s3://; one called eval_prompts.jsonl holds the
+    evaluation's prompts, which have neither instruction nor reply. Two severities:
       error     'run' refuses the file: not JSON, a missing field, an unknown emotion, ...
       warning   counted; 'run' refuses the file under --strict: three sentences, 존댓말, too many
-                emoji for the intensity, near-duplicates, too few questions, another persona's file
+                emoji for the intensity, too long, not Korean, banned content, near-duplicates, too few
+                questions, another persona's file
 
     \b
     Examples:
@@ -189,6 +191,7 @@ def validate(
     """
     from lora_trainer import validation
     from lora_trainer.bases import tokenizer_folder
+    from lora_trainer.evaluation_prompts import FILE_NAME
     from lora_trainer.storage import open_storage, split_uri
 
     options["blood_type"] = blood_type
@@ -217,6 +220,8 @@ def validate(
             paths.append(path)
 
         def check(path: Path, on_problem: validation.OnProblem | None = None) -> validation.FileReport:
+            if path.name == FILE_NAME:
+                return validation.check_prompts(path, on_problem=on_problem)
             return validation.check_file(
                 path,
                 persona,

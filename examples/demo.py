@@ -62,9 +62,9 @@ def main() -> int:
             server.make_bucket(BUCKET)
             heading(f"1. Data: data/ -> {DATA_URI} (a local S3 server, {server.endpoint_url})")
             data = open_storage(DATA_URI)
-            for path in sorted((ROOT / "data").glob("*.jsonl")):
+            for path in sorted((ROOT / "data").glob("train_data_type_*.jsonl")):
                 data.upload(path, path.name)
-                console.print(f"   {path.name}  {sum(1 for _ in path.open(encoding='utf-8'))} records")
+                console.print(f"   {path.name}  {sum(1 for _ in path.open(encoding='utf-8')):,} records")
             heading(f"2. Job: persona {blood_type} ({spec.name}) on the tiny base")
             started = datetime.now(UTC)
             code, uri, seconds = run_job(blood_type)

@@ -5,24 +5,15 @@ from __future__ import annotations
 import json
 from functools import cache
 from importlib import resources
-from typing import Annotated
+from typing import Final
 
-from pydantic import BaseModel, ConfigDict, Field
+from lora_trainer.records import EvaluationPrompt
 
-from lora_trainer.records import Context
-
-
-class EvaluationPrompt(BaseModel):
-    """One line of `eval_prompts.jsonl`: a training record without its instruction, which the persona brings, and its reply."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    context: Context
-    input: Annotated[str, Field(min_length=1)]
+FILE_NAME: Final = "eval_prompts.jsonl"
 
 
 @cache
 def evaluation_prompts() -> tuple[EvaluationPrompt, ...]:
     """The 120 prompts, in order. `data/eval_prompts.jsonl` is the same file, for people."""
-    text = resources.files("lora_trainer").joinpath("assets/eval_prompts.jsonl").read_text(encoding="utf-8")
+    text = resources.files("lora_trainer").joinpath("assets", FILE_NAME).read_text(encoding="utf-8")
     return tuple(EvaluationPrompt.model_validate(json.loads(line)) for line in text.split("\n") if line)

@@ -8,17 +8,18 @@ model is loaded on first use: about a second and 230 MiB.
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache, lru_cache
-from typing import TYPE_CHECKING, Final
+from itertools import zip_longest
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import regex
 
 if TYPE_CHECKING:
-    from kiwipiepy import Kiwi, Sentence, Token
+    from kiwipiepy import Kiwi, Token
 
-MAX_ANALYSED_CHARACTERS: Final = 300
-"""Of a longer text only this much is analysed: a reply has 20 to 100, and what somebody pastes must not cost minutes."""
+MAX_ANALYSED_CHARACTERS: Final = 200
+"""Of a longer text only this much is analysed: the schema allows a reply no more, and a word without end costs ever more."""
 
 
 @cache
@@ -67,25 +68,34 @@ _ALONE: Final = frozenset(("뭐", "뭐야", "왜", "자"))
 # letters, without the jamo of ㅋㅋ and ㅠㅠ
 _WORD: Final = regex.compile(r"[\p{L}--[ㄱ-ㅣ]]+", regex.VERSION1)
 # a connective ending that chat also ends messages with: only a sign behind it ends a sentence
+_LAUGH_OR_CRY: Final = regex.compile("[ㅋㅎㅠㅜ]{2,}")
 _GOES_ON: Final = ("데", "니까", "고", "지만", "면", "서", "려고")
 
 
 def sentences(text: str) -> list[str]:
     """The sentences of `text`, in order. Bare interjections (`오!`, `ㅋㅋ`, `아 진짜?`) are none and are left out.
 
-    Where a sentence ends is Kiwi's judgement, with three corrections: a comma ends none (`할 거야, 말 거야?` is one), nor
-    does a connective ending that no sign follows (`땀이 얼만데 너무하네`), and a line break always does.
+    Where a sentence ends is Kiwi's judgement, with four corrections: a comma ends none (`할 거야, 말 거야?` is one), nor
+    does a connective ending that no sign follows (`땀이 얼만데 너무하네`), a choice is one question (`앞면이야 뒷면이야?`), and a
+    line break always ends one.
     """
+    return list(_sentences(text[:MAX_ANALYSED_CHARACTERS]))
+
+
+# asked for twice of each reply: how many sentences, and whether one of them is a question
+@lru_cache(maxsize=64)
+def _sentences(text: str) -> tuple[str, ...]:
     found: list[str] = []
-    for line in unicodedata.normalize("NFC", text[:MAX_ANALYSED_CHARACTERS]).splitlines():
+    for line in unicodedata.normalize("NFC", text).splitlines():
         pending = ""
-        for piece in _kiwi().split_into_sents(line, return_tokens=True):
-            pending = f"{pending} {piece.text.strip()}".strip()
-            if not _goes_on(piece):
+        pieces = list(_pieces(line))
+        for piece, following in zip_longest(pieces, pieces[1:]):
+            pending = f"{pending} {piece.text}".strip()
+            if not _goes_on(piece, following):
                 found.append(pending)
                 pending = ""
         found.append(pending)
-    return [sentence for sentence in found if _is_sentence(sentence)]
+    return tuple(sentence for sentence in found if _is_sentence(sentence))
 
 
 def sentence_count(text: str) -> int:
@@ -93,10 +103,38 @@ def sentence_count(text: str) -> int:
     return len(sentences(text))
 
 
-def _goes_on(piece: Sentence) -> bool:
-    """Whether Kiwi ended a sentence too early: behind a comma, or behind `-는데` and the like without a sign."""
+class _Piece(NamedTuple):
+    text: str
+    tokens: Sequence[Token]
+
+
+def _pieces(line: str) -> Iterator[_Piece]:
+    """What Kiwi takes for sentences, and ended where somebody laughs or cries behind a final ending (배고프다ㅋㅋ 뭐 먹을래)."""
+    for sentence in _kiwi().split_into_sents(line, return_tokens=True):
+        begin, first = sentence.start, 0
+        tokens = sentence.tokens or []
+        for at in range(1, len(tokens) - 1):
+            before = tokens[at - 1]
+            is_ending = str(before.tag) in ("EF", "EC") and not before.form.endswith(_GOES_ON)
+            if is_ending and _LAUGH_OR_CRY.fullmatch(tokens[at].form):
+                end = tokens[at].start + tokens[at].len
+                yield _Piece(line[begin:end].strip(), tokens[first : at + 1])
+                begin, first = end, at + 1
+        yield _Piece(line[begin : sentence.end].strip(), tokens[first:])
+
+
+def _goes_on(piece: _Piece, following: _Piece | None) -> bool:
+    """Whether a sentence was ended too early."""
     last = piece.tokens[-1] if piece.tokens else None
-    return last is not None and (last.form in (",", "，") or (str(last.tag) in ("EF", "EC") and last.form.endswith(_GOES_ON)))
+    if last is None or following is None:
+        return False
+    if last.form in (",", "，"):
+        return True
+    # NNB: -ㄴ데 taken for the noun 데
+    if str(last.tag) not in ("EF", "EC", "NNB"):
+        return False
+    is_choice = following.text.endswith("?") and last.form in [token.form for token in following.tokens[-3:]]
+    return is_choice or last.form.endswith(_GOES_ON)
 
 
 def _is_sentence(piece: str) -> bool:
@@ -150,9 +188,9 @@ def _formal_ending(tokens: Sequence[Token], index: int) -> str | None:
     token = tokens[index]
     form, tag = token.form, str(token.tag)
     if form in _POLITE_WORDS and tag in ("IC", "NNG"):
-        # 네 is also "your" and a number, but an interjection only in front of nothing or a comma
+        # 네 is also "your" and a number: an answer only in front of a sign, or of nothing
         following = tokens[index + 1] if index + 1 < len(tokens) else None
-        return "네" if following is None or not str(following.tag).startswith(("N", "V", "X", "J")) else None
+        return "네" if following is None or str(following.tag).startswith(("SF", "SP", "SO", "SW", "W")) else None
     if form == "요" and index:
         # a particle by its tag, or by being written onto a word that is no 요 itself (그건요, 운동요); `요 앞` and `요?` are others
         before = tokens[index - 1]

@@ -47,7 +47,7 @@ def svg(draw: Callable[[Axes], None], *, label: str, width: float = 5.6, height:
         FigureCanvasSVG(figure)
         draw(figure.add_subplot())
         out = io.StringIO()
-        figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
+        figure.savefig(out, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     element = out.getvalue()
     element = element[element.index("<svg") :].replace(_INK, "currentColor")
     head, rest = element.split(">", 1)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO, Final, NamedTuple, NoReturn
+from typing import Annotated, Any, BinaryIO, Final, Generic, NamedTuple, NoReturn, TypeVar, overload
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, Strict, ValidationError, field_validator
 
@@ -188,6 +188,13 @@ class TrainingRecord(_Contract):
         )
 
 
+class EvaluationPrompt(_Contract):
+    """One line of `eval_prompts.jsonl`: a record without its instruction, which the persona brings, and its reply."""
+
+    context: Context
+    input: _Text
+
+
 _REPLY_SHAPE: Final = 'an object {"text": ..., "emotion": ...}'
 _RECORD_SHAPE: Final = "one JSON object on the line: instruction, context, input, output"
 _EXPECTED: Final[Mapping[str, str]] = {
@@ -209,7 +216,10 @@ _VOCABULARIES: Final[Mapping[str, tuple[str, ...]]] = {
 }
 
 
-class Line(NamedTuple):
+Record = TypeVar("Record", bound=_Contract)
+
+
+class Line(NamedTuple, Generic[Record]):
     """One line that is not blank: a record, or the problems that keep it from being one.
 
     A record may come with warnings about its line (a byte-order mark, CRLF).
@@ -217,23 +227,28 @@ class Line(NamedTuple):
 
     number: int
     """Counted from 1 over all lines, blank ones too; 0: the problems are about the file as a whole."""
-    record: TrainingRecord | None
+    record: Record | None
     problems: tuple[Problem, ...]
 
 
-class JsonlReader:
+class JsonlReader(Generic[Record]):
     """The lines of one JSONL file, in order, one at a time; at most `MAX_LINE_BYTES` of it is held.
 
     Iterate once. Nothing in the file raises: what cannot be read is a `Problem`, and so is a file that
     cannot be opened. `lines_read` and `blank_lines` count as the iteration goes.
     """
 
-    def __init__(self, path: Path) -> None:
+    @overload
+    def __init__(self: JsonlReader[TrainingRecord], path: Path) -> None: ...
+    @overload
+    def __init__(self, path: Path, schema: type[Record]) -> None: ...
+    def __init__(self, path: Path, schema: Any = TrainingRecord) -> None:
         self.path = path
+        self._schema = schema
         self.lines_read = 0
         self.blank_lines = 0
 
-    def __iter__(self) -> Iterator[Line]:
+    def __iter__(self) -> Iterator[Line[Record]]:
         try:
             file = self.path.open("rb")
         # ValueError: a NUL in the path
@@ -246,7 +261,7 @@ class JsonlReader:
             except OSError as error:
                 yield _unreadable(error)
 
-    def _lines(self, file: BinaryIO) -> Iterator[Line]:
+    def _lines(self, file: BinaryIO) -> Iterator[Line[Record]]:
         offset = 0
         crlf_seen = False
         while raw := file.readline(MAX_LINE_BYTES + 1):
@@ -285,11 +300,13 @@ class JsonlReader:
             if raw.endswith(b"\r\n") and not crlf_seen:
                 crlf_seen = True
                 notes.append(_warning(number, "crlf", "lines that end in CRLF", "lines that end in LF", "convert the line ends"))
-            line = _read_line(raw, number, start)
+            line: Line[Record] | None = _read_line(raw, number, start, self._schema)
             if line is None:
                 self.blank_lines += 1
+            elif notes:
+                yield Line(number, line.record, (*notes, *line.problems))
             else:
-                yield Line(number, line.record, (*notes, *line.problems)) if notes else line
+                yield line
         if self.lines_read == self.blank_lines:
             got = f"only blank lines ({self.lines_read:,})" if self.lines_read else "an empty file"
             yield _about_file(
@@ -297,20 +314,20 @@ class JsonlReader:
             )
 
 
-def parse_record(text: str, number: int = 1) -> Line:
+def parse_record(text: str, number: int = 1) -> Line[TrainingRecord]:
     """One record out of one line of JSON; the problems call it line `number`. Never raises."""
     try:
-        return _read_text(text, number)
+        return _read_text(text, number, TrainingRecord)
     except _RecordError as fault:
         return _failed(number, fault)
 
 
-def _read_line(raw: bytes, number: int, start: int) -> Line | None:
+def _read_line(raw: bytes, number: int, start: int, schema: type[Record]) -> Line[Record] | None:
     """Line `number`, which begins at byte `start` of the file; `None` when it is blank."""
     is_last = not raw.endswith(b"\n")
     try:
         text = raw.decode("utf-8")
-        return _read_text(text, number) if text.strip() else None
+        return _read_text(text, number, schema) if text.strip() else None
     except UnicodeDecodeError as error:
         if is_last and error.reason == "unexpected end of data":
             return _failed(number, _cut_off(len(raw)))
@@ -329,15 +346,15 @@ def _read_line(raw: bytes, number: int, start: int) -> Line | None:
         return _failed(number, fault)
 
 
-def _read_text(text: str, number: int) -> Line:
+def _read_text(text: str, number: int, schema: type[Record]) -> Line[Record]:
     data = _decode(text)
     if not isinstance(data, dict):
         raise _RecordError("not_an_object", _described(data), _RECORD_SHAPE, "write one record a line, with no list around them")
     try:
         # by the file's names only: `reply` is a word of this module
-        return Line(number, TrainingRecord.model_validate(data, by_alias=True, by_name=False), ())
+        return Line(number, schema.model_validate(data, by_alias=True, by_name=False), ())
     except ValidationError as error:
-        return Line(number, None, tuple(_explain(error, number)))
+        return Line(number, None, tuple(_explain(error, number, schema)))
 
 
 def _decode(text: str) -> object:
@@ -384,12 +401,12 @@ def _not_a_number(constant: str) -> NoReturn:
 _DECODER: Final = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_not_a_number)
 
 
-def _explain(error: ValidationError, number: int) -> Iterator[Problem]:
+def _explain(error: ValidationError, number: int, schema: type[BaseModel]) -> Iterator[Problem]:
     for detail in error.errors(include_url=False):
         path = [str(part) for part in detail["loc"]]
         field = ".".join(path)
         if detail["type"] == "extra_forbidden":
-            yield _unknown_field(path, number)
+            yield _unknown_field(path, number, schema)
             continue
         raised = detail.get("ctx", {}).get("error")
         yield _error(
@@ -412,9 +429,11 @@ def _fault_of(kind: str, field: str, value: object) -> _RecordError:
     return _RecordError("wrong_type", _described(value), expected, "write it as that")
 
 
-def _unknown_field(path: list[str], number: int) -> Problem:
+def _unknown_field(path: list[str], number: int, schema: type[BaseModel]) -> Problem:
     *parents, key = path
     siblings = [name.rsplit(".", 1)[-1] for name in _EXPECTED if name and name.split(".")[:-1] == parents]
+    if not parents and schema is EvaluationPrompt:
+        siblings = list(EvaluationPrompt.model_fields)
     # a long key is probably text that lost its quotes
     field = ".".join([*parents, key if _is_short(key) else "?"])
     fault = _RecordError(
@@ -467,15 +486,15 @@ def _error(number: int, field: str, fault: _RecordError) -> Problem:
     return Problem(number, field, Severity.ERROR, fault.code, fault.got, fault.expected, fault.fix)
 
 
-def _failed(number: int, fault: _RecordError) -> Line:
+def _failed(number: int, fault: _RecordError) -> Line[Any]:
     return Line(number, None, (_error(number, "", fault),))
 
 
-def _about_file(fault: _RecordError) -> Line:
+def _about_file(fault: _RecordError) -> Line[Any]:
     return Line(0, None, (Problem(None, "", Severity.ERROR, fault.code, fault.got, fault.expected, fault.fix),))
 
 
-def _unreadable(error: OSError | ValueError) -> Line:
+def _unreadable(error: OSError | ValueError) -> Line[Any]:
     reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
     return _about_file(_RecordError("unreadable", reason, "a file that can be read", "check the path and its permissions"))
 

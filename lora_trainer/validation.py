@@ -15,13 +15,13 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple, Protocol, TextIO
 
-from lora_trainer.duplicates import DuplicateFinder
+from lora_trainer.duplicates import DuplicateFinder, normalized
 from lora_trainer.emoji import emoji_count
 from lora_trainer.errors import ConfigError, DataError
 from lora_trainer.formatter import OUTPUT_LINE, prompt_messages, reply_json
 from lora_trainer.lint import MIN_QUESTION_RATE, MIN_RECORDS_FOR_RATES, blood_types_named, has_question, lint_reply
 from lora_trainer.personas import BloodType, Feeling, IntensityThird
-from lora_trainer.records import JsonlReader, Problem, Severity, TrainingRecord
+from lora_trainer.records import EvaluationPrompt, JsonlReader, Problem, Severity, TrainingRecord
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -274,6 +274,8 @@ class FileReport:
     """Emoji in a reply, on average; 0 for a third without records."""
     cost: PromptCost | None
     """`None` without a tokenizer."""
+    is_prompts: bool = False
+    """Evaluation prompts, which have no reply: nothing is said of questions and emoji."""
 
     @property
     def errors(self) -> int:
@@ -300,6 +302,7 @@ class FileReport:
         """Plain values. `with_problems` adds those held in full; `write_json` streams all of them instead."""
         document: dict[str, object] = {
             "file": self.file,
+            "kind": "evaluation_prompts" if self.is_prompts else "training_records",
             "blood_type": self.blood_type and str(self.blood_type),
             "lines": self.lines,
             "blank_lines": self.blank_lines,
@@ -420,6 +423,38 @@ def check_file(
     )
 
 
+def check_prompts(path: Path, *, on_problem: OnProblem | None = None) -> FileReport:
+    """Read a file of evaluation prompts once and report on it: their schema, what they cover, and inputs that come again."""
+    reader = JsonlReader(path, EvaluationPrompt)
+    tally = _Tally(on_problem)
+    seen: dict[str, int] = {}
+    for number, prompt, problems in reader:
+        for problem in problems:
+            tally.problem(problem)
+        if prompt is None:
+            continue
+        emotion = prompt.context.current_emotion
+        tally.records += 1
+        tally.coverage[emotion.type, IntensityThird.of(emotion.intensity)] += 1
+        first = seen.setdefault(normalized(prompt.input), number)
+        if first != number:
+            tally.problem(_duplicate(number, first, is_exact=False))
+    return FileReport(
+        file=str(path),
+        blood_type=None,
+        lines=reader.lines_read,
+        blank_lines=reader.blank_lines,
+        records=tally.records,
+        counts={severity: dict(codes) for severity, codes in tally.counts.items()},
+        problems=tally.shown(),
+        coverage=dict(tally.coverage),
+        question_rate=0.0,
+        emoji_mean=dict.fromkeys(IntensityThird, 0.0),
+        cost=None,
+        is_prompts=True,
+    )
+
+
 def read_records(
     path: Path, blood_type: BloodType | None = None, *, strict: bool = False
 ) -> tuple[list[TrainingRecord], FileReport]:
@@ -467,6 +502,7 @@ def render(report: FileReport) -> RenderableType:
     from rich.text import Text
 
     parts: list[RenderableType] = [Text(line) for line in report.lines_of_problems()]
+    what = "evaluation prompt" if report.is_prompts else "record"
     codes = [(severity, code, count) for severity, found in report.counts.items() for code, count in sorted(found.items())]
     if codes:
         table = Table("severity", "code", title="Problems", title_justify="left")
@@ -476,8 +512,8 @@ def render(report: FileReport) -> RenderableType:
         parts.append(table)
     parts.append(
         Text(
-            f"{_plural(report.records, 'record')} in {_plural(report.lines, 'line')} ({report.blank_lines:,} blank); "
-            f"persona {report.blood_type or 'unknown'}; {report.question_rate:.0%} of the replies ask something"
+            f"{_plural(report.records, what)} in {_plural(report.lines, 'line')} ({report.blank_lines:,} blank)"
+            + ("" if report.is_prompts else _persona_and_questions(report))
         )
     )
     if report.records:
@@ -487,16 +523,22 @@ def render(report: FileReport) -> RenderableType:
     return Group(*parts)
 
 
+def _persona_and_questions(report: FileReport) -> str:
+    return f"; persona {report.blood_type or 'unknown'}; {report.question_rate:.0%} of the replies ask something"
+
+
 def _coverage_table(report: FileReport) -> RenderableType:
     from rich.table import Table
 
-    table = Table("feeling", title="Records by feeling and intensity", title_justify="left")
+    what = "Prompts" if report.is_prompts else "Records"
+    table = Table("feeling", title=f"{what} by feeling and intensity", title_justify="left")
     for third in IntensityThird:
         table.add_column(str(third), justify="right")
     for feeling in Feeling:
         table.add_row(str(feeling), *(f"{report.coverage.get((feeling, third), 0):,}" for third in IntensityThird))
-    table.add_section()
-    table.add_row("emoji a reply", *(f"{report.emoji_mean[third]:.2f}" for third in IntensityThird))
+    if not report.is_prompts:
+        table.add_section()
+        table.add_row("emoji a reply", *(f"{report.emoji_mean[third]:.2f}" for third in IntensityThird))
     return table
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -13,7 +14,7 @@ from lora_trainer import __version__, logs
 from lora_trainer.errors import ConfigError, DataError
 from lora_trainer.evaluation_prompts import evaluation_prompts
 from lora_trainer.generator.compose import compose
-from lora_trainer.generator.intake import Intake
+from lora_trainer.generator.intake import Intake, wanted_cells
 from lora_trainer.generator.report import PersonaSection, evenly, render_html
 from lora_trainer.generator.summary import DatasetSummary, summarise
 from lora_trainer.generator.teacher import Checkpoint, Teacher, TeacherSettings
@@ -112,7 +113,7 @@ def _fill(
     settings: GenerateSettings, intake: Intake, on_record: Callable[[TrainingRecord], None]
 ) -> tuple[list[tuple[str, str]], Checkpoint | None]:
     if settings.engine == "compose":
-        compose(intake, settings.count, settings.seed, on_record)
+        compose(intake, wanted_cells(settings.count, random.Random(settings.seed)), settings.seed, on_record)
         return [], None
     if settings.teacher is None:
         raise ConfigError(

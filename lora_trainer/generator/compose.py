@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import random
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
 from lora_trainer.generator.grammar import Scene, Take, fill, load_reactions, load_scenes
-from lora_trainer.generator.intake import INTENSITIES, QUESTION_RATE, Cell, Intake, wanted_cells
+from lora_trainer.generator.intake import INTENSITIES, QUESTION_RATE, Cell, Intake
 from lora_trainer.personas import BloodType, Expression, Feeling, IntensityThird, persona_spec
 from lora_trainer.records import TrainingRecord
 
@@ -37,31 +37,28 @@ _BARE_RATE: Final = 0.3
 OnRecord = Callable[[TrainingRecord], None]
 
 
-def compose(intake: Intake, count: int, seed: int, on_record: OnRecord | None = None) -> None:
-    """Compose `count` records of `intake.blood_type` into `intake`, balanced over feelings and intensities.
+def compose(intake: Intake, wanted: Sequence[Cell], seed: int, on_record: OnRecord | None = None) -> None:
+    """Compose a record of `intake.blood_type` for each of `wanted` cells, in an order of their own, and have `intake` take them.
 
-    Deterministic: the same `count`, `seed` and held-out texts give the same records, on every machine. `on_record` is
-    called for each as it is taken. Ends early, with fewer records taken, when the grammar has nothing left that differs
-    enough from what is there.
+    Deterministic: the same cells, seed, and texts that the intake holds against them give the same records, on every
+    machine. `on_record` is called for each as it is taken. Where the grammar has nothing left for a cell that differs enough
+    from what is there, another cell has its place; when it has nothing left at all, fewer records are taken.
     """
     rng = random.Random(f"{seed}:{intake.blood_type}")
+    order = list(wanted)
+    rng.shuffle(order)
     decks = _Decks(intake.blood_type, rng)
-    used_up: set[Cell] = set()
-    wanted = wanted_cells(count, rng)
-    for cell in wanted:
-        if len(used_up) == len(set(wanted)):
-            return
-        # a cell that is used up gives its share to the others
-        record = _draft(intake, cell if cell not in used_up else rng.choice([c for c in wanted if c not in used_up]), decks, rng)
-        while record is None:
-            used_up.add(cell)
-            left = [c for c in wanted if c not in used_up]
-            if not left:
-                return
-            cell = rng.choice(left)
-            record = _draft(intake, cell, decks, rng)
-        if on_record:
-            on_record(record)
+    open_cells = sorted(set(order))
+    for planned in order:
+        cell = planned
+        while open_cells:
+            if cell not in open_cells:
+                cell = rng.choice(open_cells)
+            if record := _draft(intake, cell, decks, rng):
+                if on_record:
+                    on_record(record)
+                break
+            open_cells.remove(cell)
 
 
 class _Decks:
@@ -77,22 +74,24 @@ class _Decks:
                         self._serving[feeling, third].append((scene, take))
         self._dealt: dict[Cell, Iterator[tuple[Scene, Take]]] = {}
 
-    def deal(self, cell: Cell) -> tuple[Scene, Take]:
-        """The next take that serves `cell`."""
+    def deal(self, cell: Cell) -> tuple[Scene, Take] | None:
+        """The next take that serves `cell`; `None` when none does."""
         for _ in range(2):
             for card in self._dealt.setdefault(cell, iter(())):
                 return card
             cards = list(self._serving[cell])
             self._rng.shuffle(cards)
             self._dealt[cell] = iter(cards)
-        raise LookupError(f"no scene serves {cell}")
+        return None
 
 
 def _draft(intake: Intake, cell: Cell, decks: _Decks, rng: random.Random) -> TrainingRecord | None:
     """One record of `cell` that is taken; `None` when `GRAMMAR_ATTEMPTS` drafts were not."""
     for _ in range(GRAMMAR_ATTEMPTS):
-        scene, take = decks.deal(cell)
-        record = _compose_one(intake.blood_type, cell, scene, take, rng)
+        card = decks.deal(cell)
+        if card is None:
+            break
+        record = _compose_one(intake.blood_type, cell, *card, rng)
         if intake.take(record):
             return record
     return None

@@ -26,9 +26,14 @@ QUESTION_RATE: Final = 0.62
 """Share of the replies that ask something back: in the middle of the 50 to 75 % that the data is meant to have."""
 
 
+def all_cells() -> list[Cell]:
+    """Every feeling at every third of intensity."""
+    return [(feeling, third) for feeling in Feeling for third in IntensityThird]
+
+
 def wanted_cells(count: int, rng: random.Random) -> list[Cell]:
-    """`count` cells of feeling and intensity in random order, each as often as every other, or once more."""
-    cells = [(feeling, third) for feeling in Feeling for third in IntensityThird]
+    """`count` cells in random order, each as often as every other, or once more."""
+    cells = all_cells()
     whole, rest = divmod(count, len(cells))
     wanted = cells * whole + rng.sample(cells, rest)
     rng.shuffle(wanted)

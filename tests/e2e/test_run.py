@@ -50,7 +50,7 @@ def events(done: subprocess.CompletedProcess[str]) -> dict[str, dict[str, Any]]:
 def data_uri(bucket: str) -> str:
     """The bundled data, uploaded."""
     storage = open_storage(f"s3://{bucket}/data/")
-    for path in (REPOSITORY / "data").glob("*.jsonl"):
+    for path in (REPOSITORY / "data").glob("train_data_type_*.jsonl"):
         storage.upload(path, path.name)
     return storage.uri
 

@@ -341,7 +341,9 @@ def test_the_schema_takes_replies_and_nothing_else() -> None:
 def test_every_bundled_reply_is_one_that_the_schema_takes() -> None:
     schema: Any = bundle.response_schema()
     data = Path(__file__).resolve().parents[2] / "data"
-    lines = [line for file in sorted(data.glob("*.jsonl")) for line in file.read_text(encoding="utf-8").splitlines()]
+    lines = [
+        line for file in sorted(data.glob("train_data_type_*.jsonl")) for line in file.read_text(encoding="utf-8").splitlines()
+    ]
     assert len(lines) > 100
     for line in lines:
         output = json.loads(line)["output"]

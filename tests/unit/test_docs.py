@@ -30,7 +30,15 @@ WITH_EXIT_CODES: Final = (*READMES, "SDS.md")
 # every document of the project, and none of a folder that git ignores
 DOCUMENTS: Final = sorted(
     str(path.relative_to(REPOSITORY))
-    for pattern in ("*.md", "data/*.md", "locks/*.md", "docs/**/*.md", "examples/*/*.md", "benchmarks/**/*.md")
+    for pattern in (
+        "*.md",
+        "data/**/*.md",
+        "lora_trainer/**/*.md",
+        "locks/*.md",
+        "docs/**/*.md",
+        "examples/*/*.md",
+        "benchmarks/**/*.md",
+    )
     for path in REPOSITORY.glob(pattern)
 )
 QWEN_7B: Final = ModelShape(

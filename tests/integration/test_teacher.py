@@ -1,0 +1,209 @@
+"""`generate --engine teacher` against a real HTTP server, one that behaves and one that does not."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from teacher_server import SLIPS, Teacher, serve
+
+from entrypoint.cli import run_cli
+from lora_trainer.duplicates import NearDuplicateFinder
+from lora_trainer.errors import ExitCode
+from lora_trainer.personas import BloodType, Feeling, IntensityThird, persona_spec
+from lora_trainer.records import JsonlReader, TrainingRecord
+from lora_trainer.validation import check_file
+
+pytestmark = pytest.mark.integration
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+COUNT = 60
+
+
+@pytest.fixture(autouse=True)
+def _environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for variable in os.environ:
+        if variable.startswith("OPENAI_") or variable.lower() in ("http_proxy", "https_proxy", "all_proxy"):
+            monkeypatch.delenv(variable)
+    monkeypatch.chdir(tmp_path)
+
+
+def arguments(teacher: Teacher, *more: str, count: int = COUNT) -> list[str]:
+    common = ["generate", "--engine", "teacher", "--blood-type", "O", "--count", str(count), "--output", "out/"]
+    return [*common, "--base-url", teacher.url, "--model", teacher.model, *more]
+
+
+def records_of(path: Path) -> list[TrainingRecord]:
+    return [line.record for line in JsonlReader(path) if line.record]
+
+
+def assert_as_ordered(path: Path, count: int = COUNT) -> None:
+    """As many records as were asked for, all of them clean, balanced, and none of them twice."""
+    report = check_file(path, BloodType.O)
+    assert [problem.render(path) for problem in report.problems] == []
+    records = records_of(path)
+    assert len(records) == report.lines == count
+    assert {record.instruction for record in records} == {persona_spec(BloodType.O).instruction}
+    cells = {(feeling, third): report.coverage.get((feeling, third), 0) for feeling in Feeling for third in IntensityThird}
+    assert max(cells.values()) - min(cells.values()) <= 1
+    finder = NearDuplicateFinder()
+    for record in records:
+        assert finder.like(record.reply.text) is None
+        finder.add(record.reply.text)
+
+
+def test_a_good_server(capsys: pytest.CaptureFixture[str]) -> None:
+    with serve(Teacher()) as teacher:
+        assert run_cli(arguments(teacher, "--concurrency", "3", "--report", "report.html")) == ExitCode.DONE
+    assert_as_ordered(Path("out/train_data_type_O.jsonl"))
+    assert teacher.most_at_once <= 3
+    out = capsys.readouterr().out
+    assert f"requests, retries included: {teacher.requests}" in out
+    assert f"prompt tokens: {100 * teacher.requests:,}" in out
+    assert f"completion tokens: {50 * teacher.requests:,}" in out
+    page = Path("report.html").read_text(encoding="utf-8")
+    assert teacher.url in page
+    assert "prompt tokens" in page
+    # nothing of an interrupted run is left behind
+    assert list(Path(".lora-trainer/generate").glob("*")) == []
+
+
+def test_what_is_asked_for() -> None:
+    with serve(Teacher()) as teacher:
+        assert run_cli(arguments(teacher, count=6)) == ExitCode.DONE
+    body: dict[str, Any] = teacher.bodies[0]
+    spec = persona_spec(BloodType.O)
+    for words in (spec.tone, *spec.phrases, *spec.never, *spec.feelings.values()):
+        assert words in body["messages"][0]["content"]
+    schema = body["response_format"]["json_schema"]
+    assert schema["strict"] is True
+    dialogues = schema["schema"]["properties"]["dialogues"]
+    assert dialogues["items"]["additionalProperties"] is False
+    assert dialogues["maxItems"] == body["messages"][1]["content"].count("주제: ")
+
+
+def test_a_server_that_misbehaves(capsys: pytest.CaptureFixture[str]) -> None:
+    """Throttled, broken, stalled, cut off, malformed, and with a model that slips: the wanted number arrives, none twice."""
+    faults = (None, "429", "500", None, "malformed", "cut connection", None, "stall", "cut off", None)
+    with serve(Teacher(faults=faults, slips=SLIPS)) as teacher:
+        code = run_cli(arguments(teacher, "--concurrency", "4", "--request-timeout", "1.5", "--retries", "6"))
+    captured = capsys.readouterr()
+    assert code == ExitCode.DONE, captured.err
+    assert_as_ordered(Path("out/train_data_type_O.jsonl"))
+    assert {fault or "good" for fault in faults} <= set(teacher.seen)
+    for reason in ("not_json", "cut_off", "formal_speech", "too_many_sentences", "not_asked_for"):
+        assert reason in captured.out
+    assert "near_duplicate" in captured.out
+
+
+def test_a_client_that_is_told_to_wait_waits() -> None:
+    with serve(Teacher(faults=("429", None, None))) as teacher:
+        assert run_cli(arguments(teacher, "--concurrency", "1", count=12)) == ExitCode.DONE
+    assert teacher.seen["429"] >= 1
+    assert teacher.too_early == 0
+
+
+@pytest.fixture
+def slow_teacher() -> Iterator[Teacher]:
+    with serve(Teacher(delay_s=0.15)) as teacher:
+        yield teacher
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_killed_run_goes_on_where_it_stopped(slow_teacher: Teacher, number: signal.Signals) -> None:
+    command = [sys.executable, "-m", "entrypoint", *arguments(slow_teacher, "--concurrency", "2", "--dialogues-per-request", "2")]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline_s = time.monotonic() + 60
+    taken: list[str] = []
+    while len(taken) < 15 and time.monotonic() < deadline_s:
+        time.sleep(0.1)
+        kept = list(Path(".lora-trainer/generate").glob("*.jsonl"))
+        taken = kept[0].read_text(encoding="utf-8").splitlines() if kept else []
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == (-signal.SIGKILL if number == signal.SIGKILL else ExitCode.INTERRUPTED), errors
+    assert not Path("out/train_data_type_O.jsonl").exists()
+    if number == signal.SIGTERM:
+        assert "run the same command again to go on" in errors
+    else:
+        # a last line that was cut off by the crash
+        with kept[0].open("a", encoding="utf-8") as file:
+            file.write('{"instruction": "너는 O형')
+    before = slow_teacher.requests
+    taken = [line for line in kept[0].read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+    assert len(taken) >= 15
+    second = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert second.returncode == ExitCode.DONE, second.stderr
+    assert_as_ordered(Path("out/train_data_type_O.jsonl"))
+    written = Path("out/train_data_type_O.jsonl").read_text(encoding="utf-8").splitlines()
+    assert written[: len(taken)] == taken
+    assert f"taken over from an interrupted run: {len(taken)}" in second.stdout
+    # what was there was not asked for again
+    assert slow_teacher.requests - before <= (COUNT - len(taken)) // 2 + 12
+
+
+def test_output_goes_to_s3(bucket: str, s3_server: Any) -> None:
+    with serve(Teacher()) as teacher:
+        assert run_cli([*arguments(teacher, count=9), "--output", f"s3://{bucket}/made/"]) == ExitCode.DONE
+        # it is there, so nothing is asked for
+        before = teacher.requests
+        assert run_cli([*arguments(teacher, count=9), "--output", f"s3://{bucket}/made/"]) == ExitCode.CONFIG
+        assert teacher.requests == before
+
+
+@pytest.mark.parametrize(
+    ("settings", "more", "code", "said"),
+    [
+        ({"api_key": "right"}, [], ExitCode.CONFIG, "does not accept the API key (HTTP 401); set OPENAI_API_KEY"),
+        ({}, ["--model", "other"], ExitCode.CONFIG, "has no model 'other' at this URL (HTTP 404)"),
+        ({"faults": ("500",)}, ["--retries", "0"], ExitCode.STORAGE, "5 requests in a row failed, the last one by http_500"),
+        ({"slips": ("formal",)}, [], ExitCode.DATA, "answers in a row without one record that could be taken (formal_speech"),
+    ],
+)
+def test_what_ends_a_run(
+    settings: dict[str, Any], more: list[str], code: ExitCode, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with serve(Teacher(**settings)) as teacher:
+        assert run_cli([*arguments(teacher), *more]) == code
+    captured = capsys.readouterr()
+    assert said in captured.err
+    assert "Traceback" not in captured.err
+    assert not Path("out").exists()
+
+
+def test_nobody_is_there(capsys: pytest.CaptureFixture[str]) -> None:
+    with serve(Teacher()) as teacher:
+        pass
+    assert run_cli(arguments(teacher, "--retries", "0", "--concurrency", "1")) == ExitCode.STORAGE
+    assert "the last one by connection" in capsys.readouterr().err
+
+
+def test_the_key_and_the_texts_are_in_no_log(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "planted-key-3141")
+    with serve(Teacher(api_key="planted-key-3141", faults=(None, "500", "malformed"))) as teacher:
+        assert run_cli(arguments(teacher, "--retries", "0", "--concurrency", "1", "--report", "r.html", count=8)) == ExitCode.DONE
+    captured = capsys.readouterr()
+    assert "planted-key" not in captured.out + captured.err + Path("r.html").read_text(encoding="utf-8")
+    for record in records_of(Path("out/train_data_type_O.jsonl")):
+        assert record.input not in captured.err
+        assert record.reply.text not in captured.out + captured.err
+
+
+def test_a_checkpoint_belongs_to_its_order() -> None:
+    """Another seed, another model or another count begins anew."""
+    with serve(Teacher(faults=(None, None, *["500"] * 5))) as teacher:
+        run_cli(arguments(teacher, "--retries", "0", "--concurrency", "1"))
+        run_cli(arguments(teacher, "--retries", "0", "--concurrency", "1", "--seed", "2"))
+    kept = list(Path(".lora-trainer/generate").glob("*.jsonl"))
+    assert len(kept) == 2
+    assert Counter(json.loads(line)["instruction"] for path in kept for line in path.read_text(encoding="utf-8").splitlines())

@@ -1,0 +1,200 @@
+"""An OpenAI-compatible chat server over HTTP, which writes dialogues out of the grammar, and misbehaves when told to.
+
+    python tests/teacher_server.py            prints its URL and serves until it is killed
+
+It reads the orders out of the prompt as a model would, answers within the JSON Schema that it was sent, and counts.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+from lora_trainer.generator.compose import compose
+from lora_trainer.generator.intake import Intake
+from lora_trainer.personas import BloodType, Feeling, IntensityThird
+from lora_trainer.records import TrainingRecord
+
+ORDER = re.compile(r"^(\d+)\. 주제: .*친구의 감정: (\w+) ([\d.]+)", re.MULTILINE)
+PERSONA = re.compile(r"'(AB|A|B|O)형")
+# what a model does wrong with a dialogue, in turn; None: it does it right
+SLIPS = (None, None, "formal", None, "three sentences", None, None, "same again", None, "not asked for", None)
+
+
+@dataclass
+class Teacher:
+    """What the server does and what it has seen."""
+
+    faults: tuple[str | None, ...] = (None,)
+    """What goes wrong with each request, in turn: 429, 500, malformed, cut off, stall, cut connection, or nothing."""
+    slips: tuple[str | None, ...] = (None,)
+    stall_s: float = 3.0
+    delay_s: float = 0.0
+    api_key: str | None = None
+    model: str = "teacher"
+    requests: int = 0
+    seen: Counter[str] = field(default_factory=Counter)
+    bodies: list[dict[str, Any]] = field(default_factory=list)
+    most_at_once: int = 0
+    """Requests under way at one time, at the most."""
+    not_before_s: float = 0.0
+    """Until when a client that was told to wait should have waited."""
+    too_early: int = 0
+    url: str = ""
+    _under_way: int = 0
+    _dialogues: int = 0
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _pool: dict[tuple[BloodType, Feeling, IntensityThird], list[TrainingRecord]] = field(default_factory=dict)
+
+    def next_fault(self) -> str | None:
+        with self._lock:
+            fault = self.faults[self.requests % len(self.faults)]
+            self.requests += 1
+            self.seen[fault or "good"] += 1
+            return fault
+
+    @contextmanager
+    def counted(self) -> Iterator[None]:
+        with self._lock:
+            self._under_way += 1
+            self.most_at_once = max(self.most_at_once, self._under_way)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._under_way -= 1
+
+    def dialogue(self, persona: BloodType, number: int, feeling: Feeling, third: IntensityThird) -> dict[str, object]:
+        with self._lock:
+            slip = self.slips[self._dialogues % len(self.slips)]
+            self._dialogues += 1
+            stock = self._pool.get((persona, feeling, third))
+            if not stock:
+                intake = Intake(persona)
+                compose(intake, [(feeling, third)] * 25, random.randrange(1 << 30))
+                stock = self._pool[persona, feeling, third] = intake.taken
+            record = stock[-1] if slip == "same again" else stock.pop()
+        text = record.reply.text
+        if slip == "formal":
+            text = "정말 고생 많으셨어요."
+        elif slip == "three sentences":
+            text = "들었어. 속상했겠다. 내가 갈게."
+        return {
+            "number": 99 if slip == "not asked for" else number,
+            "summary": record.context.summary,
+            "input": record.input,
+            "text": text,
+            "emotion": str(record.reply.emotion),
+        }
+
+
+def _handler(teacher: Teacher) -> type[BaseHTTPRequestHandler]:
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def log_message(self, *_: object) -> None:
+            """Not to the test's output."""
+
+        def do_POST(self) -> None:
+            with teacher.counted():
+                body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+                if time.monotonic() < teacher.not_before_s:
+                    teacher.too_early += 1
+                if teacher.api_key and self.headers["authorization"] != f"Bearer {teacher.api_key}":
+                    return self._send(401, {"error": {"message": "no such key", "type": "invalid_request_error"}})
+                if body["model"] != teacher.model:
+                    return self._send(404, {"error": {"message": "no such model", "type": "invalid_request_error"}})
+                teacher.bodies.append(body)
+                time.sleep(teacher.delay_s)
+                return self._answer(body, teacher.next_fault())
+
+        def _answer(self, body: dict[str, Any], fault: str | None) -> None:
+            if fault == "429":
+                teacher.not_before_s = time.monotonic() + 0.9
+                return self._send(429, {"error": {"message": "slow down", "type": "rate_limit"}}, {"retry-after": "1"})
+            if fault == "500":
+                return self._send(500, {"error": {"message": "oops", "type": "server_error"}})
+            if fault == "stall":
+                time.sleep(teacher.stall_s)
+            content = json.dumps({"dialogues": list(self._dialogues(body))}, ensure_ascii=False)
+            if fault == "malformed":
+                content = content[:-7] + "]]"
+            answer = {
+                "id": "chatcmpl-1",
+                "object": "chat.completion",
+                "created": 1,
+                "model": body["model"],
+                "choices": [
+                    {
+                        "index": 0,
+                        "message": {"role": "assistant", "content": content},
+                        "finish_reason": "length" if fault == "cut off" else "stop",
+                    }
+                ],
+                "usage": {"prompt_tokens": 100, "completion_tokens": 50, "total_tokens": 150},
+            }
+            if fault == "cut connection":
+                data = json.dumps(answer).encode()
+                self.send_response(200)
+                self.send_header("content-type", "application/json")
+                self.send_header("content-length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data[: len(data) // 2])
+                self.close_connection = True
+                return None
+            return self._send(200, answer)
+
+        def _dialogues(self, body: dict[str, Any]) -> Iterator[dict[str, object]]:
+            persona = PERSONA.search(body["messages"][0]["content"])
+            assert persona
+            for number, feeling, intensity in ORDER.findall(body["messages"][1]["content"]):
+                third = IntensityThird.of(float(intensity))
+                yield teacher.dialogue(BloodType(persona[1]), int(number), Feeling(feeling), third)
+
+        def _send(self, status: int, document: object, headers: dict[str, str] | None = None) -> None:
+            data = json.dumps(document).encode()
+            try:
+                self.send_response(status)
+                for name, value in {
+                    "content-type": "application/json",
+                    "content-length": str(len(data)),
+                    **(headers or {}),
+                }.items():
+                    self.send_header(name, value)
+                self.end_headers()
+                self.wfile.write(data)
+            except OSError:
+                # the client gave up on a stalled request
+                self.close_connection = True
+
+    return Handler
+
+
+@contextmanager
+def serve(teacher: Teacher) -> Iterator[Teacher]:
+    """`teacher` on a port of its own, on loopback."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(teacher))
+    server.daemon_threads = True
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    teacher.url = f"http://127.0.0.1:{server.server_port}/v1"
+    try:
+        yield teacher
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+if __name__ == "__main__":
+    with serve(Teacher()) as running:
+        print(running.url, flush=True)  # noqa: T201  it is a program, too
+        threading.Event().wait()

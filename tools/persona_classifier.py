@@ -1,0 +1,95 @@
+"""Train the persona classifier on the bundled data, and say how well it tells the four friends apart.
+
+    python tools/persona_classifier.py            train and write lora_trainer/assets/persona_classifier.npz
+    python tools/persona_classifier.py --check    only measure the one that is there; exit 1 where data/README.md says otherwise
+
+Measured on the replies that were held out of its training, and once more on the hand-written ones among them, which are
+the harder part: nobody's sentence is in the training replies in another order.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Final
+
+REPOSITORY: Final = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(REPOSITORY))
+
+from lora_trainer.persona_classifier import PersonaClassifier, accuracy, confusion, is_held_out  # noqa: E402
+from lora_trainer.personas import BloodType  # noqa: E402
+from lora_trainer.records import JsonlReader, TrainingRecord  # noqa: E402
+
+ARTEFACT: Final = REPOSITORY / "lora_trainer" / "assets" / "persona_classifier.npz"
+
+Matrix = Mapping[BloodType, Mapping[BloodType, int]]
+
+
+def replies(*, held_out: bool) -> tuple[list[TrainingRecord], list[BloodType]]:
+    """The bundled records of one side of the split, and whose each is."""
+    records, personas = [], []
+    for blood_type in BloodType:
+        for line in JsonlReader(REPOSITORY / "data" / f"train_data_type_{blood_type}.jsonl"):
+            if line.record and is_held_out(line.record) == held_out:
+                records.append(line.record)
+                personas.append(blood_type)
+    return records, personas
+
+
+def train() -> PersonaClassifier:
+    """A classifier of the replies that are not held out."""
+    records, personas = replies(held_out=False)
+    return PersonaClassifier.train([record.reply.text for record in records], personas)
+
+
+def measure(classifier: PersonaClassifier, among: frozenset[str] | None = None) -> Matrix:
+    """The confusion matrix over the held-out replies, or those of them that are `among` some."""
+    records, personas = replies(held_out=True)
+    chosen = [(r.reply.text, p) for r, p in zip(records, personas, strict=True) if among is None or r.reply.text in among]
+    return confusion([persona for _, persona in chosen], classifier.predict(text for text, _ in chosen))
+
+
+def table(matrix: Matrix) -> str:
+    """The matrix as a Markdown table."""
+    lines = ["| said by | taken for A | B | O | AB | recognised |", "|---|---|---|---|---|---|"]
+    for name, row in matrix.items():
+        share = row[name] / max(1, sum(row.values()))
+        lines.append(f"| {name} | " + " | ".join(str(row[other]) for other in BloodType) + f" | {share:.1%} |")
+    return "\n".join(lines)
+
+
+def section(everything: Matrix, by_hand: Matrix) -> str:
+    """What `data/README.md` says of the measurement."""
+    count, of_them = (sum(sum(row.values()) for row in matrix.values()) for matrix in (everything, by_hand))
+    return (
+        f"{table(everything)}\n\n{accuracy(everything):.1%} of {count:,} replies are recognised; of the {of_them:,} hand-written "
+        f"ones among them, the harder part, {accuracy(by_hand):.1%}.\n"
+    )
+
+
+def main() -> int:
+    """Train, write and measure."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="train nothing, write nothing")
+    if not parser.parse_args().check:
+        train().save(ARTEFACT)
+        print(f"written: {ARTEFACT.relative_to(REPOSITORY)}, {ARTEFACT.stat().st_size / 1024:.0f} KiB")
+    from bundled_data import handwritten_records, with_section
+
+    by_hand = frozenset(record.reply.text for name in BloodType for record in handwritten_records(name))
+    classifier = PersonaClassifier.load(ARTEFACT)
+    text = section(measure(classifier), measure(classifier, by_hand))
+    print(text)
+    page = REPOSITORY / "data" / "README.md"
+    document = page.read_text(encoding="utf-8")
+    updated = with_section(document, "confusion", text)
+    if parser.parse_args().check:
+        return int(document != updated)
+    page.write_text(updated, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
