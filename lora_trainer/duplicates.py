@@ -134,26 +134,33 @@ class NearDuplicateFinder:
         self._hashes = _BANDS[0] * _BANDS[1]
         self._index = MinHashLSH(num_perm=self._hashes, params=_BANDS)
         self._shingles: list[frozenset[str]] = []
+        # a text that was asked about is mostly the next that is added
+        self._latest: tuple[str, frozenset[str], MinHash | None] = ("", frozenset(), None)
 
     def __len__(self) -> int:
         return len(self._shingles)
 
     def like(self, text: str) -> int | None:
         """The position of the first text added that `text` is nearly the same as."""
-        parts = shingles(text)
-        found = (at for at in self._index.query(self._sketch(parts)) if jaccard(parts, self._shingles[at]) >= self._threshold)
+        parts, sketch = self._sketched(text)
+        found = (at for at in self._index.query(sketch) if jaccard(parts, self._shingles[at]) >= self._threshold)
         return min(found, default=None)
 
     def add(self, text: str) -> None:
         """Remember `text`; its position is the number of texts added before."""
-        parts = shingles(text)
-        self._index.insert(len(self._shingles), self._sketch(parts))
+        parts, sketch = self._sketched(text)
+        self._index.insert(len(self._shingles), sketch)
         self._shingles.append(parts)
 
-    def _sketch(self, parts: frozenset[str]) -> MinHash:
+    def _sketched(self, text: str) -> tuple[frozenset[str], MinHash]:
         from datasketch import MinHash
 
+        latest, parts, known = self._latest
+        if known is not None and latest == text:
+            return parts, known
+        parts = shingles(text)
         # the scheme is named so that another default of the library cannot change what a seed composes
         sketch = MinHash(num_perm=self._hashes, seed=1, scheme="affine32")
         sketch.update_batch([part.encode() for part in parts])
-        return sketch
+        self._latest = (text, parts, sketch)
+        return parts, sketch

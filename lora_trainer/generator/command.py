@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from lora_trainer.generator.intake import Intake, wanted_cells
 from lora_trainer.generator.report import PersonaSection, evenly, render_html
 from lora_trainer.generator.summary import DatasetSummary, summarise
 from lora_trainer.generator.teacher import Checkpoint, Teacher, TeacherSettings
+from lora_trainer.persona_classifier import persona_classifier
 from lora_trainer.personas import BloodType
 from lora_trainer.records import JsonlReader, Severity, TrainingRecord
 from lora_trainer.storage import Storage, open_storage, sha256_of, split_uri
@@ -102,7 +104,9 @@ def generate(settings: GenerateSettings, progress: Progress | None = None) -> It
             rejected_by_reason=dict(intake.rejects),
             duration_s=done.duration_s,
         )
-        sections.append(PersonaSection(summary, intake.rejects, uri, evenly(intake.taken), notes))
+        if settings.report:
+            taken_for = Counter(persona_classifier().predict(record.reply.text for record in intake.taken))
+            sections.append(PersonaSection(summary, taken_for, intake.rejects, uri, evenly(intake.taken), notes))
         yield done
     if settings.report:
         settings.report.parent.mkdir(parents=True, exist_ok=True)

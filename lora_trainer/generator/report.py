@@ -9,7 +9,7 @@ from typing import Final
 
 from lora_trainer import plots
 from lora_trainer.generator.summary import DatasetSummary, facts_of
-from lora_trainer.personas import Feeling, IntensityThird, persona_spec
+from lora_trainer.personas import BloodType, Feeling, IntensityThird, persona_spec
 from lora_trainer.records import TrainingRecord
 
 SAMPLES: Final = 12
@@ -21,6 +21,8 @@ class PersonaSection:
     """What the report says of one persona."""
 
     summary: DatasetSummary
+    taken_for: Mapping[BloodType, int]
+    """Replies by whose they are for the persona classifier."""
     rejects: Mapping[str, int]
     output: str
     samples: Sequence[TrainingRecord]
@@ -41,8 +43,19 @@ def render_html(title: str, facts: Sequence[tuple[str, str]], sections: Sequence
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = resources.files("lora_trainer.generator").joinpath("report.html.jinja").read_text(encoding="utf-8")
     return environment.from_string(template).render(
-        title=title, facts=facts, sections=[_section(section) for section in sections], thirds=list(IntensityThird)
+        title=title,
+        facts=facts,
+        sections=[_section(section) for section in sections],
+        thirds=list(IntensityThird),
+        personas=list(BloodType),
+        confusion=[_confusion(section) for section in sections],
     )
+
+
+def _confusion(section: PersonaSection) -> tuple[str, list[tuple[int, float]], str]:
+    name, everything = section.summary.blood_type, max(1, section.summary.records)
+    counts = [(section.taken_for.get(other, 0), section.taken_for.get(other, 0) / everything) for other in BloodType]
+    return name, counts, f"{section.taken_for.get(name, 0) / everything:.1%}"
 
 
 def _section(section: PersonaSection) -> dict[str, object]:

@@ -5,15 +5,19 @@ from __future__ import annotations
 import json
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
+from conftest import REPOSITORY, load_tool
 
-from lora_trainer.duplicates import normalized
+from lora_trainer.duplicates import NearDuplicateFinder, jaccard, normalized, shingles
+from lora_trainer.evaluation_prompts import evaluation_prompts
 from lora_trainer.personas import BloodType, Feeling, IntensityThird, persona_spec
 from lora_trainer.records import TrainingRecord
 from lora_trainer.validation import FileReport, check_file
 
-DATA = Path(__file__).resolve().parents[2] / "data"
+DATA = REPOSITORY / "data"
+tool: Any = load_tool("bundled_data")
 
 FIRST_OF_A = {
     "instruction": "너는 A형 다정한 친구야. 짧은 반말로 답해.",
@@ -43,7 +47,7 @@ def checked(blood_type: BloodType) -> tuple[FileReport, tuple[TrainingRecord, ..
 def test_every_line_is_a_record_without_errors_or_warnings(blood_type: BloodType) -> None:
     report, _ = checked(blood_type)
     assert [problem.render(path_of(blood_type).name) for problem in report.problems] == []
-    assert report.records == report.lines >= 60
+    assert report.records == report.lines >= 1000
 
 
 @each_persona
@@ -64,7 +68,7 @@ def test_every_record_begins_with_the_personas_own_instruction(blood_type: Blood
 def test_every_feeling_is_shown_at_every_strength(blood_type: BloodType) -> None:
     report, _ = checked(blood_type)
     planned = {(feeling, third) for feeling in Feeling for third in IntensityThird}
-    assert {cell for cell in planned if report.coverage.get(cell, 0) < 2} == set()
+    assert {cell for cell in planned if report.coverage.get(cell, 0) < 10} == set()
 
 
 @each_persona
@@ -102,5 +106,76 @@ def test_the_four_answer_the_same_situations_each_in_their_own_words() -> None:
         blood_type: {record.input: normalized(record.reply.text) for record in checked(blood_type)[1]} for blood_type in BloodType
     }
     shared = set.intersection(*(set(by_input) for by_input in replies.values()))
-    assert len(shared) >= 36
+    assert len(shared) >= 300
     assert {said for said in shared if len({by_input[said] for by_input in replies.values()}) < len(BloodType)} == set()
+
+
+@each_persona
+def test_no_reply_is_nearly_another(blood_type: BloodType) -> None:
+    finder = NearDuplicateFinder()
+    near = 0
+    for record in checked(blood_type)[1]:
+        near += finder.like(record.reply.text) is not None
+        finder.add(record.reply.text)
+    assert near <= 0.02 * len(finder)
+
+
+# --- where it comes from ---------------------------------------------------------------------------------
+
+
+def test_the_files_are_what_the_sources_build(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["bundled_data.py", "--check"])
+    assert tool.main() == 0, "run: python tools/bundled_data.py"
+
+
+@each_persona
+def test_four_hundred_and_more_were_written_by_hand(blood_type: BloodType) -> None:
+    by_hand = tool.handwritten_records(blood_type)
+    assert len(by_hand) >= 400
+    assert list(checked(blood_type)[1][: len(by_hand)]) == by_hand
+    # one by one: no two replies share much more than a turn of phrase
+    parts = [shingles(record.reply.text) for record in by_hand]
+    assert max(jaccard(one, other) for at, one in enumerate(parts) for other in parts[:at]) < 0.5
+
+
+def test_situations_come_from_many_families() -> None:
+    families = tool.handwritten_families()
+    assert len({family.family for family in families}) >= 60
+    complete = [s for family in families for s in family.situations if len(s.replies) == len(BloodType)]
+    assert len(complete) >= 300
+
+
+def test_inputs_have_many_lengths_and_registers() -> None:
+    said = [situation.input for family in tool.handwritten_families() for situation in family.situations]
+    lengths = sorted(map(len, said))
+    assert lengths[len(lengths) // 20] <= 8
+    assert lengths[-len(lengths) // 20] >= 45
+    for sign in ("ㅋㅋ", "ㅠ", "?", "!", ".."):
+        assert sum(sign in text for text in said) >= 20, sign
+    assert sum(" " not in text for text in said) >= 20
+    assert sum(text[-1] not in "?!.ㅋㅠㅎ~" for text in said) >= 100
+
+
+# --- the evaluation's prompts ----------------------------------------------------------------------------
+
+
+def test_there_are_120_balanced_prompts() -> None:
+    prompts = evaluation_prompts()
+    assert len(prompts) == len({prompt.input for prompt in prompts}) == 120
+    emotions = [prompt.context.current_emotion for prompt in prompts]
+    for feeling in Feeling:
+        thirds = [IntensityThird.of(emotion.intensity) for emotion in emotions if emotion.type == feeling]
+        assert [thirds.count(third) for third in IntensityThird] == [4, 4, 4], feeling
+
+
+def test_the_prompts_in_the_data_folder_are_those_of_the_package() -> None:
+    shipped = REPOSITORY / "lora_trainer" / "assets" / "eval_prompts.jsonl"
+    assert (DATA / "eval_prompts.jsonl").read_bytes() == shipped.read_bytes()
+
+
+def test_no_training_input_is_nearly_a_prompt() -> None:
+    """Stricter than the 0.7 of a near-duplicate: situations and wording are disjoint."""
+    prompts = [shingles(prompt.input) for prompt in evaluation_prompts()]
+    inputs = {record.input for blood_type in BloodType for record in checked(blood_type)[1]}
+    near = [(max(jaccard(shingles(said), prompt) for prompt in prompts), said) for said in inputs]
+    assert max(near)[0] < 0.5, max(near)
