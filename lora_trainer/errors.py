@@ -55,13 +55,9 @@ class HardwareError(LoraTrainerError):
 
 
 class StorageError(LoraTrainerError):
-    """An object store or a disk that refused for good."""
+    """An object store, a disk, or another server that the work depends on, that refused for good."""
 
     exit_code = ExitCode.STORAGE
-
-
-class ServiceError(StorageError):
-    """A server that the job depends on, other than the object store, cannot be reached or keeps failing."""
 
 
 class DivergedError(LoraTrainerError):

@@ -81,9 +81,10 @@ class PersonaClassifier:
 
     def probabilities(self, replies: Iterable[str]) -> list[Mapping[BloodType, float]]:
         """For each reply, how probable each persona is; they add up to 1."""
-        features = self._vectorizer.transform([_prepared(reply) for reply in replies])
-        if not features.shape[0]:
+        texts = [_prepared(reply) for reply in replies]
+        if not texts:
             return []
+        features = self._vectorizer.transform(texts)
         names = [BloodType(str(name)) for name in self._model.classes_]
         return [dict(zip(names, map(float, row), strict=True)) for row in self._model.predict_proba(features)]
 

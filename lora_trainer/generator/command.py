@@ -68,7 +68,7 @@ def generate(settings: GenerateSettings, progress: Progress | None = None) -> It
     """Write the files one persona after the other, and the report last.
 
     Raises `ConfigError` for a target that is already there with other content, `DataError` when the grammar or the model
-    gives too little or `against` has errors, `StorageError` and `ServiceError` when a store or the teacher fails for good.
+    gives too little or `against` has errors, `StorageError` when a store or the teacher fails for good.
     """
     targets = {blood_type: _target(settings, blood_type) for blood_type in settings.blood_types}
     if settings.engine == "teacher":

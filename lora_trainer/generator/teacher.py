@@ -25,7 +25,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, SecretStr, ValidationError
 
 from lora_trainer import logs
-from lora_trainer.errors import ConfigError, DataError, ServiceError
+from lora_trainer.errors import ConfigError, DataError, StorageError
 from lora_trainer.generator.intake import INTENSITIES, QUESTION_RATE, Cell, Intake, wanted_cells
 from lora_trainer.personas import BloodType, Expression, IntensityThird, PersonaSpec, persona_spec
 from lora_trainer.records import JsonlReader, TrainingRecord
@@ -173,7 +173,7 @@ class Teacher:
     def generate(self, count: int, on_record: Callable[[TrainingRecord], None] | None = None) -> None:
         """Take `count` records into the intake, those of the checkpoint first.
 
-        Raises `ConfigError` when the server refuses what is asked (key, model, request), `ServiceError` when it can't be
+        Raises `ConfigError` when the server refuses what is asked (key, model, request), `StorageError` when it can't be
         reached, and `DataError` when nothing that the model writes can be taken. What was taken stays in the checkpoint.
         """
         missing = self._resume(wanted_cells(count, self._rng))
@@ -284,7 +284,7 @@ class Teacher:
             self._pause_until_s = max(self._pause_until_s, time.monotonic() + min(reply.pause_s, _LONGEST_PAUSE_S))
             logs.get_logger().warning("teacher_request_failed", kind=reply.failure, in_a_row=self._failed_in_a_row)
             if self._failed_in_a_row >= MAX_FAILED_IN_A_ROW:
-                raise ServiceError(
+                raise StorageError(
                     f"{where}: {self._failed_in_a_row} requests in a row failed, the last one by {reply.failure}, each after "
                     f"{self._settings.max_retries} retries; {len(self._intake.taken):,} records are kept in "
                     f"{self._checkpoint.path}: run the same command again to go on"
