@@ -1,0 +1,122 @@
+"""`lora-trainer generate --engine compose`: time on one core, the same bytes again, clean, and no near-duplicates.
+
+    python benchmarks/generate_compose.py [--count 5000]
+
+Runs the command twice for each persona, each in a process of its own on one core, checks the output with
+`validate --strict`, counts near-duplicates by exact Jaccard, and writes `benchmarks/results/generate-compose.json`. Exits with 1
+when a persona takes more than 60 s, differs when it is repeated, is not clean, or has more than 2 % near-duplicates.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from lora_trainer.duplicates import NEAR_JACCARD, jaccard, shingles  # noqa: E402
+from lora_trainer.personas import BloodType  # noqa: E402
+
+ALLOWED_S = 60
+ALLOWED_NEAR = 0.02
+
+
+def one_core() -> None:
+    """In the child: whatever it starts stays on one core."""
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+
+
+def run(*arguments: str) -> float:
+    """The command line, on one core; gives its seconds."""
+    started_s = time.monotonic()
+    command = [sys.executable, "-m", "entrypoint", *arguments]
+    subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL, preexec_fn=one_core)
+    return time.monotonic() - started_s
+
+
+def near_duplicates(texts: list[str]) -> int:
+    """Texts that have an earlier one at a Jaccard of 0.7 or more, found without hashing.
+
+    At least 0.7 of a text's 5-grams stand in such another text, so of any 30 % of them and one more at least one does: the rarest
+    are looked up.
+    """
+    parts = [shingles(text) for text in texts]
+    often: dict[str, int] = defaultdict(int)
+    for part in parts:
+        for shingle in part:
+            often[shingle] += 1
+    seen: dict[str, list[int]] = defaultdict(list)
+    near = 0
+    for at, part in enumerate(parts):
+        rarest = sorted(part, key=lambda shingle: (often[shingle], shingle))[: int(len(part) * (1 - NEAR_JACCARD)) + 1]
+        candidates = {other for shingle in rarest for other in seen[shingle]}
+        near += any(jaccard(part, parts[other]) >= NEAR_JACCARD for other in candidates)
+        for shingle in part:
+            seen[shingle].append(at)
+    return near
+
+
+def measure(blood_type: BloodType, count: int) -> dict[str, Any]:
+    """One persona."""
+    with tempfile.TemporaryDirectory() as scratch:
+        files = [Path(scratch) / name / f"train_data_type_{blood_type}.jsonl" for name in ("once", "again")]
+        common = ("generate", "--engine", "compose", "--blood-type", blood_type, "--count", str(count), "--seed", "1")
+        seconds = [round(run(*common, "--output", str(file.parent)), 1) for file in files]
+        hashes = {hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+        run("validate", "--strict", "--no-tokens", str(files[0]))
+        records = [json.loads(line) for line in files[0].read_text(encoding="utf-8").splitlines()]
+        replies = [json.loads(record["output"])["text"] for record in records]
+        dialogues = [f"{record['input']}\n{reply}" for record, reply in zip(records, replies, strict=True)]
+    return {
+        "records": len(records),
+        "seconds": seconds,
+        "is_identical": len(hashes) == 1,
+        "sha256": min(hashes),
+        "validate_strict": "clean",
+        "near_duplicate_replies": near_duplicates(replies) / len(records),
+        "near_duplicate_dialogues": near_duplicates(dialogues) / len(records),
+    }
+
+
+def main() -> int:
+    """Measure all personas and write the result."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--count", type=int, default=5000)
+    count = parser.parse_args().count
+    results = {}
+    for blood_type in BloodType:
+        results[str(blood_type)] = measure(blood_type, count)
+        print(blood_type, results[str(blood_type)], flush=True)
+    document = {
+        "command": f"python benchmarks/generate_compose.py --count {count}",
+        "machine": f"{platform.machine()}, one of {os.cpu_count()} cores",
+        "python": platform.python_version(),
+        "versions": {name: metadata.version(name) for name in ("kiwipiepy", "kiwipiepy_model", "datasketch", "emoji", "numpy")},
+        "results": results,
+    }
+    target = ROOT / "benchmarks" / "results" / "generate-compose.json"
+    target.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    return int(
+        any(
+            max(found["seconds"]) > ALLOWED_S
+            or not found["is_identical"]
+            or max(found["near_duplicate_replies"], found["near_duplicate_dialogues"]) > ALLOWED_NEAR
+            for found in results.values()
+        )
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
