@@ -256,8 +256,3 @@ def with_particle(noun: str, particle: str) -> str:
     """
     head, space, last = noun.rpartition(" ")
     return head + space + str(_kiwi().join([(last, "NNG"), *_PARTICLES[particle]]))
-
-
-def has_final(syllable: str) -> bool:
-    """Whether a Hangul syllable closes with a consonant: from U+AC00 on, 28 finals follow each pair of initial and vowel."""
-    return (ord(syllable) - 0xAC00) % 28 != 0

@@ -207,3 +207,14 @@ def test_a_checkpoint_belongs_to_its_order() -> None:
     kept = list(Path(".lora-trainer/generate").glob("*.jsonl"))
     assert len(kept) == 2
     assert Counter(json.loads(line)["instruction"] for path in kept for line in path.read_text(encoding="utf-8").splitlines())
+
+
+def test_a_damaged_checkpoint_is_named_and_kept(capsys: pytest.CaptureFixture[str]) -> None:
+    with serve(Teacher(faults=(None, *["500"] * 5))) as teacher:
+        run_cli(arguments(teacher, "--retries", "0", "--concurrency", "1"))
+        (kept,) = Path(".lora-trainer/generate").glob("*.jsonl")
+        kept.write_text("{}\n" + kept.read_text(encoding="utf-8"), encoding="utf-8")
+        before = kept.read_bytes()
+        assert run_cli(arguments(teacher, "--retries", "0", "--concurrency", "1")) == ExitCode.DATA
+    assert f"{kept}: got lines that are no records" in capsys.readouterr().err
+    assert kept.read_bytes() == before

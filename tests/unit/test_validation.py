@@ -21,6 +21,7 @@ from lora_trainer.validation import (
     TokenCounter,
     chatml_overhead_tokens,
     check_file,
+    check_prompts,
     prompt_parts,
     read_records,
     render,
@@ -435,3 +436,45 @@ def test_what_is_not_shown_is_training_text(tmp_path: Path) -> None:
 
 def _check(path: Path, on_problem: Any) -> FileReport:
     return check_file(path, None, Characters(), on_problem=on_problem)
+
+
+# --- evaluation prompts ----------------------------------------------------------------------------------
+
+
+def prompts_file(tmp_path: Path, *lines: str) -> Path:
+    path = tmp_path / "eval_prompts.jsonl"
+    path.write_text("".join(text + "\n" for text in lines), encoding="utf-8")
+    return path
+
+
+GOOD_PROMPT = '{"context": {"summary": "", "current_emotion": {"type": "happy", "intensity": 0.8}}, "input": "왔어?"}'
+
+
+def test_evaluation_prompts_have_neither_instruction_nor_reply(tmp_path: Path) -> None:
+    other = GOOD_PROMPT.replace("왔어?", "다른 말")
+    report = check_prompts(prompts_file(tmp_path, GOOD_PROMPT, other))
+    assert (report.records, report.errors, report.warnings, report.is_prompts) == (2, 0, 0, True)
+    assert report.coverage == {(Feeling.HAPPY, IntensityThird.HIGH): 2}
+    assert report.as_json()["kind"] == "evaluation_prompts"
+
+
+def test_what_is_wrong_with_a_prompt_is_named(tmp_path: Path) -> None:
+    report = check_prompts(
+        prompts_file(
+            tmp_path,
+            GOOD_PROMPT,
+            GOOD_PROMPT.replace("왔어?", "왔어!"),
+            GOOD_PROMPT.replace("happy", "joyful"),
+            GOOD_PROMPT.replace('"input"', '"output": "x", "input"'),
+            '{"context": {"summary": "", "current_emotion": {"type": "sad", "intensity": 2}}}',
+        )
+    )
+    found = [(problem.line, problem.code, problem.field) for problem in report.problems]
+    assert found == [
+        (2, "near_duplicate", ""),
+        (3, "unknown_value", "context.current_emotion.type"),
+        (4, "unknown_field", "output"),
+        (5, "out_of_range", "context.current_emotion.intensity"),
+        (5, "missing_field", "input"),
+    ]
+    assert "only context, input" in report.problems[2].expected
