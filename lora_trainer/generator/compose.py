@@ -40,9 +40,10 @@ OnRecord = Callable[[TrainingRecord], None]
 def compose(intake: Intake, wanted: Sequence[Cell], seed: int, on_record: OnRecord | None = None) -> None:
     """Compose a record of `intake.blood_type` for each of `wanted` cells, in an order of their own, and have `intake` take them.
 
-    Deterministic: the same cells, seed, and texts that the intake holds against them give the same records, on every
-    machine. `on_record` is called for each as it is taken. Where the grammar has nothing left for a cell that differs enough
-    from what is there, another cell has its place; when it has nothing left at all, fewer records are taken.
+    Deterministic: the same cells, seed, and texts that the intake holds against them give the same records with the same
+    version of Kiwi, whose judgement of a sentence decides what is refused. `on_record` is called for each as it is taken.
+    Where the grammar has nothing left for a cell that differs enough from what is there, another cell has its place; when it
+    has nothing left at all, fewer records are taken.
     """
     rng = random.Random(f"{seed}:{intake.blood_type}")
     order = list(wanted)
