@@ -37,6 +37,9 @@ class Teacher:
     faults: tuple[str | None, ...] = (None,)
     """What goes wrong with each request, in turn: 429, 500, malformed, cut off, stall, cut connection, or nothing."""
     slips: tuple[str | None, ...] = (None,)
+    refuses: tuple[str, ...] = ()
+    """Fields of a request that the server does not know."""
+    fenced: bool = False
     stall_s: float = 3.0
     delay_s: float = 0.0
     api_key: str | None = None
@@ -114,6 +117,8 @@ def _handler(teacher: Teacher) -> type[BaseHTTPRequestHandler]:
                 if body["model"] != teacher.model:
                     return self._send(404, {"error": {"message": "no such model", "type": "invalid_request_error"}})
                 teacher.bodies.append(body)
+                if unknown := [name for name in teacher.refuses if name in body]:
+                    return self._send(400, {"error": {"message": f"unknown: {unknown}", "type": "invalid_request_error"}})
                 time.sleep(teacher.delay_s)
                 return self._answer(body, teacher.next_fault())
 
@@ -126,6 +131,8 @@ def _handler(teacher: Teacher) -> type[BaseHTTPRequestHandler]:
             if fault == "stall":
                 time.sleep(teacher.stall_s)
             content = json.dumps({"dialogues": list(self._dialogues(body))}, ensure_ascii=False)
+            if teacher.fenced:
+                content = f"```json\n{content}\n```"
             if fault == "malformed":
                 content = content[:-7] + "]]"
             answer = {

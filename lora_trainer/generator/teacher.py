@@ -44,6 +44,10 @@ MAX_FRUITLESS_IN_A_ROW: Final = 40
 """Answers without one record that could be taken, before the model counts as unable."""
 
 _TOKENS_PER_DIALOGUE: Final = 300
+
+# how servers are asked, in turn, until one way is not refused (HTTP 400 or 422): vLLM takes the first, OpenAI's newer models
+# know the limit by its other name only, and some servers know no structured outputs (transformers serve ignores them)
+_WAYS: Final = (("max_tokens", True), ("max_completion_tokens", True), ("max_tokens", False), ("max_completion_tokens", False))
 _LONGEST_PAUSE_S: Final = 600.0
 _STRENGTH: Final = {
     IntensityThird.LOW: "약하게, 담담하게",
@@ -167,6 +171,7 @@ class Teacher:
         self._rng = random.Random(f"{seed}:{intake.blood_type}:teacher")
         self._families = list(families())
         self._failed_in_a_row = self._fruitless_in_a_row = 0
+        self._way = 0
         self._pause_until_s = 0.0
         self._stopping = threading.Event()
 
@@ -233,6 +238,12 @@ class Teacher:
         while (left_s := self._pause_until_s - time.monotonic()) > 0:
             if self._stopping.wait(left_s):
                 return _Reply(failure="stopped")
+        way = self._way
+        limit, is_structured = _WAYS[way]
+        more: dict[str, Any] = {limit: _TOKENS_PER_DIALOGUE * len(orders)}
+        if is_structured:
+            schema = {"name": "dialogues", "strict": True, "schema": answer_schema(len(orders))}
+            more["response_format"] = {"type": "json_schema", "json_schema": schema}
         try:
             raw = client.chat.completions.with_raw_response.create(
                 model=self._settings.model,
@@ -240,12 +251,8 @@ class Teacher:
                     {"role": "system", "content": system_prompt(persona_spec(self._intake.blood_type))},
                     {"role": "user", "content": user_prompt(orders, self._intake.blood_type)},
                 ],
-                response_format={
-                    "type": "json_schema",
-                    "json_schema": {"name": "dialogues", "strict": True, "schema": answer_schema(len(orders))},
-                },
                 temperature=self._settings.temperature,
-                max_tokens=_TOKENS_PER_DIALOGUE * len(orders),
+                **more,
             )
             return _Reply(raw.parse(), requests=1 + raw.retries_taken)
         except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
@@ -258,7 +265,8 @@ class Teacher:
         except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
             return _Reply(
                 failure="refused",
-                fatal=f"refuses the request (HTTP {error.status_code}); it has to know response_format json_schema",
+                fatal=f"refuses every way of asking (HTTP {error.status_code}); is it a chat completions API?",
+                refused_way=way,
             )
         except openai.RateLimitError as error:
             return _Reply(failure="rate_limited", pause_s=_retry_after_s(error), requests=1 + self._settings.max_retries)
@@ -276,6 +284,12 @@ class Teacher:
         """Take what can be taken of an answer; gives the cells that have to be asked for again."""
         self.usage.requests += reply.requests
         where = f"{self._settings.base_url} (--base-url)"
+        if reply.refused_way is not None and reply.refused_way + 1 < len(_WAYS):
+            if reply.refused_way == self._way:
+                self._way += 1
+                limit, is_structured = _WAYS[self._way]
+                logs.get_logger().warning("teacher_asked_otherwise", limit=limit, structured_outputs=is_structured)
+            return [order.cell for order in orders]
         if reply.fatal:
             raise ConfigError(f"{where}: {reply.fatal}")
         if reply.failure:
@@ -330,7 +344,7 @@ class Teacher:
             self._intake.rejects["cut_off"] += 1
             return []
         try:
-            return _Answer.model_validate_json(choice.message.content).dialogues
+            return _Answer.model_validate_json(_unfenced(choice.message.content)).dialogues
         except ValidationError as error:
             self._intake.rejects["not_json" if error.errors()[0]["type"] == "json_invalid" else "not_the_schema"] += 1
             return []
@@ -362,6 +376,13 @@ class _Reply:
     fatal: str = ""
     pause_s: float = 0.0
     requests: int = 1
+    refused_way: int | None = None
+    """The way of `_WAYS` that the server refused."""
+
+
+def _unfenced(text: str) -> str:
+    """`text` without the Markdown fence that models put around JSON where nothing holds them to it."""
+    return text.strip().removeprefix("```json").removeprefix("```").removesuffix("```")
 
 
 def _take_one(left: Counter[Cell], cell: Cell) -> bool:
@@ -428,8 +449,10 @@ def system_prompt(spec: PersonaSpec) -> str:
         "- input: 상대가 보낸 메시지. 길이와 말투를 다양하게 (오타, ㅋㅋ, ㅠㅠ, 한 단어, 긴 하소연).",
         "- text: 친구의 답. 반말로 짧은 문장 하나나 둘, 100자 안. input에 나온 것을 구체적으로 받는다.",
         "  다른 상황에도 통할 말은 안 된다.",
-        "- emotion: 친구의 표정.",
-        "- 요청마다 number를 그대로 붙여서 JSON으로만 답한다.",
+        f"- emotion: 친구의 표정. {', '.join(Expression)} 중 하나.",
+        "- number: 요청의 번호 그대로.",
+        "- 아래 모양의 JSON 하나로만 답한다.",
+        '{"dialogues": [{"number": 1, "summary": "…", "input": "…", "text": "…", "emotion": "smile"}]}',
     ]
     return "\n".join(lines)
 

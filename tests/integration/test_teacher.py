@@ -218,3 +218,25 @@ def test_a_damaged_checkpoint_is_named_and_kept(capsys: pytest.CaptureFixture[st
         assert run_cli(arguments(teacher, "--retries", "0", "--concurrency", "1")) == ExitCode.DATA
     assert f"{kept}: got lines that are no records" in capsys.readouterr().err
     assert kept.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("refuses", "left"),
+    [
+        ((), {"max_tokens", "response_format"}),
+        (("max_tokens",), {"max_completion_tokens", "response_format"}),
+        (("response_format",), {"max_tokens"}),
+        (("max_tokens", "response_format"), {"max_completion_tokens"}),
+    ],
+)
+def test_servers_that_know_less_are_asked_otherwise(refuses: tuple[str, ...], left: set[str]) -> None:
+    with serve(Teacher(refuses=refuses, fenced="response_format" in refuses)) as teacher:
+        assert run_cli(arguments(teacher, "--concurrency", "2", count=12)) == ExitCode.DONE
+    assert_as_ordered(Path("out/train_data_type_O.jsonl"), 12)
+    assert set(teacher.bodies[-1]) & {"max_tokens", "max_completion_tokens", "response_format"} == left
+
+
+def test_a_server_that_refuses_everything(capsys: pytest.CaptureFixture[str]) -> None:
+    with serve(Teacher(refuses=("messages",))) as teacher:
+        assert run_cli(arguments(teacher)) == ExitCode.CONFIG
+    assert "refuses every way of asking (HTTP 400)" in capsys.readouterr().err
