@@ -2,7 +2,7 @@
 
 The analysis is Kiwi's (https://github.com/bab2min/Kiwi, its Python package kiwipiepy); tags below are its own, the Sejong
 tag set: EF sentence-final ending, EC connective ending, JX auxiliary particle, IC interjection, SF . ! ? and so on. The
-model is loaded on first use: about a second and 230 MiB.
+model is loaded on first use: about a second and 450 MiB.
 """
 
 from __future__ import annotations
