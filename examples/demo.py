@@ -85,6 +85,7 @@ def main() -> int:
     heading("Now try")
     console.print("   make demo                      again: the run is already done")
     console.print("   .venv/bin/python examples/demo.py A      another persona (A, B, O, AB)")
+    console.print("   .venv/bin/lora-trainer generate          more data for all four, from the grammar")
     console.print("   .venv/bin/lora-trainer run --help        your own data, bucket and GPU")
     return 0
 
