@@ -23,11 +23,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from lora_trainer.duplicates import NEAR_JACCARD, jaccard, shingles
+from lora_trainer.personas import BloodType
 
-from lora_trainer.duplicates import NEAR_JACCARD, jaccard, shingles  # noqa: E402
-from lora_trainer.personas import BloodType  # noqa: E402
+ROOT = Path(__file__).resolve().parent.parent
+
 
 ALLOWED_S = 60
 ALLOWED_NEAR = 0.02

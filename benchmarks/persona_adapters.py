@@ -21,16 +21,18 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from lora_trainer.evaluation_prompts import evaluation_prompts
+from lora_trainer.formatter import prompt_messages
+from lora_trainer.lint import lint_reply
+from lora_trainer.persona_classifier import persona_classifier
+from lora_trainer.personas import BloodType, persona_spec
+from lora_trainer.records import Reply
+
+# before torch is imported: threads that spin while they wait bring two busy processes on two cores to a stop
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-from lora_trainer.evaluation_prompts import evaluation_prompts  # noqa: E402
-from lora_trainer.formatter import prompt_messages  # noqa: E402
-from lora_trainer.lint import lint_reply  # noqa: E402
-from lora_trainer.persona_classifier import persona_classifier  # noqa: E402
-from lora_trainer.personas import BloodType, persona_spec  # noqa: E402
-from lora_trainer.records import Reply  # noqa: E402
+ROOT = Path(__file__).resolve().parent.parent
+
 
 BASE = ROOT / "examples" / "tiny-base"
 NEW_TOKENS = 96

@@ -78,8 +78,8 @@ def hangul_share(text: str) -> float:
     return sum(1 for sign in letters if _HANGUL.match(sign)) / len(letters) if letters else 1.0
 
 
-# a friend swears at nobody, and hands out nothing that leads out of the conversation; spaces were taken out of control tokens
-# by the prompt's own rule, so they may stand inside one
+# a friend swears at nobody, and hands out nothing that leads out of the conversation; the prompt's own
+# rule puts a space into control tokens, so one may stand inside
 _BANNED: Final = tuple(
     (kind, re.compile("|".join(patterns), re.IGNORECASE))
     for kind, patterns in (

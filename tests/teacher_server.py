@@ -1,7 +1,5 @@
 """An OpenAI-compatible chat server over HTTP, which writes dialogues out of the grammar, and misbehaves when told to.
 
-    python tests/teacher_server.py            prints its URL and serves until it is killed
-
 It reads the orders out of the prompt as a model would, answers within the JSON Schema that it was sent, and counts.
 """
 
@@ -199,9 +197,3 @@ def serve(teacher: Teacher) -> Iterator[Teacher]:
     finally:
         server.shutdown()
         server.server_close()
-
-
-if __name__ == "__main__":
-    with serve(Teacher()) as running:
-        print(running.url, flush=True)  # noqa: T201  it is a program, too
-        threading.Event().wait()

@@ -20,16 +20,16 @@ from typing import Annotated, Final
 import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
-REPOSITORY: Final = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(REPOSITORY))
+from lora_trainer.evaluation_prompts import evaluation_prompts
+from lora_trainer.generator.compose import compose
+from lora_trainer.generator.intake import Intake, all_cells
+from lora_trainer.generator.summary import summarise
+from lora_trainer.generator.teacher import families
+from lora_trainer.personas import BloodType, Expression, Feeling, IntensityThird, persona_spec
+from lora_trainer.records import TrainingRecord
 
-from lora_trainer.evaluation_prompts import evaluation_prompts  # noqa: E402
-from lora_trainer.generator.compose import compose  # noqa: E402
-from lora_trainer.generator.intake import Intake, all_cells  # noqa: E402
-from lora_trainer.generator.summary import summarise  # noqa: E402
-from lora_trainer.generator.teacher import families  # noqa: E402
-from lora_trainer.personas import BloodType, Expression, Feeling, IntensityThird, persona_spec  # noqa: E402
-from lora_trainer.records import TrainingRecord  # noqa: E402
+REPOSITORY: Final = Path(__file__).resolve().parents[1]
+
 
 DATA: Final = REPOSITORY / "data"
 RECORDS_IN_A_CELL: Final = 36
@@ -138,7 +138,8 @@ def coverage(records: Mapping[BloodType, list[TrainingRecord]]) -> str:
     lines += ["", "Records by feeling, at low / middle / high intensity:", ""]
     lines += ["| feeling | " + " | ".join(records) + " |", "|---|" + "---|" * len(records)]
     for feeling in Feeling:
-        row(f"`{feeling}`", lambda p: " / ".join(str(summaries[p].cells.get((feeling, third), 0)) for third in IntensityThird))  # noqa: B023
+        cells = {p: " / ".join(str(summaries[p].cells.get((feeling, third), 0)) for third in IntensityThird) for p in records}
+        row(f"`{feeling}`", cells.__getitem__)
     return "\n".join(lines) + "\n"
 
 

@@ -15,12 +15,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
-REPOSITORY: Final = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(REPOSITORY))
+from lora_trainer.persona_classifier import PersonaClassifier, accuracy, confusion, is_held_out
+from lora_trainer.personas import BloodType
+from lora_trainer.records import JsonlReader, TrainingRecord
 
-from lora_trainer.persona_classifier import PersonaClassifier, accuracy, confusion, is_held_out  # noqa: E402
-from lora_trainer.personas import BloodType  # noqa: E402
-from lora_trainer.records import JsonlReader, TrainingRecord  # noqa: E402
+REPOSITORY: Final = Path(__file__).resolve().parents[1]
+
 
 ARTEFACT: Final = REPOSITORY / "lora_trainer" / "assets" / "persona_classifier.npz"
 

@@ -105,11 +105,6 @@ def _parts(place: re.Match[str]) -> tuple[str, str | None, str | None]:
     return slot, attribute or None, particle or None
 
 
-def places(text: str) -> set[str]:
-    """The slots that `text` names."""
-    return {_parts(found)[0] for found in _PLACE.finditer(text)}
-
-
 def _place_problems(text: str, slots: Mapping[str, Sequence[SlotValue]]) -> Iterator[str]:
     for found in _PLACE.finditer(text):
         if not _PLACE_PARTS.fullmatch(found[1]):
