@@ -8,6 +8,7 @@ disk before the next is looked at, so a run that is cut off goes on where it sto
 from __future__ import annotations
 
 import json
+import os
 import random
 import threading
 import time
@@ -156,6 +157,7 @@ class Checkpoint:
         with self.path.open("ab") as file:
             file.write(record.to_json().encode() + b"\n")
             file.flush()
+            os.fsync(file.fileno())
 
     def remove(self) -> None:
         """The output is there, and this is no longer needed."""
@@ -186,21 +188,22 @@ class Teacher:
             for record in self._intake.taken:
                 on_record(record)
         client = self._client()
-        with ThreadPoolExecutor(self._settings.concurrency, thread_name_prefix="teacher") as pool:
-            under_way: dict[Future[_Reply], Sequence[Order]] = {}
-            try:
-                while missing or under_way:
-                    while missing and len(under_way) < self._settings.concurrency:
-                        orders = self._orders(missing)
-                        under_way[pool.submit(self._request, client, orders)] = orders
-                    done, _ = wait(under_way, return_when=FIRST_COMPLETED)
-                    for future in done:
-                        asked = under_way.pop(future)
-                        missing.extend(self._receive(future.result(), asked, on_record))
-            finally:
-                # whatever ended this: nothing more is asked for, and threads that wait wake up
-                self._stopping.set()
-                pool.shutdown(wait=False, cancel_futures=True)
+        # not as a context manager: its end would wait for requests that are under way, minutes on a slow model
+        pool = ThreadPoolExecutor(self._settings.concurrency, thread_name_prefix="teacher")
+        under_way: dict[Future[_Reply], Sequence[Order]] = {}
+        try:
+            while missing or under_way:
+                while missing and len(under_way) < self._settings.concurrency:
+                    orders = self._orders(missing)
+                    under_way[pool.submit(self._request, client, orders)] = orders
+                done, _ = wait(under_way, return_when=FIRST_COMPLETED)
+                for future in done:
+                    asked = under_way.pop(future)
+                    missing.extend(self._receive(future.result(), asked, on_record))
+        finally:
+            # whatever ended this: nothing more is asked for, and threads that wait wake up
+            self._stopping.set()
+            pool.shutdown(wait=False, cancel_futures=True)
 
     def _resume(self, wanted: list[Cell]) -> list[Cell]:
         """The cells that the checkpoint does not have yet."""
@@ -294,7 +297,9 @@ class Teacher:
             raise ConfigError(f"{where}: {reply.fatal}")
         if reply.failure:
             self.usage.failures[reply.failure] += 1
-            self._failed_in_a_row += 1
+            # requests that were under way when the server said to wait are told so too: one refusal, not many
+            is_told_already = reply.failure == "rate_limited" and time.monotonic() < self._pause_until_s
+            self._failed_in_a_row += not is_told_already
             self._pause_until_s = max(self._pause_until_s, time.monotonic() + min(reply.pause_s, _LONGEST_PAUSE_S))
             logs.get_logger().warning("teacher_request_failed", kind=reply.failure, in_a_row=self._failed_in_a_row)
             if self._failed_in_a_row >= MAX_FAILED_IN_A_ROW:

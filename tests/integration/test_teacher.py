@@ -240,3 +240,25 @@ def test_a_server_that_refuses_everything(capsys: pytest.CaptureFixture[str]) ->
     with serve(Teacher(refuses=("messages",))) as teacher:
         assert run_cli(arguments(teacher)) == ExitCode.CONFIG
     assert "refuses every way of asking (HTTP 400)" in capsys.readouterr().err
+
+
+def test_many_requests_that_are_told_to_wait_at_once_are_one_failure() -> None:
+    with serve(Teacher(faults=(*["429"] * 8, *[None] * 60))) as teacher:
+        assert run_cli(arguments(teacher, "--concurrency", "8", "--retries", "0")) == ExitCode.DONE
+    assert teacher.seen["429"] == 8
+    assert_as_ordered(Path("out/train_data_type_O.jsonl"))
+
+
+def test_sigterm_does_not_wait_for_a_slow_model() -> None:
+    with serve(Teacher(delay_s=60)) as teacher:
+        command = [sys.executable, "-m", "entrypoint", *arguments(teacher)]
+        process = subprocess.Popen(
+            command, env={**os.environ, "PYTHONPATH": str(REPOSITORY)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        deadline_s = time.monotonic() + 60
+        while not teacher.bodies and time.monotonic() < deadline_s:
+            time.sleep(0.1)
+        process.send_signal(signal.SIGTERM)
+        # far less than the answer takes
+        _, errors = process.communicate(timeout=30)
+    assert process.returncode == ExitCode.INTERRUPTED, errors
