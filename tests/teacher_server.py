@@ -24,6 +24,8 @@ from lora_trainer.records import TrainingRecord
 
 ORDER = re.compile(r"^(\d+)\. 주제: .*친구의 감정: (\w+) ([\d.]+)", re.MULTILINE)
 PERSONA = re.compile(r"'(AB|A|B|O)형")
+# what it says when it says the same again
+SAME_AGAIN = "그 얘기 자꾸 생각나네, 오늘은 어떻게 됐어?"
 # what a model does wrong with a dialogue, in turn; None: it does it right
 SLIPS = (None, None, "formal", None, "three sentences", None, None, "same again", None, "not asked for", None)
 
@@ -83,8 +85,8 @@ class Teacher:
                 intake = Intake(persona)
                 compose(intake, [(feeling, third)] * 25, random.randrange(1 << 30))
                 stock = self._pool[persona, feeling, third] = intake.taken
-            record = stock[-1] if slip == "same again" else stock.pop()
-        text = record.reply.text
+            record = stock.pop()
+        text = SAME_AGAIN if slip == "same again" else record.reply.text
         if slip == "formal":
             text = "정말 고생 많으셨어요."
         elif slip == "three sentences":
