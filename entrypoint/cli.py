@@ -19,7 +19,7 @@ from pydantic import SecretStr
 
 from lora_trainer import __version__, logs
 from lora_trainer.config import config_table, parse_override, settle
-from lora_trainer.errors import ConfigError, ExitCode, Interrupted, LoraTrainerError
+from lora_trainer.errors import ConfigError, ExitCode, GateError, Interrupted, LoraTrainerError, StorageError
 from lora_trainer.personas import BloodType
 
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -122,16 +122,119 @@ def run(config_file: Path | None, overrides: Sequence[str], **options: Any) -> N
         logs.get_logger().info("run_settled", data=config.data, output=config.output, backend=config.resolved_backend)
         from rich.console import Console
 
+        from lora_trainer.gates import missed
         from lora_trainer.pipeline import run as run_job
 
         # the stream itself: sys.stderr is about to be the libraries' own
         console = Console(file=sys.stderr) if sys.stderr.isatty() and config.logging.format != "json" else None
         with logs.libraries_print_to_the_log():
             outcome = run_job(config, console)
-        edge.facts.update(run_id=outcome.run_id, bundle=outcome.bundle_uri, already_done=outcome.already_done)
+        edge.facts.update(
+            run_id=outcome.run_id,
+            bundle=outcome.bundle_uri,
+            report=outcome.report_uri,
+            already_done=outcome.already_done,
+            passed=outcome.verdict.passed,
+        )
+        if not outcome.verdict.passed:
+            raise GateError(missed(outcome.verdict))
     edge.leave()
     # behind the last word: a reader that went away does not undo the run
     click.echo(edge.facts["bundle"])
+
+
+@cli.command()
+@click.option(
+    "--adapter", required=True, metavar="URI", help="Published bundle: .../adapters/<TYPE>/<run id>/. s3://, file:// or a folder."
+)
+@click.option(
+    "--report-dir",
+    type=click.Path(path_type=Path, file_okay=False),
+    metavar="FOLDER",
+    help="Where metrics.json, replies.jsonl and report.html go. Default: under the work folder.",
+)
+@click.option("--prompts", "evaluation__prompts", metavar="FILE", help="Other prompts than those of its run. s3:// or file://.")
+@click.option("--data", metavar="URI", help="The file that it was trained on, if it lies elsewhere now. s3:// or file://.")
+@click.option(
+    "--base-model", "base__model", metavar="MODEL", help="The base, if it lies elsewhere: hub id, folder or s3:// prefix."
+)
+@click.option("--device", metavar="NAME", help="cuda or cpu.")
+@click.option("--work-dir", metavar="FOLDER", help="Local scratch folder.")
+@click.option("--json", "as_json", is_flag=True, help="Print metrics.json instead of the table.")
+@click.option("--config", "config_file", type=click.Path(path_type=Path), metavar="FILE", help="YAML file with settings.")
+@click.option(
+    "--set", "overrides", multiple=True, metavar="SETTING=VALUE", help="Any setting, such as gates.persona=0.8. Repeatable."
+)
+@click.option("--log-level", "logging__level", metavar="NAME", help="debug, info, warning or error.")
+@click.option("--log-format", "logging__format", metavar="NAME", help="auto, json or console.")
+def evaluate(
+    adapter: str,
+    report_dir: Path | None,
+    as_json: bool,
+    config_file: Path | None,
+    overrides: Sequence[str],
+    **options: Any,
+) -> None:
+    """Question a published adapter again, and judge it by thresholds.
+
+    Settings are those of the run that trained it, unless told otherwise. Measures held-out loss of base and
+    adapter, lets both answer the evaluation's prompts, and prints what came out. Nothing that is published
+    changes: 'run' with the same settings publishes a new verdict, 'promote' moves latest.json.
+
+    \b
+    Examples:
+      lora-trainer evaluate --adapter s3://bucket/lora/adapters/A/0123456789abcdef/
+      lora-trainer evaluate --adapter outputs/adapter_A --device cpu --set gates.persona=0.8
+
+    Exits with 4 if a gate is not passed.
+    """
+    logs.configure("info", "auto")
+    edge = _RunEdge()
+    with edge:
+        from lora_trainer import gates, reevaluation, summary
+
+        opened = reevaluation.open_adapter(adapter)
+        config = reevaluation.settle_for(opened, _given(options, overrides), config_file=config_file)
+        logs.configure(config.logging.level, config.logging.format)
+        structlog.contextvars.bind_contextvars(blood_type=str(config.blood_type))
+        with logs.libraries_print_to_the_log():
+            found = reevaluation.evaluate_published(opened, config, report_dir)
+        verdict = found.metrics.verdict
+        edge.facts.update(run_id=opened.run_id, report=str(found.folder / "report.html"), passed=verdict.passed)
+        if as_json:
+            click.echo(json.dumps(found.metrics.as_json(), indent=2, ensure_ascii=False))
+        else:
+            from rich.console import Console
+
+            Console().print(summary.render(found.metrics))
+            click.echo(f"report: {found.folder / 'report.html'}")
+        if not verdict.passed:
+            raise GateError(gates.missed(verdict))
+    edge.leave()
+
+
+@cli.command()
+@click.argument("adapter", metavar="RUN")
+def promote(adapter: str) -> None:
+    """Point latest.json at RUN by hand, whatever its verdict and whatever is newer.
+
+    RUN is a published bundle: s3://.../adapters/<TYPE>/<run id>/, file:// or a folder. Runs that start after
+    now move the pointer on as always; those that started before don't move it back.
+
+    \b
+    Examples:
+      lora-trainer promote s3://bucket/lora/adapters/A/0123456789abcdef/
+    """
+    from lora_trainer import bundle, reevaluation
+
+    opened = reevaluation.open_adapter(adapter)
+    blood_type = BloodType(opened.manifest["blood_type"])
+    output = reevaluation.output_of(opened)
+    if problems := bundle.verify(output, bundle.bundle_prefix(blood_type, opened.run_id)):
+        raise StorageError([*problems, f"{opened.storage.uri}: not promoted; a bundle is only complete as its manifest has it"])
+    before = bundle.promote(output, blood_type, opened.manifest)
+    bundle.link_newest(output, blood_type, opened.run_id)
+    click.echo(f"{output.uri}{bundle.latest_key(blood_type)}: names run {opened.run_id} now; before: {before or 'none'}")
 
 
 @cli.command("show-config")

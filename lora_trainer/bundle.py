@@ -10,9 +10,9 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,13 +21,26 @@ import yaml
 from lora_trainer.bases import Base
 from lora_trainer.config import RunConfig
 from lora_trainer.errors import InvariantError, StorageError
-from lora_trainer.formatter import prompt_template
+from lora_trainer.evaluation import JudgedReply
+from lora_trainer.formatter import prompt_messages, prompt_template
+from lora_trainer.metrics import (
+    Estimate,
+    EvaluationMetrics,
+    HeldOutMetrics,
+    RepliesMetrics,
+    RunMetrics,
+    TrainingMetrics,
+    Verdict,
+    metrics_schema,
+)
 from lora_trainer.personas import BloodType, Expression, persona_spec
-from lora_trainer.storage import NotFound, PreconditionFailed, Storage, safe_key, sha256_of
-from lora_trainer.training import TrainingLog
+from lora_trainer.storage import NotFound, PreconditionFailed, ReadResult, Storage, safe_key, sha256_of
+from lora_trainer.training import StepLog
 
 MANIFEST_NAME: Final = "manifest.json"
 MANIFEST_SCHEMA: Final = 1
+REPLY_TOKENS: Final = 256
+"""Room for a reply of `MAX_REPLY_CHARACTERS` Korean characters with Qwen2.5's tokenizer, and its JSON."""
 MAX_REPLY_CHARACTERS: Final = 200
 """Twice the longest reply of the bundled data: a bound that constrained decoding can hold to."""
 _SWAP_ATTEMPTS: Final = 8
@@ -57,27 +70,119 @@ def response_schema() -> dict[str, object]:
     }
 
 
-def write_documents(folder: Path, config: RunConfig, base: Base, run_id: str, metrics: Mapping[str, Any], log: TrainingLog) -> None:
+def evaluation_prefix(prefix: str, gate_id: str) -> str:
+    """Where a later evaluation of the bundle under `prefix` lies."""
+    return f"{prefix}evaluations/{gate_id}/"
+
+
+def write_documents(folder: Path, config: RunConfig, base: Base, metrics: RunMetrics) -> None:
     """Put the bundle's own files beside the adapter and tokenizer that the backend saved in `folder`."""
     _write_json(folder / "prompt.json", prompt_template())
     _write_json(folder / "response_schema.json", response_schema())
-    _write_json(folder / "metrics.json", metrics)
     spec = persona_spec(config.blood_type)
     (folder / "persona.yaml").write_text(
         yaml.safe_dump(spec.model_dump(mode="json"), allow_unicode=True, sort_keys=False, width=1000), encoding="utf-8"
     )
+    (folder / "README.md").write_text(model_card(config, base, metrics), encoding="utf-8")
+
+
+def write_evaluation(
+    folder: Path, metrics: RunMetrics, steps: Sequence[StepLog], replies: Sequence[JudgedReply], facts: Mapping[str, Any]
+) -> None:
+    """What was measured, in numbers and to look at. `facts` is what the manifest holds besides its files."""
+    from lora_trainer.report import render_report
+
+    _write_json(folder / "metrics.json", metrics.as_json())
+    _write_json(folder / "metrics.schema.json", metrics_schema())
+    with (folder / "replies.jsonl").open("w", encoding="utf-8") as file:
+        for reply in replies:
+            file.write(reply.model_dump_json() + "\n")
     with (folder / "train_log.jsonl").open("w", encoding="utf-8") as file:
-        for step in log.steps:
+        for step in steps:
             file.write(json.dumps({name: getattr(step, name) for name in step.__slots__}) + "\n")
-    (folder / "README.md").write_text(model_card(config, base, run_id, metrics), encoding="utf-8")
+    (folder / "report.html").write_text(render_report(metrics, facts, steps, replies), encoding="utf-8")
 
 
-def model_card(config: RunConfig, base: Base, run_id: str, metrics: Mapping[str, Any]) -> str:
+@dataclass(frozen=True, slots=True)
+class Published:
+    """A bundle brought back to be judged again."""
+
+    folder: Path
+    training: TrainingMetrics
+    held_out: HeldOutMetrics
+    peak_memory_gib: float
+    steps: tuple[StepLog, ...]
+    evaluation: EvaluationMetrics | None
+    """None: published by a version that did not evaluate, or measured in another way."""
+    replies: list[JudgedReply]
+
+
+def fetch(storage: Storage, prefix: str, manifest: Mapping[str, Any], folder: Path) -> Published:
+    """Download the bundle under `prefix` to `folder`, every file compared with the manifest. Raises `StorageError`."""
+    for name, expected in manifest["files"].items():
+        try:
+            got = storage.download(prefix + safe_key(name), folder / name)
+        except (NotFound, ValueError) as error:
+            raise StorageError(
+                f"{storage.uri}{prefix}{name}: the manifest names it and it cannot be had ({error}); the bundle is damaged: "
+                "move that prefix away and run again"
+            ) from None
+        if (got.size_bytes, got.sha256) != (expected["size_bytes"], expected["sha256"]):
+            raise StorageError(
+                f"{storage.uri}{prefix}{name}: got {got.size_bytes} bytes, SHA-256 {got.sha256}, expected {expected['size_bytes']} "
+                f"bytes, {expected['sha256']}; the bundle was changed: move that prefix away and run again"
+            )
+    try:
+        metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+        steps = tuple(
+            StepLog(**json.loads(line)) for line in (folder / "train_log.jsonl").read_text(encoding="utf-8").splitlines() if line
+        )
+        training = TrainingMetrics.model_validate(metrics["training"])
+        held_out = HeldOutMetrics.model_validate(metrics["held_out"])
+        peak_memory_gib = float(metrics["peak_memory_gib"])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise StorageError(
+            f"{storage.uri}{prefix}: metrics.json or train_log.jsonl is not what this version reads; it was written by another "
+            "one: move that prefix away and run again"
+        ) from None
+    return Published(folder, training, held_out, peak_memory_gib, steps, *_evaluation_of(metrics, folder))
+
+
+def _evaluation_of(metrics: Mapping[str, Any], folder: Path) -> tuple[EvaluationMetrics | None, list[JudgedReply]]:
+    try:
+        evaluation = RunMetrics.model_validate(metrics).evaluation
+        lines = (folder / "replies.jsonl").read_text(encoding="utf-8").split("\n")
+        return evaluation, [JudgedReply.model_validate_json(line) for line in lines if line]
+    except (OSError, ValueError):
+        return None, []
+
+
+def read_verdict(storage: Storage, prefix: str, manifest: Mapping[str, Any], gate_id: str) -> tuple[Verdict, str] | None:
+    """The verdict by `gate_id` on the bundle under `prefix`, and the folder that holds its report; None: not judged by it yet."""
+    if manifest.get("gate_id") == gate_id:
+        return _verdict(manifest, f"{storage.uri}{prefix}"), prefix
+    folder = evaluation_prefix(prefix, gate_id)
+    later = read_manifest(storage, folder)
+    return (_verdict(later, f"{storage.uri}{folder}"), folder) if later else None
+
+
+def _verdict(manifest: Mapping[str, Any], where: str) -> Verdict:
+    try:
+        return Verdict.model_validate(manifest["verdict"])
+    except (KeyError, ValueError):
+        raise StorageError(
+            f"{where}{MANIFEST_NAME}: its verdict is not one; it was changed: move that prefix away and run again"
+        ) from None
+
+
+def model_card(config: RunConfig, base: Base, metrics: RunMetrics) -> str:
     """README.md of a bundle: what it is, what was measured, how it is served."""
     spec = persona_spec(config.blood_type)
     name = f"persona-{config.blood_type}"
     revision = f" --revision {base.revision}" if base.revision else ""
-    training, held_out = metrics["training"], metrics["held_out"]
+    training, held_out = metrics.training, metrics.held_out
+    adapter = metrics.evaluation.greedy.adapter
+    verdict = "passed" if metrics.verdict.passed else "not passed"
     return f"""---
 base_model: {base.canonical_id}
 library_name: peft
@@ -89,9 +194,22 @@ tags: [lora, persona]
 A LoRA adapter on `{base.canonical_id}`{f" at `{base.revision}`" if base.revision else ""} that answers as the friend of blood type
 {config.blood_type}: {spec.tone}
 
-Run `{run_id}`: {training["records"]:,} records, {training["steps"]:,} optimizer steps, rank {config.lora.r}.
-Held-out loss {held_out["loss_base"]:.3f} (base) to {held_out["loss_adapter"]:.3f} (adapter), nats a reply token,
-on {held_out["records"]:,} records. All numbers: `metrics.json`. Data, configuration and versions: `manifest.json`.
+Run `{metrics.run_id}`: {training.records:,} records, {training.steps:,} optimizer steps, rank {config.lora.r}.
+Held-out loss {held_out.loss_base:.3f} (base) to {held_out.loss_adapter:.3f} (adapter), nats a reply token,
+on {held_out.records:,} records. To look at: `report.html`. All numbers: `metrics.json` (`metrics.schema.json`). Data,
+configuration and versions: `manifest.json`.
+
+## Is it that friend?
+
+When it was published, its gates were **{verdict}**: {metrics.evaluation.replies} greedy,
+unconstrained replies to {metrics.evaluation.prompts} held-out prompts.
+
+| | replies | measured | lower 95 % bound |
+|---|---|---|---|
+{_card_rows(adapter)}
+
+Emoji follow intensity with a rank correlation of {adapter.emoji_intensity.value:.2f}; by the rules it beats the base in
+{metrics.evaluation.greedy.win_rate.value:.0%} of the replies.
 
 ## Prompt and reply
 
@@ -105,7 +223,14 @@ vllm serve {base.canonical_id}{revision} --enable-lora --max-lora-rank {config.l
   --lora-modules {name}=/path/to/this/folder
 ```
 
-Ask for the model `{name}`: by the base's name the server answers without the adapter.
+Ask for the model `{name}`: by the base's name the server answers without the adapter. With the schema in
+`response_schema.json` the server can't answer with anything but the contract's JSON:
+
+```bash
+curl http://localhost:8000/v1/chat/completions -H 'Content-Type: application/json' -d @- <<'JSON'
+{json.dumps(vllm_request(name, config.blood_type), ensure_ascii=False, indent=2)}
+JSON
+```
 
 ## Load it with PEFT
 
@@ -118,6 +243,37 @@ base = AutoModelForCausalLM.from_pretrained("{base.canonical_id}"{f', revision="
 model = PeftModel.from_pretrained(base, "/path/to/this/folder")
 ```
 """
+
+
+_CARD_RATES: Final = {
+    "exact_json": "exact JSON",
+    "stop": "ended by itself",
+    "one_or_two_sentences": "at most two sentences",
+    "informal_speech": "반말",
+    "persona": "taken for this persona",
+    "question": "asks back",
+}
+
+
+def _card_rows(adapter: RepliesMetrics) -> str:
+    rows = []
+    for name, label in _CARD_RATES.items():
+        rate: Estimate = getattr(adapter, name)
+        rows.append(f"| {label} | {rate.successes} of {rate.of} | {rate.value:.1%} | {rate.lower or 0:.1%} |")
+    return "\n".join(rows)
+
+
+def vllm_request(model: str, blood_type: BloodType) -> dict[str, object]:
+    """A chat request to vLLM whose answer is held to the contract (`structured_outputs`, vLLM 0.12 and later)."""
+    prompt = prompt_messages(
+        persona_spec(blood_type).instruction, "우리는 카페에서 만나기로 했어.", "happy", 0.8, "나 지금 도착했는데 어디야?"
+    )
+    return {
+        "model": model,
+        "messages": prompt,
+        "max_tokens": REPLY_TOKENS,
+        "structured_outputs": {"json": response_schema()},
+    }
 
 
 def write_manifest(folder: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
@@ -201,7 +357,6 @@ def move_latest(storage: Storage, blood_type: BloodType, manifest: Mapping[str, 
         "bundle": bundle_prefix(blood_type, manifest["run_id"]),
         "started_at": manifest["started_at"],
     }
-    data = (json.dumps(mine, indent=2) + "\n").encode()
     for _ in range(_SWAP_ATTEMPTS):
         found = storage.read_bytes(key)
         if found is not None:
@@ -210,18 +365,51 @@ def move_latest(storage: Storage, blood_type: BloodType, manifest: Mapping[str, 
                 return LatestMove(False, True, "it already names this run")
             if _when(theirs["started_at"]) > _when(mine["started_at"]):
                 return LatestMove(False, False, f"it names run {theirs['run_id']}, which started later")
-        try:
-            storage.write_bytes(key, data, if_match=found.etag if found else None, if_absent=found is None)
-        except PreconditionFailed:
-            continue
-        return LatestMove(True, True, "this run started last")
-    raise StorageError(f"{storage.uri}{key}: other writers changed it {_SWAP_ATTEMPTS} times in a row; run the same command again")
+            if _when(theirs.get("promoted_at", theirs["started_at"])) > _when(mine["started_at"]):
+                return LatestMove(False, False, f"it names run {theirs['run_id']}, which was promoted after this run started")
+        if _swap(storage, key, mine, found):
+            return LatestMove(True, True, "this run started last")
+    raise _always_beaten(storage, key)
+
+
+def promote(storage: Storage, blood_type: BloodType, manifest: Mapping[str, Any]) -> str | None:
+    """Point `latest.json` at the manifest's run whatever it names; gives the run that it named before.
+
+    Runs that started before now don't move it back. Raises `StorageError` as `move_latest` does.
+    """
+    key = latest_key(blood_type)
+    mine = {
+        "run_id": manifest["run_id"],
+        "bundle": bundle_prefix(blood_type, manifest["run_id"]),
+        "started_at": manifest["started_at"],
+        "promoted_at": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    for _ in range(_SWAP_ATTEMPTS):
+        found = storage.read_bytes(key)
+        before = _pointer(found.data, f"{storage.uri}{key}")["run_id"] if found else None
+        if _swap(storage, key, mine, found):
+            return before
+    raise _always_beaten(storage, key)
+
+
+def _swap(storage: Storage, key: str, pointer: Mapping[str, str], found: ReadResult | None) -> bool:
+    data = (json.dumps(pointer, indent=2) + "\n").encode()
+    try:
+        storage.write_bytes(key, data, if_match=found.etag if found else None, if_absent=found is None)
+    except PreconditionFailed:
+        return False
+    return True
+
+
+def _always_beaten(storage: Storage, key: str) -> StorageError:
+    return StorageError(f"{storage.uri}{key}: other writers changed it {_SWAP_ATTEMPTS} times in a row; run the same command again")
 
 
 def _pointer(data: bytes, where: str) -> dict[str, str]:
     try:
         pointer: dict[str, str] = json.loads(data)
         _when(pointer["started_at"])
+        _when(pointer.get("promoted_at", pointer["started_at"]))
         _ = pointer["run_id"]
     except (ValueError, KeyError, TypeError):
         raise StorageError(

@@ -25,7 +25,7 @@ ENVIRONMENT_PREFIX: Final = "LORA_TRAINER_"
 CONFIG_FILE_VARIABLE: Final = "LORA_TRAINER_CONFIG"
 
 # settings that hold a local path or a URI: a relative one in a file is taken from that file's folder
-_PATH_FIELDS: Final = ("data", "output", "work_dir", "base.model", "base.cache_dir")
+_PATH_FIELDS: Final = ("data", "output", "work_dir", "base.model", "base.cache_dir", "evaluation.prompts")
 
 TargetModule = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 ALL_LINEAR: Final[tuple[TargetModule, ...]] = get_args(TargetModule)
@@ -114,6 +114,72 @@ class TrainingConfig(_Section):
     )
 
 
+class EvaluationConfig(_Section):
+    """How the adapter is questioned after training."""
+
+    prompts: str | None = Field(
+        default=None,
+        description="JSONL with the evaluation's prompts: `s3://`, `file://` or a path. Default: the 120 that ship.",
+    )
+    intensities: Annotated[tuple[Annotated[float, Field(ge=0, le=1)], ...], Field(min_length=1, max_length=20)] = Field(
+        default=(0.1, 0.4, 0.7, 1.0), description="Each prompt is asked once at each of these intensities, whatever its own is."
+    )
+    max_new_tokens: int = Field(default=128, ge=8, le=2048, description="Limit of one reply; a longer one counts as not stopped.")
+    temperature: float = Field(
+        default=0.7, ge=0, le=2, description="Of the sampled replies beside the greedy ones; 0: greedy ones only."
+    )
+    top_p: float = Field(default=0.8, gt=0, le=1, description="Nucleus of the sampled replies; as Qwen2.5's own settings.")
+    top_k: int = Field(default=20, ge=0, le=1000, description="Most probable tokens that are sampled from; 0: all.")
+    seed: int = Field(default=20, ge=0, lt=2**32, description="Of sampling and of the bootstrap.")
+    bootstrap_resamples: int = Field(default=2000, ge=100, le=100_000, description="Draws of the bootstrap behind the intervals.")
+    batch_size: int = Field(default=120, ge=1, le=4096, description="Replies generated at once. Not part of `gate_id`.")
+    judge_model: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Model that also compares adapter and base; none: no judge. It opens or shuts no gate.",
+    )
+    judge_base_url: str = Field(
+        default="https://api.openai.com/v1",
+        pattern="^https?://",
+        description="OpenAI-compatible server of the judge; the key comes from `OPENAI_API_KEY`.",
+    )
+
+    @field_validator("intensities")
+    @classmethod
+    def _rising(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+        if sorted(set(value)) != list(value):
+            raise ValueError("expected each intensity once, in rising order")
+        return value
+
+
+class GatesConfig(_Section):
+    """What an adapter must reach to become the newest accepted one. `none` takes a gate away.
+
+    Thresholds are on the lower 95 % bound, except where a maximum is: there on the upper one.
+    """
+
+    exact_json: float | None = Field(default=0.97, ge=0, le=1, description="Replies that are exact JSON: 472 of 480.")
+    stop: float | None = Field(default=0.97, ge=0, le=1, description="Replies that end by themselves before the limit: 472 of 480.")
+    one_or_two_sentences: float | None = Field(
+        default=0.93, ge=0, le=1, description="Replies of at most two sentences: 456 of 480."
+    )
+    informal_speech: float | None = Field(default=0.95, ge=0, le=1, description="Replies in 반말 throughout: 465 of 480.")
+    persona: float | None = Field(
+        default=0.70,
+        ge=0,
+        le=1,
+        description="Replies that the persona classifier takes for this persona's; by chance it is a quarter.",
+    )
+    emoji_intensity: float | None = Field(
+        default=0.2, ge=-1, le=1, description="Spearman correlation of emoji count and intensity: more than this."
+    )
+    question_rate_min: float | None = Field(default=0.40, ge=0, le=1, description="Readable replies that ask something: at least.")
+    question_rate_max: float | None = Field(default=0.85, ge=0, le=1, description="Readable replies that ask something: at most.")
+    win_rate: float | None = Field(
+        default=0.5, ge=0, le=1, description="Replies with a higher rule score than the base's, a tie being half: more than this."
+    )
+
+
 class MemoryConfig(_Section):
     """How the work is laid out on the device. Never part of `run_id`: it does not change what is computed."""
 
@@ -126,12 +192,20 @@ class MemoryConfig(_Section):
     )
 
 
+Tracker = Literal["tensorboard", "mlflow", "wandb"]
+
+
 class LoggingConfig(_Section):
     """What is said, and how."""
 
     level: Literal["debug", "info", "warning", "error"] = Field(default="info", description="Least severe event that is printed.")
     format: Literal["auto", "json", "console"] = Field(
         default="auto", description="`auto`: console on a terminal, JSON lines elsewhere."
+    )
+    report_to: tuple[Tracker, ...] = Field(
+        default=(),
+        description="Trackers that also get loss, learning rate and speed: under `work_dir` and offline, unless their own "
+        "variables say otherwise.",
     )
     log_every_steps: int = Field(default=10, ge=1, description="Optimizer steps between two `training_step` events.")
 
@@ -159,6 +233,8 @@ class RunConfig(_Section):
     base: BaseModelConfig = BaseModelConfig()
     lora: LoraConfig = LoraConfig()
     training: TrainingConfig = TrainingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    gates: GatesConfig = GatesConfig()
     memory: MemoryConfig = MemoryConfig()
     logging: LoggingConfig = LoggingConfig()
 
@@ -368,15 +444,20 @@ def parse_override(text: str) -> tuple[str, Any]:
     return dotted, _list_or_text(dotted, value)
 
 
+_MAY_BE_UNSET: Final = frozenset(
+    ("base.revision", "base.canonical_id", "training.max_steps", "evaluation.prompts", "evaluation.judge_model")
+) | {f"gates.{name}" for name in GatesConfig.model_fields}
+
+
 def _list_or_text(dotted: str, text: str) -> Any:
     """Text as pydantic should see it: lists as JSON or comma-separated, `none` for settings that may be unset."""
-    if dotted == "lora.target_modules":
+    if dotted in ("lora.target_modules", "evaluation.intensities", "logging.report_to"):
         if text.lstrip().startswith("["):
             # what is not JSON goes on as a name, which the check of the names then refuses with its place
             with suppress(json.JSONDecodeError):
                 return json.loads(text)
         return [part.strip() for part in text.split(",")]
-    if text.lower() in ("none", "null") and dotted in ("base.revision", "base.canonical_id", "training.max_steps"):
+    if text.lower() in ("none", "null") and dotted in _MAY_BE_UNSET:
         return None
     return text
 

@@ -48,6 +48,12 @@ class DataError(LoraTrainerError):
     exit_code = ExitCode.DATA
 
 
+class GateError(LoraTrainerError):
+    """An adapter that was measured and falls short of a threshold. Its bundle is published, `latest.json` stays."""
+
+    exit_code = ExitCode.GATE
+
+
 class HardwareError(LoraTrainerError):
     """The machine cannot do what the run asks for."""
 

@@ -7,7 +7,7 @@ import os
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -17,17 +17,27 @@ from typing import Any
 import structlog
 from rich.console import Console
 
-from lora_trainer import __version__, bundle
-from lora_trainer.backends import Backend, open_backend
+from lora_trainer import __version__, bundle, evaluation, gates
+from lora_trainer.backends import Backend, open_backend, open_reference_backend
 from lora_trainer.bases import Base, fetch_base, identify_base
 from lora_trainer.config import RunConfig
 from lora_trainer.errors import DataError
+from lora_trainer.evaluation import JudgedReply
+from lora_trainer.evaluation_prompts import evaluation_prompts
 from lora_trainer.identity import run_id, run_ingredients
 from lora_trainer.logs import get_logger
+from lora_trainer.metrics import (
+    DecodingMetrics,
+    EvaluationMetrics,
+    HeldOutMetrics,
+    RunMetrics,
+    TrainingMetrics,
+    Verdict,
+)
 from lora_trainer.packing import plan_steps
 from lora_trainer.planning import MemoryPlan, plan_memory
 from lora_trainer.progress import RunProgress
-from lora_trainer.records import Severity, TrainingRecord
+from lora_trainer.records import EvaluationPrompt, JsonlReader, Severity, TrainingRecord
 from lora_trainer.storage import Fetched, Storage, open_storage, split_uri
 from lora_trainer.tokenization import TokenSequence, tokenize
 from lora_trainer.training import StepLog, TrainingLog, split_held_out
@@ -40,6 +50,8 @@ class Outcome:
 
     run_id: str
     bundle_uri: str
+    report_uri: str
+    verdict: Verdict
     already_done: bool
     moved_latest: bool
 
@@ -52,16 +64,23 @@ def run(config: RunConfig, console: Console | None = None) -> Outcome:
     job = Job(config)
     data = fetch(job)
     records = read(job, data)
-    identity = identify(job, data)
+    prompts = fetch_prompts(job)
+    identity = identify(job, data, prompts)
     if finished := find_finished(job, identity):
         return finished
     progress = RunProgress(job.run_dir(identity) / "progress.json", identity.run_id, config.blood_type, console)
+    if published := find_published(job, identity):
+        return evaluate_again(job, identity, published, records, prompts, progress)
     backend = start(job, progress)
     prepared = format_and_split(job, backend, identity, records, progress)
     plan = plan_work(job, backend, prepared)
     trained = train(job, backend, identity, prepared, plan, progress)
-    folder = assemble(job, backend, identity, data, prepared, plan, trained, progress)
-    return publish(job, identity, folder, progress)
+    folder = save(job, backend, identity, prepared, progress)
+    evaluated = evaluate(job, backend, prompts, prepared.train_records, progress)
+    verdict = decide(job, evaluated.metrics)
+    metrics = summarise(job, backend, identity, prepared, trained, evaluated, verdict)
+    assemble(job, folder, identity, data, prepared, plan, trained, evaluated, metrics)
+    return publish(job, identity, folder, verdict, progress)
 
 
 @dataclass(slots=True)
@@ -111,6 +130,10 @@ class Identity:
     run_id: str
     base: Base
     ingredients: dict[str, object]
+    evaluation_id: str
+    """What is asked of the adapter, and how it is judged."""
+    gate_id: str
+    """That, and the thresholds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +141,7 @@ class Prepared:
     """Token sequences, split and put into steps."""
 
     base_folder: Path
+    train_records: list[TrainingRecord]
     train: list[TokenSequence]
     held_out: list[TokenSequence]
     steps: list[list[int]]
@@ -137,6 +161,14 @@ class Trained:
     log: TrainingLog
     loss_base: float
     loss_adapter: float
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluated:
+    """What the evaluation measured, and all replies."""
+
+    metrics: EvaluationMetrics
+    replies: list[JudgedReply]
 
 
 def fetch(job: Job) -> DataFile:
@@ -164,33 +196,131 @@ def read(job: Job, data: DataFile) -> list[TrainingRecord]:
     return records
 
 
-def identify(job: Job, data: DataFile) -> Identity:
-    """Step 4: the base, and the hash of all that decides the weights."""
+def fetch_prompts(job: Job) -> tuple[EvaluationPrompt, ...]:
+    """The evaluation's prompts: those that ship, or the user's. Raises `DataError` with every bad line."""
+    if (uri := job.config.evaluation.prompts) is None:
+        return evaluation_prompts()
+    folder, key = split_uri(uri)
+    storage = open_storage(folder)
+    path = job.config.work_dir / "data" / key
+    fetched = storage.download(key, path)
+    lines = list(JsonlReader(path, EvaluationPrompt))
+    problems = [problem for line in lines for problem in line.problems if problem.severity is Severity.ERROR]
+    if problems:
+        raise DataError([problem.render(storage.uri + key) for problem in problems])
+    prompts = tuple(line.record for line in lines if line.record)
+    job.log.info("prompts_fetched", uri=storage.uri + key, prompts=len(prompts), sha256=fetched.sha256)
+    return prompts
+
+
+def identify(job: Job, data: DataFile, prompts: Sequence[EvaluationPrompt]) -> Identity:
+    """Step 4: the base, the hash of all that decides the weights, and the hash of all that decides the verdict."""
+    asked = evaluation.evaluation_id(job.config.evaluation, evaluation.prompts_digest(prompts))
+    verdict = gates.gate_id(asked, job.config.gates)
     with job.timed("identify"):
         base = identify_base(job.config.base)
         ingredients = run_ingredients(job.config, data.fetched.sha256, base.identity)
-        identity = Identity(run_id(ingredients), base, ingredients)
+        identity = Identity(run_id(ingredients), base, ingredients, asked, verdict)
     structlog.contextvars.bind_contextvars(run_id=identity.run_id)
-    job.log.info("run_identified", base=base.canonical_id, base_identity=base.identity, backend=job.config.resolved_backend)
+    job.log.info(
+        "run_identified",
+        base=base.canonical_id,
+        base_identity=base.identity,
+        backend=job.config.resolved_backend,
+        gate_id=identity.gate_id,
+    )
     return identity
 
 
 def find_finished(job: Job, identity: Identity) -> Outcome | None:
-    """End of step 4: a finished run with this id is not repeated; a pointer that a crash left behind is moved."""
+    """End of step 4: a run that has its verdict is not repeated; a pointer that a crash left behind is moved."""
     output = job.output
     prefix = bundle.bundle_prefix(job.config.blood_type, identity.run_id)
     manifest = bundle.read_manifest(output, prefix)
-    if manifest is None:
+    found = manifest and bundle.read_verdict(output, prefix, manifest, identity.gate_id)
+    if not manifest or not found:
         return None
-    moved = _accept(job, output, manifest)
-    job.log.info("already_done", bundle=output.uri + prefix, finished_at=manifest["finished_at"], latest_moved=moved)
-    return Outcome(identity.run_id, output.uri + prefix, already_done=True, moved_latest=moved)
+    verdict, folder = found
+    moved = _accept(job, output, manifest, verdict)
+    job.log.info(
+        "already_done", bundle=output.uri + prefix, finished_at=manifest["finished_at"], passed=verdict.passed, latest_moved=moved
+    )
+    return Outcome(
+        identity.run_id, output.uri + prefix, f"{output.uri}{folder}report.html", verdict, already_done=True, moved_latest=moved
+    )
 
 
-def start(job: Job, progress: RunProgress) -> Backend:
+def find_published(job: Job, identity: Identity) -> dict[str, Any] | None:
+    """The manifest of a bundle that has no verdict by these prompts and thresholds yet."""
+    return bundle.read_manifest(job.output, bundle.bundle_prefix(job.config.blood_type, identity.run_id))
+
+
+def evaluate_again(
+    job: Job,
+    identity: Identity,
+    manifest: dict[str, Any],
+    records: list[TrainingRecord],
+    prompts: Sequence[EvaluationPrompt],
+    progress: RunProgress,
+) -> Outcome:
+    """Other thresholds or prompts: the published adapter is judged by them, and not trained again.
+
+    The bundle stays as it is; the new verdict lies in a folder of its own beneath it.
+    """
+    output = job.output
+    prefix = bundle.bundle_prefix(job.config.blood_type, identity.run_id)
+    job.log.info("evaluating_again", bundle=output.uri + prefix, gate_id=identity.gate_id)
+    published = bundle.fetch(output, prefix, manifest, bundle.fresh_folder(job.run_dir(identity) / "published"))
+    if published.evaluation and published.evaluation.evaluation_id == identity.evaluation_id:
+        # only the thresholds are others: what was measured holds
+        evaluated = Evaluated(published.evaluation, published.replies)
+    else:
+        # as a server would load it; nothing is trained
+        backend = start(job, progress, open_reference_backend)
+        train_indices, _ = split_held_out(records, job.config.training.held_out_fraction)
+        with job.timed("load"):
+            base_folder = fetch_base(identity.base, job.config.base)
+            backend.load_tokenizer(base_folder)
+            backend.load_adapter(base_folder, published.folder)
+        evaluated = evaluate(job, backend, prompts, [records[index] for index in train_indices], progress)
+    verdict = decide(job, evaluated.metrics)
+    metrics = RunMetrics(
+        run_id=identity.run_id,
+        blood_type=job.config.blood_type,
+        training=published.training,
+        held_out=published.held_out,
+        evaluation=evaluated.metrics,
+        verdict=verdict,
+        peak_memory_gib=published.peak_memory_gib,
+    )
+    facts = {
+        **{name: value for name, value in manifest.items() if name not in ("schema", "files", "verdict", "gate_id")},
+        "gate_id": verdict.gate_id,
+        "verdict": verdict.model_dump(mode="json"),
+        "evaluated_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "config": job.config.model_dump(mode="json"),
+        "timings_s": dict(job.timings_s),
+    }
+    folder = bundle.fresh_folder(job.run_dir(identity) / "evaluation")
+    bundle.write_evaluation(folder, metrics, published.steps, evaluated.replies, facts)
+    bundle.write_manifest(folder, facts)
+    progress.stage("publish")
+    target = bundle.evaluation_prefix(prefix, verdict.gate_id)
+    bundle.publish(folder, output, target)
+    moved = _accept(job, output, manifest, verdict)
+    for done in (folder, published.folder):
+        shutil.rmtree(done)
+    progress.stage("done")
+    job.log.info("evaluation_published", evaluation=output.uri + target, passed=verdict.passed, latest_moved=moved)
+    return Outcome(
+        identity.run_id, output.uri + prefix, f"{output.uri}{target}report.html", verdict, already_done=False, moved_latest=moved
+    )
+
+
+def start(job: Job, progress: RunProgress, open_one: Callable[[RunConfig], Backend] = open_backend) -> Backend:
     """Import the training stack and check the device; no data or base problem has to wait for it."""
     progress.stage("start")
-    backend = open_backend(job.config)
+    backend = open_one(job.config)
     with job.timed("import"):
         job.environment.update(backend.start())
     job.log.info("backend_started", backend=backend.name, **job.environment)
@@ -209,7 +339,8 @@ def format_and_split(
         sequences = tokenize(records, backend.load_tokenizer(base_folder))
         train_indices, held_out_indices = split_held_out(records, training.held_out_fraction)
         fits = [len(sequence) <= training.max_length_tokens for sequence in sequences]
-        train_sequences = [sequences[index] for index in train_indices if fits[index]]
+        kept = [index for index in train_indices if fits[index]]
+        train_sequences = [sequences[index] for index in kept]
         held_out = [sequences[index] for index in held_out_indices if fits[index]]
     left_out = len(records) - len(train_sequences) - len(held_out)
     if left_out:
@@ -229,7 +360,7 @@ def format_and_split(
         longest_tokens=max(map(len, train_sequences)),
         steps=len(steps),
     )
-    return Prepared(base_folder, train_sequences, held_out, steps, left_out)
+    return Prepared(base_folder, [records[index] for index in kept], train_sequences, held_out, steps, left_out)
 
 
 def plan_work(job: Job, backend: Backend, prepared: Prepared) -> MemoryPlan:
@@ -295,17 +426,8 @@ def train(job: Job, backend: Backend, identity: Identity, prepared: Prepared, pl
     return Trained(log, loss_base, loss_adapter)
 
 
-def assemble(
-    job: Job,
-    backend: Backend,
-    identity: Identity,
-    data: DataFile,
-    prepared: Prepared,
-    plan: MemoryPlan,
-    trained: Trained,
-    progress: RunProgress,
-) -> Path:
-    """The bundle's folder: saved, read back against the base, documented, hashed."""
+def save(job: Job, backend: Backend, identity: Identity, prepared: Prepared, progress: RunProgress) -> Path:
+    """The adapter in the bundle's folder, read back against the base."""
     progress.stage("save")
     folder = bundle.fresh_folder(job.run_dir(identity) / "bundle")
     with job.timed("save"):
@@ -315,74 +437,154 @@ def assemble(
         # the shortest held-out record will do: any one shows whether the logits moved
         read_back = backend.read_back(folder, min(prepared.held_out, key=len))
     job.log.info("adapter_read_back", base_difference=read_back.base_difference, memory_difference=read_back.memory_difference)
-    metrics = measure(backend, prepared, trained)
-    bundle.write_documents(folder, job.config, identity.base, identity.run_id, metrics, trained.log)
-    bundle.write_manifest(
-        folder,
-        {
-            "run_id": identity.run_id,
-            "blood_type": str(job.config.blood_type),
-            "started_at": job.started_at,
-            "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
-            "ingredients": identity.ingredients,
-            "base": {"id": identity.base.canonical_id, "revision": identity.base.revision, "identity": identity.base.identity},
-            "data": {
-                "uri": data.uri,
-                "sha256": data.fetched.sha256,
-                "size_bytes": data.fetched.size_bytes,
-                "train_records": len(prepared.train),
-                "held_out_records": len(prepared.held_out),
-                "left_out_records": prepared.left_out,
-            },
-            "config": job.config.model_dump(mode="json"),
-            "memory_plan": {
-                "gradient_checkpointing": plan.gradient_checkpointing,
-                "micro_batch_tokens": plan.micro_batch_tokens,
-                "reason": plan.reason,
-            },
-            "environment": {
-                **job.environment,
-                "lora_trainer": __version__,
-                "git_revision": _git_revision(),
-                "image_digest": _image_digest(),
-            },
-            "timings_s": dict(job.timings_s),
-        },
-    )
     return folder
 
 
-def measure(backend: Backend, prepared: Prepared, trained: Trained) -> dict[str, Any]:
+def evaluate(
+    job: Job,
+    backend: Backend,
+    prompts: Sequence[EvaluationPrompt],
+    train_records: Sequence[TrainingRecord],
+    progress: RunProgress,
+) -> Evaluated:
+    """Step 8: what adapter and base answer to prompts that nobody was trained on, judged by the rules."""
+    progress.stage("evaluate")
+    config, blood_type = job.config.evaluation, job.config.blood_type
+    asked = evaluation.questions(prompts, config.intensities, evaluation.instruction_of(blood_type))
+    conversations = [question.messages for question in asked]
+    data = evaluation.TrainingData(train_records)
+    measured: dict[str, DecodingMetrics] = {}
+    replies: list[JudgedReply] = []
+    for decoding in evaluation.decodings(config):
+        judged: dict[str, list[JudgedReply]] = {}
+        generate_s = 0.0
+        for model in evaluation.MODELS:
+            started_s = time.perf_counter()
+            with job.timed("evaluate_generate"):
+                generations = backend.generate(conversations, decoding, adapter=model == "adapter", batch_size=config.batch_size)
+            generate_s += time.perf_counter() - started_s
+            with job.timed("evaluate_judge"):
+                judged[model] = evaluation.judge(
+                    asked, generations, model=model, decoding=decoding.name, blood_type=blood_type, data=data
+                )
+            replies.extend(judged[model])
+        with job.timed("evaluate_judge"):
+            measured[decoding.name] = evaluation.decoding_metrics(
+                decoding, judged["adapter"], judged["base"], blood_type, config, generate_s
+            )
+    metrics = evaluation.evaluation_metrics(config, prompts, measured, data)
+    adapter = metrics.greedy.adapter
+    job.log.info(
+        "evaluation_finished",
+        replies=metrics.replies,
+        exact_json=round(adapter.exact_json.value, 4),
+        stop=round(adapter.stop.value, 4),
+        informal_speech=round(adapter.informal_speech.value, 4),
+        persona=round(adapter.persona.value, 4),
+        emoji_intensity=round(adapter.emoji_intensity.value, 4),
+        win_rate=round(metrics.greedy.win_rate.value, 4),
+        evaluate_s=round(job.timings_s["evaluate_generate"] + job.timings_s["evaluate_judge"], 1),
+    )
+    return Evaluated(metrics, replies)
+
+
+def decide(job: Job, metrics: EvaluationMetrics) -> Verdict:
+    """Step 9: every gate, a number against a threshold."""
+    verdict = gates.decide(metrics, job.config.gates)
+    say = job.log.info if verdict.passed else job.log.warning
+    say("gates_decided", passed=verdict.passed, gate_id=verdict.gate_id, missed=gates.missed(verdict))
+    return verdict
+
+
+def summarise(
+    job: Job, backend: Backend, identity: Identity, prepared: Prepared, trained: Trained, evaluated: Evaluated, verdict: Verdict
+) -> RunMetrics:
     """`metrics.json`: losses in nats a reply token, real tokens, seconds, GiB."""
     log = trained.log
-    rows = sum(step.rows for step in log.steps)
-    return {
-        "schema": 1,
-        "training": {
-            "records": len(prepared.train),
-            "steps": len(log.steps),
-            "loss_first": log.steps[0].loss,
-            "loss_last": log.steps[-1].loss,
-            "tokens": log.tokens,
-            "loss_tokens": sum(step.loss_tokens for step in log.steps),
-            "rows": rows,
-            "packed_rows": log.packed_rows,
-            "train_s": round(log.train_s, 3),
-            "tokens_per_s": round(log.tokens_per_s, 1),
+    return RunMetrics(
+        run_id=identity.run_id,
+        blood_type=job.config.blood_type,
+        training=TrainingMetrics(
+            records=len(prepared.train),
+            steps=len(log.steps),
+            loss_first=log.steps[0].loss,
+            loss_last=log.steps[-1].loss,
+            tokens=log.tokens,
+            loss_tokens=sum(step.loss_tokens for step in log.steps),
+            rows=sum(step.rows for step in log.steps),
+            packed_rows=log.packed_rows,
+            train_s=round(log.train_s, 3),
+            tokens_per_s=round(log.tokens_per_s, 1),
+        ),
+        held_out=held_out_metrics(len(prepared.held_out), trained.loss_base, trained.loss_adapter),
+        evaluation=evaluated.metrics,
+        verdict=verdict,
+        peak_memory_gib=round(backend.peak_memory_gib(), 3),
+    )
+
+
+def held_out_metrics(records: int, loss_base: float, loss_adapter: float) -> HeldOutMetrics:
+    """Losses and the perplexities that they are."""
+    return HeldOutMetrics(
+        records=records,
+        loss_base=loss_base,
+        loss_adapter=loss_adapter,
+        perplexity_base=math.exp(loss_base),
+        perplexity_adapter=math.exp(loss_adapter),
+    )
+
+
+def assemble(
+    job: Job,
+    folder: Path,
+    identity: Identity,
+    data: DataFile,
+    prepared: Prepared,
+    plan: MemoryPlan,
+    trained: Trained,
+    evaluated: Evaluated,
+    metrics: RunMetrics,
+) -> None:
+    """The rest of the bundle's folder: documented, hashed."""
+    facts = {
+        "run_id": identity.run_id,
+        "blood_type": str(job.config.blood_type),
+        "started_at": job.started_at,
+        "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "evaluation_id": identity.evaluation_id,
+        "gate_id": identity.gate_id,
+        "verdict": metrics.verdict.model_dump(mode="json"),
+        "ingredients": identity.ingredients,
+        "base": {"id": identity.base.canonical_id, "revision": identity.base.revision, "identity": identity.base.identity},
+        "data": {
+            "uri": data.uri,
+            "sha256": data.fetched.sha256,
+            "size_bytes": data.fetched.size_bytes,
+            "train_records": len(prepared.train),
+            "held_out_records": len(prepared.held_out),
+            "left_out_records": prepared.left_out,
         },
-        "held_out": {
-            "records": len(prepared.held_out),
-            "loss_base": trained.loss_base,
-            "loss_adapter": trained.loss_adapter,
-            "perplexity_base": math.exp(trained.loss_base),
-            "perplexity_adapter": math.exp(trained.loss_adapter),
+        "config": job.config.model_dump(mode="json"),
+        "memory_plan": {
+            "gradient_checkpointing": plan.gradient_checkpointing,
+            "micro_batch_tokens": plan.micro_batch_tokens,
+            "reason": plan.reason,
         },
-        "peak_memory_gib": round(backend.peak_memory_gib(), 3),
+        "environment": {
+            **job.environment,
+            "lora_trainer": __version__,
+            "git_revision": _git_revision(),
+            "image_digest": _image_digest(),
+        },
+        "timings_s": dict(job.timings_s),
     }
+    bundle.write_documents(folder, job.config, identity.base, metrics)
+    bundle.write_evaluation(folder, metrics, trained.log.steps, evaluated.replies, facts)
+    bundle.write_manifest(folder, facts)
 
 
-def publish(job: Job, identity: Identity, folder: Path, progress: RunProgress) -> Outcome:
-    """Step 10: the bundle, its manifest last, then the pointer. The local copy goes only after that."""
+def publish(job: Job, identity: Identity, folder: Path, verdict: Verdict, progress: RunProgress) -> Outcome:
+    """Step 10: the bundle, its manifest last, then the pointer if the gates let it. The local copy goes only after that."""
     progress.stage("publish")
     output = job.output
     prefix = bundle.bundle_prefix(job.config.blood_type, identity.run_id)
@@ -391,15 +593,26 @@ def publish(job: Job, identity: Identity, folder: Path, progress: RunProgress) -
     manifest = bundle.read_manifest(output, prefix)
     if manifest is None:
         raise RuntimeError(f"{output.uri}{prefix}: the manifest that was just written is not there")
-    moved = _accept(job, output, manifest)
+    moved = _accept(job, output, manifest, verdict)
     shutil.rmtree(folder)
     progress.stage("done")
-    job.log.info("bundle_published", bundle=output.uri + prefix, latest_moved=moved, publish_s=job.timings_s["publish"])
-    return Outcome(identity.run_id, output.uri + prefix, already_done=False, moved_latest=moved)
+    job.log.info(
+        "bundle_published",
+        bundle=output.uri + prefix,
+        passed=verdict.passed,
+        latest_moved=moved,
+        publish_s=job.timings_s["publish"],
+    )
+    return Outcome(
+        identity.run_id, output.uri + prefix, f"{output.uri}{prefix}report.html", verdict, already_done=False, moved_latest=moved
+    )
 
 
-def _accept(job: Job, output: Storage, manifest: dict[str, Any]) -> bool:
-    """Make a finished run the newest accepted one, unless a later one is."""
+def _accept(job: Job, output: Storage, manifest: dict[str, Any], verdict: Verdict) -> bool:
+    """Make a finished run that passed its gates the newest accepted one, unless a later one is."""
+    if not verdict.passed:
+        job.log.info("latest_checked", moved=False, reason="the gates were not passed")
+        return False
     move = bundle.move_latest(output, job.config.blood_type, manifest)
     job.log.info("latest_checked", moved=move.moved, reason=move.reason)
     if move.names_this_run:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from lora_trainer.backends.transformers import TransformersBackend as Backend
 from lora_trainer.config import RunConfig
 
-__all__ = ["Backend", "open_backend"]
+__all__ = ["Backend", "open_backend", "open_reference_backend"]
 
 
 def open_backend(config: RunConfig) -> Backend:
@@ -14,4 +14,9 @@ def open_backend(config: RunConfig) -> Backend:
         from lora_trainer.backends.unsloth import UnslothBackend
 
         return UnslothBackend(config)
+    return Backend(config)
+
+
+def open_reference_backend(config: RunConfig) -> Backend:
+    """transformers and PEFT as they are, for an adapter that is questioned and not trained: what a server would load."""
     return Backend(config)

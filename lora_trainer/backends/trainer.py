@@ -123,7 +123,7 @@ class StepTrainer(SFTTrainer):
         divisor = torch.tensor(step.loss_tokens, device=self.args.device)
         self.model.eval()
         if self.args.use_cpu:
-            _keep_four_bit_layout(self.model)
+            keep_four_bit_layout(self.model)
         with torch.no_grad(), self.compute_loss_context_manager():
             losses = [self.row_loss(self.model, row, divisor) for row in step.rows]
         return float(torch.stack(losses).sum())
@@ -206,7 +206,21 @@ class StepTrainer(SFTTrainer):
         self._on_step(log, self.state.max_steps)
 
 
-def _keep_four_bit_layout(model: torch.nn.Module) -> None:
+def mean_loss(model: Any, sequences: Sequence[TokenSequence], row_tokens: int) -> float:
+    """As `StepTrainer.mean_loss`, for a model that no trainer was built for."""
+    step = make_step(sequences, row_tokens)
+    device = next(model.parameters()).device
+    divisor = torch.tensor(step.loss_tokens, device=device)
+    model.eval()
+    losses = []
+    with torch.no_grad():
+        for row in step.rows:
+            inputs = {name: value.to(device) for name, value in row.items() if name != "packed_seq_lengths"}
+            losses.append(model(**inputs, use_cache=False, num_items_in_batch=divisor).loss)
+    return float(torch.stack(losses).sum())
+
+
+def keep_four_bit_layout(model: torch.nn.Module) -> None:
     """Stop bitsandbytes from repacking 4-bit weights on a CPU, which it does for good at the first forward in eval mode
     (0.50.2, `Linear4bit.forward`) and which training does not survive. These layers have no dropout: nothing else changes."""
     for module in model.modules():

@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lora_trainer.config import RunConfig
 from lora_trainer.errors import ConfigError, HardwareError, InvariantError
+from lora_trainer.evaluation import Decoding, Generation
+from lora_trainer.formatter import Message
 from lora_trainer.logs import adopt_library_loggers
 from lora_trainer.planning import GIB, MemoryPlan, ModelShape
 from lora_trainer.tokenization import Tokenizer, TokenSequence
@@ -44,6 +46,7 @@ class TransformersBackend:
         self.model: Any = None
         self.tokenizer: Any = None
         self._trainer: StepTrainer | None = None
+        self._row_tokens = 0
 
     # -- before the base is loaded ------------------------------------------------------------------
 
@@ -199,6 +202,23 @@ class TransformersBackend:
             ),
         )
 
+    def load_adapter(self, base: Path, adapter: Path) -> None:
+        """Load the base and a saved adapter on it, to be questioned and not trained."""
+        from peft import PeftModel
+        from transformers import AutoModelForCausalLM
+
+        model = AutoModelForCausalLM.from_pretrained(
+            str(base),
+            local_files_only=True,
+            dtype=self._compute_dtype(),
+            quantization_config=self._quantization(),
+            device_map={"": 0 if self.config.device == "cuda" else "cpu"},
+            attn_implementation="sdpa",
+            use_safetensors=True,
+        )
+        self._align_special_tokens(model)
+        self.model = PeftModel.from_pretrained(model, str(adapter), is_trainable=False, local_files_only=True).eval()
+
     def _align_special_tokens(self, model: Any) -> None:
         """Give the model the tokenizer's special tokens, as the trainer would with a warning."""
         for settings in (model.config, model.generation_config):
@@ -281,8 +301,19 @@ class TransformersBackend:
 
     def mean_loss(self, sequences: Sequence[TokenSequence]) -> float:
         """Mean loss over the reply tokens of `sequences` with the adapter as it is now, nats a token."""
+        from lora_trainer.backends.trainer import mean_loss
+
         with self._out_of_memory_is_hardware():
-            return self._ready_trainer().mean_loss(sequences, self._row_tokens)
+            if self._trainer is None:
+                # an adapter that was loaded to be questioned
+                self._row_tokens = max(map(len, sequences))
+                return mean_loss(self.model, sequences, self._row_tokens)
+            return self._trainer.mean_loss(sequences, self._row_tokens)
+
+    def base_mean_loss(self, sequences: Sequence[TokenSequence]) -> float:
+        """As `mean_loss`, of the base without the adapter."""
+        with self.model.disable_adapter():
+            return self.mean_loss(sequences)
 
     def check_isolation(self, first: TokenSequence, second: TokenSequence) -> float:
         """Prove that records in one row don't see each other.
@@ -367,6 +398,60 @@ class TransformersBackend:
                 f"(from the base by {result.base_difference:.3g})"
             )
         return result
+
+    # -- questions ----------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        conversations: Sequence[Sequence[Message]],
+        decoding: Decoding,
+        *,
+        adapter: bool,
+        batch_size: int,
+        processors: Callable[[], Sequence[Any]] | None = None,
+    ) -> list[Generation]:
+        """What the adapter, or the base without it, answers to each conversation, in order.
+
+        Raises `HardwareError` when memory runs out.
+        """
+        import torch
+
+        from lora_trainer.backends.generation import generate
+
+        prompts = [
+            self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+            for messages in conversations
+        ]
+        with self._inference(), ExitStack() as stack:
+            if not adapter:
+                stack.enter_context(self.model.disable_adapter())
+            try:
+                return generate(self.model, self.tokenizer, prompts, decoding, batch_size, processors)
+            except torch.OutOfMemoryError as error:
+                raise HardwareError(
+                    f"GPU memory ran out while {batch_size} replies were generated at once, peak {self.peak_memory_gib():.1f} GiB: "
+                    "lower evaluation.batch_size"
+                ) from error
+
+    @contextmanager
+    def _inference(self) -> Iterator[None]:
+        """The model in the state that generation wants, and back in the one that training left it in."""
+        was_training = self.model.training
+        # checkpointing recomputes what a key-value cache would have to keep
+        checkpointing = bool(getattr(self.model, "is_gradient_checkpointing", False))
+        if checkpointing:
+            self.model.gradient_checkpointing_disable()
+        self.model.eval()
+        if self.config.device == "cpu" and was_training:
+            from lora_trainer.backends.trainer import keep_four_bit_layout
+
+            keep_four_bit_layout(self.model)
+        try:
+            yield
+        finally:
+            self.model.train(was_training)
+            if checkpointing:
+                self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
     def peak_memory_gib(self) -> float:
         """Most memory that was held at one time: allocated on the GPU, or resident on a CPU."""

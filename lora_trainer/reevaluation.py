@@ -1,0 +1,165 @@
+"""`lora-trainer evaluate`: a published adapter questioned again, on its own, without changing anything that is published."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+from lora_trainer import __version__, bundle, pipeline
+from lora_trainer.backends import Backend, open_reference_backend
+from lora_trainer.bases import Base, fetch_base, identify_base
+from lora_trainer.config import RunConfig, setting_names, settle
+from lora_trainer.errors import ConfigError, DataError
+from lora_trainer.metrics import HeldOutMetrics, RunMetrics
+from lora_trainer.personas import BloodType
+from lora_trainer.progress import RunProgress
+from lora_trainer.storage import Storage, open_storage
+from lora_trainer.tokenization import TokenSequence, tokenize
+from lora_trainer.training import split_held_out
+
+# settings of the run that trained the adapter, which say nothing about the machine that questions it
+_NOT_INHERITED = ("work_dir", "output", "strict", "logging", "memory")
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """A bundle somewhere, and its manifest."""
+
+    storage: Storage
+    manifest: dict[str, Any]
+
+    @property
+    def run_id(self) -> str:
+        """Of the run that made it."""
+        return str(self.manifest["run_id"])
+
+
+def open_adapter(uri: str) -> Adapter:
+    """The bundle at `uri`: `s3://`, `file://` or a folder. Raises `ConfigError` if there is none."""
+    storage = open_storage(uri if uri.endswith("/") else uri + "/")
+    manifest = bundle.read_manifest(storage, "")
+    if manifest is None or "run_id" not in manifest:
+        raise ConfigError(
+            f"{storage.uri}: no manifest.json of a run there; expected a bundle, such as <output>/adapters/A/<run id>/ "
+            "(a bundle whose manifest is not there yet is not published)"
+        )
+    return Adapter(storage, manifest)
+
+
+def output_of(adapter: Adapter) -> Storage:
+    """The output folder that the bundle lies in. Raises `ConfigError` if it lies in none."""
+    uri = adapter.storage.uri
+    local = adapter.storage.local_folder
+    if local is not None:
+        # outputs/adapter_A is a link to the bundle
+        uri = local.resolve().as_uri() + "/"
+    suffix = bundle.bundle_prefix(BloodType(adapter.manifest["blood_type"]), adapter.run_id)
+    if not uri.endswith("/" + suffix):
+        raise ConfigError(
+            f"{adapter.storage.uri}: expected a bundle in its place, <output>/{suffix}: a copy elsewhere has no latest.json"
+        )
+    return open_storage(uri.removesuffix(suffix))
+
+
+def settle_for(
+    adapter: Adapter, cli: Mapping[str, Any], environment: Mapping[str, str] | None = None, config_file: Path | None = None
+) -> RunConfig:
+    """The settings to question `adapter` with: those that it was trained by, unless told otherwise."""
+    known = set(setting_names())
+    inherited = {
+        name: value
+        for name, value in _flat(adapter.manifest.get("config", {}))
+        if name in known and name.split(".")[0] not in _NOT_INHERITED
+    }
+    inherited["data"] = adapter.manifest["data"]["uri"]
+    return settle(cli, environment, config_file, inherited)
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    found: list[tuple[str, Any]] = []
+    for name, value in values.items():
+        found.extend(_flat(value, f"{prefix}{name}.") if isinstance(value, dict) else [(prefix + name, value)])
+    return found
+
+
+def find_base(adapter: Adapter, config: RunConfig) -> Base:
+    """The base that the adapter was trained on. Raises `ConfigError` for another one."""
+    base = identify_base(config.base)
+    if base.identity != adapter.manifest["base"]["identity"]:
+        raise ConfigError(
+            f"base.model: {config.base.model}: got the base {base.identity}, the adapter was trained on "
+            f"{adapter.manifest['base']['identity']}: pass that one with --base-model"
+        )
+    return base
+
+
+@dataclass(frozen=True, slots=True)
+class Reevaluation:
+    """What `evaluate` found."""
+
+    metrics: RunMetrics
+    folder: Path
+    """Where metrics.json, replies.jsonl and report.html were written."""
+
+
+def evaluate_published(adapter: Adapter, config: RunConfig, folder: Path | None) -> Reevaluation:
+    """Fetch the adapter, its base and its data, measure, decide, and write what was found to `folder`.
+
+    Raises a `LoraTrainerError`, but not for gates that are not passed: `metrics.verdict` says so.
+    """
+    job = pipeline.Job(config)
+    structlog.contextvars.bind_contextvars(run_id=adapter.run_id)
+    data = pipeline.fetch(job)
+    if data.fetched.sha256 != (expected := adapter.manifest["data"]["sha256"]):
+        raise DataError(
+            f"{data.uri}: got SHA-256 {data.fetched.sha256}, the adapter was trained on {expected}: it is compared with its own "
+            "training data; pass the file as it was with --data"
+        )
+    records = pipeline.read(job, data)
+    prompts = pipeline.fetch_prompts(job)
+    base = find_base(adapter, config)
+    scratch = config.work_dir / "evaluations" / str(config.blood_type) / adapter.run_id
+    progress = RunProgress(scratch / "progress.json", adapter.run_id, config.blood_type, None)
+    published = bundle.fetch(adapter.storage, "", adapter.manifest, bundle.fresh_folder(scratch / "published"))
+    backend = pipeline.start(job, progress, open_reference_backend)
+    with job.timed("load"):
+        base_folder = fetch_base(base, config.base)
+        tokenizer = backend.load_tokenizer(base_folder)
+        backend.load_adapter(base_folder, published.folder)
+    train_indices, held_out_indices = split_held_out(records, config.training.held_out_fraction)
+    with job.timed("held_out"):
+        held_out = _held_out(job, backend, tokenize([records[index] for index in held_out_indices], tokenizer))
+    evaluated = pipeline.evaluate(job, backend, prompts, [records[index] for index in train_indices], progress)
+    verdict = pipeline.decide(job, evaluated.metrics)
+    metrics = RunMetrics(
+        run_id=adapter.run_id,
+        blood_type=config.blood_type,
+        training=published.training,
+        held_out=held_out,
+        evaluation=evaluated.metrics,
+        verdict=verdict,
+        peak_memory_gib=round(backend.peak_memory_gib(), 3),
+    )
+    facts = {
+        **{name: value for name, value in adapter.manifest.items() if name not in ("schema", "files")},
+        "gate_id": verdict.gate_id,
+        "verdict": verdict.model_dump(mode="json"),
+        "evaluated_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "config": config.model_dump(mode="json"),
+        "environment": {**job.environment, "lora_trainer": __version__},
+        "timings_s": dict(job.timings_s),
+    }
+    target = folder or scratch / verdict.gate_id
+    target.mkdir(parents=True, exist_ok=True)
+    bundle.write_evaluation(target, metrics, published.steps, evaluated.replies, facts)
+    return Reevaluation(metrics, target)
+
+
+def _held_out(job: pipeline.Job, backend: Backend, sequences: Sequence[TokenSequence]) -> HeldOutMetrics:
+    fitting = [sequence for sequence in sequences if len(sequence) <= job.config.training.max_length_tokens]
+    return pipeline.held_out_metrics(len(fitting), backend.base_mean_loss(fitting), backend.mean_loss(fitting))
