@@ -138,9 +138,12 @@ def run(config_file: Path | None, overrides: Sequence[str], **options: Any) -> N
         )
         if not outcome.verdict.passed:
             raise GateError(missed(outcome.verdict))
-    edge.leave()
-    # behind the last word: a reader that went away does not undo the run
-    click.echo(edge.facts["bundle"])
+    try:
+        # behind the last word: a reader that went away does not undo the run
+        if "bundle" in edge.facts:
+            click.echo(edge.facts["bundle"])
+    finally:
+        edge.leave()
 
 
 @cli.command()
@@ -235,6 +238,39 @@ def promote(adapter: str) -> None:
     before = bundle.promote(output, blood_type, opened.manifest)
     bundle.link_newest(output, blood_type, opened.run_id)
     click.echo(f"{output.uri}{bundle.latest_key(blood_type)}: names run {opened.run_id} now; before: {before or 'none'}")
+
+
+@cli.command()
+@click.argument("runs", nargs=-1, required=True, metavar="RUN RUN...")
+@click.option("--html", metavar="FILE", help="Write the comparison as one HTML page, too. s3:// or file://.")
+@click.option("--json", "as_json", is_flag=True, help="Everything as one JSON document instead of the table.")
+def compare(runs: Sequence[str], html: str | None, as_json: bool) -> None:
+    """Put finished runs side by side: verdicts, measures, speed, and the settings in which they differ.
+
+    RUN is a published bundle: s3://.../adapters/<TYPE>/<run id>/, file:// or a folder; or one of its
+    later evaluations, .../<run id>/evaluations/<gate id>/. With several personas it shows whose friend
+    each one's replies are taken for.
+
+    \b
+    Examples:
+      lora-trainer compare outputs/adapter_A outputs/adapter_B outputs/adapter_O outputs/adapter_AB
+      lora-trainer compare --html compare.html s3://bucket/lora/adapters/A/0123456789abcdef/ outputs/adapter_A
+    """
+    from rich.console import Console
+
+    from lora_trainer import comparison
+    from lora_trainer.storage import open_storage, split_uri
+
+    logs.configure("warning", "auto")
+    folder, key = split_uri(html) if html else ("", "")
+    found = comparison.compare(runs)
+    if as_json:
+        click.echo(json.dumps(found.as_json(), indent=2, ensure_ascii=False))
+    else:
+        Console().print(comparison.render(found))
+    if html:
+        open_storage(folder).write_bytes(key, comparison.render_html(found).encode())
+        click.echo(f"page: {html}", err=as_json)
 
 
 @cli.command("show-config")

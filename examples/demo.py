@@ -27,8 +27,10 @@ from dev_s3 import DevS3Error, serve  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
-from lora_trainer import bundle  # noqa: E402
+from lora_trainer import bundle, summary  # noqa: E402
+from lora_trainer.errors import ExitCode  # noqa: E402
 from lora_trainer.formatter import prompt_messages  # noqa: E402
+from lora_trainer.metrics import RunMetrics  # noqa: E402
 from lora_trainer.personas import BloodType, persona_spec  # noqa: E402
 from lora_trainer.storage import open_storage  # noqa: E402
 
@@ -68,7 +70,7 @@ def main() -> int:
             heading(f"2. Job: persona {blood_type} ({spec.name}) on the tiny base")
             started = datetime.now(UTC)
             code, uri, seconds = run_job(blood_type)
-            if code:
+            if code not in (ExitCode.DONE, ExitCode.GATE):
                 console.print(f"[red]The job ended with exit code {code}; its own words are above.[/red]")
                 return code
             manifest = bundle.read_manifest(open_storage(OUTPUT_URI), uri.removeprefix(OUTPUT_URI))
@@ -77,14 +79,24 @@ def main() -> int:
             else:
                 heading(f"3. Published, after {seconds:.0f} s: {uri}")
             show_bundle(blood_type, uri)
-            heading("4. The same prompts, the base and the adapter")
-            show_replies(blood_type, spec.instruction, uri)
+            heading("4. Is it that friend? 120 held-out prompts at four intensities, adapter against base")
+            folder = fetch_bundle(blood_type, uri)
+            metrics = RunMetrics.model_validate_json((folder / "metrics.json").read_bytes())
+            console.print(summary.render(metrics))
+            console.print(f"   To look at: {folder / 'report.html'}", highlight=False, soft_wrap=True)
+            heading("5. The same prompts, the base and the adapter")
+            show_replies(blood_type, spec.instruction, folder)
+            if code:
+                console.print("[red]The gates were not passed: the bundle is published, latest.json stays (exit code 4).[/red]")
+                return code
     except DevS3Error as error:
         console.print(f"[red]{error}[/red]")
         return 1
     heading("Now try")
     console.print("   make demo                      again: the run is already done")
     console.print("   .venv/bin/python examples/demo.py A      another persona (A, B, O, AB)")
+    console.print("   .venv/bin/lora-trainer chat --adapter .demo/adapter/AB --base-model ./examples/tiny-base --device cpu")
+    console.print("                                  talk to it")
     console.print("   .venv/bin/lora-trainer generate          more data for all four, from the grammar")
     console.print("   .venv/bin/lora-trainer run --help        your own data, bucket and GPU")
     return 0
@@ -125,19 +137,20 @@ def show_bundle(blood_type: BloodType, uri: str) -> None:
     pointer = output.read_bytes(bundle.latest_key(blood_type))
     if pointer:
         console.print(f"   latest.json names run {json.loads(pointer.data)['run_id']}", highlight=False)
-    found = output.read_bytes(prefix + "metrics.json")
-    if found:
-        metrics = json.loads(found.data)
-        held_out, training = metrics["held_out"], metrics["training"]
-        console.print(
-            f"   held-out loss {held_out['loss_base']:.2f} (base) -> {held_out['loss_adapter']:.2f} (adapter), "
-            f"{training['steps']} steps, {training['tokens_per_s']:,.0f} tokens/s",
-            highlight=False,
-        )
 
 
-def show_replies(blood_type: BloodType, instruction: str, uri: str) -> None:
-    """Greedy replies of base and adapter, loaded from S3 with plain PEFT."""
+def fetch_bundle(blood_type: BloodType, uri: str) -> Path:
+    """The bundle, from S3 into a folder of its own."""
+    folder = SCRATCH / "adapter" / blood_type
+    output = open_storage(OUTPUT_URI)
+    prefix = uri.removeprefix(OUTPUT_URI)
+    for item in output.list(prefix):
+        output.download(item.key, folder / item.key.removeprefix(prefix))
+    return folder
+
+
+def show_replies(blood_type: BloodType, instruction: str, folder: Path) -> None:
+    """Greedy replies of base and adapter, loaded with plain PEFT."""
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the job: other processes may be busy on these cores
     # peft imports bitsandbytes, which asks for a kernel package that nothing here would use
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
@@ -147,11 +160,6 @@ def show_replies(blood_type: BloodType, instruction: str, uri: str) -> None:
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    folder = SCRATCH / "adapter" / blood_type
-    output = open_storage(OUTPUT_URI)
-    prefix = uri.removeprefix(OUTPUT_URI)
-    for item in output.list(prefix):
-        output.download(item.key, folder / item.key.removeprefix(prefix))
     tokenizer: Any = AutoTokenizer.from_pretrained(folder)
     base = AutoModelForCausalLM.from_pretrained(ROOT / "examples" / "tiny-base", dtype=torch.float32)
     model = PeftModel.from_pretrained(base, str(folder)).eval()
@@ -165,9 +173,9 @@ def show_replies(blood_type: BloodType, instruction: str, uri: str) -> None:
     table = Table(show_lines=True)
     for column in ("prompt", "base", f"adapter {blood_type}"):
         table.add_column(column, overflow="fold", ratio=1)
-    for summary, feeling, intensity, said in PROMPTS:
+    for situation, feeling, intensity, said in PROMPTS:
         prompt = tokenizer.apply_chat_template(
-            prompt_messages(instruction, summary, feeling, intensity, said), tokenize=False, add_generation_prompt=True
+            prompt_messages(instruction, situation, feeling, intensity, said), tokenize=False, add_generation_prompt=True
         )
         with model.disable_adapter():
             before = reply(prompt)

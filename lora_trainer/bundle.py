@@ -272,7 +272,7 @@ def vllm_request(model: str, blood_type: BloodType) -> dict[str, object]:
         "model": model,
         "messages": prompt,
         "max_tokens": REPLY_TOKENS,
-        "structured_outputs": {"json": response_schema()},
+        "structured_outputs": {"json": response_schema(), "disable_any_whitespace": True},
     }
 
 

@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict
 from lora_trainer.config import EvaluationConfig
 from lora_trainer.emoji import emoji_count
 from lora_trainer.formatter import PROMPT_VERSION, Message, prompt_messages
-from lora_trainer.korean import is_formal, sentence_count
+from lora_trainer.korean import MAX_ANALYSED_CHARACTERS, is_formal, sentence_count
 from lora_trainer.lint import MAX_SENTENCES, has_question, lint_reply
 from lora_trainer.metrics import DecodingMetrics, Estimate, EvaluationMetrics, RepliesMetrics
 from lora_trainer.persona_classifier import persona_classifier
@@ -222,10 +222,11 @@ def _words(text: str) -> tuple[str, ...]:
 def longest_common_runs(texts: Sequence[str], references: Iterable[str]) -> list[int]:
     """For each of `texts`, how many words long the longest run is that it shares with any one of `references`.
 
-    `references` is gone through once and not kept: only n-grams of `texts` are.
+    `references` is gone through once and not kept: only n-grams of `texts` are. Of a longer text only the first
+    `MAX_ANALYSED_CHARACTERS` are compared: the n-grams of a thousand words fill a gigabyte.
     """
     wanted: dict[int, set[tuple[str, ...]]] = defaultdict(set)
-    split = [_words(text) for text in texts]
+    split = [_words(text[:MAX_ANALYSED_CHARACTERS]) for text in texts]
     for words in split:
         for length in range(1, len(words) + 1):
             wanted[length].update(words[at : at + length] for at in range(len(words) - length + 1))

@@ -25,6 +25,7 @@ from lora_trainer.errors import DataError
 from lora_trainer.evaluation import JudgedReply
 from lora_trainer.evaluation_prompts import evaluation_prompts
 from lora_trainer.identity import run_id, run_ingredients
+from lora_trainer.judge import check_judge, judge_replies
 from lora_trainer.logs import get_logger
 from lora_trainer.metrics import (
     DecodingMetrics,
@@ -68,6 +69,7 @@ def run(config: RunConfig, console: Console | None = None) -> Outcome:
     identity = identify(job, data, prompts)
     if finished := find_finished(job, identity):
         return finished
+    check_judge(config.evaluation)
     progress = RunProgress(job.run_dir(identity) / "progress.json", identity.run_id, config.blood_type, console)
     if published := find_published(job, identity):
         return evaluate_again(job, identity, published, records, prompts, progress)
@@ -277,12 +279,11 @@ def evaluate_again(
     else:
         # as a server would load it; nothing is trained
         backend = start(job, progress, open_reference_backend)
-        train_indices, _ = split_held_out(records, job.config.training.held_out_fraction)
         with job.timed("load"):
             base_folder = fetch_base(identity.base, job.config.base)
-            backend.load_tokenizer(base_folder)
+            tokenizer = backend.load_tokenizer(base_folder)
             backend.load_adapter(base_folder, published.folder)
-        evaluated = evaluate(job, backend, prompts, [records[index] for index in train_indices], progress)
+        evaluated = evaluate(job, backend, prompts, trained_records(job, records, tokenizer), progress)
     verdict = decide(job, evaluated.metrics)
     metrics = RunMetrics(
         run_id=identity.run_id,
@@ -294,7 +295,8 @@ def evaluate_again(
         peak_memory_gib=published.peak_memory_gib,
     )
     facts = {
-        **{name: value for name, value in manifest.items() if name not in ("schema", "files", "verdict", "gate_id")},
+        **{name: value for name, value in manifest.items() if name not in ("schema", "files")},
+        "evaluation_id": evaluated.metrics.evaluation_id,
         "gate_id": verdict.gate_id,
         "verdict": verdict.model_dump(mode="json"),
         "evaluated_at": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -361,6 +363,14 @@ def format_and_split(
         steps=len(steps),
     )
     return Prepared(base_folder, [records[index] for index in kept], train_sequences, held_out, steps, left_out)
+
+
+def trained_records(job: Job, records: Sequence[TrainingRecord], tokenizer: Any) -> list[TrainingRecord]:
+    """The records that step 5 takes for training: not held out, and not too long."""
+    indices, _ = split_held_out(records, job.config.training.held_out_fraction)
+    side = [records[index] for index in indices]
+    lengths = map(len, tokenize(side, tokenizer))
+    return [record for record, length in zip(side, lengths, strict=True) if length <= job.config.training.max_length_tokens]
 
 
 def plan_work(job: Job, backend: Backend, prepared: Prepared) -> MemoryPlan:
@@ -473,6 +483,8 @@ def evaluate(
                 decoding, judged["adapter"], judged["base"], blood_type, config, generate_s
             )
     metrics = evaluation.evaluation_metrics(config, prompts, measured, data)
+    with job.timed("evaluate_model_judge"):
+        metrics = metrics.model_copy(update={"judge": judge_replies(config, blood_type, replies)})
     adapter = metrics.greedy.adapter
     job.log.info(
         "evaluation_finished",
@@ -491,8 +503,7 @@ def evaluate(
 def decide(job: Job, metrics: EvaluationMetrics) -> Verdict:
     """Step 9: every gate, a number against a threshold."""
     verdict = gates.decide(metrics, job.config.gates)
-    say = job.log.info if verdict.passed else job.log.warning
-    say("gates_decided", passed=verdict.passed, gate_id=verdict.gate_id, missed=gates.missed(verdict))
+    job.log.info("gates_decided", passed=verdict.passed, gate_id=verdict.gate_id, missed=gates.missed(verdict))
     return verdict
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import html
 import io
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
@@ -13,7 +16,11 @@ if TYPE_CHECKING:
 # stands for "the text's colour" until the SVG is written; no plot uses it otherwise
 _INK: Final = "#010203"
 ACCENT: Final = "#4f7cff"
-"""Readable on light and on dark."""
+"""Readable on light and on dark, as the two below."""
+QUIET: Final = "#7d8796"
+WARM: Final = "#c2761b"
+# matplotlib numbers its groups; the second figure of a page would have the first one's ids
+_NUMBERED_ID: Final = re.compile(r' id="[A-Za-z]\w*_\d+"')
 
 
 @contextmanager
@@ -37,23 +44,82 @@ def _style() -> Iterator[None]:
         yield
 
 
-def svg(draw: Callable[[Axes], None], *, label: str, width: float = 5.6, height: float = 2.8) -> str:
-    """What `draw` puts on one pair of axes, as an `<svg>` element without a fixed size. `label` is its text for screen readers."""
+def svg(*draws: Callable[[Axes], None], label: str, width: float = 5.6, height: float = 2.8) -> str:
+    """What `draws` put on axes, one above the other on one x-axis, as an `<svg>` element without a fixed size.
+
+    `label` is its text for screen readers.
+    """
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
     with _style():
         figure = Figure(figsize=(width, height), layout="constrained")
         FigureCanvasSVG(figure)
-        draw(figure.add_subplot())
+        panels = figure.subplots(len(draws), sharex=True, squeeze=False)[:, 0]
+        for draw, axes in zip(draws, panels, strict=True):
+            draw(axes)
+            axes.label_outer()
+        figure.align_ylabels()
         out = io.StringIO()
         figure.savefig(out, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     element = out.getvalue()
-    element = element[element.index("<svg") :].replace(_INK, "currentColor")
+    element = _NUMBERED_ID.sub("", element[element.index("<svg") :]).replace(_INK, "currentColor")
     head, rest = element.split(">", 1)
     # the size is the page's to say; the view box keeps the proportions
     kept = " ".join(part for part in head.split() if not part.startswith(("width=", "height=")))
-    return f'{kept} role="img" aria-label="{label}">{rest}'
+    return f'{kept} role="img" aria-label="{html.escape(label)}">{rest}'
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One line of a plot, and how it looks."""
+
+    name: str
+    """In the legend; empty: not in it."""
+    x: Sequence[float]
+    y: Sequence[float]
+    color: str = ACCENT
+    style: str = "-"
+    """matplotlib's, such as `--` or `o-`."""
+    band: tuple[Sequence[float], Sequence[float]] | None = None
+    """Least and greatest around the line."""
+
+
+def lines(drawn: Sequence[Line], x_label: str, y_label: str, *, from_zero: bool = False, plain: bool = True) -> Callable[[Axes], None]:
+    """Draws lines with their legend above. `from_zero`: the y-axis begins there. Not `plain`: in powers of ten."""
+
+    def draw(axes: Axes) -> None:
+        for line in drawn:
+            if line.band:
+                axes.fill_between(line.x, *line.band, color=line.color, alpha=0.25, linewidth=0)
+            axes.plot(line.x, line.y, line.style, color=line.color, label=line.name or "_", linewidth=1.6, markersize=5)
+        axes.set_xlabel(x_label)
+        axes.set_ylabel(y_label)
+        axes.margins(x=0.02)
+        if from_zero:
+            axes.set_ylim(bottom=0)
+        if not plain:
+            axes.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+        if any(line.name for line in drawn):
+            axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=len(drawn), borderpad=0, handlelength=1.4, columnspacing=1.2)
+
+    return draw
+
+
+def lying_groups(names: Sequence[str], groups: Mapping[str, tuple[Sequence[float], str]], x_label: str) -> Callable[[Axes], None]:
+    """Draws bars that lie, one of each group beside each name, the first on top. A group is its values and its colour."""
+
+    def draw(axes: Axes) -> None:
+        thick = 0.8 / len(groups)
+        for number, (group, (values, color)) in enumerate(groups.items()):
+            places = [at - 0.4 + thick * (number + 0.5) for at in range(len(names))]
+            axes.barh(places, values, height=thick, color=color, label=group)
+        axes.set_yticks(range(len(names)), names)
+        axes.set_ylim(len(names) - 0.4, -0.6)
+        axes.set_xlabel(x_label)
+        axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=len(groups), borderpad=0, handlelength=1)
+
+    return draw
 
 
 def bars(names: Sequence[str], values: Sequence[float], x_label: str, y_label: str) -> Callable[[Axes], None]:

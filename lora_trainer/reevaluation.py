@@ -15,6 +15,7 @@ from lora_trainer.backends import Backend, open_reference_backend
 from lora_trainer.bases import Base, fetch_base, identify_base
 from lora_trainer.config import RunConfig, setting_names, settle
 from lora_trainer.errors import ConfigError, DataError
+from lora_trainer.judge import check_judge
 from lora_trainer.metrics import HeldOutMetrics, RunMetrics
 from lora_trainer.personas import BloodType
 from lora_trainer.progress import RunProgress
@@ -24,6 +25,7 @@ from lora_trainer.training import split_held_out
 
 # settings of the run that trained the adapter, which say nothing about the machine that questions it
 _NOT_INHERITED = ("work_dir", "output", "strict", "logging", "memory")
+_FACTS = ("run_id", "blood_type", "started_at")
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +45,7 @@ def open_adapter(uri: str) -> Adapter:
     """The bundle at `uri`: `s3://`, `file://` or a folder. Raises `ConfigError` if there is none."""
     storage = open_storage(uri if uri.endswith("/") else uri + "/")
     manifest = bundle.read_manifest(storage, "")
-    if manifest is None or "run_id" not in manifest:
+    if manifest is None or any(name not in manifest for name in _FACTS):
         raise ConfigError(
             f"{storage.uri}: no manifest.json of a run there; expected a bundle, such as <output>/adapters/A/<run id>/ "
             "(a bundle whose manifest is not there yet is not published)"
@@ -69,15 +71,25 @@ def output_of(adapter: Adapter) -> Storage:
 def settle_for(
     adapter: Adapter, cli: Mapping[str, Any], environment: Mapping[str, str] | None = None, config_file: Path | None = None
 ) -> RunConfig:
-    """The settings to question `adapter` with: those that it was trained by, unless told otherwise."""
+    """The settings to question `adapter` with: those that it was trained by, unless told otherwise.
+
+    Raises `ConfigError` for settings that do not validate, and for another persona's.
+    """
     known = set(setting_names())
     inherited = {
         name: value
         for name, value in _flat(adapter.manifest.get("config", {}))
         if name in known and name.split(".")[0] not in _NOT_INHERITED
     }
+    inherited["blood_type"] = adapter.manifest["blood_type"]
     inherited["data"] = adapter.manifest["data"]["uri"]
-    return settle(cli, environment, config_file, inherited)
+    config = settle(cli, environment, config_file, inherited)
+    if config.blood_type != adapter.manifest["blood_type"]:
+        raise ConfigError(
+            f"blood_type: got {config.blood_type}, the adapter is {adapter.manifest['blood_type']}'s: leave it out "
+            "(LORA_TRAINER_BLOOD_TYPE and the configuration file, too)"
+        )
+    return config
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
@@ -112,6 +124,13 @@ def evaluate_published(adapter: Adapter, config: RunConfig, folder: Path | None)
 
     Raises a `LoraTrainerError`, but not for gates that are not passed: `metrics.verdict` says so.
     """
+    if "adapter_config.json" not in adapter.manifest["files"]:
+        raise ConfigError(
+            f"{adapter.storage.uri}: no adapter there, only what was measured; expected a bundle, such as "
+            "<output>/adapters/A/<run id>/"
+        )
+    if folder is not None:
+        _prepare(folder)
     job = pipeline.Job(config)
     structlog.contextvars.bind_contextvars(run_id=adapter.run_id)
     data = pipeline.fetch(job)
@@ -122,6 +141,7 @@ def evaluate_published(adapter: Adapter, config: RunConfig, folder: Path | None)
         )
     records = pipeline.read(job, data)
     prompts = pipeline.fetch_prompts(job)
+    check_judge(config.evaluation)
     base = find_base(adapter, config)
     scratch = config.work_dir / "evaluations" / str(config.blood_type) / adapter.run_id
     progress = RunProgress(scratch / "progress.json", adapter.run_id, config.blood_type, None)
@@ -131,10 +151,10 @@ def evaluate_published(adapter: Adapter, config: RunConfig, folder: Path | None)
         base_folder = fetch_base(base, config.base)
         tokenizer = backend.load_tokenizer(base_folder)
         backend.load_adapter(base_folder, published.folder)
-    train_indices, held_out_indices = split_held_out(records, config.training.held_out_fraction)
+    _, held_out_indices = split_held_out(records, config.training.held_out_fraction)
     with job.timed("held_out"):
         held_out = _held_out(job, backend, tokenize([records[index] for index in held_out_indices], tokenizer))
-    evaluated = pipeline.evaluate(job, backend, prompts, [records[index] for index in train_indices], progress)
+    evaluated = pipeline.evaluate(job, backend, prompts, pipeline.trained_records(job, records, tokenizer), progress)
     verdict = pipeline.decide(job, evaluated.metrics)
     metrics = RunMetrics(
         run_id=adapter.run_id,
@@ -147,6 +167,7 @@ def evaluate_published(adapter: Adapter, config: RunConfig, folder: Path | None)
     )
     facts = {
         **{name: value for name, value in adapter.manifest.items() if name not in ("schema", "files")},
+        "evaluation_id": evaluated.metrics.evaluation_id,
         "gate_id": verdict.gate_id,
         "verdict": verdict.model_dump(mode="json"),
         "evaluated_at": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -158,6 +179,16 @@ def evaluate_published(adapter: Adapter, config: RunConfig, folder: Path | None)
     target.mkdir(parents=True, exist_ok=True)
     bundle.write_evaluation(target, metrics, published.steps, evaluated.replies, facts)
     return Reevaluation(metrics, target)
+
+
+def _prepare(folder: Path) -> None:
+    """Make the report's folder before anything costs time. Not a bundle: its files would no longer be what its manifest says."""
+    if (folder / bundle.MANIFEST_NAME).exists():
+        raise ConfigError(f"--report-dir {folder}: holds a published bundle, which stays as it is; name another folder")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--report-dir {folder}: cannot be made: {error.strerror}; name another folder") from None
 
 
 def _held_out(job: pipeline.Job, backend: Backend, sequences: Sequence[TokenSequence]) -> HeldOutMetrics:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -65,6 +67,15 @@ class UnslothBackend(TransformersBackend):
             use_gradient_checkpointing=checkpointing,
             random_state=training.seed,
         )
+
+    @contextmanager
+    def _inference(self) -> Iterator[None]:
+        if self.config.device == "cuda":
+            # its own generate() switches checkpointing and mode off and on again
+            yield
+        else:
+            with super()._inference():
+                yield
 
     def _model_takes_lengths(self) -> bool:
         # Unsloth's own forward does; in its CPU mode the model is transformers' own

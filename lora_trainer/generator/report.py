@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib import resources
 from typing import Final
 
 from lora_trainer import plots
 from lora_trainer.generator.summary import DatasetSummary, facts_of
+from lora_trainer.page import render_page
 from lora_trainer.personas import BloodType, Feeling, IntensityThird, persona_spec
 from lora_trainer.records import TrainingRecord
 
@@ -38,11 +38,8 @@ def evenly(records: Sequence[TrainingRecord]) -> list[TrainingRecord]:
 
 def render_html(title: str, facts: Sequence[tuple[str, str]], sections: Sequence[PersonaSection]) -> str:
     """The page. `facts` is what holds for the whole run: engine, seed, versions."""
-    import jinja2
-
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    template = resources.files("lora_trainer.generator").joinpath("report.html.jinja").read_text(encoding="utf-8")
-    return environment.from_string(template).render(
+    return render_page(
+        "generator/report.html.jinja",
         title=title,
         facts=facts,
         sections=[_section(section) for section in sections],

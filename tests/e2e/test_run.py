@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from lora_trainer import bundle
+from lora_trainer.config import GatesConfig
 from lora_trainer.formatter import prompt_messages
 from lora_trainer.personas import BloodType, persona_spec
 from lora_trainer.storage import open_storage
@@ -23,8 +24,15 @@ for needed in ("torch", "transformers", "trl", "peft", "datasets"):
     pytest.importorskip(needed, reason=f"{needed} is not installed: pip install '.[cpu]'")
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-# as the demo, shortened: enough steps to move every weight, several records a row, more than one row a step
-SHORT = ("--config", str(REPOSITORY / "examples" / "demo.yaml"), "--max-steps", "6", "--set", "memory.micro_batch_tokens=1024")
+DEMO = ("--config", str(REPOSITORY / "examples" / "demo.yaml"))
+# as the demo, shortened: enough steps to move every weight, several records a row, more than one row a step; few questions
+# afterwards, and no gate, since six steps make no friend
+NO_GATES = tuple(argument for name in GatesConfig.model_fields for argument in ("--set", f"gates.{name}=none"))
+FEW_QUESTIONS = (
+    "--set", f"evaluation.prompts={REPOSITORY / 'tests' / 'assets' / 'few_prompts.jsonl'}", "--set", "evaluation.temperature=0",
+    "--set", "evaluation.max_new_tokens=32", "--set", "evaluation.intensities=0.2,0.9",
+)  # fmt: skip
+SHORT = (*DEMO, "--max-steps", "6", "--set", "memory.micro_batch_tokens=1024", *FEW_QUESTIONS, *NO_GATES)
 
 
 def job(*arguments: str, work_dir: Path, cwd: Path = REPOSITORY, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -98,7 +106,8 @@ def test_jsonl_in_s3_becomes_an_adapter_in_s3(blood_type: BloodType, bucket: str
     names = {item.key.removeprefix(prefix) for item in output.list(prefix)}
     assert names >= {
         "adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
-        "prompt.json", "response_schema.json", "persona.yaml", "metrics.json", "train_log.jsonl", "README.md", "manifest.json",
+        "prompt.json", "response_schema.json", "persona.yaml", "metrics.json", "metrics.schema.json", "replies.jsonl",
+        "report.html", "train_log.jsonl", "README.md", "manifest.json",
     }  # fmt: skip
     pointer = output.read_bytes(bundle.latest_key(blood_type))
     assert pointer is not None
@@ -115,8 +124,8 @@ def test_jsonl_in_s3_becomes_an_adapter_in_s3(blood_type: BloodType, bucket: str
         output.download(prefix + name, folder / name)
     settings = json.loads((folder / "adapter_config.json").read_text())
     assert settings["base_model_name_or_path"] == "lora-trainer/tiny-base"
-    # the manifest records the resolved configuration, paths included; what a server loads must not know them
-    everything = b"".join(path.read_bytes() for path in folder.iterdir() if path.name != "manifest.json")
+    # manifest and report say the resolved configuration, paths included; what a server loads must not know them
+    everything = b"".join(path.read_bytes() for path in folder.iterdir() if path.name not in ("manifest.json", "report.html"))
     assert str(REPOSITORY).encode() not in everything
     assert str(tmp_path).encode() not in everything
     metrics = json.loads((folder / "metrics.json").read_text())
@@ -124,6 +133,10 @@ def test_jsonl_in_s3_becomes_an_adapter_in_s3(blood_type: BloodType, bucket: str
     assert metrics["training"]["rows"] > metrics["training"]["steps"]
     assert metrics["held_out"]["loss_adapter"] < metrics["held_out"]["loss_base"]
     assert len((folder / "train_log.jsonl").read_text().splitlines()) == 6
+    # six prompts at two intensities, asked of adapter and base
+    assert len((folder / "replies.jsonl").read_text().splitlines()) == 24
+    assert metrics["evaluation"]["greedy"]["base"]["exact_json"]["of"] == 12
+    assert finished["report"] == f"{output_uri}{prefix}report.html"
 
     before, after = replies(folder, blood_type)
     assert before != after

@@ -16,6 +16,8 @@ from typing import Any
 
 import pytest
 
+from lora_trainer.config import GatesConfig
+
 pytestmark = pytest.mark.gpu
 torch = pytest.importorskip("torch", reason="torch is not installed: pip install '.[cpu,gpu]'")
 if not torch.cuda.is_available():
@@ -26,6 +28,7 @@ for needed in ("unsloth", "bitsandbytes", "trl", "peft"):
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TINY_BASE = REPOSITORY / "examples" / "tiny-base"
+NO_GATES = tuple(argument for name in GatesConfig.model_fields for argument in ("--set", f"gates.{name}=none"))
 
 
 def python(code: str, *arguments: str, timeout_s: int = 300, **environment: str) -> str:
@@ -67,7 +70,8 @@ def run_job(base: Path, output: Path, *arguments: str) -> dict[str, dict[str, An
             sys.executable, "-m", "entrypoint", "run", "--blood-type", "A", "--device", "cuda",
             "--data", str(REPOSITORY / "data"), "--output", str(output), "--work-dir", str(output.parent / "work"),
             "--base-model", str(base), "--set", "base.canonical_id=test/base", "--sequences-per-step", "24",
-            "--epochs", "4", "--learning-rate", "1e-3", *arguments,
+            "--epochs", "4", "--learning-rate", "1e-3", *NO_GATES, "--set", "evaluation.max_new_tokens=48",
+            "--set", f"evaluation.prompts={REPOSITORY / 'tests' / 'assets' / 'few_prompts.jsonl'}", *arguments,
         ],
         cwd=REPOSITORY, capture_output=True, text=True, timeout=400, check=False,
     )  # fmt: skip
@@ -184,6 +188,45 @@ def test_a_plan_is_made_from_the_free_memory(small_base: Path, tmp_path: Path) -
     assert log["training_finished"]["peak_memory_gib"] < log["plan_chosen"]["estimated_peak_gib"] * 1.25
 
 
-def test_the_tiny_base_trains_on_the_gpu_as_it_ships(tmp_path: Path) -> None:
-    log = run_job(TINY_BASE, tmp_path / "out", "--set", "training.quantization=none")
+def test_the_tiny_base_trains_on_the_gpu_as_it_ships_and_answers_as_a_server_would_let_it(tmp_path: Path) -> None:
+    """What Unsloth's generation measures in the run is what plain transformers and PEFT measure on the published bundle."""
+    log = run_job(
+        TINY_BASE,
+        tmp_path / "out",
+        "--set",
+        "training.quantization=none",
+        "--learning-rate",
+        "3e-3",
+        "--set",
+        "evaluation.prompts=none",
+    )
     assert log["run_finished"]["exit_code"] == 0
+    bundle = tmp_path / "out" / "adapter_A"
+    done = subprocess.run(
+        [
+            sys.executable, "-m", "entrypoint", "evaluate", "--adapter", str(bundle), "--report-dir", str(tmp_path / "again"),
+            "--work-dir", str(tmp_path / "work-again"), "--log-format", "json",
+        ],
+        cwd=REPOSITORY, capture_output=True, text=True, timeout=400, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, again = (
+        [json.loads(line) for line in (folder / "replies.jsonl").read_text(encoding="utf-8").splitlines()]
+        for folder in (bundle, tmp_path / "again")
+    )
+    for model in ("adapter", "base"):
+        pairs = [
+            (a["reply"], b["reply"])
+            for a, b in zip(first, again, strict=True)
+            if a["model"] == b["model"] == model and a["decoding"] == b["decoding"] == "greedy"
+        ]
+        assert len(pairs) == 480
+        # bfloat16 and other kernels: where two tokens are nearly as probable, the one or the other comes first
+        same_start = sum(a[:20] == b[:20] for a, b in pairs) / len(pairs)
+        assert same_start > 0.7, f"{model}: {same_start:.0%} of the replies begin alike"
+    metrics = [json.loads((folder / "metrics.json").read_text()) for folder in (bundle, tmp_path / "again")]
+    for name in ("exact_json", "stop", "informal_speech", "persona"):
+        values = [found["evaluation"]["greedy"]["adapter"][name]["value"] for found in metrics]
+        assert values[0] == pytest.approx(values[1], abs=0.08), name
+    assert metrics[0]["held_out"]["loss_adapter"] == pytest.approx(metrics[1]["held_out"]["loss_adapter"], rel=0.02)
+    assert metrics[0]["held_out"]["loss_base"] == pytest.approx(metrics[1]["held_out"]["loss_base"], rel=0.02)

@@ -1,32 +1,31 @@
-"""The bundle on a local output: its manifest, its publication, its pointer."""
+"""The bundle on a local output: its manifest, its publication, its pointer, and how it is read back."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from made_metrics import MadeRun, made_run
 
 from lora_trainer import bundle
 from lora_trainer.bases import Base
-from lora_trainer.config import settle
 from lora_trainer.errors import ConfigError, InvariantError, LoraTrainerError, StorageError
 from lora_trainer.formatter import prompt_template, reply_json
+from lora_trainer.metrics import RunMetrics, metrics_schema
 from lora_trainer.personas import BloodType, Expression, persona_spec
 from lora_trainer.storage import Storage, open_storage
-from lora_trainer.training import StepLog, TrainingLog
+from lora_trainer.training import StepLog
 
 A = BloodType.A
 PREFIX = "adapters/A/0123456789abcdef/"
-METRICS = {
-    "training": {"records": 1234, "steps": 56},
-    "held_out": {"records": 7, "loss_base": 3.21987, "loss_adapter": 1.5},
-}
 
 
 @pytest.fixture
@@ -202,6 +201,7 @@ def test_the_same_run_again_writes_nothing(storage: Storage) -> None:
         b'{"run_id": "x", "started_at": 5}',
         b'{"run_id": "x", "started_at": "yesterday"}',
         b'{"run_id": "x", "started_at": "2026-01-01T00:00:00"}',
+        b'{"run_id": "x", "started_at": "2026-01-01T00:00:00+00:00", "promoted_at": "today"}',
         b'{"started_at": "2026-01-01T00:00:00+00:00"}',
         b"\xff\xfe",
     ],
@@ -257,6 +257,45 @@ def test_a_swap_that_is_always_lost_ends(storage: Storage) -> None:
         bundle.move_latest(contended, A, facts())
     assert contended.reads == 8
     assert pointed_at(storage)["run_id"] == "other-8"
+
+
+def test_promotion_moves_whatever_is_newer_and_those_that_started_before_it_leave_it(storage: Storage) -> None:
+    bundle.move_latest(storage, A, facts("newer", "2026-06-01T00:00:00+00:00"))
+    before = datetime.now(UTC)
+    assert bundle.promote(storage, A, facts("older", "2026-01-01T00:00:00+00:00")) == "newer"
+    pointer = pointed_at(storage)
+    assert (pointer["run_id"], pointer["bundle"]) == ("older", "adapters/A/older/")
+    promoted_at = datetime.fromisoformat(pointer["promoted_at"])
+    assert before - timedelta(seconds=1) <= promoted_at <= datetime.now(UTC)
+    # it started long after the promoted run, and before somebody chose that one
+    move = bundle.move_latest(storage, A, facts("running", (promoted_at - timedelta(seconds=1)).isoformat()))
+    assert (move.moved, move.names_this_run) == (False, False)
+    assert move.reason == "it names run older, which was promoted after this run started"
+    assert bundle.move_latest(storage, A, facts("newer", "2026-06-01T00:00:00+00:00")).moved is False
+    assert pointed_at(storage) == pointer
+    # the promoted run, asked for again, is there already
+    move = bundle.move_latest(storage, A, facts("older", "2026-01-01T00:00:00+00:00"))
+    assert (move.moved, move.names_this_run) == (False, True)
+    # one that starts now takes over as always
+    assert bundle.move_latest(storage, A, facts("next", (promoted_at + timedelta(seconds=1)).isoformat())).moved
+    assert pointed_at(storage)["run_id"] == "next"
+    assert "promoted_at" not in pointed_at(storage)
+
+
+def test_the_first_promotion_and_the_same_again(storage: Storage) -> None:
+    assert bundle.promote(storage, A, facts()) is None
+    assert bundle.promote(storage, A, facts()) == "0123456789abcdef"
+    assert pointed_at(storage)["run_id"] == "0123456789abcdef"
+
+
+def test_a_promotion_does_not_replace_what_is_no_pointer(storage: Storage) -> None:
+    storage.write_bytes("adapters/A/latest.json", b"{}")
+    with pytest.raises(StorageError, match="not a pointer to a bundle"):
+        bundle.promote(storage, A, facts())
+    contended: Any = Contended(storage)
+    storage.write_bytes("adapters/A/latest.json", json.dumps(facts()).encode())
+    with pytest.raises(StorageError, match="other writers changed it 8 times in a row"):
+        bundle.promote(contended, A, facts("mine"))
 
 
 # -- the local link -------------------------------------------------------------------------------------
@@ -350,32 +389,150 @@ def test_every_bundled_reply_is_one_that_the_schema_takes() -> None:
         assert accepts(schema, json.loads(output) if isinstance(output, str) else output)
 
 
+@pytest.fixture(scope="module")
+def made() -> MadeRun:
+    """A run of few questions, and what was measured on it."""
+    return made_run(prompts=6, sampled=False, steps=3, settings=(("lora.r", 8),))
+
+
 @pytest.mark.parametrize("revision", ["a09a35458c702b33eeacc393d103063234e8bc28", None])
-def test_the_documents(folder: Path, revision: str | None) -> None:
-    config = settle({"blood_type": "A", "lora.r": 8}, {})
+def test_the_documents(folder: Path, made: MadeRun, revision: str | None) -> None:
     base = Base("Qwen/Qwen2.5-7B-Instruct", revision, "identity", None)
-    log = TrainingLog([StepLog(1, 2.5, 1e-4, 0.7, 300, 100, 2, 1.5), StepLog(2, 2.0, 5e-5, 0.6, 310, 90, 1, 1.0)])
-    bundle.write_documents(folder, config, base, "0123456789abcdef", METRICS, log)
+    training = made.metrics.training.model_copy(update={"records": 1234, "steps": 56})
+    held_out = made.metrics.held_out.model_copy(update={"records": 7, "loss_base": 3.21987, "loss_adapter": 1.5})
+    metrics = made.metrics.model_copy(update={"run_id": "0123456789abcdef", "training": training, "held_out": held_out})
+    bundle.write_documents(folder, made.config, base, metrics)
+    bundle.write_evaluation(folder, metrics, made.steps, made.replies, made.facts)
     read = {
         path.name: path.read_text(encoding="utf-8") for path in folder.iterdir() if path.is_file() and path.suffix != ".safetensors"
     }
     assert json.loads(read["prompt.json"]) == prompt_template()
     assert "상황" in read["prompt.json"], "Korean as itself, for whoever reads it"
     assert json.loads(read["response_schema.json"]) == bundle.response_schema()
-    assert json.loads(read["metrics.json"]) == METRICS
+    assert RunMetrics.model_validate_json(read["metrics.json"]) == metrics
+    assert json.loads(read["metrics.schema.json"]) == metrics_schema()
     assert yaml.safe_load(read["persona.yaml"]) == persona_spec(A).model_dump(mode="json")
     steps = [json.loads(line) for line in read["train_log.jsonl"].splitlines()]
-    assert [StepLog(**step) for step in steps] == log.steps
+    assert [StepLog(**step) for step in steps] == list(made.steps)
+    replies = [json.loads(line) for line in read["replies.jsonl"].split("\n") if line]
+    assert replies == [reply.model_dump(mode="json") for reply in made.replies]
+    assert read["report.html"].lstrip().startswith("<!")
     card = read["README.md"]
     front = yaml.safe_load(card.split("---")[1])
     assert (front["base_model"], front["library_name"]) == ("Qwen/Qwen2.5-7B-Instruct", "peft")
-    assert "1,234 records, 56 optimizer steps, rank 8" in card
+    assert "Run `0123456789abcdef`: 1,234 records, 56 optimizer steps, rank 8" in card
     assert "Held-out loss 3.220 (base) to 1.500 (adapter)" in card
     assert persona_spec(A).instruction in card
     pinned = f" --revision {revision}" if revision else ""
     assert f"vllm serve Qwen/Qwen2.5-7B-Instruct{pinned} --enable-lora --max-lora-rank 8 \\\n  --lora-modules persona-A=" in card
     assert (f'revision="{revision}"' in card) is (revision is not None)
     assert "None" not in card
+
+
+def test_the_card_says_what_was_measured(folder: Path, made: MadeRun) -> None:
+    bundle.write_documents(folder, made.config, Base("x/y", None, "identity", None), made.metrics)
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    # six prompts at four intensities are too few for any bound of 0.97
+    assert not made.metrics.verdict.passed
+    assert "its gates were **not passed**: 24 greedy,\nunconstrained replies to 6 held-out prompts" in card
+    rate = made.metrics.evaluation.greedy.adapter.exact_json
+    assert f"| exact JSON | {rate.successes} of 24 | {rate.value:.1%} | {rate.lower:.1%} |" in card
+    assert len(re.findall(r"^\| [^|]+ \| \d+ of \d+ \| [\d.]+% \| [\d.]+% \|$", card, re.MULTILINE)) == 6
+
+
+# -- read back --------------------------------------------------------------------------------------------
+
+
+def publish_made(folder: Path, made: MadeRun, storage: Storage) -> dict[str, Any]:
+    bundle.write_evaluation(folder, made.metrics, made.steps, made.replies, made.facts)
+    verdict = made.metrics.verdict
+    manifest = bundle.write_manifest(folder, {**facts(), "gate_id": verdict.gate_id, "verdict": verdict.model_dump(mode="json")})
+    bundle.publish(folder, storage, PREFIX)
+    return manifest
+
+
+def test_what_was_published_comes_back(folder: Path, made: MadeRun, storage: Storage, tmp_path: Path) -> None:
+    manifest = publish_made(folder, made, storage)
+    back = bundle.fetch(storage, PREFIX, manifest, tmp_path / "back")
+    assert (back.training, back.held_out) == (made.metrics.training, made.metrics.held_out)
+    assert back.peak_memory_gib == made.metrics.peak_memory_gib
+    assert back.steps == tuple(made.steps)
+    assert back.evaluation == made.metrics.evaluation
+    assert back.replies == list(made.replies)
+    names = {path.relative_to(back.folder).as_posix() for path in back.folder.rglob("*") if path.is_file()}
+    assert names == set(manifest["files"])
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "metrics.json", "replies.jsonl"])
+@pytest.mark.parametrize("missing", [False, True], ids=["changed", "missing"])
+def test_a_bundle_that_is_damaged_does_not_come_back(
+    folder: Path, made: MadeRun, storage: Storage, tmp_path: Path, name: str, missing: bool
+) -> None:
+    manifest = publish_made(folder, made, storage)
+    assert storage.local_folder is not None
+    path = storage.local_folder / PREFIX / name
+    if missing:
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:-1] + b"X")
+    expected = "the manifest names it and it cannot be had" if missing else "the bundle was changed: move that prefix away"
+    with pytest.raises(StorageError, match=f"{re.escape(name)}: .*{expected}"):
+        bundle.fetch(storage, PREFIX, manifest, tmp_path / "back")
+
+
+def test_a_manifest_cannot_put_files_elsewhere(folder: Path, made: MadeRun, storage: Storage, tmp_path: Path) -> None:
+    manifest = publish_made(folder, made, storage)
+    manifest["files"] = {"../../outside": {"size_bytes": 1, "sha256": "0"}}
+    with pytest.raises(StorageError, match=r"unsafe key '\.\./\.\./outside'"):
+        bundle.fetch(storage, PREFIX, manifest, tmp_path / "a" / "b")
+    assert not (tmp_path / "outside").exists()
+
+
+def test_a_bundle_from_before_there_were_evaluations_comes_back_without(
+    folder: Path, made: MadeRun, storage: Storage, tmp_path: Path
+) -> None:
+    """Its adapter is good; it is questioned then, and not trained again."""
+    bundle.write_evaluation(folder, made.metrics, made.steps, made.replies, made.facts)
+    old = {name: value for name, value in made.metrics.as_json().items() if name not in ("evaluation", "verdict", "schema")}
+    (folder / "metrics.json").write_text(json.dumps(old), encoding="utf-8")
+    for name in ("replies.jsonl", "report.html", "metrics.schema.json"):
+        (folder / name).unlink()
+    manifest = bundle.write_manifest(folder, facts())
+    bundle.publish(folder, storage, PREFIX)
+    back = bundle.fetch(storage, PREFIX, manifest, tmp_path / "back")
+    assert (back.evaluation, back.replies) == (None, [])
+    assert back.training == made.metrics.training
+    assert bundle.read_verdict(storage, PREFIX, manifest, "0" * 16) is None
+
+
+@pytest.mark.parametrize("metrics", ["", "[]", "{}", '{"training": 5}', "null"])
+def test_metrics_that_are_none(folder: Path, made: MadeRun, storage: Storage, tmp_path: Path, metrics: str) -> None:
+    bundle.write_evaluation(folder, made.metrics, made.steps, made.replies, made.facts)
+    (folder / "metrics.json").write_text(metrics)
+    manifest = bundle.write_manifest(folder, facts())
+    bundle.publish(folder, storage, PREFIX)
+    with pytest.raises(StorageError, match="is not what this version reads; it was written by another one"):
+        bundle.fetch(storage, PREFIX, manifest, tmp_path / "back")
+
+
+def test_the_verdict_of_a_bundle_and_those_beneath_it(folder: Path, made: MadeRun, storage: Storage, tmp_path: Path) -> None:
+    manifest = publish_made(folder, made, storage)
+    mine, other = made.metrics.verdict, made.metrics.verdict.model_copy(update={"gate_id": "f" * 16, "passed": True})
+    assert bundle.read_verdict(storage, PREFIX, manifest, mine.gate_id) == (mine, PREFIX)
+    assert bundle.read_verdict(storage, PREFIX, manifest, other.gate_id) is None
+    later = bundle.fresh_folder(tmp_path / "later")
+    bundle.write_manifest(later, {**facts(), "gate_id": other.gate_id, "verdict": other.model_dump(mode="json")})
+    prefix = bundle.evaluation_prefix(PREFIX, other.gate_id)
+    bundle.publish(later, storage, prefix)
+    assert bundle.read_verdict(storage, PREFIX, manifest, other.gate_id) == (other, prefix)
+    assert bundle.read_verdict(storage, PREFIX, manifest, mine.gate_id) == (mine, PREFIX)
+    assert bundle.verify(storage, PREFIX) == []
+
+
+@pytest.mark.parametrize("verdict", [None, {}, [], {"gate_id": "x", "passed": "perhaps", "gates": []}])
+def test_a_verdict_that_is_none(storage: Storage, verdict: object) -> None:
+    with pytest.raises(StorageError, match=r"manifest\.json: its verdict is not one; it was changed"):
+        bundle.read_verdict(storage, PREFIX, {"gate_id": "x", "verdict": verdict}, "x")
 
 
 def test_a_fresh_folder_is_empty(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 import structlog
 from click.testing import CliRunner, Result
@@ -21,7 +22,11 @@ from entrypoint.cli import cli, run_cli
 from lora_trainer import bundle, logs
 from lora_trainer.bases import identify_base
 from lora_trainer.config import settle
+from lora_trainer.evaluation import evaluation_id, prompts_digest
+from lora_trainer.evaluation_prompts import evaluation_prompts
+from lora_trainer.gates import gate_id
 from lora_trainer.identity import run_id, run_ingredients
+from lora_trainer.metrics import GateResult, Verdict
 from lora_trainer.storage import open_storage, sha256_of
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -98,7 +103,7 @@ def write(path: Path, text: str) -> str:
 # -- help and usage -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", [[], ["run"], ["show-config"], ["validate"]])
+@pytest.mark.parametrize("command", [[], *([name] for name in cli.commands)], ids=" ".join)
 @pytest.mark.parametrize("option", ["-h", "--help"])
 def test_help(command: list[str], option: str) -> None:
     result = invoke(*command, option)
@@ -111,8 +116,13 @@ def test_help(command: list[str], option: str) -> None:
 def test_every_option_is_explained() -> None:
     for name, command in cli.commands.items():
         for option in command.params:
-            explained = getattr(option, "help", None) or option.name == "files"
+            # Click has no help for arguments: the command's own text says what they are
+            explained = (
+                (command.help or "").split("\n", 1)[1] if isinstance(option, click.Argument) else getattr(option, "help", "")
+            )
             assert explained, f"{name} {option.opts}"
+            if isinstance(option, click.Argument):
+                assert str(option.metavar).split()[0].rstrip(".") in explained, f"{name} {option.opts}"
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -340,15 +350,36 @@ def test_run_with_a_base_that_is_none(capsys: pytest.CaptureFixture[str], tmp_pa
     assert "not a model: config.json, tokenizer.json, *.safetensors missing" in last_event(err)["problems"][0]
 
 
-def finished(tmp_path: Path, *, started_at: str = "2026-01-01T00:00:00+00:00") -> tuple[list[str], str]:
-    """Arguments of a run whose bundle is in the output already, and its id."""
+def finished(tmp_path: Path, *, passed: bool = True) -> tuple[list[str], str]:
+    """Arguments of a run whose bundle is in the output already with its verdict, and its id."""
     data = REPOSITORY / "data" / "train_data_type_A.jsonl"
     settings = {"blood_type": "A", "device": "cpu", "base.model": str(TINY_BASE), "training.quantization": "none"}
     config = settle(settings, {})
     identity = run_id(run_ingredients(config, sha256_of(data), identify_base(config.base).identity))
+    gate = GateResult(
+        name="persona",
+        measure="lower 95 % bound (Clopper-Pearson)",
+        value=0.8,
+        compared=0.75 if passed else 0.625,
+        relation=">=",
+        threshold=0.7,
+        passed=passed,
+    )
+    verdict = Verdict(
+        gate_id=gate_id(evaluation_id(config.evaluation, prompts_digest(evaluation_prompts())), config.gates),
+        passed=passed,
+        gates=(gate,),
+    )
     folder = tmp_path / "bundle"
     write(folder / "adapter_config.json", "{}")
-    bundle.write_manifest(folder, {"run_id": identity, "started_at": started_at, "finished_at": started_at})
+    facts = {
+        "run_id": identity,
+        "started_at": "2026-01-01T00:00:00+00:00",
+        "finished_at": "2026-01-01T00:00:00+00:00",
+        "gate_id": verdict.gate_id,
+        "verdict": verdict.model_dump(mode="json"),
+    }
+    bundle.write_manifest(folder, facts)
     bundle.publish(folder, open_storage(str(tmp_path / "out")), f"adapters/A/{identity}/")
     return run_arguments(tmp_path, str(data)), identity
 
@@ -362,12 +393,32 @@ def test_a_finished_run_ends_at_once(capsys: pytest.CaptureFixture[str], tmp_pat
         assert out == f"file://{tmp_path}/out/adapters/A/{identity}/\n"
         assert (event["level"], event["outcome"], event["already_done"], event["run_id"]) == ("info", "done", True, identity)
         assert event["bundle"] == out.strip()
+        assert (event["passed"], event["report"]) == (True, f"{event['bundle']}report.html")
         assert "problems" not in event
         # the pointer and the link that a crash had left undone
         assert json.loads((tmp_path / "out" / "adapters" / "A" / "latest.json").read_text())["run_id"] == identity
         assert (tmp_path / "out" / "adapter_A" / "manifest.json").is_file()
         (tmp_path / "out" / "adapter_A").unlink()
     assert json.loads(termination_log.read_text(encoding="utf-8"))["exit_code"] == 0
+
+
+def test_a_finished_run_that_missed_a_gate_says_so_each_time(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, termination_log: Path
+) -> None:
+    arguments, identity = finished(tmp_path, passed=False)
+    for _ in range(2):
+        code, out, err = called(capsys, *arguments)
+        event = last_event(err)
+        assert (code, event["exit_code"], event["level"], event["outcome"]) == (4, 4, "error", "GateError")
+        assert out == f"file://{tmp_path}/out/adapters/A/{identity}/\n", "the bundle is there all the same"
+        assert (event["already_done"], event["passed"], event["run_id"]) == (True, False, identity)
+        (problem,) = event["problems"]
+        assert problem.startswith("gates.persona: got 0.625 (lower 95 % bound (Clopper-Pearson) of 0.800), expected >= 0.7: ")
+        assert "missed by 0.075; check that the data is this persona's, or train longer" in problem
+        assert json.loads(termination_log.read_text(encoding="utf-8"))["problems"] == [problem]
+        # the newest accepted run is another one, or none
+        assert not (tmp_path / "out" / "adapters" / "A" / "latest.json").exists()
+        assert not (tmp_path / "out" / "adapter_A").exists()
 
 
 def test_a_finished_run_does_not_push_a_later_one_aside(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

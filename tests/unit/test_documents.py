@@ -40,6 +40,7 @@ def test_every_error_has_a_code_of_its_own() -> None:
     assert owners == {
         ExitCode.CONFIG: ["ConfigError"],
         ExitCode.DATA: ["DataError"],
+        ExitCode.GATE: ["GateError"],
         ExitCode.HARDWARE: ["HardwareError"],
         ExitCode.STORAGE: ["StorageError"],
         ExitCode.DIVERGED: ["DivergedError"],

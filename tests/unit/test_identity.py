@@ -1,4 +1,4 @@
-"""`run_id`: what makes another run, and what does not."""
+"""`run_id`: what makes another run, and what does not. `gate_id`: what makes another verdict on it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import pytest
 
 from lora_trainer import identity
 from lora_trainer.config import RunConfig, setting_names, settle
+from lora_trainer.evaluation import evaluation_id
+from lora_trainer.gates import gate_id
 from lora_trainer.identity import library_versions, run_id, run_ingredients
 
 DATA = "d" * 64
@@ -51,7 +53,34 @@ NOT_RECIPE = {
     "memory.micro_batch_tokens": 2048,
     "logging.level": "debug",
     "logging.format": "json",
+    "logging.report_to": ["tensorboard"],
     "logging.log_every_steps": 1,
+}
+# what is asked of the adapter, how it is judged and what is enough: another verdict on the same weights
+VERDICT = {
+    "evaluation.intensities": [0.5],
+    "evaluation.max_new_tokens": 64,
+    "evaluation.temperature": 0,
+    "evaluation.top_p": 1,
+    "evaluation.top_k": 0,
+    "evaluation.seed": 21,
+    "evaluation.bootstrap_resamples": 500,
+    "evaluation.judge_model": "judge",
+    "gates.exact_json": 0.9,
+    "gates.stop": 0.9,
+    "gates.one_or_two_sentences": 0.9,
+    "gates.informal_speech": 0.9,
+    "gates.persona": None,
+    "gates.emoji_intensity": 0,
+    "gates.question_rate_min": 0.1,
+    "gates.question_rate_max": None,
+    "gates.win_rate": 0.6,
+}
+NOT_VERDICT = {
+    # the prompts' own hash stands for where they lie
+    "evaluation.prompts": "s3://bucket/eval_prompts.jsonl",
+    "evaluation.batch_size": 8,
+    "evaluation.judge_base_url": "http://localhost:8000/v1",
 }
 
 
@@ -63,8 +92,12 @@ def identify(settings: RunConfig, data: str = DATA, base: str = BASE) -> str:
     return run_id(run_ingredients(settings, data, base))
 
 
+def judge_by(settings: RunConfig) -> str:
+    return gate_id(evaluation_id(settings.evaluation, DATA), settings.gates)
+
+
 def test_every_setting_is_either_recipe_or_not() -> None:
-    assert sorted([*RECIPE, *NOT_RECIPE]) == sorted(setting_names())
+    assert sorted([*RECIPE, *NOT_RECIPE, *VERDICT, *NOT_VERDICT]) == sorted(setting_names())
 
 
 @pytest.mark.parametrize("setting", RECIPE)
@@ -74,11 +107,21 @@ def test_what_decides_the_weights_is_another_run(setting: str) -> None:
     assert identify(other) != identify(config())
 
 
-@pytest.mark.parametrize("setting", NOT_RECIPE)
+@pytest.mark.parametrize("setting", [*NOT_RECIPE, *VERDICT, *NOT_VERDICT])
 def test_what_does_not_is_the_same_run(setting: str) -> None:
-    other = config(**{setting: NOT_RECIPE[setting]})
+    other = config(**{setting: {**NOT_RECIPE, **VERDICT, **NOT_VERDICT}[setting]})
     assert other != config()
     assert identify(other) == identify(config())
+
+
+@pytest.mark.parametrize("setting", VERDICT)
+def test_what_is_asked_and_what_is_enough_is_another_verdict(setting: str) -> None:
+    assert judge_by(config(**{setting: VERDICT[setting]})) != judge_by(config())
+
+
+@pytest.mark.parametrize("setting", [*RECIPE, *NOT_RECIPE, *NOT_VERDICT])
+def test_what_neither_asks_nor_judges_is_the_same_verdict(setting: str) -> None:
+    assert judge_by(config(**{setting: {**RECIPE, **NOT_RECIPE, **NOT_VERDICT}[setting]})) == judge_by(config())
 
 
 def test_data_and_base_are_part_of_it() -> None:

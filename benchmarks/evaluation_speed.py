@@ -1,0 +1,134 @@
+"""How long does the proof take? Adapter and base answer the evaluation's prompts on one GPU, and are judged.
+
+    python benchmarks/evaluation_speed.py --base FOLDER --out RESULT.json
+
+FOLDER holds a model of Qwen2.5-7B's shape with a tokenizer; random weights do, and are the worst case: they don't stop, so
+every reply runs to the limit. The adapter's B matrices are random, too. Each case runs in a process of its own:
+`unsloth` as `run` does it, right after training, and `reference` as `evaluate` does it, with transformers and PEFT alone.
+120 prompts, 64 new tokens, adapter and base, greedily; then the same at four intensities at once (480 replies).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+from train_speed import machine  # noqa: E402
+
+NEW_TOKENS = 64
+CASES = ("unsloth", "reference")
+
+
+def measure(case: str, base: Path, scratch: Path) -> dict[str, Any]:
+    """One backend's evaluation."""
+    from lora_trainer import evaluation
+    from lora_trainer.backends import open_backend, open_reference_backend
+    from lora_trainer.config import settle
+    from lora_trainer.evaluation_prompts import evaluation_prompts
+    from lora_trainer.personas import BloodType
+    from lora_trainer.planning import plan_memory
+    from lora_trainer.records import JsonlReader
+
+    config = settle({"blood_type": "A", "work_dir": str(scratch)}, {})
+    clock = time.perf_counter()
+    backend = open_backend(config) if case == "unsloth" else open_reference_backend(config)
+    backend.start()
+    import_s = time.perf_counter() - clock
+    import torch
+
+    backend.load_tokenizer(base)
+    clock = time.perf_counter()
+    adapter = scratch.parent / "adapter"
+    if case == "unsloth":
+        plan = plan_memory(config.memory, config.training, backend.shape(base), backend.free_bytes(), 400, backend.name)
+        backend.load(base, plan, 400)
+        torch.manual_seed(1)
+        for name, parameter in backend.model.named_parameters():
+            if "lora_B" in name:
+                parameter.data.normal_(std=0.002)
+        adapter.mkdir(exist_ok=True)
+        backend.save(adapter, "random/qwen7b", None)
+    else:
+        backend.load_adapter(base, adapter)
+    load_s = time.perf_counter() - clock
+    records = [line.record for line in JsonlReader(ROOT / "data" / "train_data_type_A.jsonl") if line.record]
+    data = evaluation.TrainingData(records)
+    decoding = evaluation.Decoding("greedy", NEW_TOKENS)
+    result: dict[str, Any] = {"import_s": import_s, "load_s": load_s, "replies": {}}
+    texts: dict[str, list[str]] = {}
+    for intensities in ((0.5,), (0.1, 0.4, 0.7, 1.0)):
+        asked = evaluation.questions(evaluation_prompts(), intensities, evaluation.instruction_of(BloodType.A))
+        found: dict[str, Any] = {}
+        for model in evaluation.MODELS:
+            torch.cuda.synchronize()
+            clock = time.perf_counter()
+            generations = backend.generate(
+                [question.messages for question in asked],
+                decoding,
+                adapter=model == "adapter",
+                batch_size=config.evaluation.batch_size,
+            )
+            torch.cuda.synchronize()
+            found[f"{model}_generate_s"] = time.perf_counter() - clock
+            clock = time.perf_counter()
+            evaluation.judge(asked, generations, model=model, decoding="greedy", blood_type=BloodType.A, data=data)
+            found[f"{model}_judge_s"] = time.perf_counter() - clock
+            found[f"{model}_tokens"] = sum(len(generation.token_ids) for generation in generations)
+            if len(intensities) == 1:
+                texts[model] = [" ".join(map(str, generation.token_ids)) for generation in generations]
+        found["total_s"] = sum(value for name, value in found.items() if name.endswith("_s"))
+        result["replies"][str(len(asked))] = found
+    result["peak_gib"] = backend.peak_memory_gib()
+    result["differing_first_tokens"] = sum(
+        a.split()[:1] != b.split()[:1] for a, b in zip(texts["adapter"], texts["base"], strict=True)
+    )
+    return result
+
+
+def main() -> None:
+    """Both cases, or one of them with --case (its result as JSON on the last line)."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", type=Path, required=True)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--case", choices=CASES)
+    parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()) / "evaluation_speed")
+    parser.add_argument("--timeout-s", type=int, default=200)
+    arguments = parser.parse_args()
+    if arguments.case:
+        scratch = arguments.scratch / arguments.case
+        scratch.mkdir(parents=True, exist_ok=True)
+        sys.stdout.write("\n" + json.dumps(measure(arguments.case, arguments.base, scratch)) + "\n")
+        return
+    results: dict[str, Any] = {}
+    for case in CASES:
+        command = [sys.executable, __file__, "--base", str(arguments.base), "--case", case, "--scratch", str(arguments.scratch)]
+        started_s = time.perf_counter()
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=arguments.timeout_s, check=False)
+            results[case] = json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else {"failed": done.stderr[-2500:]}
+        except subprocess.TimeoutExpired:
+            results[case] = {"failed": f"no result after {arguments.timeout_s} s"}
+        results[case]["wall_s"] = round(time.perf_counter() - started_s, 1)
+        sys.stdout.write(f"{case}: {json.dumps(results[case])[:3000]}\n")
+        sys.stdout.flush()
+        if arguments.out:
+            document = {
+                "command": "python " + " ".join(["benchmarks/evaluation_speed.py", *sys.argv[1:]]),
+                "new_tokens": NEW_TOKENS,
+                **machine(),
+                "cases": results,
+            }
+            arguments.out.write_text(json.dumps(document, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,284 @@
+"""A finished run as the code makes it, without a model: made-up replies go through the real judging, metrics and gates.
+
+The adapter answers with training replies that are kept from what it is compared with, the base politely and in prose.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from conftest import REPOSITORY
+
+from lora_trainer import bundle, gates
+from lora_trainer.config import RunConfig, settle
+from lora_trainer.evaluation import (
+    Decoding,
+    Generation,
+    JudgedReply,
+    Question,
+    TrainingData,
+    decoding_metrics,
+    decodings,
+    evaluation_metrics,
+    judge,
+    questions,
+)
+from lora_trainer.evaluation_prompts import evaluation_prompts
+from lora_trainer.metrics import DecodingMetrics, Estimate, HeldOutMetrics, JudgeMetrics, RunMetrics, TrainingMetrics
+from lora_trainer.personas import BloodType, IntensityThird, persona_spec
+from lora_trainer.records import EvaluationPrompt, TrainingRecord
+from lora_trainer.training import StepLog, learning_rate_factor
+from lora_trainer.validation import read_records
+
+RUN_ID = "3f9c2a7be14d5068"
+BASE_ANSWERS = (
+    '{"text": "안녕하세요! 무엇을 도와드릴까요?", "emotion": "smile"}',
+    '```json\n{"text": "정말 속상하셨겠어요. 천천히 말씀해 주세요.", "emotion": "sad"}\n```',
+    '{"text": "좋은 하루 보내시길 바랍니다.", "emotion": "happy"}',
+    "그 상황에서는 먼저 차분하게 생각을 정리하시는 것이 좋습니다. 1) 휴식을 취하세요. 2) 물을 드세요. 3) 친구와 이야기해 보세요.",
+    '{"text": "괜찮아, 다음에는 더 잘할 수 있을 거야! 😊", "emotion": "smile"}',
+    '{"text": "그렇군요. 제가 도움이 될 수 있으면 좋겠습니다.", "emotion": "neutral"}',
+)
+RAMBLING = '{"text": "' + "그래서 말이야 내가 어제도 말했지만 " * 600
+"""An opened string that never closes: over 10,000 characters."""
+HOSTILE_TEXT = "<script>alert(1)</script><img src=x onerror=alert(2)></pre></div></body>{{ 7 * 7 }}\u202etxet\u202c\x00"
+
+
+@dataclass(frozen=True)
+class MadeRun:
+    """What the report is given, and what a bundle holds."""
+
+    config: RunConfig
+    metrics: RunMetrics
+    facts: Mapping[str, Any]
+    steps: Sequence[StepLog]
+    replies: Sequence[JudgedReply]
+
+
+@cache
+def _records(blood_type: BloodType) -> tuple[TrainingRecord, ...]:
+    return tuple(read_records(REPOSITORY / "data" / f"train_data_type_{blood_type}.jsonl", blood_type)[0])
+
+
+def _generation(text: str, *, stopped: bool = True) -> Generation:
+    return Generation(text, stopped, tuple(range(max(1, len(text) // 2))))
+
+
+def _adapter_answers(asked: Sequence[Question], answers: Sequence[TrainingRecord], seed: int, flaws: float) -> list[Generation]:
+    rng = random.Random(seed)
+    fitting: dict[tuple[str, IntensityThird], list[TrainingRecord]] = defaultdict(list)
+    for record in answers:
+        feeling = record.context.current_emotion
+        fitting[feeling.type, IntensityThird.of(feeling.intensity)].append(record)
+    made = []
+    for question in asked:
+        draw = rng.random()
+        if draw < flaws / 4:
+            made.append(_generation(RAMBLING, stopped=False))
+        elif draw < flaws:
+            made.append(_generation(rng.choice(BASE_ANSWERS)))
+        else:
+            third = IntensityThird.of(question.intensity)
+            reply = rng.choice(fitting[question.source.context.current_emotion.type, third]).reply
+            made.append(_generation(json.dumps({"text": reply.text, "emotion": str(reply.emotion)}, ensure_ascii=False)))
+    return made
+
+
+def _steps(count: int, peak: float) -> list[StepLog]:
+    rng = random.Random(count)
+    warmup_steps = max(1, count // 20)
+    made = []
+    for step in range(1, count + 1):
+        tokens = rng.randint(3800, 4200)
+        made.append(
+            StepLog(
+                step=step,
+                loss=1.05 + 2.3 * math.exp(-6 * step / count) + rng.gauss(0, 0.05),
+                learning_rate=peak * learning_rate_factor(step - 1, count, warmup_steps, "cosine"),
+                grad_norm=1.1 + rng.random() / 4,
+                tokens=tokens,
+                loss_tokens=tokens // 5,
+                rows=4,
+                step_s=tokens / (900 if step == 1 else rng.uniform(5200, 5900)),
+            )
+        )
+    return made
+
+
+@cache
+def made_run(
+    blood_type: BloodType = BloodType.A,
+    *,
+    run_id: str = RUN_ID,
+    flaws: float = 0.004,
+    sampled: bool = True,
+    judged_by_model: bool = False,
+    prompts: int = 120,
+    steps: int = 180,
+    settings: tuple[tuple[str, Any], ...] = (),
+) -> MadeRun:
+    """`flaws`: share of the adapter's replies that are the base's or never end. `settings`: beside the defaults, dotted."""
+    config = settle(
+        {
+            "blood_type": blood_type,
+            "data": "s3://personas/data/",
+            "output": "s3://personas/lora/",
+            **({} if sampled else {"evaluation.temperature": 0}),
+            **dict(settings),
+        },
+        environment={},
+    )
+    asked_prompts: tuple[EvaluationPrompt, ...] = evaluation_prompts()[:prompts]
+    records = _records(blood_type)
+    # halves: what the adapter answers with is not what its answers are looked up in
+    data, answers = TrainingData(records[::2]), records[1::2]
+    asked = questions(asked_prompts, config.evaluation.intensities, persona_spec(blood_type).instruction)
+    measured: dict[str, DecodingMetrics] = {}
+    replies: list[JudgedReply] = []
+    for number, decoding in enumerate(decodings(config.evaluation)):
+        adapter = _judged(asked, _adapter_answers(asked, answers, 5 + number, flaws * (1 + number)), "adapter", decoding, blood_type, data)
+        base = _judged(
+            asked,
+            [_generation(BASE_ANSWERS[(at * 7 + number) % len(BASE_ANSWERS)]) for at in range(len(asked))],
+            "base",
+            decoding,
+            blood_type,
+            data,
+        )
+        measured[decoding.name] = decoding_metrics(decoding, adapter, base, blood_type, config.evaluation, 41.5 + 7 * number)
+        replies += adapter + base
+    evaluation = evaluation_metrics(config.evaluation, asked_prompts, measured, data)
+    if judged_by_model:
+        evaluation = evaluation.model_copy(update={"judge": _judge_metrics()})
+    log = _steps(steps, config.training.learning_rate)
+    tokens = sum(step.tokens for step in log)
+    train_s = sum(step.step_s for step in log)
+    metrics = RunMetrics(
+        run_id=run_id,
+        blood_type=blood_type,
+        training=TrainingMetrics(
+            records=len(records[::2]),
+            steps=len(log),
+            loss_first=log[0].loss,
+            loss_last=log[-1].loss,
+            tokens=tokens,
+            loss_tokens=sum(step.loss_tokens for step in log),
+            rows=4 * len(log),
+            packed_rows=4 * len(log) - 3,
+            train_s=round(train_s, 3),
+            tokens_per_s=round(tokens / train_s, 1),
+        ),
+        held_out=HeldOutMetrics(
+            records=61,
+            loss_base=3.2174,
+            loss_adapter=1.2381,
+            perplexity_base=math.exp(3.2174),
+            perplexity_adapter=math.exp(1.2381),
+        ),
+        evaluation=evaluation,
+        verdict=gates.decide(evaluation, config.gates),
+        peak_memory_gib=14.271,
+    )
+    return MadeRun(config, metrics, _facts(config, run_id, blood_type, len(records[::2]), train_s), tuple(log), tuple(replies))
+
+
+def _judged(
+    asked: Sequence[Question],
+    generations: Sequence[Generation],
+    model: Any,
+    decoding: Decoding,
+    blood_type: BloodType,
+    data: TrainingData,
+) -> list[JudgedReply]:
+    return judge(asked, generations, model=model, decoding=decoding.name, blood_type=blood_type, data=data)
+
+
+def _judge_metrics() -> JudgeMetrics:
+    return JudgeMetrics(
+        model="gpt-judge-1",
+        win_rate=Estimate(value=0.862, lower=0.821, upper=0.9, bootstrap_lower=0.821, bootstrap_upper=0.9, of=478),
+        wins=381,
+        ties=62,
+        losses=35,
+        order_agreement=0.87,
+        unanswered=2,
+        requests=963,
+        prompt_tokens=412_345,
+        completion_tokens=9_876,
+        rubric="Which of the two replies sounds more like the friend that is described?\n1. 반말\n2. one or two sentences\n3. <in character>",
+    )
+
+
+def _facts(config: RunConfig, run_id: str, blood_type: BloodType, records: int, train_s: float) -> dict[str, Any]:
+    return {
+        "run_id": run_id,
+        "blood_type": str(blood_type),
+        "started_at": "2026-11-20T09:12:44+00:00",
+        "finished_at": "2026-11-20T09:21:03+00:00",
+        "base": {
+            "id": "Qwen/Qwen2.5-7B-Instruct",
+            "revision": "a09a35458c702b33eeacc393d103063234e8bc28",
+            "identity": "hub:Qwen/Qwen2.5-7B-Instruct@a09a35458c702b33eeacc393d103063234e8bc28",
+        },
+        "data": {
+            "uri": f"s3://personas/data/train_data_type_{blood_type}.jsonl",
+            "sha256": "9b6f2b2f4cf4bb0d4e1d4d5c2e0f3a7f8a9f0b1c2d3e4f5061728394a5b6c7d8",
+            "size_bytes": 499_817,
+            "train_records": records,
+            "held_out_records": 61,
+            "left_out_records": 0,
+        },
+        "config": config.model_dump(mode="json"),
+        "memory_plan": {
+            "gradient_checkpointing": "off",
+            "micro_batch_tokens": 4096,
+            "reason": "estimated peak of 21.4 GiB fits the 77.9 GiB that are free",
+        },
+        "environment": {
+            "device": "NVIDIA H100 80GB HBM3",
+            "cuda": "13.0",
+            "driver": "580.95.05",
+            "attention": "flash_attention_2",
+            "torch": "2.11.0+cu130",
+            "transformers": "5.15.2",
+            "lora_trainer": "0.1.0",
+            "git_revision": "c61d96498c1fca9a8e2ddc3ef8a0a0a0c5c6a8a1",
+            "image_digest": None,
+        },
+        "timings_s": {
+            "fetch": 0.412,
+            "read": 1.93,
+            "identify": 0.007,
+            "import": 14.2,
+            "fetch_base": 31.7,
+            "format": 0.84,
+            "load": 22.6,
+            "held_out_base": 3.1,
+            "train": round(train_s, 3),
+            "held_out_adapter": 2.9,
+            "evaluate": 90.0,
+            "judge": 3.7,
+            "save": 4.4,
+            "read_back": 8.8,
+        },
+    }
+
+
+def write_bundle(made: MadeRun, folder: Path) -> Path:
+    """The bundle's folder, with the files that the report and `compare` read."""
+    folder.mkdir(parents=True)
+    (folder / "metrics.json").write_text(json.dumps(made.metrics.as_json(), indent=2, ensure_ascii=False), encoding="utf-8")
+    with (folder / "train_log.jsonl").open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(asdict(step)) + "\n" for step in made.steps)
+    with (folder / "replies.jsonl").open("w", encoding="utf-8") as file:
+        file.writelines(reply.model_dump_json() + "\n" for reply in made.replies)
+    bundle.write_manifest(folder, made.facts)
+    return folder
