@@ -40,6 +40,7 @@ _RUN_OPTIONS: Final = (
     ("--seed", "training.seed", "N", "Order of the records, initialisation, dropout."),
     ("--log-level", "logging.level", "NAME", "debug, info, warning or error."),
     ("--log-format", "logging.format", "NAME", "auto, json or console."),
+    ("--report-to", "logging.report_to", "NAMES", "Trackers, comma-separated: tensorboard, mlflow, wandb. Offline by default."),
 )
 
 

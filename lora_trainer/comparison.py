@@ -177,10 +177,14 @@ def _notes(runs: Sequence[ComparedRun]) -> Iterator[str]:
 def _sections(runs: Sequence[ComparedRun]) -> Iterator[tuple[str, tuple[Row, ...]]]:
     all_metrics = [run.metrics for run in runs]
 
-    def row(label: str, cells: Iterator[str] | Sequence[str]) -> Row:
+    def row(label: str, cells: Sequence[str]) -> Row:
         return Row(label, tuple(cells))
 
-    missed = [[gate for gate in metrics.verdict.gates if not gate.passed] for metrics in all_metrics]
+    held_out = [metrics.held_out for metrics in all_metrics]
+    all_missed = [
+        [f"{LABELS.get(gate.name, gate.name)} by {gate.missed_by:.3f}" for gate in metrics.verdict.gates if not gate.passed]
+        for metrics in all_metrics
+    ]
     yield (
         "Verdict",
         (
@@ -189,10 +193,7 @@ def _sections(runs: Sequence[ComparedRun]) -> Iterator[tuple[str, tuple[Row, ...
                 tuple("✓ passed" if metrics.verdict.passed else "✗ not passed" for metrics in all_metrics),
                 tuple(metrics.verdict.passed for metrics in all_metrics),
             ),
-            row(
-                "gates missed",
-                ["\n".join(f"{LABELS.get(gate.name, gate.name)} by {gate.missed_by:.3f}" for gate in gates) or "none" for gates in missed],
-            ),
+            row("gates missed", ["\n".join(missed) or "none" for missed in all_missed]),
         ),
     )
     yield (
@@ -207,8 +208,11 @@ def _sections(runs: Sequence[ComparedRun]) -> Iterator[tuple[str, tuple[Row, ...
     yield (
         "Held out",
         (
-            row("loss (base)", [f"{m.held_out.loss_adapter:.3f} ({m.held_out.loss_base:.3f})" for m in all_metrics]),
-            row("perplexity (base)", [f"{m.held_out.perplexity_adapter:,.2f} ({m.held_out.perplexity_base:,.2f})" for m in all_metrics]),
+            row("loss (base)", [f"{loss.loss_adapter:.3f} ({loss.loss_base:.3f})" for loss in held_out]),
+            row(
+                "perplexity (base)",
+                [f"{loss.perplexity_adapter:,.2f} ({loss.perplexity_base:,.2f})" for loss in held_out],
+            ),
         ),
     )
     yield "Replies", tuple(_metric_rows(all_metrics))
@@ -263,7 +267,9 @@ def render(comparison: Comparison) -> RenderableType:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table("", *(run.name for run in comparison.runs), box=box.SIMPLE_HEAD, pad_edge=False, caption=_CAPTION, caption_justify="left")
+    table = Table(
+        "", *(run.name for run in comparison.runs), box=box.SIMPLE_HEAD, pad_edge=False, caption=_CAPTION, caption_justify="left"
+    )
     for column in table.columns:
         column.overflow = "fold"
     sections = [*comparison.sections, ("Settings", tuple(setting_rows(comparison)))]
@@ -277,7 +283,9 @@ def render(comparison: Comparison) -> RenderableType:
             table.add_row(Text("none", style="dim"))
     parts: list[RenderableType] = [table]
     if comparison.personas > 1:
-        matrix = Table("replies of", title="Taken for, of readable greedy replies", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+        matrix = Table(
+            "replies of", title="Taken for, of readable greedy replies", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False
+        )
         for persona in BloodType:
             matrix.add_column(str(persona), justify="right")
         for run in comparison.runs:

@@ -209,6 +209,19 @@ class LoggingConfig(_Section):
     )
     log_every_steps: int = Field(default=10, ge=1, description="Optimizer steps between two `training_step` events.")
 
+    @field_validator("report_to", mode="before")
+    @classmethod
+    def _comma_separated(cls, value: object) -> object:
+        names = [name.strip() for name in value.split(",")] if isinstance(value, str) else value
+        return () if names in (None, [""], ["none"]) else names
+
+    @field_validator("report_to")
+    @classmethod
+    def _each_once(cls, value: tuple[Tracker, ...]) -> tuple[Tracker, ...]:
+        if len(set(value)) != len(value):
+            raise ValueError("expected each tracker once")
+        return value
+
 
 class RunConfig(_Section):
     """All that one run of one persona is asked to do."""

@@ -19,6 +19,7 @@ from rich.console import Console
 
 from lora_trainer import __version__, bundle, evaluation, gates
 from lora_trainer.backends import Backend, open_backend, open_reference_backend
+from lora_trainer.backends.trackers import require_installed
 from lora_trainer.bases import Base, fetch_base, identify_base
 from lora_trainer.config import RunConfig
 from lora_trainer.errors import DataError
@@ -62,6 +63,7 @@ def run(config: RunConfig, console: Console | None = None) -> Outcome:
 
     Raises a `LoraTrainerError`, whose class owns the exit code.
     """
+    require_installed(config.logging.report_to)
     job = Job(config)
     data = fetch(job)
     records = read(job, data)

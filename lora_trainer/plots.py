@@ -20,7 +20,7 @@ ACCENT: Final = "#4f7cff"
 QUIET: Final = "#7d8796"
 WARM: Final = "#c2761b"
 # matplotlib numbers its groups; the second figure of a page would have the first one's ids
-_NUMBERED_ID: Final = re.compile(r' id="[A-Za-z]\w*_\d+"')
+_NUMBERED_ID: Final = re.compile(r' id="[A-Za-z][\w.]*_\d+"')
 
 
 @contextmanager
@@ -85,7 +85,9 @@ class Line:
     """Least and greatest around the line."""
 
 
-def lines(drawn: Sequence[Line], x_label: str, y_label: str, *, from_zero: bool = False, plain: bool = True) -> Callable[[Axes], None]:
+def lines(
+    drawn: Sequence[Line], x_label: str, y_label: str, *, from_zero: bool = False, plain: bool = True
+) -> Callable[[Axes], None]:
     """Draws lines with their legend above. `from_zero`: the y-axis begins there. Not `plain`: in powers of ten."""
 
     def draw(axes: Axes) -> None:
@@ -101,7 +103,15 @@ def lines(drawn: Sequence[Line], x_label: str, y_label: str, *, from_zero: bool 
         if not plain:
             axes.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
         if any(line.name for line in drawn):
-            axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=len(drawn), borderpad=0, handlelength=1.4, columnspacing=1.2)
+            axes.legend(
+                frameon=False,
+                loc="lower left",
+                bbox_to_anchor=(0, 1),
+                ncols=len(drawn),
+                borderpad=0,
+                handlelength=1.4,
+                columnspacing=1.2,
+            )
 
     return draw
 

@@ -4,11 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Final
 
 from lora_trainer import gates, plots
 from lora_trainer.config import RunConfig, config_table
-from lora_trainer.metrics import DecodingMetrics, Estimate, EvaluationMetrics, GateResult, HeldOutMetrics, RepliesMetrics, RunMetrics
+from lora_trainer.metrics import (
+    DecodingMetrics,
+    Estimate,
+    EvaluationMetrics,
+    GateResult,
+    HeldOutMetrics,
+    RepliesMetrics,
+    RunMetrics,
+)
 from lora_trainer.page import render_page, shown
 from lora_trainer.personas import HIGH_INTENSITY_FROM, LOW_INTENSITY_BELOW, BloodType, Expression, persona_spec
 from lora_trainer.training import StepLog
@@ -62,9 +71,7 @@ _COUNTS: Final = frozenset(("emoji", "characters"))
 _CORRELATIONS: Final = frozenset(("emoji_intensity",))
 
 
-def render_report(
-    metrics: RunMetrics, facts: Mapping[str, Any], steps: Sequence[StepLog], replies: Sequence[JudgedReply]
-) -> str:
+def render_report(metrics: RunMetrics, facts: Mapping[str, Any], steps: Sequence[StepLog], replies: Sequence[JudgedReply]) -> str:
     """The page. `facts`: what the manifest holds besides its files."""
     evaluation, spec = metrics.evaluation, persona_spec(metrics.blood_type)
     return render_page(
@@ -147,6 +154,10 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
+_REQUIRED: Final[Mapping[str, str]] = {"blood_type": "required"}
+"""The one setting without a default."""
+
+
 def settings_table(config: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Every setting with its default; those that differ first."""
     defaults = flattened(RunConfig(blood_type=config["blood_type"]).model_dump(mode="json"))
@@ -156,8 +167,12 @@ def settings_table(config: Mapping[str, Any]) -> list[dict[str, Any]]:
             "name": name,
             "value": value_text(value),
             # the one setting without a default
-            "default": "required" if name == "blood_type" else value_text(defaults[name]) if name in defaults else "unknown setting",
-            "differs": name == "blood_type" or name not in defaults or defaults[name] != value,
+            "default": "required"
+            if name == "blood_type"
+            else value_text(defaults[name])
+            if name in defaults
+            else "unknown setting",
+            "differs": name in _REQUIRED or name not in defaults or defaults[name] != value,
             "meaning": meaning.get(name, "").replace("`", ""),
         }
         for name, value in flattened(config).items()
@@ -195,7 +210,7 @@ def _verdict(metrics: RunMetrics) -> dict[str, Any]:
                 "interval": (min(bound, value), round(abs(bound - value), 2)),
             }
         )
-    missed = [row for row in rows if not row["gate"].passed]
+    missed = [row for row, gate in zip(rows, verdict.gates, strict=True) if not gate.passed]
     return {"passed": verdict.passed, "rows": rows, "missed": missed, "gate_id": verdict.gate_id}
 
 
@@ -303,7 +318,9 @@ def _metric(name: str, evaluation: EvaluationMetrics, results: Sequence[GateResu
                 "dot": place(estimate.value),
                 "whisker": None if lower is None or upper is None else (place(lower), round(place(upper) - place(lower), 2)),
                 # gates look at the greedy replies alone
-                "thresholds": [place(result.threshold) for result in thresholds] if (decoding, model) == ("greedy", "adapter") else [],
+                "thresholds": [place(result.threshold) for result in thresholds]
+                if (decoding, model) == ("greedy", "adapter")
+                else [],
             }
         )
     return {
@@ -348,7 +365,11 @@ def _emoji_plot(evaluation: EvaluationMetrics) -> str:
     ):
         at = {float(intensity): mean for intensity, mean in replied.emoji_by_intensity.items()}
         drawn.append(plots.Line(name, list(at), list(at.values()), color, style))
-    ends = {"low": (0.0, LOW_INTENSITY_BELOW), "middle": (LOW_INTENSITY_BELOW, HIGH_INTENSITY_FROM), "high": (HIGH_INTENSITY_FROM, 1.0)}
+    ends = {
+        "low": (0.0, LOW_INTENSITY_BELOW),
+        "middle": (LOW_INTENSITY_BELOW, HIGH_INTENSITY_FROM),
+        "high": (HIGH_INTENSITY_FROM, 1.0),
+    }
     label = "training data"
     for third, mean in evaluation.data_emoji_by_third.items():
         drawn.append(plots.Line(label, ends[third], (mean, mean), plots.WARM, "--"))
@@ -402,7 +423,7 @@ def thinned(steps: Sequence[StepLog], at_most: int = _MAX_POINTS) -> list[Sequen
     """`steps` in at most `at_most` runs of neighbours, as even as can be."""
     count = min(len(steps), at_most)
     edges = [len(steps) * number // count for number in range(count + 1)] if count else [0]
-    return [steps[start:end] for start, end in zip(edges, edges[1:], strict=False)]
+    return [steps[start:end] for start, end in pairwise(edges)]
 
 
 def _loss_plot(steps: Sequence[StepLog]) -> str:

@@ -144,7 +144,9 @@ def made_run(
     measured: dict[str, DecodingMetrics] = {}
     replies: list[JudgedReply] = []
     for number, decoding in enumerate(decodings(config.evaluation)):
-        adapter = _judged(asked, _adapter_answers(asked, answers, 5 + number, flaws * (1 + number)), "adapter", decoding, blood_type, data)
+        adapter = _judged(
+            asked, _adapter_answers(asked, answers, 5 + number, flaws * (1 + number)), "adapter", decoding, blood_type, data
+        )
         base = _judged(
             asked,
             [_generation(BASE_ANSWERS[(at * 7 + number) % len(BASE_ANSWERS)]) for at in range(len(asked))],
@@ -213,7 +215,7 @@ def _judge_metrics() -> JudgeMetrics:
         requests=963,
         prompt_tokens=412_345,
         completion_tokens=9_876,
-        rubric="Which of the two replies sounds more like the friend that is described?\n1. 반말\n2. one or two sentences\n3. <in character>",
+        rubric="Which of the two replies sounds more like that friend?\n1. 반말\n2. one or two sentences\n3. <in character>",
     )
 
 

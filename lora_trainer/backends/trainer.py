@@ -80,11 +80,19 @@ class StepTrainer(SFTTrainer):
         self.model_loss = model_loss
         self.training_log = TrainingLog()
         self._on_step = on_step
+        self._is_tracked = False
         for printing in (PrinterCallback, ProgressCallback):
             self.remove_callback(printing)
         self.add_callback(_StepEnd(self))
         self._unread: _UnreadStep | None = None
         self._mark_s = 0.0
+
+    def track(self, trackers: Sequence[TrainerCallback]) -> None:
+        """Let trackers' callbacks have each step's numbers. They start before the clock does."""
+        step_end = self.pop_callback(_StepEnd)
+        for callback in (*trackers, step_end):
+            self.add_callback(callback)
+        self._is_tracked = bool(trackers)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Step], num_batches: int, device: torch.device
@@ -167,14 +175,21 @@ class StepTrainer(SFTTrainer):
         """Note the step just done and report the one before it.
 
         Its numbers are on the device: read at once, the host would wait for the device before it can
-        prepare the next step.
+        prepare the next step. A tracker has to have them at once, as its callback takes the step's
+        number from the trainer's state.
         """
         step = self._unread
         if step is None:
             raise InvariantError("a step ended that never began: the trainer's loop is not the one this class was written for")
+        if self._is_tracked:
+            # waits for the device, so that the seconds are this step's too
+            step.loss = step.loss.cpu()
         now_s = time.perf_counter()
         step.number, step.step_s, self._mark_s = number, now_s - self._mark_s, now_s
-        if step.previous is not None:
+        if self._is_tracked:
+            self._report(step)
+            self._unread = None
+        elif step.previous is not None:
             self._report(step.previous)
             step.previous = None
 
@@ -204,6 +219,17 @@ class StepTrainer(SFTTrainer):
         self.training_log.steps.append(log)
         self.training_log.packed_rows += sum(len(row["packed_seq_lengths"]) > 1 for row in step.step.rows)
         self._on_step(log, self.state.max_steps)
+        if self._is_tracked:
+            numbers = {
+                "loss": log.loss,
+                "grad_norm": log.grad_norm,
+                "learning_rate": log.learning_rate,
+                "tokens_per_s": log.tokens / log.step_s,
+            }
+            self.callback_handler.on_log(self.args, self.state, self.control, numbers)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Nothing: the parent would give trackers a summary at the end that counts a step as a sample."""
 
 
 def mean_loss(model: Any, sequences: Sequence[TokenSequence], row_tokens: int) -> float:

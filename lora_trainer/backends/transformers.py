@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from lora_trainer.backends.trackers import tracking
 from lora_trainer.config import RunConfig
 from lora_trainer.errors import ConfigError, HardwareError, InvariantError
 from lora_trainer.evaluation import Decoding, Generation
@@ -47,6 +48,7 @@ class TransformersBackend:
         self.tokenizer: Any = None
         self._trainer: StepTrainer | None = None
         self._row_tokens = 0
+        self._work_dir = Path()
 
     # -- before the base is loaded ------------------------------------------------------------------
 
@@ -254,10 +256,11 @@ class TransformersBackend:
         work_dir: Path,
         on_step: OnStep,
     ) -> None:
-        """Build the trainer; `steps` holds indices into `sequences`."""
+        """Build the trainer; `steps` holds indices into `sequences`, `work_dir` is the run's own and named by its id."""
         from lora_trainer.backends.trainer import build_trainer
 
         self._row_tokens = plan.micro_batch_tokens
+        self._work_dir = work_dir
         self._trainer = build_trainer(
             model=self.model,
             tokenizer=self.tokenizer,
@@ -274,7 +277,7 @@ class TransformersBackend:
         )
 
     def train(self) -> TrainingLog:
-        """Train the adapter.
+        """Train the adapter; trackers write to `trackers/` in its working folder.
 
         Raises `InvariantError` if a base weight changed, an adapter weight did not, or records were not
         packed though a step has several; `HardwareError` when memory runs out; `DivergedError` for a NaN.
@@ -282,7 +285,12 @@ class TransformersBackend:
         trainer = self._ready_trainer()
         before = self._fingerprint(trainable=False)
         adapter_before = self._fingerprint(trainable=True)
-        with self._out_of_memory_is_hardware():
+        run_name = f"{self.config.blood_type}-{self._work_dir.name}"
+        with (
+            self._out_of_memory_is_hardware(),
+            tracking(self.config.logging.report_to, self._work_dir / "trackers", run_name) as trackers,
+        ):
+            trainer.track(trackers)
             trainer.train()
         changed = [name for name, value in self._fingerprint(trainable=False).items() if before[name] != value]
         if changed:

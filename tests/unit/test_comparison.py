@@ -17,6 +17,7 @@ from lora_trainer.errors import ExitCode
 from lora_trainer.metrics import METRICS_SCHEMA
 from lora_trainer.personas import BloodType
 
+EXPECTED = f"expected metrics of schema {METRICS_SCHEMA}"
 FIRST, SECOND, THIRD = "0123456789abcdef", "1111222233334444", "fedcba9876543210"
 
 
@@ -82,7 +83,9 @@ def test_several_personas_show_the_whole_confusion_matrix(bundles: Path, capsys:
 
 
 @pytest.mark.parametrize("columns", [80, 120])
-def test_it_fits_the_terminal(columns: int, bundles: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_it_fits_the_terminal(
+    columns: int, bundles: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     from rich.cells import cell_len
 
     monkeypatch.setenv("COLUMNS", str(columns))
@@ -167,10 +170,18 @@ def test_no_bundle_there(bundles: Path, tmp_path: Path, capsys: pytest.CaptureFi
 @pytest.mark.parametrize(
     ("name", "edit", "said"),
     [
-        ("metrics.json", lambda d: d.update(schema=1), f"expected metrics of schema {METRICS_SCHEMA}, got schema: input should be 2"),
-        ("metrics.json", lambda d: d.update(new=1), f"expected metrics of schema {METRICS_SCHEMA}, got new: extra inputs are not permitted"),
-        ("metrics.json", lambda d: d.pop("verdict"), f"expected metrics of schema {METRICS_SCHEMA}, got verdict: field required"),
-        ("metrics.json", None, f"expected metrics of schema {METRICS_SCHEMA}, got invalid JSON"),
+        (
+            "metrics.json",
+            lambda d: d.update(schema=1),
+            f"{EXPECTED}, got schema: input should be 2",
+        ),
+        (
+            "metrics.json",
+            lambda d: d.update(new=1),
+            f"{EXPECTED}, got new: extra inputs are not permitted",
+        ),
+        ("metrics.json", lambda d: d.pop("verdict"), f"{EXPECTED}, got verdict: field required"),
+        ("metrics.json", None, f"{EXPECTED}, got invalid JSON"),
         ("manifest.json", lambda d: d.update(schema=99), "not a manifest of schema 1"),
         ("manifest.json", lambda d: (d.pop("base"), d.pop("config")), "got no base, config; it was changed"),
     ],
@@ -198,7 +209,8 @@ def test_metrics_that_are_gone(bundles: Path, tmp_path: Path, capsys: pytest.Cap
     (folder / "metrics.json").unlink()
     assert run_cli(["compare", str(folder), str(bundles / "second")]) == ExitCode.STORAGE
     assert capsys.readouterr().err == (
-        f"error: file://{folder}/metrics.json: not there, though the manifest is; the bundle is damaged: move it away and run again\n"
+        f"error: file://{folder}/metrics.json: not there, though the manifest is; the bundle is damaged: "
+        "move it away and run again\n"
     )
     # a mistake in the command comes before a broken store, and neither hides the other
     assert run_cli(["compare", str(folder), str(tmp_path / "nowhere")]) == ExitCode.CONFIG

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,19 +12,23 @@ from typing import Any
 
 import pytest
 import structlog
+from conftest import REPOSITORY
+from made_metrics import MadeRun, made_run
 from structlog.testing import capture_logs
 
-from lora_trainer import bundle, pipeline
+from lora_trainer import bundle, gates, pipeline
 from lora_trainer.backends import open_backend
-from lora_trainer.config import RunConfig, settle
-from lora_trainer.errors import DataError
-from lora_trainer.pipeline import Job, Trained
+from lora_trainer.config import GatesConfig, RunConfig, settle
+from lora_trainer.errors import ConfigError, DataError
+from lora_trainer.evaluation import evaluation_id, prompts_digest
+from lora_trainer.evaluation_prompts import evaluation_prompts
+from lora_trainer.metrics import RunMetrics, Verdict
+from lora_trainer.pipeline import Evaluated, Job, Trained
 from lora_trainer.progress import RunProgress
 from lora_trainer.storage import sha256_of
 from lora_trainer.tokenization import TokenSequence
 from lora_trainer.training import StepLog, TrainingLog
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 TINY_BASE = REPOSITORY / "examples" / "tiny-base"
 DATA = REPOSITORY / "data" / "train_data_type_A.jsonl"
 
@@ -52,7 +57,7 @@ def prepare(job: Job, tmp_path: Path) -> tuple[pipeline.DataFile, pipeline.Ident
     pytest.importorskip("transformers", reason="transformers is not installed: no chat template can be applied")
     data = pipeline.fetch(job)
     records = pipeline.read(job, data)
-    identity = pipeline.identify(job, data)
+    identity = pipeline.identify(job, data, pipeline.fetch_prompts(job))
     progress = RunProgress(tmp_path / "progress.json", identity.run_id, "A", None)
     return data, identity, pipeline.format_and_split(job, open_backend(job.config), identity, records, progress)
 
@@ -70,7 +75,7 @@ def test_data_is_a_folder_or_a_file(tmp_path: Path, data: str) -> None:
 def test_every_event_after_identification_carries_the_run_id(tmp_path: Path) -> None:
     job = Job(config(tmp_path))
     data = pipeline.fetch(job)
-    identity = pipeline.identify(job, data)
+    identity = pipeline.identify(job, data, pipeline.fetch_prompts(job))
     assert structlog.contextvars.get_contextvars() == {"run_id": identity.run_id}
     assert job.run_dir(identity) == tmp_path / "work" / "runs" / "A" / identity.run_id
 
@@ -81,6 +86,7 @@ def test_records_become_steps(tmp_path: Path) -> None:
         _, _, prepared = prepare(job, tmp_path)
     count = len(DATA.read_text(encoding="utf-8").splitlines())
     assert len(prepared.train) + len(prepared.held_out) == count
+    assert len(prepared.train_records) == len(prepared.train)
     assert prepared.left_out == 0
     assert sorted(index for step in prepared.steps for index in step) == sorted([*range(len(prepared.train))] * 2)
     assert prepared.base_folder == TINY_BASE
@@ -102,6 +108,18 @@ def test_a_long_record_is_left_out_and_never_cut(tmp_path: Path) -> None:
     assert some.held_out == [sequence for sequence in whole.held_out if len(sequence) <= limit]
     (event,) = (event for event in events if event["event"] == "records_left_out")
     assert (event["records"], event["log_level"]) == (some.left_out, "warning")
+
+
+@pytest.mark.parametrize("limit", [1024, 90])
+def test_what_an_adapter_is_compared_with_is_what_it_was_trained_on(tmp_path: Path, limit: int) -> None:
+    """In its run, and when its bundle is questioned again later."""
+    job = Job(config(tmp_path, **{"training.max_length_tokens": limit}))
+    data, _, prepared = prepare(job, tmp_path)
+    tokenizer = open_backend(job.config).load_tokenizer(TINY_BASE)
+    records = pipeline.read(job, data)
+    assert (prepared.left_out > 0) is (limit < 1024)
+    assert pipeline.trained_records(job, records, tokenizer) == prepared.train_records
+    assert len(prepared.train_records) == len(prepared.train)
 
 
 def test_nothing_left_to_train_on(tmp_path: Path) -> None:
@@ -144,11 +162,22 @@ def trained() -> Trained:
     return Trained(TrainingLog(steps, packed_rows=4, train_s=2.0), loss_base=2.0, loss_adapter=1.0)
 
 
-def test_the_metrics_add_up(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def made() -> MadeRun:
+    """A run of twelve prompts: what a model would have said is made up, everything after that is real."""
+    return made_run(prompts=12, sampled=False, steps=3, flaws=0.0)
+
+
+def test_the_metrics_add_up(tmp_path: Path, made: MadeRun) -> None:
     sequence = TokenSequence((1, 2, 3), 1)
-    prepared = pipeline.Prepared(TINY_BASE, [sequence] * 9, [sequence] * 2, [[0]], 0)
-    metrics = pipeline.measure(open_backend(config(tmp_path)), prepared, trained())
-    assert metrics["training"] == {
+    prepared = pipeline.Prepared(TINY_BASE, [], [sequence] * 9, [sequence] * 2, [[0]], 0)
+    job = Job(config(tmp_path))
+    identity = pipeline.identify(job, pipeline.fetch(job), evaluation_prompts())
+    evaluated = Evaluated(made.metrics.evaluation, list(made.replies))
+    verdict = pipeline.decide(job, evaluated.metrics)
+    metrics = pipeline.summarise(job, open_backend(job.config), identity, prepared, trained(), evaluated, verdict)
+    document = metrics.as_json()
+    assert document["training"] == {
         "records": 9,
         "steps": 2,
         "loss_first": 3.0,
@@ -160,33 +189,343 @@ def test_the_metrics_add_up(tmp_path: Path) -> None:
         "train_s": 2.0,
         "tokens_per_s": 1000.0,
     }
-    assert metrics["held_out"] == {
+    assert document["held_out"] == {
         "records": 2,
         "loss_base": 2.0,
         "loss_adapter": 1.0,
         "perplexity_base": pytest.approx(7.389, abs=1e-3),
         "perplexity_adapter": pytest.approx(2.718, abs=1e-3),
     }
-    assert metrics["peak_memory_gib"] > 0
+    assert (document["run_id"], document["blood_type"]) == (identity.run_id, "A")
+    assert document["evaluation"] == made.metrics.as_json()["evaluation"]
+    assert document["verdict"]["gate_id"] == verdict.gate_id
+    assert document["peak_memory_gib"] > 0
+
+
+@pytest.mark.parametrize(("threshold", "passed"), [(0.5, True), (0.97, False)])
+def test_the_verdict_is_said(tmp_path: Path, made: MadeRun, threshold: float, passed: bool) -> None:
+    """48 replies are too few for a bound of 0.97, however good they are."""
+    with capture_logs() as events:
+        verdict = pipeline.decide(
+            Job(config(tmp_path, **{"gates.exact_json": threshold, **no_gates("exact_json")})), made.metrics.evaluation
+        )
+    (event,) = events
+    assert (event["event"], event["passed"], verdict.passed) == ("gates_decided", passed, passed)
+    assert event["gate_id"] == verdict.gate_id
+    assert event["missed"] == gates.missed(verdict)
+    assert len(event["missed"]) == (0 if passed else 1)
 
 
 def test_publication_then_pointer_then_the_local_copy_goes(tmp_path: Path) -> None:
     job = Job(config(tmp_path))
-    identity = pipeline.identify(job, pipeline.fetch(job))
+    identity = pipeline.identify(job, pipeline.fetch(job), evaluation_prompts())
     assert pipeline.find_finished(job, identity) is None
-    folder = bundle.fresh_folder(job.run_dir(identity) / "bundle")
-    (folder / "adapter_config.json").write_text("{}")
-    bundle.write_manifest(folder, {"run_id": identity.run_id, "started_at": job.started_at, "finished_at": job.started_at})
+    assert pipeline.find_published(job, identity) is None
+    verdict = Verdict(gate_id=identity.gate_id, passed=True, gates=())
+    folder = made_folder(job, identity, verdict)
     progress = RunProgress(job.run_dir(identity) / "progress.json", identity.run_id, "A", None)
-    outcome = pipeline.publish(job, identity, folder, progress)
+    outcome = pipeline.publish(job, identity, folder, verdict, progress)
     prefix = f"adapters/A/{identity.run_id}/"
-    assert outcome == pipeline.Outcome(identity.run_id, f"file://{tmp_path}/out/{prefix}", already_done=False, moved_latest=True)
+    uri = f"file://{tmp_path}/out/{prefix}"
+    assert outcome == pipeline.Outcome(identity.run_id, uri, f"{uri}report.html", verdict, already_done=False, moved_latest=True)
     assert bundle.verify(job.output, prefix) == []
     assert (tmp_path / "out" / "adapter_A" / "adapter_config.json").is_file()
     assert not folder.exists()
     assert json.loads((job.run_dir(identity) / "progress.json").read_text())["stage"] == "done"
     again = pipeline.find_finished(Job(config(tmp_path)), identity)
-    assert again == pipeline.Outcome(identity.run_id, outcome.bundle_uri, already_done=True, moved_latest=False)
+    assert again == pipeline.Outcome(identity.run_id, uri, f"{uri}report.html", verdict, already_done=True, moved_latest=False)
+
+
+def test_what_missed_a_gate_is_published_and_is_not_the_latest(tmp_path: Path) -> None:
+    job = Job(config(tmp_path))
+    identity = pipeline.identify(job, pipeline.fetch(job), evaluation_prompts())
+    verdict = Verdict(gate_id=identity.gate_id, passed=False, gates=())
+    progress = RunProgress(job.run_dir(identity) / "progress.json", identity.run_id, "A", None)
+    with capture_logs() as events:
+        outcome = pipeline.publish(job, identity, made_folder(job, identity, verdict), verdict, progress)
+    assert (outcome.verdict.passed, outcome.moved_latest, outcome.already_done) == (False, False, False)
+    assert bundle.verify(job.output, f"adapters/A/{identity.run_id}/") == []
+    (checked,) = (event for event in events if event["event"] == "latest_checked")
+    assert (checked["moved"], checked["reason"]) == (False, "the gates were not passed")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["adapters"]
+    assert [path.name for path in (tmp_path / "out" / "adapters" / "A").iterdir()] == [identity.run_id]
+    again = pipeline.find_finished(Job(config(tmp_path)), identity)
+    assert again is not None
+    assert (again.verdict, again.already_done, again.moved_latest) == (verdict, True, False)
+
+
+def made_folder(job: Job, identity: pipeline.Identity, verdict: Verdict) -> Path:
+    """A bundle before it is published."""
+    folder = bundle.fresh_folder(job.run_dir(identity) / "bundle")
+    (folder / "adapter_config.json").write_text("{}")
+    facts = {
+        "run_id": identity.run_id,
+        "started_at": job.started_at,
+        "finished_at": job.started_at,
+        "gate_id": verdict.gate_id,
+        "verdict": verdict.model_dump(mode="json"),
+    }
+    bundle.write_manifest(folder, facts)
+    return folder
+
+
+# -- the evaluation's prompts ---------------------------------------------------------------------------
+
+
+def prompt_lines(count: int = 12) -> str:
+    """What `data/eval_prompts.jsonl` begins with."""
+    return "".join(prompt.model_dump_json() + "\n" for prompt in evaluation_prompts()[:count])
+
+
+def test_the_prompts_that_ship_and_the_users_own(tmp_path: Path) -> None:
+    assert pipeline.fetch_prompts(Job(config(tmp_path))) == evaluation_prompts()
+    mine = tmp_path / "한글 mine.jsonl"
+    mine.write_text("\n" + prompt_lines(3).replace("\n", "\r\n"), encoding="utf-8")
+    for uri in (str(mine), f"file://{mine}"):
+        with capture_logs() as events:
+            found = pipeline.fetch_prompts(Job(config(tmp_path, **{"evaluation.prompts": uri})))
+        assert found == evaluation_prompts()[:3]
+        assert (events[-1]["event"], events[-1]["prompts"]) == ("prompts_fetched", 3)
+
+
+def test_the_same_prompts_elsewhere_are_the_same_verdict(tmp_path: Path) -> None:
+    copy = tmp_path / "copy.jsonl"
+    copy.write_text(prompt_lines(120), encoding="utf-8")
+    job, mine = Job(config(tmp_path)), Job(config(tmp_path, **{"evaluation.prompts": str(copy)}))
+    data = pipeline.fetch(job)
+    plain = pipeline.identify(job, data, pipeline.fetch_prompts(job))
+    assert pipeline.identify(mine, data, pipeline.fetch_prompts(mine)) == plain
+    fewer = pipeline.identify(job, data, evaluation_prompts()[1:])
+    assert fewer.run_id == plain.run_id
+    assert len({fewer.evaluation_id, plain.evaluation_id, fewer.gate_id, plain.gate_id}) == 4
+    other = Job(config(tmp_path, **{"gates.persona": 0.71}))
+    stricter = pipeline.identify(other, data, evaluation_prompts())
+    assert (stricter.run_id, stricter.evaluation_id) == (plain.run_id, plain.evaluation_id)
+    assert stricter.gate_id != plain.gate_id
+
+
+def test_bad_prompts_are_named_with_file_and_line(tmp_path: Path) -> None:
+    good = prompt_lines(1)
+    file = tmp_path / "mine.jsonl"
+    secret = "아무도보면안되는말"  # noqa: S105
+    file.write_text(
+        good
+        + '{"input": "나 왔어"}\n'
+        + f'{{"context": {{"summary": "", "current_emotion": {{"type": "hungry", "intensity": 3}}}}, "input": "{secret}"}}\n'
+        + f"{secret}\n",
+        encoding="utf-8",
+    )
+    with pytest.raises(DataError) as refused:
+        pipeline.fetch_prompts(Job(config(tmp_path, **{"evaluation.prompts": str(file)})))
+    where = f"file://{file}"
+    assert [problem.split(": ")[0] for problem in refused.value.problems] == [
+        f"{where}:2",
+        f"{where}:3",
+        f"{where}:3",
+        f"{where}:4",
+    ]
+    assert refused.value.problems[0].startswith(f"{where}:2: context: got nothing, expected an object")
+    assert secret not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "said"),
+    [
+        ("nowhere.jsonl", DataError, "nowhere.jsonl: not found"),
+        ("empty.jsonl", DataError, "empty.jsonl: got an empty file"),
+        ("folder/", ConfigError, "names no object"),
+        ("ftp://x/y.jsonl", ConfigError, "unknown scheme 'ftp://'"),
+    ],
+)
+def test_prompts_that_are_not_there(tmp_path: Path, name: str, kind: type[Exception], said: str) -> None:
+    (tmp_path / "empty.jsonl").touch()
+    uri = name if "://" in name else f"{tmp_path}/{name}"
+    with pytest.raises(kind, match=said):
+        pipeline.fetch_prompts(Job(config(tmp_path, **{"evaluation.prompts": uri})))
+
+
+# -- a finished run, asked for again through the command line -------------------------------------------
+
+DATA_LINES = 60
+
+
+def no_gates(*but: str) -> dict[str, None]:
+    return {f"gates.{name}": None for name in GatesConfig.model_fields if name not in but}
+
+
+class Finished:
+    """A run whose bundle is in the output already, judged by `gates.exact_json` alone, and the command that would make it."""
+
+    def __init__(self, tmp_path: Path, made: MadeRun, *, threshold: float) -> None:
+        self.folder = tmp_path
+        (tmp_path / "data").mkdir()
+        data = tmp_path / "data" / DATA.name
+        data.write_text("".join(DATA.read_text(encoding="utf-8").splitlines(keepends=True)[:DATA_LINES]), encoding="utf-8")
+        (tmp_path / "prompts.jsonl").write_text(prompt_lines(), encoding="utf-8")
+        self.settings: dict[str, Any] = {
+            "evaluation.prompts": str(tmp_path / "prompts.jsonl"),
+            "evaluation.temperature": 0,
+            **no_gates("exact_json"),
+        }
+        job = Job(config(tmp_path, data=str(data), **self.settings, **{"gates.exact_json": threshold}))
+        self.threshold = threshold
+        with capture_logs():
+            self.identity = pipeline.identify(job, pipeline.fetch(job), pipeline.fetch_prompts(job))
+        verdict = gates.decide(made.metrics.evaluation, job.config.gates)
+        assert made.metrics.evaluation.evaluation_id == self.identity.evaluation_id
+        assert verdict.gate_id == self.identity.gate_id
+        metrics = made.metrics.model_copy(update={"run_id": self.identity.run_id, "verdict": verdict})
+        facts = {
+            **made.facts,
+            "run_id": self.identity.run_id,
+            "started_at": "2026-01-01T00:00:00+00:00",
+            "finished_at": "2026-01-01T00:10:00+00:00",
+            "evaluation_id": self.identity.evaluation_id,
+            "gate_id": verdict.gate_id,
+            "verdict": verdict.model_dump(mode="json"),
+            "config": job.config.model_dump(mode="json"),
+        }
+        folder = bundle.fresh_folder(tmp_path / "bundle")
+        (folder / "adapter_config.json").write_text("{}")
+        (folder / "adapter_model.safetensors").write_bytes(b"weights")
+        bundle.write_evaluation(folder, metrics, made.steps, made.replies, facts)
+        bundle.write_manifest(folder, facts)
+        self.prefix = bundle.bundle_prefix(job.config.blood_type, self.identity.run_id)
+        bundle.publish(folder, job.output, self.prefix)
+        self.output = tmp_path / "out"
+        self.bundle = self.output / self.prefix
+
+    def hashes(self) -> dict[str, str]:
+        """Of the bundle's own files, and not of what lies under evaluations/."""
+        return {path.name: sha256_of(path) for path in self.bundle.iterdir() if path.is_file() and not path.name.startswith(".")}
+
+    def gate_id(self, threshold: float) -> str:
+        settings = config(self.folder, **self.settings, **{"gates.exact_json": threshold})
+        return gates.gate_id(evaluation_id(settings.evaluation, prompts_digest(evaluation_prompts()[:12])), settings.gates)
+
+    def run(self, threshold: float | None = None, *more: str) -> tuple[int, str, dict[str, dict[str, Any]]]:
+        """Exit code, standard output, and the log by event, from a process in which torch is not to be had."""
+        program = (
+            "import sys\n"
+            "from entrypoint.cli import run_cli\n"
+            "code = run_cli(sys.argv[1:])\n"
+            "heavy = {'torch', 'transformers', 'trl', 'peft', 'datasets', 'unsloth'} & set(sys.modules)\n"
+            "assert not heavy, heavy\n"
+            "sys.exit(code)\n"
+        )
+        settings = {**self.settings, "gates.exact_json": self.threshold if threshold is None else threshold}
+        arguments = [
+            "run", "--blood-type", "A", "--data", str(self.folder / "data" / DATA.name), "--output", str(self.output),
+            "--work-dir", str(self.folder / "work"), "--device", "cpu", "--base-model", str(TINY_BASE), "--log-format", "json",
+            "--set", "training.quantization=none",
+            *(part for name, value in settings.items() for part in ("--set", f"{name}={'none' if value is None else value}")),
+            *more,
+        ]  # fmt: skip
+        done = subprocess.run(
+            [sys.executable, "-c", program, *arguments],
+            cwd=self.folder,
+            env={**{k: v for k, v in os.environ.items() if not k.startswith("LORA_TRAINER_")}, "PYTHONPATH": str(REPOSITORY)},
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+        assert "Traceback" not in done.stderr, done.stderr[-3000:]
+        events = [json.loads(line) for line in done.stderr.splitlines()]
+        return done.returncode, done.stdout, {event["event"]: event for event in events}
+
+
+@pytest.mark.parametrize(("threshold", "code"), [(0.9, 0), (0.97, 4)], ids=["passed", "missed"])
+def test_a_finished_run_repeats_its_verdict(tmp_path: Path, made: MadeRun, threshold: float, code: int) -> None:
+    finished = Finished(tmp_path, made, threshold=threshold)
+    before = finished.hashes()
+    for _ in range(2):
+        ended, out, events = finished.run()
+        last = events["run_finished"]
+        assert (ended, last["exit_code"], last["already_done"], last["passed"]) == (code, code, True, code == 0)
+        assert out == f"file://{finished.bundle}/\n"
+        assert last["report"] == f"file://{finished.bundle}/report.html"
+        assert "evaluating_again" not in events
+        assert (finished.output / "adapters" / "A" / "latest.json").exists() is (code == 0)
+    assert finished.hashes() == before
+    assert not (finished.bundle / "evaluations").exists()
+    if code == 4:
+        (problem,) = last["problems"]
+        assert problem.startswith("gates.exact_json: got 0.939 (lower 95 % bound (Clopper-Pearson) of 1.000), expected >= 0.97")
+
+
+@pytest.mark.parametrize(("first", "second", "code"), [(0.97, 0.9, 0), (0.9, 0.97, 4)], ids=["then-passed", "then-missed"])
+def test_other_thresholds_decide_again_from_what_was_published(
+    tmp_path: Path, made: MadeRun, first: float, second: float, code: int
+) -> None:
+    finished = Finished(tmp_path, made, threshold=first)
+    before = finished.hashes()
+    gate_id = finished.gate_id(second)
+    assert gate_id != finished.identity.gate_id
+    ended, out, events = finished.run(second)
+    last = events["run_finished"]
+    assert (ended, last["already_done"], last["passed"]) == (code, False, code == 0)
+    assert last["run_id"] == finished.identity.run_id
+    # the bundle is the same one, and was not touched
+    assert out == f"file://{finished.bundle}/\n"
+    assert finished.hashes() == before
+    output = Job(config(tmp_path)).output
+    assert bundle.verify(output, finished.prefix) == []
+    # its new verdict lies beneath it, whole, with a report of its own
+    prefix = f"{finished.prefix}evaluations/{gate_id}/"
+    assert last["report"] == f"file://{finished.output}/{prefix}report.html"
+    assert bundle.verify(output, prefix) == []
+    manifest = bundle.read_manifest(output, prefix)
+    assert manifest is not None
+    assert set(manifest["files"]) == {"metrics.json", "metrics.schema.json", "replies.jsonl", "report.html", "train_log.jsonl"}
+    assert (manifest["run_id"], manifest["gate_id"], manifest["evaluation_id"]) == (
+        finished.identity.run_id, gate_id, finished.identity.evaluation_id,
+    )  # fmt: skip
+    assert manifest["started_at"] == "2026-01-01T00:00:00+00:00", "the run's, by which latest.json goes"
+    assert manifest["config"]["gates"]["exact_json"] == second
+    folder = finished.output / prefix
+    metrics = RunMetrics.model_validate_json((folder / "metrics.json").read_text(encoding="utf-8"))
+    assert metrics.evaluation == made.metrics.evaluation, "what was measured holds"
+    assert (metrics.training, metrics.held_out) == (made.metrics.training, made.metrics.held_out)
+    assert (metrics.verdict.passed, metrics.verdict.gate_id) == (code == 0, gate_id)
+    assert (folder / "replies.jsonl").read_bytes() == (finished.bundle / "replies.jsonl").read_bytes()
+    latest = finished.output / "adapters" / "A" / "latest.json"
+    assert latest.exists() is (code == 0)
+    # the next time it is repeated
+    ended, _, events = finished.run(second)
+    again = events["run_finished"]
+    assert (ended, again["already_done"], again["report"]) == (code, True, last["report"])
+    assert "evaluating_again" not in events
+    # and the first verdict still stands for whoever asks by its thresholds
+    ended, _, events = finished.run(first)
+    assert (ended, events["run_finished"]["already_done"]) == (4 - code, True)
+    assert events["run_finished"]["report"] == f"file://{finished.bundle}/report.html"
+    assert finished.hashes() == before
+
+
+@pytest.mark.parametrize("name", ["replies.jsonl", "adapter_model.safetensors"])
+def test_a_bundle_that_was_changed_is_not_judged_again(tmp_path: Path, made: MadeRun, name: str) -> None:
+    finished = Finished(tmp_path, made, threshold=0.97)
+    with (finished.bundle / name).open("ab") as file:
+        file.write(b"\n")
+    code, out, events = finished.run(0.9)
+    last = events["run_finished"]
+    assert (code, out, last["outcome"]) == (6, "", "StorageError")
+    (problem,) = last["problems"]
+    assert problem.startswith(f"file://{finished.bundle}/{name}: got ")
+    assert problem.endswith("the bundle was changed: move that prefix away and run again")
+    assert not (finished.bundle / "evaluations").exists()
+    assert not (finished.output / "adapters" / "A" / "latest.json").exists()
+
+
+def test_bad_prompts_end_the_run_with_exit_3(tmp_path: Path, made: MadeRun) -> None:
+    finished = Finished(tmp_path, made, threshold=0.9)
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(prompt_lines(2) + '{"input": "나 왔어"}\n' + prompt_lines(1) + "{\n", encoding="utf-8")
+    code, out, events = finished.run()
+    last = events["run_finished"]
+    assert (code, out, last["outcome"]) == (3, "", "DataError")
+    assert [problem.split(": ")[0] for problem in last["problems"]] == [f"file://{prompts}:3", f"file://{prompts}:5"]
 
 
 def test_the_source_revision(monkeypatch: pytest.MonkeyPatch) -> None:

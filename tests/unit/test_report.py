@@ -173,7 +173,9 @@ def test_without_sampled_replies_and_judge() -> None:
     assert made.metrics.evaluation.sampled is None
     read = Reader(page_of(made))
     assert read.sections == SECTIONS
-    assert "sampled" not in read.words
+    assert "greedy" in read.words
+    for text in (", sampled", "· sampled", "once sampled"):
+        assert text not in read.words
 
 
 def test_no_reply_could_be_read() -> None:
@@ -256,7 +258,10 @@ def test_texts_of_others_are_text(made: MadeRun, field: str) -> None:
     page = hostile(made, **update)
     read = Reader(page)
     assert not any(tag in ("script", "img") for tag, _ in read.tags)
-    assert "<script>alert(1)</script><img src=x onerror=alert(2)></pre></div></body>{{ 7 * 7 }}[U+202E]txet[U+202C][U+0000]" in read.words
+    assert (
+        "<script>alert(1)</script><img src=x onerror=alert(2)></pre></div></body>{{ 7 * 7 }}[U+202E]txet[U+202C][U+0000]"
+        in read.words
+    )
     assert "\u202e" not in page
     assert "\x00" not in page
 
@@ -269,7 +274,8 @@ def test_a_rubric_and_a_judge_are_text(made: MadeRun, page: str) -> None:
 def test_broken_json_is_shown_as_it_is_and_shortened(made: MadeRun) -> None:
     assert len(RAMBLING) > 10_000
     page = hostile(made, reply=RAMBLING, text=None, exact_json=False, stopped=False)
-    (card,) = [card for card in cards(page) if "12,010 characters" in card]
+    card = cards(page)[SHOWN_REPLIES]
+    assert "12,010 characters" in card
     raw = html.unescape(re.findall(r'<pre class="reply"[^>]*>([^<]*)</pre>', card)[0])
     assert raw.startswith('{"text": "그래서 말이야')
     assert raw.endswith("…")

@@ -97,7 +97,7 @@ def test_particles_follow_the_last_letter(tool: Any, word: str, particle: str, e
 
 
 def test_every_mood_of_a_family_answers_each_of_its_inputs(tool: Any) -> None:
-    for family in tool("frames").FAMILIES:
+    for family in tool("corpus").FAMILIES:
         for turns in (family.good, family.bad, family.plain):
             assert len(turns.inputs) == len(turns.replies), family.name
 

@@ -1,0 +1,183 @@
+"""Trackers around one training: the libraries' runs opened before it, closed behind it however it ends.
+
+transformers' own callbacks do the logging. They also open a run, by environment variables and defaults of the
+library that reach for the network or the current folder; so the run is opened here, and the callback takes the
+one it finds. Nothing leaves the machine unless the library's own variable says so: `MLFLOW_TRACKING_URI`,
+`WANDB_MODE` or `TENSORBOARD_LOGGING_DIR`.
+
+What they record: the numbers of each step, all of `SFTConfig`, the model's configuration, and the user's name and
+the program's in MLflow. Never the environment, the command line or a record's text.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from lora_trainer.config import Tracker
+from lora_trainer.errors import ConfigError, Interrupted
+from lora_trainer.logs import adopt_library_loggers
+
+if TYPE_CHECKING:
+    from transformers import TrainerCallback
+
+PROJECT: Final = "lora-trainer"
+"""MLflow's experiment and W&B's project, unless `MLFLOW_EXPERIMENT_NAME` or `WANDB_PROJECT` names another."""
+
+# what the tracker imports; MLflow without a server keeps its runs in SQLite
+_MODULES: Final[Mapping[Tracker, tuple[str, ...]]] = {
+    "tensorboard": ("tensorboard",),
+    "mlflow": ("mlflow", "sqlalchemy", "alembic"),
+    "wandb": ("wandb",),
+}
+
+
+def require_installed(trackers: Sequence[Tracker]) -> None:
+    """Raise `ConfigError` for each of `trackers` whose library is not there; imports none of them."""
+    problems = []
+    for tracker in trackers:
+        if missing := [module for module in _MODULES[tracker] if not _is_installed(module)]:
+            problems.append(
+                f"logging.report_to: {tracker} is not installed ({', '.join(missing)} missing): pip install 'lora-trainer[trackers]'"
+            )
+    if problems:
+        raise ConfigError(problems)
+
+
+def _is_installed(module: str) -> bool:
+    spec = importlib.util.find_spec(module)
+    # W&B calls the folder of its runs `wandb`: in the current folder that is a package without a file
+    return spec is not None and spec.origin is not None
+
+
+@contextmanager
+def tracking(trackers: Sequence[Tracker], folder: Path, run_name: str) -> Iterator[list[TrainerCallback]]:
+    """Open a run called `run_name` with each of `trackers`, in `folder/<tracker>`; gives the callbacks that log to them."""
+    with ExitStack() as stack:
+        yield [stack.enter_context(_OPEN[tracker](folder.absolute() / tracker, run_name)) for tracker in trackers]
+
+
+@contextmanager
+def _tensorboard(folder: Path, run_name: str) -> Iterator[TrainerCallback]:
+    from torch.utils.tensorboard import SummaryWriter
+    from transformers.integrations import TensorBoardCallback
+
+    target = str(folder)
+    if users := os.environ.get("TENSORBOARD_LOGGING_DIR"):
+        # TensorBoard names a run by its folder, and this one is for all of them; it may be a URI
+        target = f"{os.path.expanduser(users).rstrip('/')}/{run_name}"  # noqa: PTH111
+    # the steps of an attempt that was interrupted are hidden, as this one begins with the first again
+    writer = SummaryWriter(log_dir=target, purge_step=0)
+    try:
+        yield TensorBoardCallback(writer)
+    finally:
+        writer.close()
+
+
+@contextmanager
+def _mlflow(folder: Path, run_name: str) -> Iterator[TrainerCallback]:
+    # read at import; it reports to its makers otherwise
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    # GitPython prints a page where there is no git
+    os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
+    import mlflow
+    from transformers.integrations import MLflowCallback
+
+    adopt_library_loggers()
+    logging.getLogger("mlflow").setLevel(logging.WARNING)
+    # MLflow writes what it was told into the environment, where the next run would take it for the user's word
+    with _restored_environment("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_ID", "MLFLOW_RUN_ID"):
+        experiment_id = None
+        offline = not os.environ.get("MLFLOW_TRACKING_URI")
+        if offline:
+            folder.mkdir(parents=True, exist_ok=True)
+            mlflow.set_tracking_uri(f"sqlite:///{folder / 'mlflow.db'}")
+            name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or PROJECT
+            found = mlflow.get_experiment_by_name(name)
+            # artifacts would go to the current folder
+            experiment_id = (
+                found.experiment_id
+                if found
+                else mlflow.create_experiment(name, artifact_location=(folder / "artifacts").as_uri())
+            )
+        mlflow.start_run(run_name=run_name, experiment_id=experiment_id)
+        status = "FAILED"
+        try:
+            yield MLflowCallback()
+            status = "FINISHED"
+        except Interrupted:
+            status = "KILLED"
+            raise
+        finally:
+            mlflow.flush_async_logging()
+            mlflow.end_run(status)
+            if offline:
+                mlflow.set_tracking_uri(None)
+
+
+@contextmanager
+def _wandb(folder: Path, run_name: str) -> Iterator[TrainerCallback]:
+    # read when its service starts; it reports to its makers otherwise
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+    import wandb
+    from transformers.integrations import WandbCallback
+
+    adopt_library_loggers()
+    logging.getLogger("wandb").setLevel(logging.WARNING)
+    folder.mkdir(parents=True, exist_ok=True)
+    with _restored_environment("WANDB_CACHE_DIR"):
+        # its service logs there, and to our standard error where it can't: a home is read-only in the image
+        os.environ.setdefault("WANDB_CACHE_DIR", str(folder / "cache"))
+        wandb.init(
+            project=os.environ.get("WANDB_PROJECT") or PROJECT,
+            name=run_name,
+            dir=os.environ.get("WANDB_DIR") or str(folder),
+            mode=os.environ.get("WANDB_MODE") or "offline",
+            settings=wandb.Settings(
+                # what is printed may quote data, and the command line is the user's own
+                console="off",
+                disable_code=True,
+                save_code=False,
+                disable_git=True,
+                x_disable_meta=True,
+                x_save_requirements=False,
+                # asks a cloud's metadata server where it runs, offline too
+                x_disable_stats=True,
+                x_disable_machine_info=True,
+                silent=True,
+            ),
+        )
+        exit_code = 1
+        try:
+            yield WandbCallback()
+            exit_code = 0
+        finally:
+            wandb.finish(exit_code=exit_code)
+            # its service is a process of its own, and keeps the environment of the first run
+            wandb.teardown(exit_code=exit_code)
+
+
+@contextmanager
+def _restored_environment(*names: str) -> Iterator[None]:
+    """Variables as they were before the block, whatever it does to them."""
+    before = {name: os.environ.get(name) for name in names}
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+_OPEN: Final[Mapping[Tracker, Callable[[Path, str], AbstractContextManager[TrainerCallback]]]] = {
+    "tensorboard": _tensorboard,
+    "mlflow": _mlflow,
+    "wandb": _wandb,
+}

@@ -1,0 +1,248 @@
+"""The report and the comparison as a real browser shows them: wide and on a phone, light and dark."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+from chromium import Browser, Page, chromium, open_browser
+from made_metrics import RAMBLING, made_run, write_bundle
+
+from entrypoint.cli import run_cli
+from lora_trainer.comparison import compare, render_html
+from lora_trainer.errors import ExitCode
+from lora_trainer.personas import BloodType
+from lora_trainer.report import render_report
+
+pytestmark = pytest.mark.integration
+
+WIDE, PHONE, NARROW = 1280, 390, 360
+Scheme = Literal["light", "dark"]
+PAGES = ("passed", "failed", "comparison")
+each_page = pytest.mark.parametrize("name", PAGES)
+each_width = pytest.mark.parametrize("width", [WIDE, PHONE, NARROW])
+each_scheme = pytest.mark.parametrize("scheme", ["light", "dark"])
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    if (program := chromium()) is None:
+        pytest.skip("chromium is not installed: apt-get install chromium")
+    with open_browser(program, tmp_path_factory.mktemp("profile")) as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The three pages: everything there is; little, and much of it unbroken; four runs."""
+    folder = tmp_path_factory.mktemp("pages")
+    passed = made_run(judged_by_model=True)
+    failed = made_run(BloodType.AB, flaws=0.12, sampled=False, steps=5000)
+    long = {"reply": RAMBLING.replace(" ", ""), "input": "ㅋ" * 500, "summary": "w" * 500, "score": -1.0}
+    replies = [reply.model_copy(update=long) if reply.prompt == 3 else reply for reply in failed.replies]
+    facts = {**failed.facts, "data": {**failed.facts["data"], "uri": f"s3://{'bucket' * 20}/{'x' * 200}.jsonl"}}
+    (folder / "passed.html").write_text(render_report(passed.metrics, passed.facts, passed.steps, passed.replies), encoding="utf-8")
+    (folder / "failed.html").write_text(render_report(failed.metrics, facts, failed.steps, replies), encoding="utf-8")
+    runs = [passed, failed, made_run(BloodType.B, flaws=0.1), made_run(BloodType.O, settings=(("lora.r", 32),))]
+    uris = [str(write_bundle(made, folder / "runs" / str(number))) for number, made in enumerate(runs)]
+    (folder / "comparison.html").write_text(render_html(compare(uris)), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def opened(browser: Browser, pages: Path, name: str, width: int, scheme: Scheme) -> Iterator[Page]:
+    with browser.page((pages / f"{name}.html").as_uri(), width, scheme=scheme) as page:
+        yield page
+
+
+@each_page
+@each_width
+@each_scheme
+def test_the_browser_has_nothing_to_complain_of(opened: Page, width: int) -> None:
+    assert opened.evaluate("document.compatMode") == "CSS1Compat"
+    opened.evaluate("document.querySelectorAll('details').forEach(part => part.open = true)")
+    assert opened.evaluate("[innerWidth, document.documentElement.scrollWidth]") == [width, width]
+    assert opened.said == []
+    # nothing but the page itself and its empty icon
+    assert [url for url in opened.requested if not url.startswith("data:")] == [opened.url]
+
+
+@each_width
+def test_the_generators_report_fits_too(browser: Browser, tmp_path: Path, width: int) -> None:
+    report = tmp_path / "report.html"
+    assert run_cli(["generate", "--count", "30", "--output", f"{tmp_path}/made/", "--report", str(report)]) == ExitCode.DONE
+    with browser.page(report.as_uri(), width) as page:
+        assert page.evaluate("[innerWidth, document.documentElement.scrollWidth]") == [width, width]
+        assert page.said == []
+
+
+def test_the_browsers_complaints_are_heard(browser: Browser, tmp_path: Path) -> None:
+    (tmp_path / "bad.html").write_text("<img src='nowhere.png'><script>console.log('hello'); throw Error('broken')</script>")
+    with browser.page((tmp_path / "bad.html").as_uri(), WIDE) as page:
+        said = "\n".join(page.said)
+        assert "hello" in said
+        assert "broken" in said
+        assert "ERR_FILE_NOT_FOUND" in said
+        assert len(page.requested) == 2
+
+
+# elements that reach out of the window, and whose text is cut off, unless they can be scrolled
+CUT = """
+[...document.querySelectorAll("body, body *")].filter(e => {
+  if (e.closest("svg") && e.tagName !== "svg") return false;
+  const box = e.getBoundingClientRect();
+  if (!box.width || e.parentElement.closest(".scroll")) return false;
+  const style = getComputedStyle(e);
+  const cut = style.overflowX === "hidden" && e.scrollWidth > e.clientWidth + 1
+    || style.overflowY === "hidden" && e.scrollHeight > e.clientHeight + 1;
+  // marks sit on the ends of their axis
+  return cut || !e.closest(".track") && (box.left < -0.5 || box.right > innerWidth + 0.5);
+}).map(e => e.outerHTML.slice(0, 120))
+"""
+# children of a row that lie on each other
+OVERLAPPING = """
+[...document.querySelectorAll(".gates > div, .grid, .talk, .rows, .figure, .answers, main, nav")].flatMap(parent => {
+  const boxes = [...parent.children].map(e => [e, e.getBoundingClientRect()]).filter(([, box]) => box.width && box.height);
+  return boxes.flatMap(([one, a], at) => boxes.slice(at + 1).filter(([, b]) =>
+    Math.min(a.right, b.right) - Math.max(a.left, b.left) > 1 && Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top) > 1
+  ).map(([other]) => one.outerHTML.slice(0, 80) + " on " + other.outerHTML.slice(0, 80)));
+})
+"""
+
+
+@each_page
+@each_width
+@each_scheme
+def test_nothing_is_cut_off_and_nothing_lies_on_anything(opened: Page) -> None:
+    opened.evaluate("document.querySelectorAll('details').forEach(part => part.open = true)")
+    assert opened.evaluate(CUT) == []
+    assert opened.evaluate(OVERLAPPING) == []
+
+
+@pytest.mark.parametrize("name", ["passed", "failed"])
+@each_width
+@pytest.mark.parametrize("scheme", ["light"])
+def test_the_order_to_look_at(opened: Page, width: int) -> None:
+    tops: dict[str, float] = opened.evaluate(
+        "Object.fromEntries([...document.querySelectorAll('section')].map(e => [e.id, e.getBoundingClientRect().top + scrollY]))"
+    )
+    assert list(tops)[:4] == ["verdict", "gates", "about", "metrics"]
+    assert list(tops.values()) == sorted(tops.values())
+    # the verdict is seen without scrolling, and it is big
+    verdict = opened.evaluate(
+        "(e => [e.getBoundingClientRect().bottom, parseFloat(getComputedStyle(e).fontSize)])"
+        "(document.querySelector('.verdict strong'))"
+    )
+    assert verdict[0] < 250
+    assert verdict[1] >= 28
+    # on a wide page cards stand beside each other, on a phone one below the other
+    lefts = opened.evaluate(
+        "new Set([...document.querySelectorAll('#metrics .card')].map(e => e.getBoundingClientRect().left)).size"
+    )
+    assert (lefts > 1) == (width == WIDE)
+    sizes = opened.evaluate("[...document.querySelectorAll('svg')].map(e => [e.clientWidth, e.clientHeight])")
+    assert len(sizes) == 4
+    for figure_width, figure_height in sizes:
+        assert figure_width > 250
+        assert 0.4 < figure_height / figure_width < 1.6
+    # text in a plot: about the size of small print, whatever the width
+    heights = opened.evaluate("[...document.querySelectorAll('svg text')].map(e => e.getBoundingClientRect().height)")
+    assert min(heights) > 8
+
+
+def test_the_checks_see_what_they_are_for(browser: Browser, pages: Path) -> None:
+    with browser.page((pages / "passed.html").as_uri(), PHONE) as page:
+        assert page.evaluate(CUT) == page.evaluate(OVERLAPPING) == page.evaluate(FAINT) == []
+        page.evaluate(
+            "document.head.append(Object.assign(document.createElement('style'), "
+            "{textContent: '.said { height: 1rem; overflow: hidden } #about table { width: 30rem } "
+            ".gates .needs { margin-right: -5rem } .soft { color: #aaa }'}))"
+        )
+        for check in (CUT, OVERLAPPING, FAINT):
+            assert page.evaluate(check) != []
+        assert page.evaluate("document.documentElement.scrollWidth") > PHONE
+
+
+# text whose contrast with what lies behind it is below WCAG AA's 4.5, or 3 where it is large
+FAINT = """
+(() => {
+  const rgba = text => {
+    const [red, green, blue, alpha = 1] = text.match(/[\\d.]+/g).map(Number), unit = text.startsWith("color(") ? 255 : 1;
+    return [red * unit, green * unit, blue * unit, alpha];
+  };
+  const over = (top, below) => [0, 1, 2].map(i => top[i] * top[3] + below[i] * (1 - top[3])).concat(1);
+  const linear = value => value <= 0.03928 ? value / 12.92 : ((value + 0.055) / 1.055) ** 2.4;
+  const luminance = c => [0.2126, 0.7152, 0.0722].reduce((sum, share, i) => sum + share * linear(c[i] / 255), 0);
+  const behind = e => e === null ? [255, 255, 255, 1] : over(rgba(getComputedStyle(e).backgroundColor), behind(e.parentElement));
+  const found = [], walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+  for (let node; node = walker.nextNode();) {
+    const e = node.parentElement;
+    if (!node.data.trim() || !e.getClientRects().length) continue;
+    const style = getComputedStyle(e), back = behind(e);
+    const ink = e.closest("svg") ? rgba(getComputedStyle(e).fill) : rgba(style.color);
+    const [low, high] = [luminance(over(ink, back)), luminance(back)].sort((a, b) => a - b);
+    const ratio = (high + 0.05) / (low + 0.05), large = parseFloat(style.fontSize) >= 24;
+    if (ratio < (large ? 3 : 4.5)) found.push(`${ratio.toFixed(2)} ${node.data.trim().slice(0, 40)}`);
+  }
+  return [...new Set(found)];
+})()
+"""
+
+
+@each_page
+@pytest.mark.parametrize("width", [WIDE])
+@each_scheme
+def test_text_stands_out_from_what_is_behind_it(opened: Page) -> None:
+    opened.evaluate("document.querySelectorAll('details').forEach(part => part.open = true)")
+    assert opened.evaluate(FAINT) == []
+
+
+def image(path: Path) -> Any:
+    from matplotlib.image import imread
+
+    return imread(path)[..., :3]
+
+
+@each_page
+@pytest.mark.parametrize("width", [WIDE, PHONE])
+@each_scheme
+def test_screenshots_show_a_page(opened: Page, width: int, scheme: Scheme, tmp_path: Path) -> None:
+    seen = image(opened.screenshot(tmp_path / "page.png", whole=False))
+    assert seen.shape[1] == width
+    # the paper is the commonest colour, and of the right kind
+    corner = seen[-1, 0]
+    assert (corner.mean() > 0.9) == (scheme == "light")
+    assert (corner.mean() < 0.15) == (scheme == "dark")
+    # there is ink on it, from the top to the bottom of the window
+    is_ink = abs(seen - corner).max(axis=2) > 0.25
+    assert 0.01 < is_ink.mean() < 0.5
+    bands = is_ink[: len(is_ink) // 9 * 9].reshape(9, -1)
+    assert (bands.mean(axis=1) > 0).sum() >= 8
+
+
+@pytest.mark.parametrize("name", ["passed"])
+@pytest.mark.parametrize("width", [PHONE])
+@pytest.mark.parametrize("scheme", ["light"])
+def test_korean_is_drawn(opened: Page) -> None:
+    fc_list = shutil.which("fc-list")
+    listed = fc_list and subprocess.run([fc_list, ":lang=ko"], capture_output=True, check=False).stdout
+    if not listed:
+        pytest.skip("fonts-noto-cjk is not installed: apt-get install fonts-noto-cjk")
+    for selector in (".said", "pre.reply"):
+        # three syllables, and a character that no font has, in the font of a chat bubble
+        drawn = opened.evaluate(
+            """(style => ["한", "글", "힣", "\\ue123"].map(letter => {
+                 const canvas = Object.assign(document.createElement("canvas"), {width: 60, height: 60});
+                 const pen = canvas.getContext("2d");
+                 pen.font = `40px ${style.fontFamily}`;
+                 pen.fillText(letter, 5, 45);
+                 const ink = [...pen.getImageData(0, 0, 60, 60).data].filter((_, at) => at % 4 == 3);
+                 return ink.map(alpha => alpha > 127 ? 1 : 0).join("");
+               }))(getComputedStyle(document.querySelector("SELECTOR")))""".replace("SELECTOR", selector)
+        )
+        assert len(set(drawn)) == 4, f"{selector}: syllables look alike"
+        assert all(letter.count("1") > 100 for letter in drawn[:3])

@@ -1,0 +1,246 @@
+"""Numbers against thresholds: which side of one reply a gate stands on, and what is said to whoever missed it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+import pytest
+from made_metrics import made_run
+
+from lora_trainer import gates
+from lora_trainer.config import GatesConfig, settle
+from lora_trainer.errors import ConfigError
+from lora_trainer.gates import decide, gate_id, missed
+from lora_trainer.metrics import Estimate, EvaluationMetrics, GateResult, Verdict
+from lora_trainer.statistics import ClusterBootstrap, clopper_pearson
+
+# the setting's name -> the measure that it is about
+RATE_OF = {
+    "exact_json": "exact_json",
+    "stop": "stop",
+    "one_or_two_sentences": "one_or_two_sentences",
+    "informal_speech": "informal_speech",
+    "persona": "persona",
+    "question_rate_min": "question",
+    "question_rate_max": "question",
+}
+
+
+@cache
+def measured() -> EvaluationMetrics:
+    """A whole evaluation, in which a test changes the numbers that it is about."""
+    return made_run(prompts=6, sampled=False, steps=3).metrics.evaluation
+
+
+def rate(successes: int, of: int = 480) -> Estimate:
+    """As `replies_metrics` measures it."""
+    lower, upper = clopper_pearson(successes, of)
+    drawn = ClusterBootstrap([at // 4 for at in range(of)], 100, 20).mean([float(at < successes) for at in range(of)])
+    return Estimate(
+        value=successes / of,
+        lower=lower,
+        upper=upper,
+        bootstrap_lower=drawn[0],
+        bootstrap_upper=drawn[1],
+        successes=successes,
+        of=of,
+    )
+
+
+def mean(value: float, lower: float | None, upper: float | None = None, *, adapter_replies: int = 480) -> Estimate:
+    return Estimate(value=value, lower=lower, upper=upper, bootstrap_lower=lower, bootstrap_upper=upper, of=adapter_replies)
+
+
+def evaluation_with(win_rate: Estimate | None = None, **adapter: Estimate) -> EvaluationMetrics:
+    greedy = measured().greedy
+    changed: dict[str, Any] = {"adapter": greedy.adapter.model_copy(update=adapter)}
+    if win_rate:
+        changed["win_rate"] = win_rate
+    return measured().model_copy(update={"greedy": greedy.model_copy(update=changed)})
+
+
+def only(**thresholds: float | None) -> GatesConfig:
+    """No gates but these."""
+    return GatesConfig(**{**dict.fromkeys(GatesConfig.model_fields), **thresholds})
+
+
+def one(verdict: Verdict) -> GateResult:
+    (gate,) = verdict.gates
+    return gate
+
+
+# -- at the threshold -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "enough"),
+    [
+        ("exact_json", 472),
+        ("stop", 472),
+        ("one_or_two_sentences", 456),
+        ("informal_speech", 465),
+        ("persona", 353),
+        ("question_rate_min", 211),
+    ],
+)
+def test_one_reply_decides(name: str, enough: int) -> None:
+    threshold = getattr(GatesConfig(), name)
+    for successes, passes in ((enough, True), (enough - 1, False)):
+        verdict = decide(evaluation_with(**{RATE_OF[name]: rate(successes)}), only(**{name: threshold}))
+        gate = one(verdict)
+        assert (gate.name, gate.relation, gate.threshold) == (name, ">=", threshold)
+        assert gate.compared == clopper_pearson(successes, 480)[0]
+        assert gate.value == successes / 480
+        assert gate.passed is verdict.passed is passes
+        # the rate itself is over the threshold on both sides: the bound is what counts
+        assert gate.value > threshold
+
+
+def test_one_reply_decides_a_maximum_by_the_upper_bound() -> None:
+    for successes, passes in ((394, True), (395, False)):
+        gate = one(decide(evaluation_with(question=rate(successes)), only(question_rate_max=0.85)))
+        assert (gate.relation, gate.passed, gate.value < 0.85) == ("<=", passes, True)
+        assert gate.compared == clopper_pearson(successes, 480)[1]
+        assert "upper" in gate.measure
+
+
+@pytest.mark.parametrize("name", RATE_OF)
+def test_the_threshold_itself_is_enough(name: str) -> None:
+    estimate = rate(400)
+    bound = estimate.upper if name == "question_rate_max" else estimate.lower
+    assert bound is not None
+    evaluation = evaluation_with(**{RATE_OF[name]: estimate})
+    assert decide(evaluation, only(**{name: bound})).passed
+    beyond = bound - 1e-12 if name == "question_rate_max" else bound + 1e-12
+    assert not decide(evaluation, only(**{name: beyond})).passed
+
+
+def test_for_a_correlation_and_for_wins_it_has_to_be_more() -> None:
+    for lower, passes in ((0.2, False), (0.2000001, True), (0.1999999, False)):
+        gate = one(decide(evaluation_with(emoji_intensity=mean(0.5, lower)), only(emoji_intensity=0.2)))
+        assert (gate.relation, gate.compared, gate.passed) == (">", lower, passes)
+        assert "bootstrap" in gate.measure
+    for lower, passes in ((0.5, False), (0.5000001, True)):
+        gate = one(decide(evaluation_with(win_rate=mean(0.7, lower)), only(win_rate=0.5)))
+        assert (gate.relation, gate.compared, gate.passed) == (">", lower, passes)
+
+
+def test_what_was_never_seen_is_the_worst_that_it_could_be() -> None:
+    nothing = mean(0.0, None, adapter_replies=0)
+    assert not decide(evaluation_with(emoji_intensity=nothing), only(emoji_intensity=-1)).passed
+    assert not decide(evaluation_with(win_rate=nothing), only(win_rate=0)).passed
+    unread = Estimate(value=0, lower=0, upper=1, bootstrap_lower=None, bootstrap_upper=None, successes=0, of=0)
+    assert not decide(evaluation_with(question=unread), only(question_rate_min=0.4)).passed
+    assert not decide(evaluation_with(question=unread), only(question_rate_max=0.85)).passed
+
+
+def test_greedy_replies_of_the_adapter_decide_alone() -> None:
+    """Sampled ones come out otherwise elsewhere, and the base is not on trial."""
+    evaluation = evaluation_with(exact_json=rate(480))
+    bad = evaluation.greedy.base.model_copy(update={"exact_json": rate(0)})
+    worse = evaluation.greedy.model_copy(update={"adapter": bad, "base": bad})
+    changed = evaluation.model_copy(update={"sampled": worse, "greedy": evaluation.greedy.model_copy(update={"base": bad})})
+    assert decide(changed, only(exact_json=0.97)).passed
+    assert not decide(changed.model_copy(update={"greedy": worse}), only(exact_json=0.97)).passed
+
+
+# -- which gates there are ------------------------------------------------------------------------------
+
+
+def test_none_takes_a_gate_away() -> None:
+    everything = [gate.name for gate in decide(measured(), GatesConfig()).gates]
+    assert everything == list(GatesConfig.model_fields)
+    for name in GatesConfig.model_fields:
+        config = settle({"blood_type": "A"}, {f"LORA_TRAINER_GATES__{name.upper()}": "none"})
+        assert [gate.name for gate in decide(measured(), config.gates).gates] == [other for other in everything if other != name]
+    without = decide(measured(), only())
+    assert (without.passed, without.gates) == (True, ())
+
+
+def test_zero_is_a_threshold_and_not_the_absence_of_one() -> None:
+    assert one(decide(measured(), only(persona=0.0))).threshold == 0.0
+    assert one(decide(measured(), only(emoji_intensity=0.0))).threshold == 0.0
+
+
+@pytest.mark.parametrize(("name", "value"), [("persona", 1.01), ("persona", -0.1), ("emoji_intensity", -1.5), ("win_rate", "high")])
+def test_a_threshold_that_is_none(name: str, value: object) -> None:
+    with pytest.raises(ConfigError, match=f"command line: gates.{name}: got {value!r}"):
+        settle({"blood_type": "A", f"gates.{name}": value}, {})
+
+
+def test_one_missed_gate_is_enough() -> None:
+    evaluation = evaluation_with(exact_json=rate(480), stop=rate(471))
+    verdict = decide(evaluation, only(exact_json=0.97, stop=0.97))
+    assert [gate.passed for gate in verdict.gates] == [True, False]
+    assert not verdict.passed
+
+
+def test_the_gate_id_is_of_the_evaluation_and_of_the_thresholds() -> None:
+    plain = gate_id("0" * 16, GatesConfig())
+    changed = [GatesConfig(**{name: value}) for name in GatesConfig.model_fields for value in (0.123, None)]
+    ids = {plain, gate_id("1" * 16, GatesConfig()), *(gate_id("0" * 16, config) for config in changed)}
+    assert len(ids) == 2 + len(changed)
+    assert all(len(found) == 16 for found in ids)
+    # a default that is spelled out is the same threshold
+    assert gate_id("0" * 16, settle({"blood_type": "A", "gates.exact_json": "0.970"}, {}).gates) == plain
+    assert decide(measured(), GatesConfig()).gate_id == gate_id(measured().evaluation_id, GatesConfig())
+
+
+# -- what is said ---------------------------------------------------------------------------------------
+
+
+def test_what_was_missed_is_said_in_full() -> None:
+    evaluation = evaluation_with(
+        exact_json=rate(471),
+        persona=rate(480),
+        question=rate(470),
+        emoji_intensity=mean(0.31, 0.1501),
+        win_rate=mean(0.5, 0.5, 0.5),
+    )
+    thresholds = only(exact_json=0.97, persona=0.7, question_rate_max=0.85, emoji_intensity=0.2, win_rate=0.5)
+    lines = missed(decide(evaluation, thresholds))
+    assert [line.split(":")[0] for line in lines] == [
+        "gates.exact_json", "gates.emoji_intensity", "gates.question_rate_max", "gates.win_rate",
+    ]  # fmt: skip
+    assert lines[0].startswith(
+        "gates.exact_json: got 0.968 (lower 95 % bound (Clopper-Pearson) of 0.981), expected >= 0.97: missed by 0.002; look at"
+    )
+    assert lines[1].startswith(
+        "gates.emoji_intensity: got 0.150 (lower 95 % bound (bootstrap by prompt) of 0.310), expected > 0.2: missed by 0.050; the"
+    )
+    upper = clopper_pearson(470, 480)[1]
+    assert (
+        f"got {upper:.3f} (upper 95 % bound (Clopper-Pearson) of 0.979), expected <= 0.85: missed by {upper - 0.85:.3f}; "
+        in lines[2]
+    )
+    assert "got 0.500 (lower 95 % bound (bootstrap by prompt) of 0.500), expected > 0.5: missed by 0.000; " in lines[3]
+    assert missed(decide(evaluation, only(persona=0.7))) == []
+
+
+@pytest.mark.parametrize("name", GatesConfig.model_fields)
+def test_every_gate_has_advice(name: str) -> None:
+    gate = GateResult(name=name, measure="bound", value=0.5, compared=0.4, relation=">=", threshold=0.9, passed=False)
+    (line,) = missed(Verdict(gate_id="x", passed=False, gates=(gate,)))
+    advice = line.split("; ", 1)[1]
+    assert len(advice) > 30
+    assert "missed by 0.500" in line
+
+
+def test_there_is_advice_for_nothing_else() -> None:
+    advice: Mapping[str, str] = gates._ADVICE
+    assert set(advice) == set(GatesConfig.model_fields)
+
+
+def test_a_passed_gate_is_missed_by_nothing() -> None:
+    gate = one(decide(evaluation_with(persona=rate(480)), only(persona=0.7)))
+    assert gate.missed_by == 0
+    gate = one(decide(evaluation_with(persona=rate(100)), only(persona=0.7)))
+    assert gate.missed_by == pytest.approx(0.7 - clopper_pearson(100, 480)[0])
+
+
+def test_a_verdict_survives_its_manifest() -> None:
+    verdict = decide(measured(), GatesConfig())
+    assert Verdict.model_validate(json.loads(json.dumps(verdict.model_dump(mode="json")))) == verdict

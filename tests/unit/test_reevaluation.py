@@ -1,0 +1,402 @@
+"""`evaluate` and `promote` up to where a model is needed: which bundle, which settings, which base, which data."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import structlog
+from conftest import REPOSITORY
+from made_metrics import MadeRun, made_run
+
+from entrypoint.cli import run_cli
+from lora_trainer import bundle
+from lora_trainer.bases import identify_base
+from lora_trainer.config import RunConfig, settle
+from lora_trainer.errors import ConfigError, DataError, StorageError
+from lora_trainer.personas import BloodType
+from lora_trainer.reevaluation import Adapter, evaluate_published, find_base, open_adapter, output_of, settle_for
+from lora_trainer.storage import Storage, open_storage, sha256_of
+
+TINY_BASE = REPOSITORY / "examples" / "tiny-base"
+DATA = REPOSITORY / "data" / "train_data_type_A.jsonl"
+RUN_ID = "0123456789abcdef"
+STARTED_AT = "2026-01-01T00:00:00+00:00"
+# what the run that trained the adapter was told, beside the defaults
+TOLD: dict[str, Any] = {
+    "blood_type": "A",
+    "data": str(DATA.parent),
+    "output": "/elsewhere/out",
+    "work_dir": "/elsewhere/work",
+    "strict": True,
+    "device": "cpu",
+    "base.model": str(TINY_BASE),
+    "training.quantization": "none",
+    "training.held_out_fraction": 0.1,
+    "lora.r": 8,
+    "lora.target_modules": ["q_proj", "v_proj"],
+    "evaluation.intensities": [0.2, 0.8],
+    "gates.persona": None,
+    "gates.exact_json": 0.5,
+    "memory.micro_batch_tokens": 512,
+    "logging.level": "debug",
+    "logging.report_to": ["tensorboard"],
+}
+
+
+@pytest.fixture(autouse=True)
+def no_settings_around(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, aws_environment: pytest.MonkeyPatch) -> None:
+    for variable in list(os.environ):
+        if variable.startswith("LORA_TRAINER_"):
+            monkeypatch.delenv(variable)
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def made() -> MadeRun:
+    return made_run(prompts=6, sampled=False, steps=3)
+
+
+@pytest.fixture
+def output(tmp_path: Path) -> Storage:
+    return open_storage(f"file://{tmp_path}/out put 100%25 출력/")
+
+
+def publish(output: Storage, made: MadeRun, scratch: Path, run_id: str = RUN_ID, started_at: str = STARTED_AT, **facts: Any) -> str:
+    """A bundle as a run leaves it, and where it lies."""
+    folder = bundle.fresh_folder(scratch / "bundle")
+    (folder / "adapter_config.json").write_text("{}")
+    (folder / "adapter_model.safetensors").write_bytes(b"weights")
+    bundle.write_evaluation(folder, made.metrics, made.steps, made.replies, made.facts)
+    config = settle(TOLD, {})
+    whole = {
+        **made.facts,
+        "run_id": run_id,
+        "blood_type": "A",
+        "started_at": started_at,
+        "finished_at": started_at,
+        "gate_id": made.metrics.verdict.gate_id,
+        "verdict": made.metrics.verdict.model_dump(mode="json"),
+        "base": {"id": "tiny-base", "revision": None, "identity": identify_base(config.base).identity},
+        "data": {**made.facts["data"], "uri": DATA.as_uri(), "sha256": sha256_of(DATA)},
+        "config": config.model_dump(mode="json"),
+        **facts,
+    }
+    bundle.write_manifest(folder, whole)
+    prefix = bundle.bundle_prefix(BloodType.A, run_id)
+    bundle.publish(folder, output, prefix)
+    return f"{output.uri}{prefix}"
+
+
+@pytest.fixture
+def adapter(output: Storage, made: MadeRun, tmp_path: Path) -> Adapter:
+    return open_adapter(publish(output, made, tmp_path))
+
+
+def local(adapter: Adapter) -> Path:
+    assert adapter.storage.local_folder is not None
+    return adapter.storage.local_folder
+
+
+# -- which bundle ---------------------------------------------------------------------------------------
+
+
+def test_a_bundle_is_opened_by_uri_by_folder_and_by_link(adapter: Adapter, output: Storage) -> None:
+    link = bundle.link_newest(output, BloodType.A, RUN_ID)
+    folder = local(adapter)
+    for uri in (adapter.storage.uri, adapter.storage.uri.rstrip("/"), str(folder), f"{folder}/", str(link)):
+        opened = open_adapter(uri)
+        assert (opened.run_id, opened.manifest) == (RUN_ID, adapter.manifest)
+        assert output_of(opened).uri == output.uri
+
+
+@pytest.mark.parametrize("name", ["nowhere", "adapters/A", f"adapters/A/{RUN_ID}/evaluations", "adapters/B/0"])
+def test_what_is_no_bundle(adapter: Adapter, output: Storage, name: str) -> None:
+    with pytest.raises(
+        ConfigError, match=r"no manifest\.json of a run there; expected a bundle, such as <output>/adapters/A/<run id>/"
+    ):
+        open_adapter(output.uri + name)
+
+
+def test_a_half_published_bundle_is_none(adapter: Adapter) -> None:
+    (local(adapter) / "manifest.json").unlink()
+    with pytest.raises(ConfigError, match="a bundle whose manifest is not there yet is not published"):
+        open_adapter(adapter.storage.uri)
+
+
+def test_a_manifest_of_something_else(adapter: Adapter) -> None:
+    """Whatever else writes a manifest.json: a web page, say, or another version."""
+    path = local(adapter) / "manifest.json"
+    path.write_text('{"schema": 1, "files": {}}')
+    with pytest.raises(ConfigError, match=r"no manifest\.json of a run there"):
+        open_adapter(adapter.storage.uri)
+    path.write_text('{"name": "My app", "icons": []}')
+    with pytest.raises(StorageError, match="not a manifest of schema 1"):
+        open_adapter(adapter.storage.uri)
+
+
+@pytest.mark.parametrize(
+    ("uri", "said"),
+    [
+        ("s3://", "names no bucket|bucket"),
+        ("ftp://x/y", "unknown scheme 'ftp://'"),
+        ("file.txt", "got a file, expected a folder"),
+    ],
+)
+def test_what_is_no_folder(tmp_path: Path, uri: str, said: str) -> None:
+    (tmp_path / "file.txt").touch()
+    with pytest.raises(ConfigError, match=said):
+        open_adapter(uri)
+
+
+def test_the_output_of_a_copy_elsewhere_is_unknown(adapter: Adapter, tmp_path: Path) -> None:
+    shutil.copytree(local(adapter), tmp_path / "copy")
+    copy = open_adapter(str(tmp_path / "copy"))
+    with pytest.raises(ConfigError, match=f"expected a bundle in its place, <output>/adapters/A/{RUN_ID}/: a copy elsewhere"):
+        output_of(copy)
+    # the run's own name, but another persona's folder
+    shutil.copytree(local(adapter), tmp_path / "adapters" / "AB" / RUN_ID)
+    with pytest.raises(ConfigError, match="expected a bundle in its place"):
+        output_of(open_adapter(str(tmp_path / "adapters" / "AB" / RUN_ID)))
+
+
+def test_the_output_of_a_bundle_in_s3() -> None:
+    storage = open_storage(f"s3://bucket/lora/adapters/A/{RUN_ID}/")
+    assert output_of(Adapter(storage, {"run_id": RUN_ID, "blood_type": "A"})).uri == "s3://bucket/lora/"
+    storage = open_storage(f"s3://bucket/adapters/A/{RUN_ID}/")
+    assert output_of(Adapter(storage, {"run_id": RUN_ID, "blood_type": "A"})).uri == "s3://bucket/"
+
+
+# -- which settings -------------------------------------------------------------------------------------
+
+
+def test_the_runs_settings_and_not_those_of_its_machine(adapter: Adapter) -> None:
+    config = settle_for(adapter, {}, {})
+    trained, default = settle(TOLD, {}), settle({"blood_type": "A"}, {})
+    for section in ("base", "lora", "training", "evaluation", "gates", "blood_type", "backend", "device"):
+        assert getattr(config, section) == getattr(trained, section), section
+    for section in ("work_dir", "output", "strict", "memory", "logging"):
+        assert getattr(config, section) == getattr(default, section) != getattr(trained, section), section
+    # the very file, and not the folder that it was looked for in
+    assert config.data == DATA.as_uri()
+
+
+def test_everything_may_be_told_otherwise(adapter: Adapter, tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("gates:\n  exact_json: 0.6\n  stop: 0.6\ndevice: cuda\n")
+    environment = {"LORA_TRAINER_GATES__STOP": "0.7", "LORA_TRAINER_GATES__PERSONA": "0.8", "LORA_TRAINER_WORK_DIR": "w"}
+    config = settle_for(adapter, {"gates.persona": "0.9", "data": "other/"}, environment, file)
+    assert (config.gates.exact_json, config.gates.stop, config.gates.persona) == (0.6, 0.7, 0.9)
+    assert (config.device, config.data, config.work_dir) == ("cuda", "other/", Path("w"))
+    # what nobody mentions is the run's
+    assert (config.lora.r, config.evaluation.intensities) == (8, (0.2, 0.8))
+    assert settle_for(adapter, {"gates.exact_json": None}, {}).gates.exact_json is None
+
+
+def test_settings_of_a_newer_version_are_left_out(adapter: Adapter) -> None:
+    manifest = json.loads(json.dumps(adapter.manifest))
+    manifest["config"]["training"]["sharpness"] = 0.5
+    manifest["config"]["teacher"] = {"model": "x", "nested": {"deep": [1]}}
+    manifest["config"]["mood"] = "good"
+    newer = Adapter(adapter.storage, manifest)
+    assert settle_for(newer, {}, {}) == settle_for(adapter, {}, {})
+
+
+def test_a_value_that_only_a_newer_version_knows_is_said(adapter: Adapter) -> None:
+    manifest = json.loads(json.dumps(adapter.manifest))
+    manifest["config"]["training"]["schedule"] = "spiral"
+    with pytest.raises(ConfigError, match=r"training\.schedule: got 'spiral'; input should be 'cosine', 'linear' or 'constant'"):
+        settle_for(Adapter(adapter.storage, manifest), {}, {})
+    assert settle_for(Adapter(adapter.storage, manifest), {"training.schedule": "linear"}, {}).training.schedule == "linear"
+
+
+def test_a_manifest_from_before_there_was_a_configuration(adapter: Adapter) -> None:
+    manifest = {name: value for name, value in adapter.manifest.items() if name != "config"}
+    config = settle_for(Adapter(adapter.storage, manifest), {}, {})
+    assert (config.blood_type, config.data) == ("A", DATA.as_uri())
+
+
+@pytest.mark.parametrize(
+    ("cli", "environment"),
+    [({"blood_type": "B"}, {}), ({}, {"LORA_TRAINER_BLOOD_TYPE": "B"}), ({}, {"LORA_TRAINER_BLOOD_TYPE": "AB"})],
+)
+def test_an_adapter_is_not_judged_as_another_persona(adapter: Adapter, cli: dict[str, Any], environment: dict[str, str]) -> None:
+    """The variable is set in every pod of a job; a folder of data would then be another persona's, too."""
+    with pytest.raises(ConfigError, match=r"blood_type: got A?B, the adapter is A's: leave it out"):
+        settle_for(adapter, cli, environment)
+    assert settle_for(adapter, {}, {"LORA_TRAINER_BLOOD_TYPE": "a"}).blood_type == "A"
+
+
+# -- which base, which data -----------------------------------------------------------------------------
+
+
+def settled(adapter: Adapter, tmp_path: Path, **changes: Any) -> RunConfig:
+    return settle_for(adapter, {"work_dir": str(tmp_path / "work"), **changes}, {})
+
+
+def test_the_base_that_it_was_trained_on(adapter: Adapter, tmp_path: Path) -> None:
+    assert find_base(adapter, settled(adapter, tmp_path)).folder == TINY_BASE
+    # another place, the same files
+    shutil.copytree(TINY_BASE, tmp_path / "mirror")
+    assert find_base(adapter, settled(adapter, tmp_path, **{"base.model": str(tmp_path / "mirror")})).folder == tmp_path / "mirror"
+
+
+def test_another_base_is_refused(adapter: Adapter, tmp_path: Path) -> None:
+    shutil.copytree(TINY_BASE, tmp_path / "other")
+    with (tmp_path / "other" / "config.json").open("a") as file:
+        file.write("\n")
+    config = settled(adapter, tmp_path, **{"base.model": str(tmp_path / "other")})
+    expected = adapter.manifest["base"]["identity"]
+    got = identify_base(config.base).identity
+    with pytest.raises(ConfigError) as refused:
+        evaluate_published(adapter, config, None)
+    assert refused.value.problems == (
+        f"base.model: {tmp_path}/other: got the base {got}, the adapter was trained on {expected}: pass that one with --base-model",
+    )
+    assert not (tmp_path / "work" / "evaluations").exists(), "nothing was fetched for it"
+
+
+def test_other_data_is_refused(adapter: Adapter, tmp_path: Path) -> None:
+    other = tmp_path / "train_data_type_A.jsonl"
+    other.write_bytes(DATA.read_bytes() + DATA.read_bytes().splitlines(keepends=True)[0])
+    with pytest.raises(DataError) as refused:
+        evaluate_published(adapter, settled(adapter, tmp_path, data=str(tmp_path)), None)
+    (problem,) = refused.value.problems
+    assert problem == (
+        f"file://{other}: got SHA-256 {sha256_of(other)}, the adapter was trained on {sha256_of(DATA)}: "
+        "it is compared with its own training data; pass the file as it was with --data"
+    )
+
+
+def test_bad_prompts_are_refused_before_anything_is_loaded(adapter: Adapter, tmp_path: Path) -> None:
+    prompts = tmp_path / "mine.jsonl"
+    prompts.write_text('{"input": "나 왔어"}\n')
+    with pytest.raises(DataError, match=r"mine\.jsonl:1: context: got nothing"):
+        evaluate_published(adapter, settled(adapter, tmp_path, **{"evaluation.prompts": str(prompts)}), None)
+
+
+def test_a_changed_bundle_is_refused(adapter: Adapter, tmp_path: Path) -> None:
+    (local(adapter) / "adapter_model.safetensors").write_bytes(b"WEIGHTS")
+    with pytest.raises(StorageError, match=r"adapter_model\.safetensors: got 7 bytes, .*; the bundle was changed"):
+        evaluate_published(adapter, settled(adapter, tmp_path), None)
+
+
+def test_an_evaluation_has_no_adapter(adapter: Adapter, made: MadeRun, output: Storage, tmp_path: Path) -> None:
+    later = bundle.fresh_folder(tmp_path / "later")
+    bundle.write_evaluation(later, made.metrics, made.steps, made.replies, made.facts)
+    bundle.write_manifest(later, {name: value for name, value in adapter.manifest.items() if name not in ("files", "schema")})
+    prefix = bundle.evaluation_prefix(bundle.bundle_prefix(BloodType.A, RUN_ID), "f" * 16)
+    bundle.publish(later, output, prefix)
+    opened = open_adapter(output.uri + prefix)
+    with pytest.raises(ConfigError, match="no adapter there, only what was measured; expected a bundle"):
+        evaluate_published(opened, settled(opened, tmp_path), None)
+    with pytest.raises(ConfigError, match="expected a bundle in its place"):
+        output_of(opened)
+
+
+def test_the_report_does_not_go_into_a_bundle(adapter: Adapter, output: Storage, tmp_path: Path) -> None:
+    """Its metrics.json would no longer be what its manifest says."""
+    for folder in (local(adapter), bundle.link_newest(output, BloodType.A, RUN_ID)):
+        with pytest.raises(ConfigError, match=r"--report-dir .*: holds a published bundle, which stays as it is"):
+            evaluate_published(adapter, settled(adapter, tmp_path), folder)
+    (tmp_path / "taken").touch()
+    for folder in (tmp_path / "taken", tmp_path / "taken" / "report"):
+        with pytest.raises(ConfigError, match=r"--report-dir .*taken.*: cannot be made: "):
+            evaluate_published(adapter, settled(adapter, tmp_path), folder)
+    assert bundle.verify(adapter.storage, "") == []
+
+
+def test_what_evaluate_refuses_ends_with_one_line_and_a_code(
+    adapter: Adapter, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    try:
+        (tmp_path / "train_data_type_A.jsonl").write_bytes(DATA.read_bytes() + b"\n")
+        for arguments, code, said in (
+            (["--adapter", str(tmp_path)], 2, "no manifest.json of a run there"),
+            (["--adapter", adapter.storage.uri, "--data", str(tmp_path)], 3, "it is compared with its own training data"),
+            (["--adapter", adapter.storage.uri, "--set", "blood_type=B"], 2, "the adapter is A's"),
+            (["--adapter", adapter.storage.uri, "--report-dir", str(local(adapter))], 2, "holds a published bundle"),
+        ):
+            assert run_cli(["evaluate", *arguments, "--work-dir", str(tmp_path / "work"), "--log-format", "json"]) == code
+            out, err = capsys.readouterr()
+            assert out == ""
+            assert "Traceback" not in err
+            last = json.loads(err.splitlines()[-1])
+            assert (last["event"], last["exit_code"], len(last["problems"])) == ("run_finished", code, 1)
+            assert said in last["problems"][0]
+    finally:
+        logging.captureWarnings(capture=False)
+        root.handlers[:] = handlers
+        root.setLevel(level)
+        for name in ("lora_trainer", "entrypoint"):
+            logging.getLogger(name).setLevel(logging.NOTSET)
+        structlog.contextvars.clear_contextvars()
+        structlog.reset_defaults()
+
+
+# -- promote --------------------------------------------------------------------------------------------
+
+
+def pointed_at(output: Storage) -> dict[str, str]:
+    found = output.read_bytes("adapters/A/latest.json")
+    assert found is not None
+    pointer: dict[str, str] = json.loads(found.data)
+    return pointer
+
+
+def test_promote_moves_whatever_is_newer(
+    output: Storage, made: MadeRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    older = publish(output, made, tmp_path)
+    newer = publish(output, made, tmp_path, "f" * 16, "2026-06-01T00:00:00+00:00")
+    bundle.move_latest(output, BloodType.A, open_adapter(newer).manifest)
+    assert pointed_at(output)["run_id"] == "f" * 16
+    assert run_cli(["promote", older]) == 0
+    assert capsys.readouterr().out == f"{output.uri}adapters/A/latest.json: names run {RUN_ID} now; before: {'f' * 16}\n"
+    assert (pointed_at(output)["run_id"], pointed_at(output)["bundle"]) == (RUN_ID, f"adapters/A/{RUN_ID}/")
+    assert output.local_folder is not None
+    link = output.local_folder / "adapter_A"
+    assert json.loads((link / "manifest.json").read_text(encoding="utf-8"))["run_id"] == RUN_ID
+    # the newer run again, or one that was training while somebody promoted, leaves it
+    assert not bundle.move_latest(output, BloodType.A, open_adapter(newer).manifest).moved
+    an_hour = timedelta(hours=1)
+    during = {**open_adapter(newer).manifest, "run_id": "during", "started_at": (datetime.now(UTC) - an_hour).isoformat()}
+    assert not bundle.move_latest(output, BloodType.A, during).moved
+    assert pointed_at(output)["run_id"] == RUN_ID
+    # one that starts afterwards does as always
+    after = {**during, "run_id": "after", "started_at": (datetime.now(UTC) + an_hour).isoformat()}
+    assert bundle.move_latest(output, BloodType.A, after).moved
+    assert pointed_at(output)["run_id"] == "after"
+    # and by its link, the same again: it is promoted from there too
+    assert run_cli(["promote", str(link)]) == 0
+    assert "before: after" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("file", ["adapter_model.safetensors", "metrics.json", "report.html"])
+def test_promote_refuses_a_bundle_that_is_not_whole(
+    output: Storage, made: MadeRun, tmp_path: Path, capsys: pytest.CaptureFixture[str], file: str
+) -> None:
+    uri = publish(output, made, tmp_path)
+    assert output.local_folder is not None
+    (output.local_folder / "adapters" / "A" / RUN_ID / file).unlink()
+    assert run_cli(["promote", uri]) == 6
+    out, err = capsys.readouterr()
+    assert out == ""
+    first, second = err.splitlines()
+    assert first.startswith(f"error: {uri}{file}: not found; the manifest says ")
+    assert second == f"error: {uri}: not promoted; a bundle is only complete as its manifest has it"
+    assert output.read_bytes("adapters/A/latest.json") is None
+
+
+def test_promote_refuses_what_is_no_bundle(output: Storage, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_cli(["promote", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.startswith(f"error: file://{tmp_path}/: no manifest.json of a run there")
+    assert output.read_bytes("adapters/A/latest.json") is None
