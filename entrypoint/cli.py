@@ -8,7 +8,8 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final, Literal, TypeVar, cast
 
@@ -215,6 +216,99 @@ def evaluate(
         if not verdict.passed:
             raise GateError(gates.missed(verdict))
     edge.leave()
+
+
+@cli.command()
+@click.option(
+    "--adapter", required=True, metavar="URI", help="Published bundle: .../adapters/<TYPE>/<run id>/. s3://, file:// or a folder."
+)
+@click.option("--json", "raw", is_flag=True, help="Print replies as they are: one JSON object a line.")
+@click.option("--base", "beside_base", is_flag=True, help="Let the base answer, too, without the adapter.")
+@click.option("--feeling", default="neutral", show_default=True, metavar="NAME", help="What the friend feels at the start.")
+@click.option("--intensity", type=click.FloatRange(0, 1), default=0.5, show_default=True, metavar="X", help="How strongly, 0 to 1.")
+@click.option("--situation", default="", metavar="TEXT", help="What has happened so far.")
+@click.option(
+    "--temperature",
+    type=click.FloatRange(0, 2),
+    default=0.7,
+    show_default=True,
+    metavar="X",
+    help="0: always the most probable token.",
+)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, metavar="N", help="Another seed, other replies.")
+@click.option(
+    "--base-model", "base__model", metavar="MODEL", help="The base, if it lies elsewhere: hub id, folder or s3:// prefix."
+)
+@click.option("--device", metavar="NAME", help="cuda or cpu.")
+@click.option("--work-dir", metavar="FOLDER", help="Local scratch folder.")
+@click.option("--config", "config_file", type=click.Path(path_type=Path), metavar="FILE", help="YAML file with settings.")
+@click.option(
+    "--set", "overrides", multiple=True, metavar="SETTING=VALUE", help="Any setting, such as base.cache_dir=/cache. Repeatable."
+)
+def chat(
+    adapter: str,
+    raw: bool,
+    beside_base: bool,
+    feeling: str,
+    intensity: float,
+    situation: str,
+    temperature: float,
+    seed: int,
+    config_file: Path | None,
+    overrides: Sequence[str],
+    **options: Any,
+) -> None:
+    """Talk to a published adapter in the terminal.
+
+    Decoding is held to response_schema.json, so every reply is exact JSON, whatever was learned. A line that
+    begins with / is a command: /feeling, /intensity, /situation, /seed, /new, /help, /quit. Lines can be piped in.
+
+    \b
+    Examples:
+      lora-trainer chat --adapter s3://bucket/lora/adapters/A/0123456789abcdef/
+      lora-trainer chat --adapter outputs/adapter_A --device cpu --base --feeling happy --intensity 0.9
+      echo "점심 뭐 먹지?" | lora-trainer chat --adapter outputs/adapter_A --json
+    """
+    from rich.console import Console
+
+    from lora_trainer import chat as chatting
+    from lora_trainer import reevaluation
+    from lora_trainer.personas import Feeling
+
+    logs.configure("warning", "auto")
+    if feeling not in tuple(Feeling):
+        raise ConfigError(f"--feeling: got {feeling!r}, expected one of {', '.join(Feeling)}")
+    opened = reevaluation.open_adapter(adapter)
+    config = reevaluation.settle_for(opened, _given(options, overrides), config_file=config_file)
+    # the streams themselves: they are about to be the libraries' own
+    out, is_terminal = Console(file=sys.stdout, highlight=False), sys.stdin.isatty()
+    if is_terminal:
+        click.echo("loading ...", err=True)
+    state = chatting.ChatState(config.blood_type, Feeling(feeling), intensity, situation, seed)
+    with logs.libraries_print_to_the_log():
+        friend = chatting.load_friend(opened, config, temperature)
+        if is_terminal:
+            out.print(f"{chatting.status(state)}. /help lists the commands, /quit leaves.", style="dim")
+        try:
+            chatting.talk(
+                friend, state, _typed_lines(out) if is_terminal else iter(sys.stdin), out, raw=raw, beside_base=beside_base
+            )
+        except Interrupted as interruption:
+            # Ctrl-C leaves a conversation; there is nothing to lose
+            if interruption.signal_name != "SIGINT":
+                raise
+
+
+def _typed_lines(console: Any) -> Iterator[str]:
+    """What is typed, line by line, until Ctrl-D."""
+    # arrow keys and history for input()
+    with suppress(ImportError):
+        import readline  # noqa: F401
+    while True:
+        try:
+            yield str(console.input("나> "))
+        except EOFError:
+            return
 
 
 @cli.command()

@@ -117,8 +117,8 @@ class Published:
     replies: list[JudgedReply]
 
 
-def fetch(storage: Storage, prefix: str, manifest: Mapping[str, Any], folder: Path) -> Published:
-    """Download the bundle under `prefix` to `folder`, every file compared with the manifest. Raises `StorageError`."""
+def download(storage: Storage, prefix: str, manifest: Mapping[str, Any], folder: Path) -> None:
+    """The files of the bundle under `prefix` in `folder`, each compared with the manifest. Raises `StorageError`."""
     for name, expected in manifest["files"].items():
         try:
             got = storage.download(prefix + safe_key(name), folder / name)
@@ -132,6 +132,11 @@ def fetch(storage: Storage, prefix: str, manifest: Mapping[str, Any], folder: Pa
                 f"{storage.uri}{prefix}{name}: got {got.size_bytes} bytes, SHA-256 {got.sha256}, expected {expected['size_bytes']} "
                 f"bytes, {expected['sha256']}; the bundle was changed: move that prefix away and run again"
             )
+
+
+def fetch(storage: Storage, prefix: str, manifest: Mapping[str, Any], folder: Path) -> Published:
+    """As `download`, and what was measured, read. Raises `StorageError`."""
+    download(storage, prefix, manifest, folder)
     try:
         metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
         steps = tuple(

@@ -1,0 +1,89 @@
+"""`lora-trainer chat` on a published adapter: every reply is exact JSON, also of one that has hardly learned anything."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from test_run import REPOSITORY, SHORT, job
+
+from lora_trainer.evaluation import read_exact
+
+pytestmark = pytest.mark.e2e
+for needed in ("torch", "transformers", "trl", "peft", "llguidance"):
+    pytest.importorskip(needed, reason=f"{needed} is not installed: pip install '.[cpu]'")
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter after six steps: unconstrained, it writes no JSON worth the name."""
+    folder = tmp_path_factory.mktemp("chat")
+    done = job(
+        "run", *SHORT, "--blood-type", "B", "--data", str(REPOSITORY / "data"), "--output", str(folder / "out"), work_dir=folder
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return folder / "out" / "adapter_B"
+
+
+def chat(adapter: Path, work_dir: Path, lines: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """The command, with `lines` piped in."""
+    return subprocess.run(
+        [sys.executable, "-m", "entrypoint", "chat", "--adapter", str(adapter), "--work-dir", str(work_dir), *arguments],
+        cwd=REPOSITORY, env={**os.environ, "PYTHONPATH": str(REPOSITORY)}, input=lines,
+        capture_output=True, text=True, timeout=200, check=False,
+    )  # fmt: skip
+
+
+def test_every_reply_is_exact_json_and_the_same_again(adapter: Path, tmp_path: Path) -> None:
+    lines = "점심 뭐 먹지?\n/intensity 1\n/feeling excited\n나 시험 붙었어!!\n\n/situation 우리는 카페에 있어.\n고마워 <|im_end|>\n"
+    done = chat(adapter, tmp_path, lines, "--json", "--base", "--temperature", "1.5")
+    assert done.returncode == 0, done.stderr
+    replies = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    # three messages, answered by adapter and base
+    assert len(replies) == 6
+    for reply in replies:
+        found = read_exact(reply)
+        assert found is not None
+        assert len(found.text) <= 200
+    assert "feels excited 1.0, situation: 우리는 카페에 있어." in done.stdout
+    assert chat(adapter, tmp_path, lines, "--json", "--base", "--temperature", "1.5").stdout == done.stdout
+    assert chat(adapter, tmp_path, lines, "--json", "--base", "--temperature", "1.5", "--seed", "9").stdout != done.stdout
+
+
+def test_a_slip_is_one_line_and_the_conversation_goes_on(adapter: Path, tmp_path: Path) -> None:
+    done = chat(adapter, tmp_path, "/nope\n/intensity 3\n/feeling hungry\n안녕\n/quit\nnobody reads this\n")
+    assert done.returncode == 0, done.stderr
+    *problems, reply = done.stdout.splitlines()
+    assert [problem.split(":")[0] for problem in problems] == ["/nope", "/intensity", "/feeling"]
+    assert reply.startswith("B 솔직  ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (("--feeling", "hungry"), 2, "--feeling: got 'hungry', expected one of neutral"),
+        (("--base-model", "./examples/no-such-folder"), 2, "no such folder"),
+        (("--set", "no.setting=1"), 2, "expected SETTING=VALUE"),
+    ],
+)
+def test_what_is_asked_wrongly(adapter: Path, tmp_path: Path, arguments: tuple[str, ...], code: int, said: str) -> None:
+    done = chat(adapter, tmp_path, "안녕\n", *arguments)
+    assert done.returncode == code
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_another_base_is_refused(adapter: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other-base"
+    other.mkdir()
+    for path in (REPOSITORY / "examples" / "tiny-base").iterdir():
+        (other / path.name).write_bytes(path.read_bytes())
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-5}))
+    done = chat(adapter, tmp_path, "안녕\n", "--base-model", str(other))
+    assert done.returncode == 2
+    assert "the adapter was trained on sha256:" in done.stderr
