@@ -49,7 +49,7 @@ lock: ## Write locks/ again from pyproject.toml (needs uv)
 		--excludes locks/cpu-excludes.txt --output-file locks/cpu.txt >/dev/null
 	$(COMPILE) --universal --python-version 3.11 --extra cpu --extra gpu --group dev \
 		--excludes locks/cpu-excludes.txt --output-file locks/unsloth-cpu.txt >/dev/null
-	$(COMPILE) --python-version 3.12 --python-platform x86_64-manylinux_2_28 --only-binary :all: --no-binary kiwipiepy-model --extra cpu --extra gpu \
+	$(COMPILE) --python-version 3.12 --python-platform x86_64-manylinux_2_31 --only-binary :all: --no-binary kiwipiepy-model --extra cpu --extra gpu \
 		--generate-hashes --output-file locks/gpu.txt >/dev/null
 
 clean: ## Remove the environments, the caches and what the demo left

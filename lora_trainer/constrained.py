@@ -9,7 +9,7 @@ B: rows of a batch, T: tokens so far, V: width of the model's logits, which may 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from lora_trainer.errors import ConfigError, InvariantError
@@ -21,22 +21,24 @@ if TYPE_CHECKING:
 _COMPACT: Final = {"whitespace_flexible": False, "item_separator": ",", "key_separator": ":"}
 _WIDEST_CHARACTER: Final = "\U0010ffff"
 """Four bytes in UTF-8. An escape costs two, since only the quotation mark and the backslash need one."""
-# first something to see, as `Reply` asks for; then anything but control characters and line breaks
-_TEXT_PATTERN: Final = (
-    r"^[^\u0000-\u0020\u007f-\u00a0\u00ad\u115f\u1160\u1680\u180e\u2000-\u200f\u2028-\u202f\u205f-\u206f\u3000\u3164"
+# what `Reply` takes for something to see: no white space, control characters, zero-width ones or Hangul fillers
+_VISIBLE: Final = (
+    r"[^\u0000-\u0020\u007f-\u00a0\u00ad\u115f\u1160\u1680\u180e\u2000-\u200f\u2028-\u202f\u205f-\u206f\u3000\u3164"
     r"\ufe00-\ufe0f\ufeff\uffa0]"
-    r"[^\u0000-\u001f\u007f-\u009f\u2028\u2029]*$"
 )
+# llguidance has masks of exactly this class ready (`LLTokenizer.json_slices`): another one costs 20 times as much a token
+_PLAIN: Final = r"[^\u0000-\u001f\u007f]"
 
 
 def strict_schema(schema: Mapping[str, Any]) -> dict[str, Any]:
     """`schema` and what `Reply` asks of a text beyond it: it begins with something to see and holds no control character.
 
-    Not in the published schema: xgrammar, vLLM's default, drops a string's length bounds where it has a pattern
-    (https://github.com/mlc-ai/xgrammar/issues/895).
+    The length is counted by the pattern, because beside one xgrammar drops `maxLength` and llguidance takes 20 times as long.
+    Not in the published schema: xgrammar, vLLM's default, does not compile a pattern of this kind.
     """
-    properties = {**schema["properties"], "text": {**schema["properties"]["text"], "pattern": _TEXT_PATTERN}}
-    return {**schema, "properties": properties}
+    bounds = schema["properties"]["text"]
+    text = {"type": "string", "pattern": f"^{_VISIBLE}{_PLAIN}{{0,{bounds['maxLength'] - 1}}}$"}
+    return {**schema, "properties": {**schema["properties"], "text": text}}
 
 
 def most_tokens(schema: Mapping[str, Any]) -> int:
@@ -70,17 +72,28 @@ class ReplyGrammar:
         if problem := LLMatcher.validate_grammar(self._grammar, self._tokenizer):
             raise ValueError(f"the response schema is no grammar: {problem}")
 
-    @property
-    def vocabulary(self) -> int:
-        """Tokens that the tokenizer has; V may be more."""
-        return int(self._tokenizer.vocab_size)
-
     def matcher(self) -> LLMatcher:
         """The state of one reply, at its beginning."""
         from llguidance import LLMatcher
 
         # 0: it writes no rejected text to stderr
         return LLMatcher(self._tokenizer, self._grammar, log_level=0)
+
+    def forbid(self, matchers: Sequence[LLMatcher], scores: Any) -> Any:
+        """`scores` [B, V] with -inf for each token that may not come next; one matcher for each row."""
+        import numpy as np
+        import torch
+        from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask
+
+        packed = allocate_token_bitmask(len(matchers), self._tokenizer.vocab_size)
+        for row, matcher in enumerate(matchers):
+            fill_next_token_bitmask(matcher, packed, row)
+            # one that gave up would allow the end of the turn, wherever it is
+            if matcher.is_error():
+                raise InvariantError("constrained decoding: llguidance gave up on the response schema")
+        # one bit a token, the lowest first; what V is wider than the tokenizer is filled up with zeros, so it is forbidden
+        allowed = np.unpackbits(packed.view(np.uint8), axis=1, count=scores.shape[1], bitorder="little")
+        return scores.masked_fill(torch.from_numpy(allowed == 0).to(scores.device), float("-inf"))
 
     def processor(self) -> ReplyProcessor:
         """A logits processor for one call of `generate`."""
@@ -110,21 +123,4 @@ class ReplyProcessor:
                 # a complete row has only its end-of-turn token and padding before it
                 if not matcher.is_stopped() and not matcher.consume_token(token):
                     raise InvariantError(f"constrained decoding: token {token} was drawn, which the grammar forbids")
-        return forbid(self._grammar, self._matchers, scores)
-
-
-def forbid(grammar: ReplyGrammar, matchers: list[LLMatcher], scores: Any) -> Any:
-    """`scores` [B, V] with -inf for each token that may not come next; one matcher for each row."""
-    import numpy as np
-    import torch
-    from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask
-
-    packed = allocate_token_bitmask(len(matchers), grammar.vocabulary)
-    for row, matcher in enumerate(matchers):
-        fill_next_token_bitmask(matcher, packed, row)
-        # a matcher that gave up allows the end of the turn, wherever it is
-        if matcher.is_error():
-            raise InvariantError("constrained decoding: llguidance gave up on the response schema")
-    # one bit a token, the lowest first; what is wider than the tokenizer is filled up with zeros, so it is forbidden
-    allowed = np.unpackbits(packed.view(np.uint8), axis=1, count=scores.shape[1], bitorder="little")
-    return scores.masked_fill(torch.from_numpy(allowed == 0).to(scores.device), float("-inf"))
+        return self._grammar.forbid(self._matchers, scores)

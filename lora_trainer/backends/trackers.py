@@ -5,8 +5,8 @@ library that reach for the network or the current folder; so the run is opened h
 one it finds. Nothing leaves the machine unless the library's own variable says so: `MLFLOW_TRACKING_URI`,
 `WANDB_MODE` or `TENSORBOARD_LOGGING_DIR`.
 
-What they record: the numbers of each step, all of `SFTConfig`, the model's configuration, and the user's name and
-the program's in MLflow. Never the environment, the command line or a record's text.
+What they record: the numbers of each step, all of `SFTConfig`, the model's configuration; MLflow the names of user
+and program, the others that of the host. Never the environment, the command line or a record's text.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ _MODULES: Final[Mapping[Tracker, tuple[str, ...]]] = {
 
 def require_installed(trackers: Sequence[Tracker]) -> None:
     """Raise `ConfigError` for each of `trackers` whose library is not there; imports none of them."""
-    problems = []
-    for tracker in trackers:
-        if missing := [module for module in _MODULES[tracker] if not _is_installed(module)]:
-            problems.append(
-                f"logging.report_to: {tracker} is not installed ({', '.join(missing)} missing): pip install 'lora-trainer[trackers]'"
-            )
+    missing = {tracker: [module for module in _MODULES[tracker] if not _is_installed(module)] for tracker in trackers}
+    problems = [
+        f"logging.report_to: {tracker} is not installed ({', '.join(modules)} missing): pip install 'lora-trainer[trackers]'"
+        for tracker, modules in missing.items()
+        if modules
+    ]
     if problems:
         raise ConfigError(problems)
 
@@ -101,9 +101,7 @@ def _mlflow(folder: Path, run_name: str) -> Iterator[TrainerCallback]:
             found = mlflow.get_experiment_by_name(name)
             # artifacts would go to the current folder
             experiment_id = (
-                found.experiment_id
-                if found
-                else mlflow.create_experiment(name, artifact_location=(folder / "artifacts").as_uri())
+                found.experiment_id if found else mlflow.create_experiment(name, artifact_location=(folder / "artifacts").as_uri())
             )
         mlflow.start_run(run_name=run_name, experiment_id=experiment_id)
         status = "FAILED"
@@ -133,25 +131,28 @@ def _wandb(folder: Path, run_name: str) -> Iterator[TrainerCallback]:
     with _restored_environment("WANDB_CACHE_DIR"):
         # its service logs there, and to our standard error where it can't: a home is read-only in the image
         os.environ.setdefault("WANDB_CACHE_DIR", str(folder / "cache"))
-        wandb.init(
-            project=os.environ.get("WANDB_PROJECT") or PROJECT,
-            name=run_name,
-            dir=os.environ.get("WANDB_DIR") or str(folder),
-            mode=os.environ.get("WANDB_MODE") or "offline",
-            settings=wandb.Settings(
-                # what is printed may quote data, and the command line is the user's own
-                console="off",
-                disable_code=True,
-                save_code=False,
-                disable_git=True,
-                x_disable_meta=True,
-                x_save_requirements=False,
-                # asks a cloud's metadata server where it runs, offline too
-                x_disable_stats=True,
-                x_disable_machine_info=True,
-                silent=True,
-            ),
-        )
+        try:
+            wandb.init(
+                project=os.environ.get("WANDB_PROJECT") or PROJECT,
+                name=run_name,
+                dir=os.environ.get("WANDB_DIR") or str(folder),
+                mode=os.environ.get("WANDB_MODE") or "offline",
+                settings=wandb.Settings(
+                    # what is printed may quote data, and the command line is the user's own
+                    console="off",
+                    disable_code=True,
+                    save_code=False,
+                    disable_git=True,
+                    x_disable_meta=True,
+                    x_save_requirements=False,
+                    # asks a cloud's metadata server where it runs, offline too
+                    x_disable_stats=True,
+                    x_disable_machine_info=True,
+                    silent=True,
+                ),
+            )
+        except (wandb.errors.UsageError, wandb.errors.AuthenticationError) as error:
+            raise ConfigError(f"logging.report_to: wandb: {error}") from None
         exit_code = 1
         try:
             yield WandbCallback()

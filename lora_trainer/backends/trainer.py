@@ -317,6 +317,9 @@ def build_trainer(
         max_steps=len(steps),
         per_device_train_batch_size=1,
         gradient_accumulation_steps=1,
+        # max_steps and create_scheduler decide; these two are what trackers show
+        num_train_epochs=recipe.epochs,
+        lr_scheduler_type=recipe.schedule,
         learning_rate=recipe.learning_rate,
         warmup_steps=round(recipe.warmup_fraction * len(steps)),
         weight_decay=recipe.weight_decay,

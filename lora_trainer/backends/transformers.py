@@ -72,6 +72,8 @@ class TransformersBackend:
             # OpenMP's threads spin while they wait; beside another busy process on the same cores two runs
             # of six steps took 65 s each, and 5 s when the threads sleep
             os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+        # a job sends nobody word of itself
+        os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
         try:
             import torch
         except ImportError as error:

@@ -30,10 +30,14 @@ def names(requirements: list[str]) -> set[str]:
     return {canonicalize_name(Requirement(line).name) for line in requirements}
 
 
-def test_extras_are_the_documented_two_and_share_no_package() -> None:
-    """Poetry's search doubles with each line that stands in both."""
-    assert set(EXTRAS) == {"cpu", "gpu"}
-    assert not names(EXTRAS["cpu"]) & names(EXTRAS["gpu"])
+def test_extras_are_the_documented_three_and_share_no_package() -> None:
+    """Poetry's search doubles with each line that stands in two."""
+    assert set(EXTRAS) == {"cpu", "gpu", "trackers"}
+    assert sum(map(len, EXTRAS.values())) == len(set().union(*map(names, EXTRAS.values())))
+
+
+def test_trackers_are_in_the_dev_group_for_their_tests() -> None:
+    assert set(EXTRAS["trackers"]) <= set(GROUPS["dev"])
 
 
 def test_group_train_is_both_extras() -> None:
@@ -79,7 +83,7 @@ def sources() -> list[Path]:
 
 def test_messages_name_the_extras_as_the_documents_do() -> None:
     named = {extras for path in sources() for extras in re.findall(r"lora-trainer\[([^]]*)\]", path.read_text(encoding="utf-8"))}
-    assert named == {"cpu", "cpu,gpu"}
+    assert named == {"cpu", "cpu,gpu", "trackers"}
 
 
 @pytest.mark.parametrize(
