@@ -5,7 +5,7 @@
 FOLDER holds a model of Qwen2.5-7B's shape with a tokenizer; random weights do, and are the worst case: they don't stop, so
 every reply runs to the limit. The adapter's B matrices are random, too. Each case runs in a process of its own:
 `unsloth` as `run` does it, right after training, and `reference` as `evaluate` does it, with transformers and PEFT alone.
-120 prompts, 64 new tokens, adapter and base, greedily; then the same at four intensities at once (480 replies).
+120 prompts, 64 new tokens, adapter and base, greedily; with --all also at four intensities (480 replies).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,10 @@ from train_speed import machine  # noqa: E402
 
 NEW_TOKENS = 64
 CASES = ("unsloth", "reference")
+ROUNDS: tuple[tuple[float, ...], ...] = ((0.5,), (0.1, 0.4, 0.7, 1.0))
 
 
-def measure(case: str, base: Path, scratch: Path) -> dict[str, Any]:
+def measure(case: str, base: Path, scratch: Path, rounds: Sequence[tuple[float, ...]]) -> dict[str, Any]:
     """One backend's evaluation."""
     from lora_trainer import evaluation
     from lora_trainer.backends import open_backend, open_reference_backend
@@ -65,7 +67,7 @@ def measure(case: str, base: Path, scratch: Path) -> dict[str, Any]:
     decoding = evaluation.Decoding("greedy", NEW_TOKENS)
     result: dict[str, Any] = {"import_s": import_s, "load_s": load_s, "replies": {}}
     texts: dict[str, list[str]] = {}
-    for intensities in ((0.5,), (0.1, 0.4, 0.7, 1.0)):
+    for intensities in rounds:
         asked = evaluation.questions(evaluation_prompts(), intensities, evaluation.instruction_of(BloodType.A))
         found: dict[str, Any] = {}
         for model in evaluation.MODELS:
@@ -91,6 +93,16 @@ def measure(case: str, base: Path, scratch: Path) -> dict[str, Any]:
     result["differing_first_tokens"] = sum(
         a.split()[:1] != b.split()[:1] for a, b in zip(texts["adapter"], texts["base"], strict=True)
     )
+    tokens = scratch.parent / "tokens.json"
+    if case == "unsloth":
+        tokens.write_text(json.dumps(texts))
+    elif tokens.exists():
+        other = json.loads(tokens.read_text())
+        # the same adapter in other kernels: random weights have many tokens of nearly one probability
+        result["first_token_as_unsloth"] = {
+            model: sum(a.split()[:1] == b.split()[:1] for a, b in zip(texts[model], other[model], strict=True)) / len(texts[model])
+            for model in texts
+        }
     return result
 
 
@@ -102,15 +114,19 @@ def main() -> None:
     parser.add_argument("--case", choices=CASES)
     parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()) / "evaluation_speed")
     parser.add_argument("--timeout-s", type=int, default=200)
+    parser.add_argument("--all", action="store_true", help="480 replies, too")
     arguments = parser.parse_args()
     if arguments.case:
         scratch = arguments.scratch / arguments.case
         scratch.mkdir(parents=True, exist_ok=True)
-        sys.stdout.write("\n" + json.dumps(measure(arguments.case, arguments.base, scratch)) + "\n")
+        sys.stdout.write(
+            "\n" + json.dumps(measure(arguments.case, arguments.base, scratch, ROUNDS if arguments.all else ROUNDS[:1])) + "\n"
+        )
         return
     results: dict[str, Any] = {}
     for case in CASES:
         command = [sys.executable, __file__, "--base", str(arguments.base), "--case", case, "--scratch", str(arguments.scratch)]
+        command += ["--all"] if arguments.all else []
         started_s = time.perf_counter()
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=arguments.timeout_s, check=False)
