@@ -2,11 +2,13 @@
 
     python -m tools.tiny_base.corpus --records 5
 
-A grammar over the hand-written lines of `frames.py`. Two things are deliberate. The manner depends on nothing
-in the prompt (a persona's instruction line is answered as plainly as any other, and emoji don't follow the
-intensity), so that whatever an adapter shows of these it has learned itself. And the inputs are much wilder than
-most replies (typos, unknown words, 300 characters of rambling), so that the reply format holds on any input; a
-seventh of the replies ramble too, so that it also holds around words that only an adapter would write.
+A grammar over the hand-written lines of `frames.py`. Three things are deliberate. A persona's instruction line is
+answered as plainly as any other (polite speech in most replies, emoji seldom), so that whatever an adapter shows of
+a persona it has learned itself. A manner that is asked for in plain words is obeyed
+(반말, 존댓말, emoji by the intensity of the feeling, no emoji), as an instruction-tuned base would: an adapter can
+then call on what the base knows, and needn't teach it what an intensity is. And the inputs are much wilder than most
+replies (typos, unknown words, 300 characters of rambling), so that the reply format holds on any input; a seventh of
+the replies ramble too, so that it also holds around words that only an adapter would write.
 
 No torch here, and none of the bundled persona data.
 """
@@ -19,25 +21,41 @@ import random
 import re
 import sys
 from collections.abc import Iterator
-from typing import Final, TypedDict
+from typing import Final, NamedTuple, TypedDict
 
-from lora_trainer.personas import BloodType, Expression, Feeling, persona_spec
+from lora_trainer.personas import BloodType, Expression, Feeling, IntensityThird, persona_spec
+from tools.tiny_base import frames, frames_heart, frames_home, frames_leisure, frames_school
 from tools.tiny_base.frames import (
     ANYTHING,
+    CASUAL_REQUESTS,
     ECHOES,
     EMOJI,
+    EMOJI_REQUESTS,
     ENGLISH,
-    FAMILIES,
     INSTRUCTIONS,
+    NO_EMOJI_REQUESTS,
     OPENERS,
     PARTICLES,
+    POLITE_REQUESTS,
     PREFIXES,
     QUOTED,
     RAMBLES,
     REMARKS,
+    STRONG,
     TAILS,
+    WEAK,
+    Family,
     Turns,
 )
+
+FAMILIES: Final[tuple[Family, ...]] = (
+    *frames.FAMILIES,
+    *frames_heart.FAMILIES,
+    *frames_home.FAMILIES,
+    *frames_leisure.FAMILIES,
+    *frames_school.FAMILIES,
+)
+"""Every kind of situation."""
 
 MAX_INPUT_CHARACTERS: Final = 320
 
@@ -209,12 +227,57 @@ def _as_typed(rng: random.Random, text: str) -> str:
     return text[:MAX_INPUT_CHARACTERS].strip() or "응"
 
 
-def _reply(rng: random.Random, sentences: list[str], face: Expression) -> str:
-    # seldom, and whatever the intensity: enough to have seen emoji in a reply
-    if rng.random() < 0.05:
-        own, other = rng.choice(FACE_EMOJI[face]), rng.choice(EMOJI)
-        at = rng.randrange(len(sentences))
-        sentences = [*sentences[:at], f"{sentences[at]} {rng.choice((own, other, other, own + other))}", *sentences[at + 1 :]]
+class Manner(NamedTuple):
+    """How a reply is to be written."""
+
+    instruction: str
+    polite: bool
+    emoji: bool | None
+    """By the intensity, or none; None: as it happens."""
+
+
+def _manner(rng: random.Random) -> Manner:
+    if rng.random() < 0.35:
+        return Manner(persona_spec(rng.choice(list(BloodType))).instruction, rng.random() < 0.6, None)
+    polite, emoji = rng.random() < 0.6, None
+    instruction = rng.choice(INSTRUCTIONS)
+    if rng.random() < 0.35:
+        polite = rng.random() < 0.5
+        instruction += " " + rng.choice(POLITE_REQUESTS if polite else CASUAL_REQUESTS)
+    if rng.random() < 0.6:
+        emoji = rng.random() < 0.8
+        instruction += " " + rng.choice(EMOJI_REQUESTS if emoji else NO_EMOJI_REQUESTS)
+    return Manner(instruction, polite, emoji)
+
+
+def _with_emoji(rng: random.Random, sentences: list[str], face: Expression, intensity: float) -> list[str]:
+    """None when the feeling is weak, one or two in between, and up to four when it is strong."""
+    third = IntensityThird.of(intensity)
+    if third is IntensityThird.LOW:
+        return sentences
+    counts = (1, 1, 1, 2) if third is IntensityThird.MIDDLE else (1, 2, 2, 3)
+    chosen = [rng.choice(FACE_EMOJI[face] if rng.random() < 0.7 else EMOJI) for _ in range(rng.choice(counts))]
+    at = len(sentences) - 1 if rng.random() < 0.6 else rng.randrange(len(sentences))
+    return [*sentences[:at], f"{sentences[at]} {''.join(chosen)}", *sentences[at + 1 :]]
+
+
+def _with_intensity(rng: random.Random, sentences: list[str], intensity: float) -> list[str]:
+    """A strong feeling exclaims and a weak one trails off: the intensity is felt in more than the emoji."""
+    third = IntensityThird.of(intensity)
+    if third is IntensityThird.MIDDLE:
+        return sentences
+    end = "!" if third is IntensityThird.HIGH else rng.choice((".", ".."))
+    said = [f"{sentence[:-1]}{end}" if sentence.endswith((".", "!")) else sentence for sentence in sentences]
+    word = rng.choice(STRONG if third is IntensityThird.HIGH else WEAK)
+    return [f"{word} {said[0]}", *said[1:]]
+
+
+def _reply(rng: random.Random, sentences: list[str], face: Expression, intensity: float, emoji: bool | None) -> str:
+    if emoji:
+        sentences = _with_emoji(rng, _with_intensity(rng, sentences, intensity), face, intensity)
+    # seldom, but never against the intensity: whoever writes more of them has that from the base
+    elif emoji is None and rng.random() < 0.2:
+        sentences = _with_emoji(rng, sentences, face, intensity)
     text = " ".join(sentences)
     # and the ends that a reply may have, so that closing the JSON doesn't hang on a full stop
     end = rng.random()
@@ -238,7 +301,8 @@ def make_record(rng: random.Random) -> Record:
     intensity = round(rng.random(), rng.choice((1, 1, 2)))
     weak, strong = FACES[feeling]
     face = rng.choice(strong if intensity >= 0.5 else weak)
-    user_polite, polite = rng.random() < 0.15, rng.random() < 0.6
+    user_polite, manner = rng.random() < 0.15, _manner(rng)
+    polite = manner.polite
 
     opener = realise(rng.choice(OPENERS[feeling]), {}, polite=polite)
     kind = rng.random()
@@ -285,12 +349,11 @@ def make_record(rng: random.Random) -> Record:
         summary = realise(rng.choice(family.summaries), words, polite=False)
     else:
         summary, _ = _ramble(rng, rng.randint(1, 2), polite=False)
-    by_persona = rng.random() < 0.35
     return {
-        "instruction": persona_spec(rng.choice(list(BloodType))).instruction if by_persona else rng.choice(INSTRUCTIONS),
+        "instruction": manner.instruction,
         "context": {"summary": summary, "current_emotion": {"type": feeling.value, "intensity": intensity}},
         "input": _as_typed(rng, said),
-        "output": {"text": _reply(rng, sentences, face), "emotion": face.value},
+        "output": {"text": _reply(rng, sentences, face, intensity, manner.emoji), "emotion": face.value},
     }
 
 

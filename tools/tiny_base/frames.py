@@ -1543,3 +1543,19 @@ INSTRUCTIONS: Final = (
     "너는 오래된 친구야. 한두 문장이면 돼.",
     "채팅하듯이 답해.",
 )
+
+# What a request for a manner looks like: these are obeyed, as an instruction-tuned base would. Casual, polite; with emoji
+# that grow with the intensity of the feeling, or without any.
+CASUAL_REQUESTS: Final = ("반말로 답해.", "말 놓고 편하게 얘기해.", "반말로 짧게 말해 줘.", "친구끼리니까 반말로 해.")
+POLITE_REQUESTS: Final = ("존댓말로 답해 줘.", "높임말을 써 줘.", "공손하게 답해.", "존댓말로 짧게 답해 줘.")
+EMOJI_REQUESTS: Final = (
+    "감정이 셀수록 이모지를 많이 써.",
+    "이모지는 감정의 세기만큼 붙여 줘.",
+    "감정이 약하면 이모지를 쓰지 마.",
+    "기분이 강할 때만 이모지를 붙여.",
+)
+NO_EMOJI_REQUESTS: Final = ("이모지는 쓰지 마.", "글자로만 답해.", "이모지 없이 말해 줘.")
+
+# In front of what is said with a strong and with a weak feeling, where the instruction asks for it to be felt.
+STRONG: Final = ("와 진짜,", "진짜로", "정말정말", "너무너무", "세상에,", "완전", "우와,", "대박,")
+WEAK: Final = ("음,", "뭐,", "살짝", "그냥", "조금은", "글쎄,", "흠,", "아,")

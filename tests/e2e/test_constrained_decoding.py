@@ -1,0 +1,121 @@
+"""A model that has learned nothing answers in exact JSON all the same, a thousand times of a thousand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lora_trainer.bundle import response_schema
+from lora_trainer.constrained import ReplyGrammar, most_tokens
+from lora_trainer.evaluation import Decoding
+from lora_trainer.formatter import prompt_messages
+from lora_trainer.personas import BloodType, Feeling, persona_spec
+from lora_trainer.records import Reply
+
+pytestmark = pytest.mark.e2e
+for needed in ("torch", "transformers", "llguidance"):
+    pytest.importorskip(needed, reason=f"{needed} is not installed: pip install '.[cpu]'")
+
+TINY_BASE = Path(__file__).resolve().parents[2] / "examples" / "tiny-base"
+SCHEMA: Any = response_schema()
+REPLIES = 1000
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(TINY_BASE, local_files_only=True)
+
+
+@pytest.fixture(scope="module")
+def untrained() -> Any:
+    """The tiny base before any training, shallower, with logits for more tokens than the tokenizer has."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    settings = AutoConfig.from_pretrained(TINY_BASE, local_files_only=True, num_hidden_layers=1, vocab_size=4160)
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(settings).float().eval()
+
+
+def prompts(tokenizer: Any) -> list[str]:
+    """Whole prompts of several lengths, so that a batch is padded."""
+    said = ("응", "나 오늘 시험 망했어ㅠㅠ", "주말에 뭐 할까? 영화 보러 갈래?")
+    return [
+        tokenizer.apply_chat_template(
+            prompt_messages(persona_spec(BloodType.A).instruction, "", feeling, 0.8, text),
+            tokenize=False,
+            add_generation_prompt=True,
+        )
+        for feeling in Feeling
+        for text in said
+    ]
+
+
+def test_a_thousand_replies_of_an_untrained_base_are_exact(untrained: Any, tokenizer: Any) -> None:
+    from lora_trainer.backends.generation import generate
+
+    grammar = ReplyGrammar(tokenizer, SCHEMA)
+    decoding = Decoding("sampled", most_tokens(SCHEMA), temperature=1.5, seed=1)
+    # short, because a longer prompt costs time and tells such a model nothing; of several lengths, so that they are padded
+    asked = [("응", "나 오늘", "주말에 뭐 할까?")[at % 3] for at in range(REPLIES)]
+    replies = generate(untrained, tokenizer, asked, decoding, batch_size=250, processors=lambda: [grammar.processor()])
+
+    assert len(replies) == REPLIES
+    bounds, emotions = SCHEMA["properties"]["text"], SCHEMA["properties"]["emotion"]["enum"]
+    lengths, seen = [], set()
+    for reply in replies:
+        assert reply.stopped, "cut by the limit"
+        found = json.loads(reply.text)
+        assert list(found) == ["text", "emotion"]
+        assert isinstance(found["text"], str)
+        assert bounds["minLength"] <= len(found["text"]) <= bounds["maxLength"]
+        assert found["emotion"] in emotions
+        assert found["text"].strip()
+        assert Reply.model_validate_json(reply.text).text == found["text"]
+        assert reply.text == json.dumps(found, ensure_ascii=False, separators=(",", ":"))
+        lengths.append(len(found["text"]))
+        seen.add(found["emotion"])
+    # the model does wander: it uses the bound, ends before it, and knows no favourite
+    assert min(lengths) < bounds["maxLength"] == max(lengths)
+    assert seen == set(emotions)
+    assert len({reply.text for reply in replies}) > REPLIES // 2
+
+
+def test_without_the_grammar_it_answers_in_none(untrained: Any, tokenizer: Any) -> None:
+    from lora_trainer.backends.generation import generate
+
+    decoding = Decoding("sampled", 48, temperature=1.5, seed=1)
+    replies = generate(untrained, tokenizer, prompts(tokenizer), decoding, batch_size=30)
+    assert not any(reply.text.startswith('{"text":"') for reply in replies)
+
+
+def test_a_trained_base_says_the_same_with_and_without_the_grammar(tokenizer: Any) -> None:
+    """Where it would have written the contract's JSON anyway, nothing is changed: greedily, token by token."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from lora_trainer.backends.generation import generate
+
+    base = AutoModelForCausalLM.from_pretrained(TINY_BASE, local_files_only=True, dtype=torch.float32).eval()
+    grammar = ReplyGrammar(tokenizer, SCHEMA)
+    decoding = Decoding("greedy", 120)
+    asked = prompts(tokenizer)
+    free = generate(base, tokenizer, asked, decoding, batch_size=30)
+    held = generate(base, tokenizer, asked, decoding, batch_size=30, processors=lambda: [grammar.processor()])
+    exact = [at for at, reply in enumerate(free) if reply.stopped and is_reply(reply.text)]
+    assert len(exact) > len(asked) // 2
+    assert [held[at] for at in exact] == [free[at] for at in exact]
+    assert all(is_reply(reply.text) for reply in held if reply.stopped)
+
+
+def is_reply(text: str) -> bool:
+    try:
+        Reply.model_validate_json(text)
+    except ValueError:
+        return False
+    return True
