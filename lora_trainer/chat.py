@@ -100,7 +100,7 @@ def talk(friend: Friend, state: ChatState, lines: Iterator[str], console: Consol
                 if not obey(said, state, console):
                     return
             except ConfigError as error:
-                console.print(Text(str(error), style="red"))
+                console.print(Text(str(error), style="red"), soft_wrap=True)
             if said == "/new":
                 remembered_by_base.clear()
             continue
@@ -138,7 +138,7 @@ def obey(line: str, state: ChatState, console: Console) -> bool:
         state.turns.clear()
     elif name == "/help":
         for command, meaning in COMMANDS.items():
-            console.print(Text(f"{command:18} {meaning}"))
+            console.print(Text(f"{command:18} {meaning}"), soft_wrap=True)
         return True
     elif name in setters:
         try:
@@ -151,7 +151,7 @@ def obey(line: str, state: ChatState, console: Console) -> bool:
         setattr(state, name[1:], found)
     else:
         raise ConfigError(f"{name}: no such command; /help lists them")
-    console.print(Text(status(state), style="dim"))
+    console.print(Text(status(state), style="dim"), soft_wrap=True)
     return True
 
 
