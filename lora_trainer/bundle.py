@@ -229,7 +229,9 @@ vllm serve {base.canonical_id}{revision} --enable-lora --max-lora-rank {config.l
 ```
 
 Ask for the model `{name}`: by the base's name the server answers without the adapter. With the schema in
-`response_schema.json` the server can't answer with anything but the contract's JSON:
+`response_schema.json` the server can't answer with anything but the contract's JSON (start it with
+`--structured-outputs-config.backend guidance`: xgrammar, its default, can't write a quotation mark within a bounded text, and lets raw
+control characters into it):
 
 ```bash
 curl http://localhost:8000/v1/chat/completions -H 'Content-Type: application/json' -d @- <<'JSON'
