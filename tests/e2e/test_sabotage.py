@@ -1,0 +1,389 @@
+"""A job that is spoiled in one place must be stopped at the place that is there for it, by the exit code that says so.
+
+Each case runs the real command line. Where the training itself has to be spoiled, a `sitecustomize.py` that patches one
+thing is put on the path of the process; nothing of the job is replaced by a stand-in.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_run import DEMO, NO_GATES, REPOSITORY, events, job
+
+from lora_trainer import bundle
+from lora_trainer.personas import BloodType, persona_spec
+from lora_trainer.storage import open_storage
+
+pytestmark = pytest.mark.e2e
+for needed in ("torch", "transformers", "trl", "peft", "datasets"):
+    pytest.importorskip(needed, reason=f"{needed} is not installed: pip install '.[cpu]'")
+
+BASE = REPOSITORY / "examples" / "tiny-base"
+FEW_PROMPTS = REPOSITORY / "tests" / "assets" / "few_prompts.jsonl"
+RECORDS = 128
+"""The shortest of a persona's: few enough to be learnt in a minute."""
+
+
+# --- spoiling ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def spoiled(tmp_path: Path) -> Callable[[str], dict[str, str]]:
+    """Gives the environment of a process that runs `patch` before the program."""
+
+    def environment(patch: str) -> dict[str, str]:
+        folder = tmp_path / "patch"
+        folder.mkdir()
+        (folder / "sitecustomize.py").write_text(patch, encoding="utf-8")
+        return {"PYTHONPATH": os.pathsep.join((str(folder), str(REPOSITORY)))}
+
+    return environment
+
+
+ZEROED_WHEN_SAVED = """
+from lora_trainer.backends.transformers import TransformersBackend
+
+true_save = TransformersBackend.save
+
+def save(self, folder, *arguments):
+    from safetensors.torch import load_file, save_file
+
+    true_save(self, folder, *arguments)
+    path = folder / "adapter_model.safetensors"
+    weights = load_file(path)
+    assert any("lora_B" in name for name in weights)
+    save_file({name: weight * 0 if "lora_B" in name else weight for name, weight in weights.items()}, path)
+
+TransformersBackend.save = save
+"""
+
+# shifted once here and once more by the model: each token's target is the one after the next
+SHIFTED_LABELS = """
+from lora_trainer.tokenization import TokenSequence
+
+true_labels = TokenSequence.labels.fget
+TokenSequence.labels = property(lambda sequence: [*true_labels(sequence)[1:], -100])
+"""
+
+WITHOUT_END_OF_TURN = """
+from lora_trainer.tokenization import TokenSequence
+
+true_labels = TokenSequence.labels.fget
+TokenSequence.labels = property(lambda sequence: [*true_labels(sequence)[:-1], -100])
+"""
+
+# the import of torch ends the process there and then, whoever would have caught an ImportError
+NO_TORCH = """
+import os, sys
+
+class Trap:
+    def find_spec(self, name, path=None, target=None):
+        if name in ("torch", "transformers", "peft", "trl"):
+            sys.stderr.write(f"{name} was imported\\n")
+            sys.stderr.flush()
+            os._exit(99)
+
+sys.meta_path.insert(0, Trap())
+"""
+
+
+# --- running -------------------------------------------------------------------------------------------------------
+
+
+def shortest_records(blood_type: BloodType, count: int = RECORDS) -> list[dict[str, Any]]:
+    """Bundled records of a persona with the shortest replies."""
+    lines = (REPOSITORY / "data" / f"train_data_type_{blood_type}.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in sorted(lines, key=lambda line: (len(json.loads(line)["output"]), line))[:count]]
+
+
+def write_as_a(folder: Path, records: Iterable[dict[str, Any]]) -> str:
+    """`records` as persona A's file in `folder`."""
+    folder.mkdir(parents=True)
+    lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    (folder / "train_data_type_A.jsonl").write_text(lines, encoding="utf-8")
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def asking(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
+    """Settings: greedy replies to a third of the evaluation's prompts at three intensities, enough to miss a gate by far."""
+    path = tmp_path_factory.mktemp("prompts") / "every_third.jsonl"
+    lines = (REPOSITORY / "data" / "eval_prompts.jsonl").read_text(encoding="utf-8").splitlines()
+    path.write_text("\n".join(lines[::3]) + "\n", encoding="utf-8")
+    return (
+        "--set", f"evaluation.prompts={path}", "--set", "evaluation.temperature=0", "--set", "evaluation.intensities=0.1,0.5,1.0",
+    )  # fmt: skip
+
+
+def steps(count: int) -> tuple[str, ...]:
+    """Settings: so many optimizer steps, however few the records are."""
+    return ("--set", "training.epochs=50", "--max-steps", str(count))
+
+
+def run_a(data: str, output: Path, *arguments: str, work_dir: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """`run` for persona A as the demo has it, on other data."""
+    command = ("run", *DEMO, "--blood-type", "A", "--data", data, "--output", str(output))
+    return job(*command, *arguments, work_dir=work_dir, **environment)
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A finished run that its gates did not let through."""
+
+    log: dict[str, dict[str, Any]]
+    metrics: dict[str, Any]
+
+    @property
+    def run_id(self) -> str:
+        return str(self.log["run_finished"]["run_id"])
+
+    @property
+    def missed(self) -> set[str]:
+        """The gates, as the last words name them."""
+        return {problem.split(":")[0].removeprefix("gates.") for problem in self.log["run_finished"]["problems"]}
+
+
+def refused(done: subprocess.CompletedProcess[str], output: Path) -> Refused:
+    """`done` ended with exit 4, its bundle whole and published, and nothing points at it."""
+    assert done.returncode == 4, done.stderr[-4000:]
+    log = events(done)
+    finished = log["run_finished"]
+    assert (finished["outcome"], finished["exit_code"], finished["passed"]) == ("GateError", 4, False)
+    prefix = bundle.bundle_prefix(BloodType.A, finished["run_id"])
+    assert bundle.verify(open_storage(str(output)), prefix) == []
+    assert not (output / bundle.latest_key(BloodType.A)).exists()
+    assert not (output / "adapter_A").exists()
+    # of the newest verdict, wherever that lies
+    report = Path(finished["report"].removeprefix("file://"))
+    assert report.is_file()
+    metrics = json.loads((report.parent / "metrics.json").read_text(encoding="utf-8"))
+    found = Refused(log, metrics)
+    assert found.missed == {gate["name"] for gate in metrics["verdict"]["gates"] if not gate["passed"]}
+    return found
+
+
+# --- before a verdict ----------------------------------------------------------------------------------------------
+
+
+def test_replies_that_are_not_json_are_the_readers(
+    asking: tuple[str, ...], spoiled: Callable[[str], dict[str, str]], tmp_path: Path
+) -> None:
+    plain = [{**record, "output": json.loads(record["output"])["text"]} for record in shortest_records(BloodType.A, 24)]
+    data = write_as_a(tmp_path / "data", plain)
+    done = run_a(data, tmp_path / "out", *asking, work_dir=tmp_path / "work", **spoiled(NO_TORCH))
+
+    assert done.returncode == 3, done.stderr[-2000:]
+    log = events(done)
+    assert "backend_started" not in log
+    *lines, last = log["run_finished"]["problems"]
+    assert len(lines) == 24
+    assert all(f"train_data_type_A.jsonl:{number}: output:" in line for number, line in enumerate(lines, start=1)), lines[0]
+    assert "24" in last
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_that_is_saved_as_nothing_is_the_read_backs(
+    asking: tuple[str, ...], spoiled: Callable[[str], dict[str, str]], tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    storage = open_storage(str(output))
+    bundle.move_latest(storage, BloodType.A, {"run_id": "0" * 16, "started_at": "2020-01-01T00:00:00+00:00"})
+    pointer = storage.read_bytes(bundle.latest_key(BloodType.A))
+    data = write_as_a(tmp_path / "data", shortest_records(BloodType.A))
+
+    # gates that would let anything through: it must not come to them
+    done = run_a(data, output, *steps(3), *asking, *NO_GATES, work_dir=tmp_path / "work", **spoiled(ZEROED_WHEN_SAVED))
+
+    assert done.returncode == 1, done.stderr[-2000:]
+    log = events(done)
+    assert log["run_finished"]["outcome"] == "InvariantError"
+    assert "does not change the base's logits" in log["run_finished"]["problems"][0]
+    assert "training_finished" in log
+    assert "evaluation_finished" not in log
+    assert storage.read_bytes(bundle.latest_key(BloodType.A)) == pointer
+    assert [item.key for item in storage.list("")] == [bundle.latest_key(BloodType.A)]
+
+
+# --- the verdict ---------------------------------------------------------------------------------------------------
+
+
+def test_another_personas_data_is_the_persona_gates(asking: tuple[str, ...], tmp_path: Path) -> None:
+    # the line that the reader knows a persona by is A's, the rest is B's
+    instruction = persona_spec(BloodType.A).instruction
+    data = write_as_a(tmp_path / "data", [{**record, "instruction": instruction} for record in shortest_records(BloodType.B)])
+    output = tmp_path / "out"
+    # so few records and steps may leave some replies broken; what is asked here is whose friend the others are
+    done = run_a(data, output, *steps(60), *asking, "--set", "gates.exact_json=0.7", work_dir=tmp_path / "work")
+
+    found = refused(done, output)
+    # the shortest replies seldom ask back; of the persona it says nothing
+    assert found.log["data_read"]["warnings_by_code"].keys() <= {"few_questions"}
+    assert "persona" in found.missed
+    assert "exact_json" not in found.missed
+    taken_for = found.metrics["evaluation"]["greedy"]["adapter"]["taken_for"]
+    assert taken_for["B"] > 3 * taken_for["A"]
+
+
+def test_labels_that_are_off_by_one_are_the_json_gates(
+    asking: tuple[str, ...], spoiled: Callable[[str], dict[str, str]], tmp_path: Path
+) -> None:
+    data = write_as_a(tmp_path / "data", shortest_records(BloodType.A))
+    output = tmp_path / "out"
+    done = run_a(
+        data, output, *steps(30), *asking, "--set", "evaluation.max_new_tokens=48",
+        work_dir=tmp_path / "work", **spoiled(SHIFTED_LABELS),
+    )  # fmt: skip
+
+    found = refused(done, output)
+    # the loss says nothing: it falls as ever
+    assert found.metrics["held_out"]["loss_adapter"] < found.metrics["held_out"]["loss_base"]
+    assert "exact_json" in found.missed
+    greedy = found.metrics["evaluation"]["greedy"]
+    assert greedy["adapter"]["exact_json"]["value"] < 0.2 < greedy["base"]["exact_json"]["value"]
+
+
+def test_replies_that_slip_past_the_reader_are_the_other_gates(asking: tuple[str, ...], tmp_path: Path) -> None:
+    useless = json.dumps({"text": "음, 그래 그래.", "emotion": "neutral"}, ensure_ascii=False)
+    data = write_as_a(tmp_path / "data", [{**record, "output": useless} for record in shortest_records(BloodType.A)])
+    output = tmp_path / "out"
+    done = run_a(data, output, *steps(25), *asking, work_dir=tmp_path / "work")
+
+    found = refused(done, output)
+    # a friend who says the same to everything: perfect JSON, short, in 반말
+    assert found.missed.isdisjoint({"exact_json", "stop", "one_or_two_sentences", "informal_speech", "question_rate_max"})
+    assert found.missed >= {"persona", "emoji_intensity", "question_rate_min"}
+    assert found.metrics["evaluation"]["greedy"]["adapter"]["unique_replies"] < 0.1
+
+
+def never_stops(folder: Path) -> Path:
+    """The tiny base with an output layer of its own in which the two tokens that end a reply are no more than noise."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(BASE, folder)
+    settings = json.loads((BASE / "config.json").read_text(encoding="utf-8"))
+    weights = load_file(BASE / "model.safetensors")
+    head = weights["model.embed_tokens.weight"].clone()
+    length = head[settings["eos_token_id"]].float().norm()
+    generator = torch.Generator().manual_seed(0)
+    for token in (settings["eos_token_id"], settings["pad_token_id"]):
+        row = torch.randn(head.shape[1], generator=generator)
+        head[token] = (row * (length / row.norm())).to(head.dtype)
+    save_file({**weights, "lm_head.weight": head}, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps({**settings, "tie_word_embeddings": False}), encoding="utf-8")
+    return folder
+
+
+def test_an_end_of_turn_outside_the_loss_is_the_stop_gates(spoiled: Callable[[str], dict[str, str]], tmp_path: Path) -> None:
+    data = write_as_a(tmp_path / "data", shortest_records(BloodType.A))
+    base = never_stops(tmp_path / "base")
+    arguments = (
+        *steps(45), "--base-model", str(base), "--set", "base.canonical_id=test/never-stops",
+        "--set", f"evaluation.prompts={FEW_PROMPTS}", "--set", "evaluation.temperature=0",
+        "--set", "evaluation.intensities=0.1,0.5,1.0", "--set", "evaluation.max_new_tokens=64",
+        *NO_GATES, "--set", "gates.stop=0.5",
+    )  # fmt: skip
+
+    control = run_a(data, tmp_path / "control", *arguments, work_dir=tmp_path / "work-control")
+    assert control.returncode == 0, control.stderr[-2000:]
+    prefix = bundle.bundle_prefix(BloodType.A, events(control)["run_finished"]["run_id"])
+    lines = (tmp_path / "control" / prefix / "replies.jsonl").read_text(encoding="utf-8").splitlines()
+    replies = [json.loads(line) for line in lines]
+    assert {reply["tokens"] for reply in replies if reply["model"] == "base"} == {64}
+    stopped = [reply["stopped"] for reply in replies if reply["model"] == "adapter"]
+    assert sum(stopped) > 0.6 * len(stopped)
+
+    output = tmp_path / "out"
+    done = run_a(data, output, *arguments, work_dir=tmp_path / "work", **spoiled(WITHOUT_END_OF_TURN))
+
+    found = refused(done, output)
+    assert found.missed == {"stop"}
+    assert found.metrics["evaluation"]["greedy"]["adapter"]["stop"]["successes"] == 0
+    # the same run by its ingredients: nothing but the replies could have told
+    assert found.run_id == events(control)["run_finished"]["run_id"]
+
+
+@pytest.fixture(scope="module")
+def one_step(asking: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> tuple[Refused, Path, tuple[str, ...]]:
+    """A run of one optimizer step, the folder that holds its data and output, and its settings."""
+    folder = tmp_path_factory.mktemp("one-step")
+    data = write_as_a(folder / "data", shortest_records(BloodType.A))
+    arguments = (*steps(1), *asking)
+    done = run_a(data, folder / "out", *arguments, work_dir=folder / "work")
+    return refused(done, folder / "out"), folder, arguments
+
+
+def test_one_step_makes_no_friend(one_step: tuple[Refused, Path, tuple[str, ...]]) -> None:
+    found, _, _ = one_step
+    assert found.metrics["training"]["steps"] == 1
+    # the format is the base's; the manner is not there yet
+    assert found.missed >= {"persona", "informal_speech"}
+    assert found.missed.isdisjoint({"stop", "question_rate_max"})
+
+
+# --- after the verdict ---------------------------------------------------------------------------------------------
+
+
+def test_a_verdict_is_repeated_and_other_thresholds_need_no_training(
+    one_step: tuple[Refused, Path, tuple[str, ...]], spoiled: Callable[[str], dict[str, str]], tmp_path: Path
+) -> None:
+    found, folder, arguments = one_step
+    output = tmp_path / "out"
+    shutil.copytree(folder / "out", output)
+    pointer = output / bundle.latest_key(BloodType.A)
+    manifest = output / bundle.bundle_prefix(BloodType.A, found.run_id) / "manifest.json"
+    published = manifest.read_bytes()
+    data, without_torch = str(folder / "data"), spoiled(NO_TORCH)
+
+    again = run_a(data, output, *arguments, work_dir=tmp_path / "again", **without_torch)
+    repeated = refused(again, output)
+    assert repeated.log["run_finished"]["already_done"] is True
+    assert repeated.log["run_finished"]["problems"] == found.log["run_finished"]["problems"]
+
+    lowered = [argument for name in sorted(found.missed) for argument in ("--set", f"gates.{name}=none")]
+    judged = run_a(data, output, *arguments, *lowered, work_dir=tmp_path / "judged", **without_torch)
+    assert judged.returncode == 0, judged.stderr[-2000:]
+    log = events(judged)
+    assert log["run_finished"]["passed"] is True
+    assert "evaluating_again" in log
+    assert "evaluation_finished" not in log
+    assert json.loads(pointer.read_bytes())["run_id"] == found.run_id
+    assert (output / "adapter_A").resolve() == manifest.parent.resolve()
+    # beneath the bundle, which stays as it was
+    report = Path(log["run_finished"]["report"].removeprefix("file://"))
+    assert report.is_file()
+    assert report.parent.parent == manifest.parent / "evaluations"
+    assert manifest.read_bytes() == published
+
+    once_more = run_a(data, output, *arguments, *lowered, work_dir=tmp_path / "once-more", **without_torch)
+    assert once_more.returncode == 0
+    assert events(once_more)["run_finished"]["already_done"] is True
+
+    # by the first thresholds it is as little a friend as before, and what was accepted by others stays accepted
+    accepted = pointer.read_bytes()
+    assert run_a(data, output, *arguments, work_dir=tmp_path / "last", **without_torch).returncode == 4
+    assert pointer.read_bytes() == accepted
+
+
+def test_other_prompts_are_asked_without_training(one_step: tuple[Refused, Path, tuple[str, ...]], tmp_path: Path) -> None:
+    found, folder, arguments = one_step
+    output = tmp_path / "out"
+    shutil.copytree(folder / "out", output)
+    done = run_a(
+        str(folder / "data"), output, *arguments, "--set", f"evaluation.prompts={FEW_PROMPTS}", work_dir=tmp_path / "work"
+    )  # fmt: skip
+
+    again = refused(done, output)
+    assert again.run_id == found.run_id
+    assert again.log["run_finished"]["already_done"] is False
+    assert "evaluation_finished" in again.log
+    assert {"training_step", "training_finished", "bundle_published"}.isdisjoint(again.log)
+    assert "persona" in again.missed
