@@ -224,14 +224,14 @@ object, `{{"text": ..., "emotion": ...}}`; `response_schema.json` is its schema.
 ## Serve it with vLLM
 
 ```bash
-vllm serve {base.canonical_id}{revision} --enable-lora --max-lora-rank {config.lora.r} \\
+vllm serve {base.canonical_id}{revision} --enable-lora --max-lora-rank {vllm_lora_rank(config.lora.r)} \\
   --lora-modules {name}=/path/to/this/folder
 ```
 
 Ask for the model `{name}`: by the base's name the server answers without the adapter. With the schema in
 `response_schema.json` the server can't answer with anything but the contract's JSON (start it with
-`--structured-outputs-config.backend guidance`: xgrammar, its default, can't write a quotation mark within a bounded text, and lets raw
-control characters into it):
+`--structured-outputs-config.backend guidance`: xgrammar, its default, can't write a quotation mark within a bounded
+text, and lets raw control characters into it):
 
 ```bash
 curl http://localhost:8000/v1/chat/completions -H 'Content-Type: application/json' -d @- <<'JSON'
@@ -268,6 +268,15 @@ def _card_rows(adapter: RepliesMetrics) -> str:
         rate: Estimate = getattr(adapter, name)
         rows.append(f"| {label} | {rate.successes} of {rate.of} | {rate.value:.1%} | {rate.lower or 0:.1%} |")
     return "\n".join(rows)
+
+
+# what vLLM takes for --max-lora-rank, since 0.14 (its MaxLoRARanks)
+_VLLM_RANKS: Final = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+
+
+def vllm_lora_rank(r: int) -> int:
+    """The smallest `--max-lora-rank` that vLLM takes and an adapter of rank `r` fits."""
+    return next(rank for rank in _VLLM_RANKS if rank >= r)
 
 
 def vllm_request(model: str, blood_type: BloodType) -> dict[str, object]:

@@ -77,6 +77,8 @@ def prompt_template() -> Mapping[str, object]:
     return {
         "version": PROMPT_VERSION,
         "system": ["{instruction}", SUMMARY_LINE, EMOTION_LINE, OUTPUT_LINE],
+        # other braces stand for themselves
+        "placeholders": ["instruction", "summary", "emotion_type", "intensity", "input"],
         "joined_with": "\n",
         "left_out_when_empty": [SUMMARY_LINE],
         "user": "{input}",

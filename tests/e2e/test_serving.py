@@ -161,7 +161,7 @@ def test_the_model_cards_server_can_load_the_adapter(published: Bundle) -> None:
     words = command.replace("\\\n", " ").split()
 
     def option(name: str) -> str:
-        return words[words.index(name) + 1]
+        return str(words[words.index(name) + 1])
 
     assert words[:3] == ["vllm", "serve", settings["base_model_name_or_path"]]
     assert "--enable-lora" in words

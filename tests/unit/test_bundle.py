@@ -549,3 +549,8 @@ def test_what_a_backend_must_have_saved(folder: Path) -> None:
     (folder / "adapter_model.safetensors").unlink()
     with pytest.raises(InvariantError, match=r"saved no adapter_model\.safetensors, tokenizer\.json: the bundle would not load"):
         bundle.check_complete(folder)
+
+
+@pytest.mark.parametrize(("r", "rank"), [(1, 1), (2, 8), (8, 8), (12, 16), (16, 16), (65, 128), (257, 320), (512, 512)])
+def test_the_card_names_a_rank_that_vllm_takes(r: int, rank: int) -> None:
+    assert bundle.vllm_lora_rank(r) == rank

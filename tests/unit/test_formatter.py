@@ -62,6 +62,7 @@ def test_the_form_is_version_one() -> None:
     assert prompt_template() == {
         "version": 1,
         "system": ["{instruction}", "상황: {summary}", "감정: {emotion_type} {intensity:.1f}", '출력: {"text","emotion"} JSON'],
+        "placeholders": ["instruction", "summary", "emotion_type", "intensity", "input"],
         "joined_with": "\n",
         "left_out_when_empty": ["상황: {summary}"],
         "user": "{input}",
