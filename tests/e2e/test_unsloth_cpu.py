@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from test_run import FEW_QUESTIONS, NO_GATES
 
 pytestmark = pytest.mark.e2e
 for needed in ("unsloth", "bitsandbytes"):
@@ -28,7 +29,7 @@ def test_the_whole_job_in_unsloths_cpu_mode(quantization: str, tmp_path: Path) -
     done = subprocess.run(
         [
             sys.executable, "-m", "entrypoint", "run", "--config", str(REPOSITORY / "examples" / "demo.yaml"),
-            "--blood-type", "A", "--backend", "unsloth", "--max-steps", "4",
+            "--blood-type", "A", "--backend", "unsloth", "--max-steps", "4", *FEW_QUESTIONS, *NO_GATES,
             "--set", f"training.quantization={quantization}",
             "--data", str(REPOSITORY / "data"), "--output", str(tmp_path / "out"), "--work-dir", str(tmp_path / "work"),
         ],
