@@ -20,11 +20,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from train_speed import machine
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-
-from train_speed import machine  # noqa: E402
-
 NEW_TOKENS = 64
 CASES = ("unsloth", "reference")
 ROUNDS: tuple[tuple[float, ...], ...] = ((0.5,), (0.1, 0.4, 0.7, 1.0))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import sys
@@ -301,9 +302,9 @@ def chat(
 
 def _typed_lines(console: Any) -> Iterator[str]:
     """What is typed, line by line, until Ctrl-D."""
-    # arrow keys and history for input()
+    # arrow keys and history for input(), where Python was built with it
     with suppress(ImportError):
-        import readline  # noqa: F401
+        importlib.import_module("readline")
     while True:
         try:
             yield str(console.input("나> "))

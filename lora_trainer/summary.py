@@ -36,8 +36,10 @@ def render(metrics: RunMetrics) -> Group:
     said = Text(f"{metrics.blood_type}, run {metrics.run_id}: ", style="bold")
     said.append("gates passed" if verdict.passed else "gates NOT passed", style="green" if verdict.passed else "red")
     gates = Table(title=None)
-    for column, justify in (("gate", "left"), ("measured", "right"), ("bound", "right"), ("threshold", "right"), ("", "left")):
-        gates.add_column(column, justify=justify)  # type: ignore[arg-type]
+    gates.add_column("gate")
+    for column in ("measured", "bound", "threshold"):
+        gates.add_column(column, justify="right")
+    gates.add_column("")
     for gate in verdict.gates:
         result = Text("ok", style="green") if gate.passed else Text(f"missed by {gate.missed_by:.3f}", style="red")
         gates.add_row(gate.name, f"{gate.value:.3f}", f"{gate.compared:.3f}", f"{gate.relation} {gate.threshold:g}", result)

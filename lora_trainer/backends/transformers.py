@@ -175,20 +175,10 @@ class TransformersBackend:
         """Load the base and attach a fresh adapter to it."""
         import torch
         from peft import LoraConfig, get_peft_model
-        from transformers import AutoModelForCausalLM
 
-        model = AutoModelForCausalLM.from_pretrained(
-            str(base),
-            local_files_only=True,
-            dtype=self._compute_dtype(),
-            quantization_config=self._quantization(),
-            device_map={"": 0 if self.config.device == "cuda" else "cpu"},
-            attn_implementation="sdpa",
-            use_safetensors=True,
-        )
+        model = self._load_base(base)
         for parameter in model.parameters():
             parameter.requires_grad_(False)
-        self._align_special_tokens(model)
         if plan.gradient_checkpointing != "off":
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             model.enable_input_require_grads()
@@ -209,6 +199,11 @@ class TransformersBackend:
     def load_adapter(self, base: Path, adapter: Path) -> None:
         """Load the base and a saved adapter on it, to be questioned and not trained."""
         from peft import PeftModel
+
+        model = self._load_base(base)
+        self.model = PeftModel.from_pretrained(model, str(adapter), is_trainable=False, local_files_only=True).eval()
+
+    def _load_base(self, base: Path) -> Any:
         from transformers import AutoModelForCausalLM
 
         model = AutoModelForCausalLM.from_pretrained(
@@ -221,7 +216,7 @@ class TransformersBackend:
             use_safetensors=True,
         )
         self._align_special_tokens(model)
-        self.model = PeftModel.from_pretrained(model, str(adapter), is_trainable=False, local_files_only=True).eval()
+        return model
 
     def _align_special_tokens(self, model: Any) -> None:
         """Give the model the tokenizer's special tokens, as the trainer would with a warning."""

@@ -307,12 +307,12 @@ def test_the_same_prompts_elsewhere_are_the_same_verdict(tmp_path: Path) -> None
 def test_bad_prompts_are_named_with_file_and_line(tmp_path: Path) -> None:
     good = prompt_lines(1)
     file = tmp_path / "mine.jsonl"
-    secret = "아무도보면안되는말"  # noqa: S105
+    planted = "아무도보면안되는말"
     file.write_text(
         good
         + '{"input": "나 왔어"}\n'
-        + f'{{"context": {{"summary": "", "current_emotion": {{"type": "hungry", "intensity": 3}}}}, "input": "{secret}"}}\n'
-        + f"{secret}\n",
+        + f'{{"context": {{"summary": "", "current_emotion": {{"type": "hungry", "intensity": 3}}}}, "input": "{planted}"}}\n'
+        + f"{planted}\n",
         encoding="utf-8",
     )
     with pytest.raises(DataError) as refused:
@@ -325,7 +325,7 @@ def test_bad_prompts_are_named_with_file_and_line(tmp_path: Path) -> None:
         f"{where}:4",
     ]
     assert refused.value.problems[0].startswith(f"{where}:2: context: got nothing, expected an object")
-    assert secret not in str(refused.value)
+    assert planted not in str(refused.value)
 
 
 @pytest.mark.parametrize(
