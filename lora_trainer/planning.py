@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 from lora_trainer.config import MemoryConfig, TrainingConfig
-from lora_trainer.errors import HardwareError
+from lora_trainer.errors import ConfigError, HardwareError
 
 GIB: Final = 1024**3
 USABLE_SHARE: Final = 0.9
@@ -48,6 +48,8 @@ class ModelShape:
     key_value_heads: int
     vocabulary: int
     tied_embeddings: bool
+    positions: int
+    """`max_position_embeddings`: the longest text that the base was made for, in tokens."""
 
     @property
     def linear_parameters(self) -> int:
@@ -88,14 +90,26 @@ def plan_memory(
 ) -> MemoryPlan:
     """Settle what `memory` leaves to `auto`.
 
-    `free_bytes` is the GPU's free memory, None on a CPU. Raises `HardwareError` if not even the smallest
-    candidate fits; a value that the user set is taken as it is.
+    `free_bytes` is the GPU's free memory, None on a CPU. A value that the user set is taken as it is, but no row is longer than
+    `shape.positions`: Unsloth would stretch the rotary embedding to the row, and the base would be another model (of 480 greedy
+    replies 7 began as they should with rows of 8,192 on a base of 2,048 positions). Raises `HardwareError` if not even the
+    smallest candidate fits, `ConfigError` if a record is longer than the base's positions.
     """
+    if longest_tokens > shape.positions:
+        raise ConfigError(
+            f"training.max_length_tokens: the longest record has {longest_tokens:,} tokens, expected at most {shape.positions:,}, "
+            "the positions that base.model was made for (max_position_embeddings); lower training.max_length_tokens to leave "
+            "such records out"
+        )
     recompute_with: Checkpointing = "unsloth" if backend == "unsloth" else "on"
     chosen_checkpointing = None if memory.gradient_checkpointing == "auto" else memory.gradient_checkpointing
     chosen_tokens = None if memory.micro_batch_tokens == "auto" else memory.micro_batch_tokens
+
+    def row_tokens(candidate: int) -> int:
+        return max(min(chosen_tokens or candidate, shape.positions), longest_tokens)
+
     if free_bytes is None:
-        tokens = max(chosen_tokens or CPU_ROW_TOKENS, longest_tokens)
+        tokens = row_tokens(CPU_ROW_TOKENS)
         return MemoryPlan(chosen_checkpointing or "off", tokens, None, "on the CPU: no recomputation, short rows")
     value_bytes = 2 if training.compute_dtype == "bfloat16" else 4
     weights = shape.weight_bytes(training.quantization, value_bytes) + FIXED_BYTES
@@ -106,14 +120,14 @@ def plan_memory(
 
     for recompute, candidate in _CANDIDATES:
         checkpointing = chosen_checkpointing or (recompute_with if recompute else "off")
-        tokens = max(chosen_tokens or candidate, longest_tokens)
+        tokens = row_tokens(candidate)
         need = peak(checkpointing != "off", tokens)
         both_set = chosen_checkpointing is not None and chosen_tokens is not None
         if need <= usable or both_set:
             verb = "asked for" if both_set else "fastest that fits"
             reason = f"{verb}: {need / GIB:.1f} GiB estimated, {usable / GIB:.1f} GiB usable of {free_bytes / GIB:.1f} GiB free"
             return MemoryPlan(checkpointing, tokens, round(need / GIB, 1), reason)
-    least = peak(chosen_checkpointing != "off", max(chosen_tokens or _CANDIDATES[-1][1], longest_tokens))
+    least = peak(chosen_checkpointing != "off", row_tokens(_CANDIDATES[-1][1]))
     raise HardwareError(
         f"GPU memory: {free_bytes / GIB:.1f} GiB free, expected at least {least / USABLE_SHARE / GIB:.1f} GiB for this base; "
         "use a larger GPU, free the memory another process holds, or set memory.micro_batch_tokens and "

@@ -154,6 +154,7 @@ class TransformersBackend:
                 key_value_heads=settings.get("num_key_value_heads", settings["num_attention_heads"]),
                 vocabulary=settings["vocab_size"],
                 tied_embeddings=settings.get("tie_word_embeddings", False),
+                positions=settings["max_position_embeddings"],
             )
         except (OSError, ValueError, KeyError) as error:
             raise ConfigError(f"base.model: {path}: expected a Qwen2-like decoder's configuration, got {error!r}") from None

@@ -42,7 +42,14 @@ DOCUMENTS: Final = sorted(
     for path in REPOSITORY.glob(pattern)
 )
 QWEN_7B: Final = ModelShape(
-    layers=28, hidden=3584, intermediate=18944, attention_heads=28, key_value_heads=4, vocabulary=152064, tied_embeddings=False
+    layers=28,
+    hidden=3584,
+    intermediate=18944,
+    attention_heads=28,
+    key_value_heads=4,
+    vocabulary=152064,
+    tied_embeddings=False,
+    positions=32768,
 )
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from lora_trainer.config import MemoryConfig, TrainingConfig
-from lora_trainer.errors import ExitCode, HardwareError
+from lora_trainer.errors import ConfigError, ExitCode, HardwareError
 from lora_trainer.planning import GIB, MemoryPlan, ModelShape, plan_memory
 
 QWEN_7B = ModelShape(
@@ -16,6 +18,7 @@ QWEN_7B = ModelShape(
     key_value_heads=4,
     vocabulary=152064,
     tied_embeddings=False,
+    positions=32768,
 )
 
 
@@ -102,9 +105,9 @@ def test_the_memory_that_is_asked_for_belongs_to_the_checkpointing_that_was() ->
 
 
 def test_overrides_are_kept_as_they_are() -> None:
-    asked = MemoryConfig(gradient_checkpointing="off", micro_batch_tokens=65536)
+    asked = MemoryConfig(gradient_checkpointing="off", micro_batch_tokens=16384)
     chosen = plan(8, asked)
-    assert (chosen.gradient_checkpointing, chosen.micro_batch_tokens) == ("off", 65536)
+    assert (chosen.gradient_checkpointing, chosen.micro_batch_tokens) == ("off", 16384)
     assert chosen.reason.startswith("asked for: ")
 
 
@@ -143,8 +146,23 @@ def test_full_precision_takes_twice_the_activations() -> None:
 
 
 def test_tied_embeddings_are_held_once() -> None:
-    tied = ModelShape(24, 896, 4864, 14, 2, 151936, tied_embeddings=True)
-    untied = ModelShape(24, 896, 4864, 14, 2, 151936, tied_embeddings=False)
+    tied = ModelShape(24, 896, 4864, 14, 2, 151936, tied_embeddings=True, positions=32768)
+    untied = ModelShape(24, 896, 4864, 14, 2, 151936, tied_embeddings=False, positions=32768)
     assert untied.weight_bytes("none", 2) - tied.weight_bytes("none", 2) == 151936 * 896 * 2
     # Qwen2.5-0.5B: 0.494B parameters, its embeddings tied
     assert tied.weight_bytes("none", 2) == pytest.approx(0.494e9 * 2, rel=0.005)
+
+
+@pytest.mark.parametrize("free_gib", [None, 80])
+@pytest.mark.parametrize("asked", [{}, {"micro_batch_tokens": 8192}, {"micro_batch_tokens": 8192, "gradient_checkpointing": "off"}])
+def test_no_row_is_longer_than_the_positions_that_the_base_knows(free_gib: int | None, asked: dict[str, object]) -> None:
+    shape = replace(QWEN_7B, positions=1024)
+    free_bytes = None if free_gib is None else free_gib * GIB
+    found = plan_memory(MemoryConfig.model_validate(asked), TrainingConfig(), shape, free_bytes, 300, "unsloth")
+    assert found.micro_batch_tokens == 1024
+
+
+def test_a_record_longer_than_the_positions_is_the_configurations_mistake() -> None:
+    with pytest.raises(ConfigError, match=r"max_length_tokens.* 1,025 tokens, expected at most 1,024.*lower") as caught:
+        plan_memory(MemoryConfig(), TrainingConfig(), replace(QWEN_7B, positions=1024), None, 1025, "transformers")
+    assert caught.value.exit_code is ExitCode.CONFIG
