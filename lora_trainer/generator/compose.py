@@ -141,12 +141,10 @@ def _with_emoji(sentences: list[str], blood_type: BloodType, cell: Cell, scene: 
         signs.append(rng.choice(left))
     if not signs:
         return " ".join(sentences)
-    # behind the first sentence, behind the last, or some behind each
-    first = rng.choice((0, 1)) if len(sentences) > 1 else 0
-    groups = [signs[:first], signs[first:]] if len(sentences) > 1 else [signs]
-    texts = (f"{sentence.removesuffix('.') if not sentence.endswith('..') else sentence} {''.join(group)}" if group else sentence
-             for sentence, group in zip(sentences, groups, strict=True))  # fmt: skip
-    return " ".join(texts)
+    # behind the last sentence. Were they behind the first of two, a model that takes the likeliest next token would write them
+    # there each time, and end without its question: a reply of one sentence has them in the same place
+    last = sentences[-1] if sentences[-1].endswith("..") else sentences[-1].removesuffix(".")
+    return " ".join((*sentences[:-1], last, "".join(signs)))
 
 
 # --- how people type ------------------------------------------------------------------------------------

@@ -238,7 +238,8 @@ class Manner(NamedTuple):
 
 def _manner(rng: random.Random) -> Manner:
     if rng.random() < 0.35:
-        return Manner(persona_spec(rng.choice(list(BloodType))).instruction, rng.random() < 0.6, None)
+        # its 반말 is obeyed as a small model would: more often than not
+        return Manner(persona_spec(rng.choice(list(BloodType))).instruction, rng.random() < 0.35, None)
     polite, emoji = rng.random() < 0.6, None
     instruction = rng.choice(INSTRUCTIONS)
     if rng.random() < 0.35:
@@ -275,8 +276,8 @@ def _with_intensity(rng: random.Random, sentences: list[str], intensity: float) 
 def _reply(rng: random.Random, sentences: list[str], face: Expression, intensity: float, emoji: bool | None) -> str:
     if emoji:
         sentences = _with_emoji(rng, _with_intensity(rng, sentences, intensity), face, intensity)
-    # seldom, but never against the intensity: whoever writes more of them has that from the base
-    elif emoji is None and rng.random() < 0.2:
+    # not always, but never against the intensity: whoever writes more of them has that from the base
+    elif emoji is None and rng.random() < 0.4:
         sentences = _with_emoji(rng, sentences, face, intensity)
     text = " ".join(sentences)
     # and the ends that a reply may have, so that closing the JSON doesn't hang on a full stop
@@ -305,7 +306,7 @@ def make_record(rng: random.Random) -> Record:
     polite = manner.polite
 
     opener = realise(rng.choice(OPENERS[feeling]), {}, polite=polite)
-    kind = rng.random()
+    kind, clauses = rng.random(), 1
     if kind < 0.62:
         at = rng.randrange(len(turns.inputs))
         said = realise(turns.inputs[at], words, polite=user_polite)
@@ -322,7 +323,8 @@ def make_record(rng: random.Random) -> Record:
         if rng.random() < 0.45:
             # replies of any words whatever: an adapter writes what the grammar never does, and the JSON around
             # it has to hold
-            answer, _ = _ramble(rng, rng.choice((1, 1, 2)), polite=polite)
+            clauses = rng.choice((1, 1, 2))
+            answer, _ = _ramble(rng, clauses, polite=polite)
             if rng.random() < 0.3:
                 answer = _typo(rng, answer)
     else:
@@ -332,15 +334,14 @@ def make_record(rng: random.Random) -> Record:
     more = realise(rng.choice(family.questions if kind < 0.62 else ANYTHING), words, polite=polite)
     if rng.random() < 0.15:
         more = realise(rng.choice(REMARKS[mood]), words, polite=polite)
+    # never three: a persona's reply is one or two sentences, and an adapter keeps the base's habit of going on
     shape = rng.random()
-    if shape < 0.4:
-        sentences = [opener, answer]
-    elif shape < 0.7 or answer.endswith("?"):
+    if clauses > 1 or 0.42 <= shape < 0.72:
         sentences = [answer]
-    elif shape < 0.92:
-        sentences = [answer, more]
+    elif shape < 0.42:
+        sentences = [opener, answer]
     else:
-        sentences = [opener, answer, more]
+        sentences = [answer] if answer.endswith("?") else [answer, more]
 
     about = rng.random()
     if about < 0.15:
