@@ -98,7 +98,8 @@ def cli() -> None:
 
 @cli.command()
 @_setting_options
-def run(config_file: Path | None, overrides: Sequence[str], **options: Any) -> None:
+@click.option("--fresh", is_flag=True, help="Forget the checkpoints of an interrupted attempt and train from the first step.")
+def run(config_file: Path | None, overrides: Sequence[str], fresh: bool, **options: Any) -> None:
     """Train one persona's adapter and publish it.
 
     \b
@@ -106,7 +107,9 @@ def run(config_file: Path | None, overrides: Sequence[str], **options: Any) -> N
     publishes it under OUTPUT:
       adapters/<TYPE>/<run id>/     the bundle, its manifest.json written last
       adapters/<TYPE>/latest.json   the newest accepted run
-    The same command again ends at once: the run id is a hash of all that decides the weights.
+    The same command again ends at once: the run id is a hash of all that decides the weights. Interrupted
+    (SIGTERM, SIGINT, a lost machine), it goes on from the newest checkpoint under OUTPUT:
+      runs/<TYPE>/<run id>/checkpoints/
 
     \b
     Examples:
@@ -131,7 +134,7 @@ def run(config_file: Path | None, overrides: Sequence[str], **options: Any) -> N
         # the stream itself: sys.stderr is about to be the libraries' own
         console = Console(file=sys.stderr) if sys.stderr.isatty() and config.logging.format != "json" else None
         with logs.libraries_print_to_the_log():
-            outcome = run_job(config, console)
+            outcome = run_job(config, console, fresh=fresh)
         edge.facts.update(
             run_id=outcome.run_id,
             bundle=outcome.bundle_uri,
@@ -702,7 +705,8 @@ class _RunEdge:
             self._code, outcome, problems = error.exit_code, type(error).__name__, error.problems
         elif isinstance(error, Interrupted | KeyboardInterrupt):
             self._code, outcome = ExitCode.INTERRUPTED, "interrupted"
-            problems = ("interrupted: no half-published bundle is visible; run the same command again",)
+            kept = getattr(error, "kept", "") or "no half-published bundle is visible"
+            problems = (f"interrupted: {kept}; run the same command again",)
         elif isinstance(error, Exception):
             self._code, outcome = ExitCode.BUG, "bug"
             problems = (f"{type(error).__module__}.{type(error).__name__}{_safe_message(error)}",)

@@ -103,6 +103,10 @@ def write_evaluation(
     (folder / "report.html").write_text(render_report(metrics, facts, steps, replies), encoding="utf-8")
 
 
+class DamagedError(StorageError):
+    """Files under a prefix that are not what its manifest says, or a manifest that is none."""
+
+
 @dataclass(frozen=True, slots=True)
 class Published:
     """A bundle brought back to be judged again."""
@@ -118,17 +122,17 @@ class Published:
 
 
 def download(storage: Storage, prefix: str, manifest: Mapping[str, Any], folder: Path) -> None:
-    """The files of the bundle under `prefix` in `folder`, each compared with the manifest. Raises `StorageError`."""
+    """The files of the bundle under `prefix` in `folder`, each as the manifest says. Raises `DamagedError`, `StorageError`."""
     for name, expected in manifest["files"].items():
         try:
             got = storage.download(prefix + safe_key(name), folder / name)
         except (NotFound, ValueError) as error:
-            raise StorageError(
+            raise DamagedError(
                 f"{storage.uri}{prefix}{name}: the manifest names it and it cannot be had ({error}); the bundle is damaged: "
                 "move that prefix away and run again"
             ) from None
         if (got.size_bytes, got.sha256) != (expected["size_bytes"], expected["sha256"]):
-            raise StorageError(
+            raise DamagedError(
                 f"{storage.uri}{prefix}{name}: got {got.size_bytes} bytes, SHA-256 {got.sha256}, expected {expected['size_bytes']} "
                 f"bytes, {expected['sha256']}; the bundle was changed: move that prefix away and run again"
             )
@@ -313,7 +317,7 @@ def publish(folder: Path, storage: Storage, prefix: str) -> None:
 
 
 def read_manifest(storage: Storage, prefix: str) -> dict[str, Any] | None:
-    """The manifest under `prefix`, or None: then there is no bundle. Raises `StorageError` for one that is not a manifest."""
+    """The manifest under `prefix`, or None: then there is no bundle. Raises `DamagedError` for one that is not a manifest."""
     found = storage.read_bytes(prefix + MANIFEST_NAME)
     if found is None:
         return None
@@ -322,10 +326,16 @@ def read_manifest(storage: Storage, prefix: str) -> dict[str, Any] | None:
         if manifest["schema"] != MANIFEST_SCHEMA or not isinstance(manifest["files"], dict):
             raise ValueError("another schema")
     except (ValueError, KeyError, TypeError):
-        raise StorageError(
+        raise DamagedError(
             f"{storage.uri}{prefix}{MANIFEST_NAME}: not a manifest of schema {MANIFEST_SCHEMA}; "
             "it was changed, or written by another version: move that prefix away and run again"
         ) from None
+    return manifest
+
+
+def read_local_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest in `folder`. Raises `OSError`, `ValueError`."""
+    manifest: dict[str, Any] = json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8"))
     return manifest
 
 

@@ -192,6 +192,24 @@ class MemoryConfig(_Section):
     )
 
 
+class CheckpointConfig(_Section):
+    """What an interrupted run goes on from. Never part of `run_id`."""
+
+    every_steps: int = Field(
+        default=100, ge=0, description="Optimizer steps between two checkpoints; 0: only the minutes count. Whichever comes first."
+    )
+    every_minutes: float = Field(
+        default=5.0, gt=0, le=1440, allow_inf_nan=False, description="Minutes between two checkpoints. Whichever comes first."
+    )
+    keep: int = Field(default=2, ge=1, le=100, description="Newest complete checkpoints that are kept.")
+    grace_s: float = Field(
+        default=90.0,
+        ge=1,
+        allow_inf_nan=False,
+        description="Seconds from SIGTERM to the end of the last checkpoint's upload: below `terminationGracePeriodSeconds`.",
+    )
+
+
 Tracker = Literal["tensorboard", "mlflow", "wandb"]
 
 
@@ -249,6 +267,7 @@ class RunConfig(_Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     gates: GatesConfig = GatesConfig()
     memory: MemoryConfig = MemoryConfig()
+    checkpoints: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
 
     @field_validator("blood_type", mode="before")

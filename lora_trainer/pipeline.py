@@ -21,8 +21,9 @@ from lora_trainer import __version__, bundle, evaluation, gates
 from lora_trainer.backends import Backend, open_backend, open_reference_backend
 from lora_trainer.backends.trackers import require_installed
 from lora_trainer.bases import Base, fetch_base, identify_base
+from lora_trainer.checkpoints import Checkpoints, checkpoints_prefix
 from lora_trainer.config import RunConfig
-from lora_trainer.errors import DataError
+from lora_trainer.errors import DataError, Interrupted
 from lora_trainer.evaluation import JudgedReply
 from lora_trainer.evaluation_prompts import evaluation_prompts
 from lora_trainer.identity import run_id, run_ingredients
@@ -58,8 +59,8 @@ class Outcome:
     moved_latest: bool
 
 
-def run(config: RunConfig, console: Console | None = None) -> Outcome:
-    """Do the job that `config` describes. `console` is a terminal to show progress on.
+def run(config: RunConfig, console: Console | None = None, *, fresh: bool = False) -> Outcome:
+    """Do the job that `config` describes. `console` is a terminal to show progress on; `fresh` forgets checkpoints.
 
     Raises a `LoraTrainerError`, whose class owns the exit code.
     """
@@ -78,13 +79,16 @@ def run(config: RunConfig, console: Console | None = None) -> Outcome:
     backend = start(job, progress)
     prepared = format_and_split(job, backend, identity, records, progress)
     plan = plan_work(job, backend, prepared)
-    trained = train(job, backend, identity, prepared, plan, progress)
-    folder = save(job, backend, identity, prepared, progress)
-    evaluated = evaluate(job, backend, prompts, prepared.train_records, progress)
-    verdict = decide(job, evaluated.metrics)
-    metrics = summarise(job, backend, identity, prepared, trained, evaluated, verdict)
-    assemble(job, folder, identity, data, prepared, plan, trained, evaluated, metrics)
-    return publish(job, identity, folder, verdict, progress)
+    with open_checkpoints(job, identity, fresh=fresh) as checkpoints:
+        trained = train(job, backend, identity, prepared, plan, checkpoints, progress)
+        folder = save(job, backend, identity, prepared, progress)
+        evaluated = evaluate(job, backend, prompts, prepared.train_records, progress)
+        verdict = decide(job, evaluated.metrics)
+        metrics = summarise(job, backend, identity, prepared, trained, evaluated, verdict)
+        assemble(job, folder, identity, data, prepared, plan, trained, evaluated, metrics)
+        outcome = publish(job, identity, folder, verdict, progress)
+        checkpoints.clear()
+    return outcome
 
 
 @dataclass(slots=True)
@@ -395,8 +399,27 @@ def plan_work(job: Job, backend: Backend, prepared: Prepared) -> MemoryPlan:
     return plan
 
 
-def train(job: Job, backend: Backend, identity: Identity, prepared: Prepared, plan: MemoryPlan, progress: RunProgress) -> Trained:
-    """Step 7: the adapter."""
+def open_checkpoints(job: Job, identity: Identity, *, fresh: bool) -> Checkpoints:
+    """What an earlier attempt at this run left, and where this one leaves what a later one may need."""
+    prefix = checkpoints_prefix(job.config.blood_type, identity.run_id)
+    checkpoints = Checkpoints(
+        job.config.checkpoints, job.run_dir(identity) / "checkpoints", job.config.output, prefix, identity.run_id
+    )
+    if fresh:
+        checkpoints.clear()
+    return checkpoints
+
+
+def train(
+    job: Job,
+    backend: Backend,
+    identity: Identity,
+    prepared: Prepared,
+    plan: MemoryPlan,
+    checkpoints: Checkpoints,
+    progress: RunProgress,
+) -> Trained:
+    """Step 7: the adapter, from the newest checkpoint on if an earlier attempt left one."""
     every = job.config.logging.log_every_steps
 
     def on_step(step: StepLog, of: int) -> None:
@@ -412,17 +435,28 @@ def train(job: Job, backend: Backend, identity: Identity, prepared: Prepared, pl
                 tokens_per_s=round(step.tokens / step.step_s, 1),
             )
 
+    def after_step(step: int) -> None:
+        # the last one, too: whoever interrupts the evaluation must not cost the training
+        if checkpoints.is_due(step) or step == len(prepared.steps):
+            checkpoint(backend, checkpoints)
+
     progress.stage("load")
     with job.timed("load"):
         backend.load(prepared.base_folder, plan, prepared.longest_tokens)
-        backend.prepare_training(prepared.train, prepared.steps, plan, job.run_dir(identity), on_step)
+        backend.prepare_training(prepared.train, prepared.steps, plan, job.run_dir(identity), on_step, after_step)
     if len(prepared.train) > 1:
         difference = backend.check_isolation(prepared.train[0], prepared.train[1])
         job.log.info("packing_checked", relative_difference=difference)
     with job.timed("held_out_base"):
         loss_base = backend.mean_loss(prepared.held_out)
-    with job.timed("train"), progress.training(len(prepared.steps)):
-        log = backend.train()
+    done = resume(job, backend, checkpoints)
+    try:
+        with job.timed("train"), progress.training(len(prepared.steps), done):
+            log = backend.train()
+    except Interrupted:
+        # the step that was broken off is dropped
+        checkpoint(backend, checkpoints)
+        raise
     with job.timed("held_out_adapter"):
         loss_adapter = backend.mean_loss(prepared.held_out)
     job.log.info(
@@ -436,6 +470,23 @@ def train(job: Job, backend: Backend, identity: Identity, prepared: Prepared, pl
         train_s=round(log.train_s, 1),
     )
     return Trained(log, loss_base, loss_adapter)
+
+
+def resume(job: Job, backend: Backend, checkpoints: Checkpoints) -> int:
+    """Give the backend the newest checkpoint; gives the steps that are behind it, 0 if there is none."""
+    with job.timed("resume"):
+        found = checkpoints.newest()
+        done = backend.restore(found) if found else 0
+    if found:
+        checkpoints.continue_from(done)
+        job.log.info("resumed", step=done, resume_s=job.timings_s["resume"])
+    return done
+
+
+def checkpoint(backend: Backend, checkpoints: Checkpoints) -> None:
+    """Hand over the state as of the last whole step, if there is one that is not kept yet."""
+    if (taken := backend.snapshot()) and taken[0] != checkpoints.last_step:
+        checkpoints.write(*taken)
 
 
 def save(job: Job, backend: Backend, identity: Identity, prepared: Prepared, progress: RunProgress) -> Path:
