@@ -510,7 +510,7 @@ def test_a_bundle_that_was_changed_is_not_judged_again(tmp_path: Path, made: Mad
         file.write(b"\n")
     code, out, events = finished.run(0.9)
     last = events["run_finished"]
-    assert (code, out, last["outcome"]) == (6, "", "StorageError")
+    assert (code, out, last["outcome"]) == (6, "", "DamagedError")
     (problem,) = last["problems"]
     assert problem.startswith(f"file://{finished.bundle}/{name}: got ")
     assert problem.endswith("the bundle was changed: move that prefix away and run again")
