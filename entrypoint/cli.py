@@ -316,6 +316,30 @@ def _typed_lines(console: Any) -> Iterator[str]:
 
 
 @cli.command()
+@click.argument("folder", type=click.Path(path_type=Path), metavar="FOLDER")
+@click.option("--output", metavar="URI", help="Another output than the run's own. s3:// or file://.")
+def publish(folder: Path, output: str | None) -> None:
+    """Publish the finished bundle in FOLDER that its run could not.
+
+    A run whose storage fails at the end (exit 6) keeps the bundle and names the folder. Nothing is trained or
+    judged again; latest.json moves if the gates were passed, and the exit code is the one the run would have had.
+
+    \b
+    Examples:
+      lora-trainer publish .lora-trainer/runs/A/0123456789abcdef/bundle
+      lora-trainer publish /work/runs/A/0123456789abcdef/bundle --output s3://another-bucket/lora/
+    """
+    from lora_trainer.gates import missed
+    from lora_trainer.pipeline import publish_folder
+
+    logs.configure("info", "auto")
+    outcome = publish_folder(folder, output)
+    click.echo(outcome.bundle_uri)
+    if not outcome.verdict.passed:
+        raise GateError(missed(outcome.verdict))
+
+
+@cli.command()
 @click.argument("adapter", metavar="RUN")
 def promote(adapter: str) -> None:
     """Point latest.json at RUN by hand, whatever its verdict and whatever is newer.

@@ -20,7 +20,7 @@ import yaml
 
 from lora_trainer.bases import Base
 from lora_trainer.config import RunConfig
-from lora_trainer.errors import InvariantError, StorageError
+from lora_trainer.errors import ConfigError, InvariantError, StorageError
 from lora_trainer.evaluation import JudgedReply
 from lora_trainer.formatter import prompt_messages, prompt_template
 from lora_trainer.metrics import (
@@ -336,6 +336,28 @@ def read_manifest(storage: Storage, prefix: str) -> dict[str, Any] | None:
 def read_local_manifest(folder: Path) -> dict[str, Any]:
     """The manifest in `folder`. Raises `OSError`, `ValueError`."""
     manifest: dict[str, Any] = json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8"))
+    return manifest
+
+
+def open_local(folder: Path) -> dict[str, Any]:
+    """The manifest of the finished bundle in `folder`.
+
+    Raises `ConfigError` if there is none, `DamagedError` if its files are not what it says.
+    """
+    try:
+        manifest = read_local_manifest(folder)
+        has_all = "adapter_model.safetensors" in manifest["files"] and "verdict" in manifest
+        if manifest["schema"] != MANIFEST_SCHEMA or not has_all:
+            raise ValueError("another manifest")
+    except (OSError, ValueError, KeyError, TypeError):
+        raise ConfigError(
+            f"{folder}: got no finished bundle of this version, expected a folder with the manifest.json that a run writes last: "
+            "<work_dir>/runs/<TYPE>/<run id>/bundle"
+        ) from None
+    for name, file in manifest["files"].items():
+        path = folder / safe_key(name)
+        if not path.is_file() or sha256_of(path) != file["sha256"]:
+            raise DamagedError(f"{path}: is not what the bundle's manifest says; run the same 'lora-trainer run' again instead")
     return manifest
 
 

@@ -23,7 +23,7 @@ from lora_trainer.backends.trackers import require_installed
 from lora_trainer.bases import Base, fetch_base, identify_base
 from lora_trainer.checkpoints import Checkpoints, checkpoints_prefix
 from lora_trainer.config import RunConfig
-from lora_trainer.errors import DataError, Interrupted
+from lora_trainer.errors import DataError, Interrupted, LoraTrainerError
 from lora_trainer.evaluation import JudgedReply
 from lora_trainer.evaluation_prompts import evaluation_prompts
 from lora_trainer.identity import run_id, run_ingredients
@@ -38,6 +38,7 @@ from lora_trainer.metrics import (
     Verdict,
 )
 from lora_trainer.packing import plan_steps
+from lora_trainer.personas import BloodType
 from lora_trainer.planning import MemoryPlan, plan_memory
 from lora_trainer.progress import RunProgress
 from lora_trainer.records import EvaluationPrompt, JsonlReader, Severity, TrainingRecord
@@ -249,7 +250,7 @@ def find_finished(job: Job, identity: Identity) -> Outcome | None:
     if not manifest or not found:
         return None
     verdict, folder = found
-    moved = _accept(job, output, manifest, verdict)
+    moved = _accept(job.config.blood_type, output, manifest, verdict)
     job.log.info(
         "already_done", bundle=output.uri + prefix, finished_at=manifest["finished_at"], passed=verdict.passed, latest_moved=moved
     )
@@ -315,7 +316,7 @@ def evaluate_again(
     progress.stage("publish")
     target = bundle.evaluation_prefix(prefix, verdict.gate_id)
     bundle.publish(folder, output, target)
-    moved = _accept(job, output, manifest, verdict)
+    moved = _accept(job.config.blood_type, output, manifest, verdict)
     for done in (folder, published.folder):
         shutil.rmtree(done)
     progress.stage("done")
@@ -652,12 +653,17 @@ def publish(job: Job, identity: Identity, folder: Path, verdict: Verdict, progre
     progress.stage("publish")
     output = job.output
     prefix = bundle.bundle_prefix(job.config.blood_type, identity.run_id)
-    with job.timed("publish"):
-        bundle.publish(folder, output, prefix)
+    try:
+        with job.timed("publish"):
+            bundle.publish(folder, output, prefix)
+    except LoraTrainerError as error:
+        kept = f"the finished bundle is kept here; 'lora-trainer publish {folder}' ends the job when the storage is well again"
+        error.problems = (*error.problems, f"{folder}: {kept}")
+        raise
     manifest = bundle.read_manifest(output, prefix)
     if manifest is None:
         raise RuntimeError(f"{output.uri}{prefix}: the manifest that was just written is not there")
-    moved = _accept(job, output, manifest, verdict)
+    moved = _accept(job.config.blood_type, output, manifest, verdict)
     shutil.rmtree(folder)
     progress.stage("done")
     job.log.info(
@@ -672,15 +678,38 @@ def publish(job: Job, identity: Identity, folder: Path, verdict: Verdict, progre
     )
 
 
-def _accept(job: Job, output: Storage, manifest: dict[str, Any], verdict: Verdict) -> bool:
+def publish_folder(folder: Path, output_uri: str | None) -> Outcome:
+    """What a run could not publish itself: its finished bundle, and the pointer if the gates let it.
+
+    `folder` is the run's `bundle` below its `work_dir`; `output_uri` another output than the run's own. Raises `ConfigError` if
+    it is no finished bundle, `DamagedError` if its files are not what its manifest says, `StorageError`.
+    """
+    manifest = bundle.open_local(folder)
+    blood_type, identifier = BloodType(manifest["blood_type"]), str(manifest["run_id"])
+    structlog.contextvars.bind_contextvars(run_id=identifier, blood_type=str(blood_type))
+    output = open_storage(output_uri or manifest["config"]["output"])
+    prefix = bundle.bundle_prefix(blood_type, identifier)
+    verdict = Verdict.model_validate(manifest["verdict"])
+    # another attempt may have been faster, and a bundle is never rewritten
+    already_done = bundle.read_manifest(output, prefix) is not None
+    if not already_done:
+        bundle.publish(folder, output, prefix)
+    moved = _accept(blood_type, output, manifest, verdict)
+    shutil.rmtree(folder)
+    get_logger().info("bundle_published", bundle=output.uri + prefix, passed=verdict.passed, latest_moved=moved)
+    return Outcome(identifier, output.uri + prefix, f"{output.uri}{prefix}report.html", verdict, already_done, moved)
+
+
+def _accept(blood_type: BloodType, output: Storage, manifest: dict[str, Any], verdict: Verdict) -> bool:
     """Make a finished run that passed its gates the newest accepted one, unless a later one is."""
+    log = get_logger()
     if not verdict.passed:
-        job.log.info("latest_checked", moved=False, reason="the gates were not passed")
+        log.info("latest_checked", moved=False, reason="the gates were not passed")
         return False
-    move = bundle.move_latest(output, job.config.blood_type, manifest)
-    job.log.info("latest_checked", moved=move.moved, reason=move.reason)
+    move = bundle.move_latest(output, blood_type, manifest)
+    log.info("latest_checked", moved=move.moved, reason=move.reason)
     if move.names_this_run:
-        bundle.link_newest(output, job.config.blood_type, manifest["run_id"])
+        bundle.link_newest(output, blood_type, manifest["run_id"])
     return move.moved
 
 

@@ -152,6 +152,7 @@ class StorageContract:
             lambda: storage.read_bytes(key),
             lambda: storage.write_bytes(key, b""),
             lambda: storage.exists(key),
+            lambda: storage.delete(key),
         ):
             with pytest.raises(ValueError, match="unsafe key"):
                 call()

@@ -186,3 +186,24 @@ def test_an_interrupted_evaluation_does_not_cost_the_training_and_fresh_forgets_
     assert code == 0, log[-1]
     assert not any(line["event"] == "resumed" for line in log)
     assert adapter(output, log) == undisturbed
+
+
+def test_a_bundle_that_the_output_does_not_take_is_kept_and_published_later(undisturbed: bytes, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    in_the_way = out / "adapters"
+    in_the_way.write_text("a file where the folder should be")
+    code, log = attempt(str(out), tmp_path / "work")
+    assert code == 6, log[-1]
+    *_, kept = event(log, "run_finished")["problems"]
+    folder = next((tmp_path / "work").glob("runs/A/*/bundle"))
+    assert kept.startswith(f"{folder}: the finished bundle is kept here; 'lora-trainer publish {folder}' ends the job")
+
+    in_the_way.unlink()
+    done = subprocess.run(
+        [sys.executable, "-m", "entrypoint", "publish", str(folder)],
+        cwd=REPOSITORY, env={**os.environ, "PYTHONPATH": str(REPOSITORY)}, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert adapter(open_storage(f"file://{out}"), log) == undisturbed
+    assert not folder.exists()
