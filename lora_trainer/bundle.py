@@ -145,7 +145,7 @@ def fetch(storage: Storage, prefix: str, manifest: Mapping[str, Any], folder: Pa
         training = TrainingMetrics.model_validate(metrics["training"])
         held_out = HeldOutMetrics.model_validate(metrics["held_out"])
         peak_memory_gib = float(metrics["peak_memory_gib"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise StorageError(
             f"{storage.uri}{prefix}: metrics.json or train_log.jsonl is not what this version reads; it was written by another "
             "one: move that prefix away and run again"
@@ -321,7 +321,7 @@ def read_manifest(storage: Storage, prefix: str) -> dict[str, Any] | None:
         manifest: dict[str, Any] = json.loads(found.data)
         if manifest["schema"] != MANIFEST_SCHEMA or not isinstance(manifest["files"], dict):
             raise ValueError("another schema")
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise StorageError(
             f"{storage.uri}{prefix}{MANIFEST_NAME}: not a manifest of schema {MANIFEST_SCHEMA}; "
             "it was changed, or written by another version: move that prefix away and run again"
@@ -427,7 +427,7 @@ def _pointer(data: bytes, where: str) -> dict[str, str]:
         _when(pointer["started_at"])
         _when(pointer.get("promoted_at", pointer["started_at"]))
         _ = pointer["run_id"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise StorageError(
             f"{where}: not a pointer to a bundle; expected run_id, bundle and started_at: remove it or mend it"
         ) from None

@@ -28,6 +28,7 @@ _MOST_FILE_BYTES: Final = 2**20
 """Of a configuration file. One with every setting and its comment has 10 KB."""
 _MOST_NODES: Final = 10_000
 _SHOWN_CHARACTERS: Final = 200
+_SHOWN_PROBLEMS: Final = 50
 
 # settings that hold a local path or a URI: a relative one in a file is taken from that file's folder
 _PATH_FIELDS: Final = ("data", "output", "work_dir", "base.model", "base.cache_dir", "evaluation.prompts")
@@ -406,6 +407,8 @@ def settle(
         config = RunConfig.model_validate(merged)
     except ValidationError as error:
         problems.extend(_explain(error, sources))
+        if len(problems) > _SHOWN_PROBLEMS:
+            problems[_SHOWN_PROBLEMS:] = [f"and {len(problems) - _SHOWN_PROBLEMS:,} more problems: is this a file of settings?"]
         raise ConfigError(problems) from None
     if problems:
         raise ConfigError(problems)
@@ -622,7 +625,7 @@ def _explain(error: ValidationError, sources: list[Source]) -> Iterator[str]:
             dotted = ".".join(location)
         place = next((source.place(dotted) for source in reversed(sources) if _holds(source.values, location)), dotted)
         if problem["type"] == "extra_forbidden":
-            yield f"{place}: no such setting; {_nearest(dotted, names)}"
+            yield f"{place[-_SHOWN_CHARACTERS * 2 :]}: no such setting; {_nearest(dotted[:_SHOWN_CHARACTERS], names)}"
         elif problem["type"] == "missing":
             option = "--" + dotted.replace("_", "-")
             yield f"{dotted}: not given; pass {option}, or set {environment_name(dotted)}, or '{dotted}:' in the configuration file"

@@ -67,6 +67,12 @@ def _untrusted(uri: str, manifest: Mapping[str, Any]) -> Iterator[str]:
         yield f"{where}: run_id: got {manifest['run_id']!r:.100}, expected letters, digits, '-' and '_'; it is not a run's manifest"
     if manifest["blood_type"] not in tuple(BloodType):
         yield f"{where}: blood_type: got {manifest['blood_type']!r:.100}, expected A, B, O or AB; it is not a run's manifest"
+    for section, key in (("data", "uri"), ("data", "sha256"), ("base", "identity")):
+        value = manifest.get(section)
+        if not isinstance(value, dict) or not isinstance(value.get(key), str):
+            yield f"{where}: {section}.{key}: got no text, expected one; it is not a run's manifest"
+    if not isinstance(manifest.get("config", {}), dict):
+        yield f"{where}: config: got a {type(manifest['config']).__name__}, expected settings; it is not a run's manifest"
     for name, facts in manifest["files"].items():
         try:
             safe_key(name)

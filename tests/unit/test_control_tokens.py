@@ -61,7 +61,7 @@ def record(text: str) -> TrainingRecord:
 TURN = ["<|im_start|>", "<|im_end|>"]
 
 
-@settings(max_examples=drawn(10_000, 200), deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=drawn(5_000, 200), deadline=None, suppress_health_check=list(HealthCheck))
 @given(forged)
 def test_nothing_that_is_written_becomes_a_control_token(tokenizer: Any, text: str) -> None:
     count("control_token_texts")

@@ -20,7 +20,7 @@ from entrypoint.cli import run_cli
 from lora_trainer.bases import require_safetensors
 from lora_trainer.compression import is_jsonl
 from lora_trainer.config import RunConfig, settle
-from lora_trainer.errors import ConfigError, ExitCode
+from lora_trainer.errors import ConfigError, ExitCode, StorageError
 from lora_trainer.personas import BloodType
 from lora_trainer.pipeline import data_key
 from lora_trainer.reevaluation import open_adapter
@@ -45,7 +45,7 @@ def show_config(content: bytes) -> tuple[int, str]:
     return code, out.getvalue()
 
 
-@settings(max_examples=drawn(2_000, 100), deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=drawn(600, 50), deadline=None, suppress_health_check=list(HealthCheck))
 @given(configs)
 def test_a_hostile_configuration_is_settings_or_one_message_each_and_exit_2(content: bytes) -> None:
     count("configs")
@@ -68,6 +68,7 @@ def test_a_hostile_configuration_is_settings_or_one_message_each_and_exit_2(cont
         ("data: 2026-13-01", "run.yaml:1: not plain YAML: a value that is not what it says it is"),
         ("a: &a [*a]", "run.yaml:1: not plain YAML: more than 10,000 values, its aliases written out"),
         ("[" * 20_000, "run.yaml: not plain YAML: nested too deeply"),
+        ("".join(f"k{n}: 0\n" for n in range(4000)), "and 3,950 more problems: is this a file of settings?"),
         ("data: \x00", "run.yaml: not plain YAML: a character that YAML does not allow"),
         ("#" * 2**21, "run.yaml: got more than 1,048,576 bytes"),
         ('work_dir: "a\\0b"', "work_dir: got "),
@@ -160,7 +161,13 @@ class Trap:
 
 def bundle_with(folder: Path, files: dict[str, Any], **facts: Any) -> str:
     folder.mkdir(parents=True, exist_ok=True)
-    manifest = {"schema": 1, "run_id": "0123456789abcdef", "blood_type": "A", "started_at": "2026-01-01T00:00:00+00:00"}
+    manifest: dict[str, Any] = {
+        "schema": 1,
+        "run_id": "0123456789abcdef",
+        "blood_type": "A",
+        "started_at": "2026-01-01T00:00:00+00:00",
+    }
+    manifest |= {"data": {"uri": "data/", "sha256": "0" * 64}, "base": {"identity": "sha256:0"}}
     (folder / "manifest.json").write_text(json.dumps({**manifest, **facts, "files": files}))
     return str(folder)
 
@@ -207,9 +214,18 @@ def test_a_folder_whose_weights_are_pickled_is_not_given_to_peft(tmp_path: Path)
         ({}, {"/x": FACTS}, "unsafe key '/x'"),
         ({}, {"a\\b": FACTS}, "unsafe key"),
         ({}, {"x": 5}, "got no size and SHA-256 of 'x'"),
+        ({"data": "x"}, {}, "data.uri: got no text"),
+        ({"base": {"identity": 5}}, {}, "base.identity: got no text"),
+        ({"config": []}, {}, "config: got a list"),
     ],
 )
 def test_a_manifest_names_nothing_outside(tmp_path: Path, facts: dict[str, Any], files: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError) as refused:
         open_adapter(bundle_with(tmp_path / "bundle", files, **facts))
     assert said in str(refused.value)
+
+
+def test_a_manifest_that_is_nested_without_end_is_none(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text('{"schema": ' + "[" * 100_000)
+    with pytest.raises(StorageError, match="not a manifest of schema 1"):
+        open_adapter(str(tmp_path))
