@@ -437,8 +437,9 @@ def validate(
     """Check training data: schema, lint, coverage, and what the prompts cost.
 
     \b
-    FILE is a JSONL file: a local path, file:// or s3://; one called eval_prompts.jsonl holds the
-    evaluation's prompts, which have neither instruction nor reply. Two severities:
+    FILE is a JSONL file (.jsonl, .jsonl.gz, .jsonl.zst): a local path, file:// or s3://; one called
+    eval_prompts.jsonl holds the evaluation's prompts, which have neither instruction nor reply.
+    Two severities:
       error     'run' refuses the file: not JSON, a missing field, an unknown emotion, ...
       warning   counted; 'run' refuses the file under --strict: three sentences, 존댓말, too many
                 emoji for the intensity, too long, not Korean, banned content, near-duplicates, too few
@@ -482,14 +483,15 @@ def validate(
             paths.append(path)
 
         def check(path: Path, on_problem: validation.OnProblem | None = None) -> validation.FileReport:
-            if path.name == FILE_NAME:
-                return validation.check_prompts(path, on_problem=on_problem)
+            if path.name in (FILE_NAME, f"{FILE_NAME}.gz", f"{FILE_NAME}.zst"):
+                return validation.check_prompts(path, limits=config.limits, on_problem=on_problem)
             return validation.check_file(
                 path,
                 persona,
                 counter,
                 max_length_tokens=config.training.max_length_tokens,
                 template_overhead_tokens=overhead_tokens,
+                limits=config.limits,
                 on_problem=on_problem,
             )
 

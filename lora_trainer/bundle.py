@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -149,7 +150,7 @@ def fetch(storage: Storage, prefix: str, manifest: Mapping[str, Any], folder: Pa
         training = TrainingMetrics.model_validate(metrics["training"])
         held_out = HeldOutMetrics.model_validate(metrics["held_out"])
         peak_memory_gib = float(metrics["peak_memory_gib"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise StorageError(
             f"{storage.uri}{prefix}: metrics.json or train_log.jsonl is not what this version reads; it was written by another "
             "one: move that prefix away and run again"
@@ -325,7 +326,7 @@ def read_manifest(storage: Storage, prefix: str) -> dict[str, Any] | None:
         manifest: dict[str, Any] = json.loads(found.data)
         if manifest["schema"] != MANIFEST_SCHEMA or not isinstance(manifest["files"], dict):
             raise ValueError("another schema")
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise DamagedError(
             f"{storage.uri}{prefix}{MANIFEST_NAME}: not a manifest of schema {MANIFEST_SCHEMA}; "
             "it was changed, or written by another version: move that prefix away and run again"
@@ -347,16 +348,20 @@ def open_local(folder: Path) -> dict[str, Any]:
     try:
         manifest = read_local_manifest(folder)
         has_all = "adapter_model.safetensors" in manifest["files"] and "verdict" in manifest
-        if manifest["schema"] != MANIFEST_SCHEMA or not has_all:
+        # names in it become keys of the output
+        names_fit = re.fullmatch("[0-9a-f]{16}", manifest["run_id"]) and manifest["blood_type"] in tuple(BloodType)
+        if manifest["schema"] != MANIFEST_SCHEMA or not has_all or not names_fit:
             raise ValueError("another manifest")
-    except (OSError, ValueError, KeyError, TypeError):
+        hashes = {safe_key(name): file["sha256"] for name, file in manifest["files"].items()}
+        Verdict.model_validate(manifest["verdict"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise ConfigError(
             f"{folder}: got no finished bundle of this version, expected a folder with the manifest.json that a run writes last: "
             "<work_dir>/runs/<TYPE>/<run id>/bundle"
         ) from None
-    for name, file in manifest["files"].items():
-        path = folder / safe_key(name)
-        if not path.is_file() or sha256_of(path) != file["sha256"]:
+    for name, sha256 in hashes.items():
+        path = folder / name
+        if not path.is_file() or sha256_of(path) != sha256:
             raise DamagedError(f"{path}: is not what the bundle's manifest says; run the same 'lora-trainer run' again instead")
     return manifest
 
@@ -459,7 +464,7 @@ def _pointer(data: bytes, where: str) -> dict[str, str]:
         _when(pointer["started_at"])
         _when(pointer.get("promoted_at", pointer["started_at"]))
         _ = pointer["run_id"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise StorageError(
             f"{where}: not a pointer to a bundle; expected run_id, bundle and started_at: remove it or mend it"
         ) from None

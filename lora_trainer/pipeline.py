@@ -22,8 +22,9 @@ from lora_trainer.backends import Backend, open_backend, open_reference_backend
 from lora_trainer.backends.trackers import require_installed
 from lora_trainer.bases import Base, fetch_base, identify_base
 from lora_trainer.checkpoints import Checkpoints, checkpoints_prefix
+from lora_trainer.compression import SUFFIXES, is_jsonl
 from lora_trainer.config import RunConfig
-from lora_trainer.errors import DataError, Interrupted, LoraTrainerError
+from lora_trainer.errors import ConfigError, DataError, Interrupted, LoraTrainerError, StorageError
 from lora_trainer.evaluation import JudgedReply
 from lora_trainer.evaluation_prompts import evaluation_prompts
 from lora_trainer.identity import run_id, run_ingredients
@@ -183,11 +184,12 @@ class Evaluated:
 def fetch(job: Job) -> DataFile:
     """Step 2: the persona's JSONL, streamed to the working folder."""
     uri = job.config.data
-    if uri.endswith(".jsonl"):
+    if is_jsonl(uri):
         folder, key = split_uri(uri)
+        storage = open_storage(folder)
     else:
-        folder, key = uri, f"train_data_type_{job.config.blood_type}.jsonl"
-    storage = open_storage(folder)
+        storage = open_storage(uri)
+        key = data_key(storage, job.config.blood_type)
     target = job.config.work_dir / "data" / key
     with job.timed("fetch"):
         fetched = storage.download(key, target)
@@ -195,10 +197,29 @@ def fetch(job: Job) -> DataFile:
     return DataFile(storage.uri + key, target, fetched)
 
 
+def data_key(storage: Storage, blood_type: BloodType) -> str:
+    """The name of the persona's file in a data folder, compressed or not. Raises `ConfigError` when there are several."""
+    plain, *compressed = (f"train_data_type_{blood_type}.jsonl{suffix}" for suffix in SUFFIXES)
+    found = [plain] if storage.exists(plain) else []
+    for key in compressed:
+        try:
+            found += [key] if storage.exists(key) else []
+        except StorageError:
+            # without s3:ListBucket a key that is not there is refused; that must not stop who needs none of these
+            if not found:
+                raise
+    if len(found) > 1:
+        raise ConfigError(
+            f"{storage.uri}: got {' and '.join(found)}, expected one of them; remove the other, or name the file with --data"
+        )
+    # what is not there is said by the download, which knows the nearest names
+    return found[0] if found else plain
+
+
 def read(job: Job, data: DataFile) -> list[TrainingRecord]:
     """Step 3: schema and lint. Raises `DataError` with every bad line before anything costs money."""
     with job.timed("read"):
-        records, report = read_records(data.path, job.config.blood_type, strict=job.config.strict)
+        records, report = read_records(data.path, job.config.blood_type, limits=job.config.limits, strict=job.config.strict)
     job.log.info(
         "data_read", records=len(records), warnings=report.warnings, warnings_by_code=dict(report.counts[Severity.WARNING])
     )
@@ -213,7 +234,7 @@ def fetch_prompts(job: Job) -> tuple[EvaluationPrompt, ...]:
     storage = open_storage(folder)
     path = job.config.work_dir / "data" / key
     fetched = storage.download(key, path)
-    lines = list(JsonlReader(path, EvaluationPrompt))
+    lines = list(JsonlReader(path, EvaluationPrompt, limits=job.config.limits))
     problems = [problem for line in lines for problem in line.problems if problem.severity is Severity.ERROR]
     if problems:
         raise DataError([problem.render(storage.uri + key) for problem in problems])

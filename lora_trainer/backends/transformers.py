@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lora_trainer.backends.trackers import tracking
+from lora_trainer.bases import require_safetensors
 from lora_trainer.checkpoints import Snapshot
 from lora_trainer.config import RunConfig
 from lora_trainer.errors import ConfigError, HardwareError, InvariantError
@@ -20,7 +21,7 @@ from lora_trainer.formatter import Message
 from lora_trainer.interruption import INTERRUPTION
 from lora_trainer.logs import adopt_library_loggers
 from lora_trainer.planning import GIB, MemoryPlan, ModelShape
-from lora_trainer.tokenization import Tokenizer, TokenSequence
+from lora_trainer.tokenization import Tokenizer, TokenSequence, render_prompts
 from lora_trainer.training import AfterStep, OnStep, TrainingLog
 
 if TYPE_CHECKING:
@@ -200,9 +201,13 @@ class TransformersBackend:
         )
 
     def load_adapter(self, base: Path, adapter: Path) -> None:
-        """Load the base and a saved adapter on it, to be questioned and not trained."""
+        """Load the base and a saved adapter on it, to be questioned and not trained.
+
+        Raises `ConfigError` for weights that are not safetensors: PEFT would unpickle them.
+        """
         from peft import PeftModel
 
+        require_safetensors(adapter)
         model = self._load_base(base)
         self.model = PeftModel.from_pretrained(model, str(adapter), is_trainable=False, local_files_only=True).eval()
 
@@ -451,16 +456,13 @@ class TransformersBackend:
     ) -> list[Generation]:
         """What the adapter, or the base without it, answers to each conversation, in order.
 
-        Raises `HardwareError` when memory runs out.
+        Raises `HardwareError` when memory runs out, `DataError` for text that would become a control token.
         """
         import torch
 
         from lora_trainer.backends.generation import generate
 
-        prompts = [
-            self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
-            for messages in conversations
-        ]
+        prompts = render_prompts(conversations, self.tokenizer)
         with self._inference(), ExitStack() as stack:
             if not adapter:
                 stack.enter_context(self.model.disable_adapter())
