@@ -98,7 +98,8 @@ def cli() -> None:
 
 @cli.command()
 @_setting_options
-def run(config_file: Path | None, overrides: Sequence[str], **options: Any) -> None:
+@click.option("--fresh", is_flag=True, help="Forget the checkpoints of an interrupted attempt and train from the first step.")
+def run(config_file: Path | None, overrides: Sequence[str], fresh: bool, **options: Any) -> None:
     """Train one persona's adapter and publish it.
 
     \b
@@ -106,7 +107,9 @@ def run(config_file: Path | None, overrides: Sequence[str], **options: Any) -> N
     publishes it under OUTPUT:
       adapters/<TYPE>/<run id>/     the bundle, its manifest.json written last
       adapters/<TYPE>/latest.json   the newest accepted run
-    The same command again ends at once: the run id is a hash of all that decides the weights.
+    The same command again ends at once: the run id is a hash of all that decides the weights. Interrupted
+    (SIGTERM, SIGINT, a lost machine), it goes on from the newest checkpoint under OUTPUT:
+      runs/<TYPE>/<run id>/checkpoints/
 
     \b
     Examples:
@@ -131,7 +134,7 @@ def run(config_file: Path | None, overrides: Sequence[str], **options: Any) -> N
         # the stream itself: sys.stderr is about to be the libraries' own
         console = Console(file=sys.stderr) if sys.stderr.isatty() and config.logging.format != "json" else None
         with logs.libraries_print_to_the_log():
-            outcome = run_job(config, console)
+            outcome = run_job(config, console, fresh=fresh)
         edge.facts.update(
             run_id=outcome.run_id,
             bundle=outcome.bundle_uri,
@@ -313,6 +316,30 @@ def _typed_lines(console: Any) -> Iterator[str]:
 
 
 @cli.command()
+@click.argument("folder", type=click.Path(path_type=Path), metavar="FOLDER")
+@click.option("--output", metavar="URI", help="Another output than the run's own. s3:// or file://.")
+def publish(folder: Path, output: str | None) -> None:
+    """Publish the finished bundle in FOLDER that its run could not.
+
+    A run whose storage fails at the end (exit 6) keeps the bundle and names the folder. Nothing is trained or
+    judged again; latest.json moves if the gates were passed, and the exit code is the one the run would have had.
+
+    \b
+    Examples:
+      lora-trainer publish .lora-trainer/runs/A/0123456789abcdef/bundle
+      lora-trainer publish /work/runs/A/0123456789abcdef/bundle --output s3://another-bucket/lora/
+    """
+    from lora_trainer.gates import missed
+    from lora_trainer.pipeline import publish_folder
+
+    logs.configure("info", "auto")
+    outcome = publish_folder(folder, output)
+    click.echo(outcome.bundle_uri)
+    if not outcome.verdict.passed:
+        raise GateError(missed(outcome.verdict))
+
+
+@cli.command()
 @click.argument("adapter", metavar="RUN")
 def promote(adapter: str) -> None:
     """Point latest.json at RUN by hand, whatever its verdict and whatever is newer.
@@ -410,8 +437,9 @@ def validate(
     """Check training data: schema, lint, coverage, and what the prompts cost.
 
     \b
-    FILE is a JSONL file: a local path, file:// or s3://; one called eval_prompts.jsonl holds the
-    evaluation's prompts, which have neither instruction nor reply. Two severities:
+    FILE is a JSONL file (.jsonl, .jsonl.gz, .jsonl.zst): a local path, file:// or s3://; one called
+    eval_prompts.jsonl holds the evaluation's prompts, which have neither instruction nor reply.
+    Two severities:
       error     'run' refuses the file: not JSON, a missing field, an unknown emotion, ...
       warning   counted; 'run' refuses the file under --strict: three sentences, 존댓말, too many
                 emoji for the intensity, too long, not Korean, banned content, near-duplicates, too few
@@ -455,14 +483,15 @@ def validate(
             paths.append(path)
 
         def check(path: Path, on_problem: validation.OnProblem | None = None) -> validation.FileReport:
-            if path.name == FILE_NAME:
-                return validation.check_prompts(path, on_problem=on_problem)
+            if path.name in (FILE_NAME, f"{FILE_NAME}.gz", f"{FILE_NAME}.zst"):
+                return validation.check_prompts(path, limits=config.limits, on_problem=on_problem)
             return validation.check_file(
                 path,
                 persona,
                 counter,
                 max_length_tokens=config.training.max_length_tokens,
                 template_overhead_tokens=overhead_tokens,
+                limits=config.limits,
                 on_problem=on_problem,
             )
 
@@ -702,7 +731,8 @@ class _RunEdge:
             self._code, outcome, problems = error.exit_code, type(error).__name__, error.problems
         elif isinstance(error, Interrupted | KeyboardInterrupt):
             self._code, outcome = ExitCode.INTERRUPTED, "interrupted"
-            problems = ("interrupted: no half-published bundle is visible; run the same command again",)
+            kept = getattr(error, "kept", "") or "no half-published bundle is visible"
+            problems = (f"interrupted: {kept}; run the same command again",)
         elif isinstance(error, Exception):
             self._code, outcome = ExitCode.BUG, "bug"
             problems = (f"{type(error).__module__}.{type(error).__name__}{_safe_message(error)}",)

@@ -20,6 +20,7 @@ from lora_trainer.storage import FileStorage, ReadResult, open_storage, sha256_o
 
 MODEL_FILES: Final = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model")
 """Configuration, tokenizer, chat template and weights. Weights only as safetensors: other formats can run code."""
+_PICKLED: Final = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".npy")
 _MIRROR_RECORD: Final = ".mirror.json"
 _HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
@@ -62,6 +63,25 @@ def identify_base(config: BaseModelConfig) -> Base:
         return Base(config.canonical_id or model, config.revision, f"{model}@{config.revision}", None)
     files = _model_files(folder)
     return Base(config.canonical_id or name, None, f"sha256:{_hash_files(files)}", folder)
+
+
+def pickled(where: str, names: Iterable[str]) -> list[str]:
+    """A problem for each file of an adapter whose format can run code when it is loaded."""
+    return [
+        f"{where.rstrip('/')}/{name}: got weights that are pickled, which can run code when they are loaded; "
+        "expected adapter_model.safetensors: convert them where you trust their origin"
+        for name in sorted(names)
+        if name.lower().endswith(_PICKLED)
+    ]
+
+
+def require_safetensors(folder: Path) -> None:
+    """Raise `ConfigError` unless the adapter in `folder` has its weights as safetensors, and nothing that is pickled."""
+    problems = pickled(str(folder), [path.name for path in folder.iterdir()])
+    if not problems and not (folder / "adapter_model.safetensors").is_file():
+        problems = [f"{folder}: no adapter_model.safetensors there; expected an adapter as PEFT saves it"]
+    if problems:
+        raise ConfigError(problems)
 
 
 def fetch_base(base: Base, config: BaseModelConfig) -> Path:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -20,7 +21,7 @@ import yaml
 
 from lora_trainer.bases import Base
 from lora_trainer.config import RunConfig
-from lora_trainer.errors import InvariantError, StorageError
+from lora_trainer.errors import ConfigError, InvariantError, StorageError
 from lora_trainer.evaluation import JudgedReply
 from lora_trainer.formatter import prompt_messages, prompt_template
 from lora_trainer.metrics import (
@@ -103,6 +104,10 @@ def write_evaluation(
     (folder / "report.html").write_text(render_report(metrics, facts, steps, replies), encoding="utf-8")
 
 
+class DamagedError(StorageError):
+    """Files under a prefix that are not what its manifest says, or a manifest that is none."""
+
+
 @dataclass(frozen=True, slots=True)
 class Published:
     """A bundle brought back to be judged again."""
@@ -118,17 +123,17 @@ class Published:
 
 
 def download(storage: Storage, prefix: str, manifest: Mapping[str, Any], folder: Path) -> None:
-    """The files of the bundle under `prefix` in `folder`, each compared with the manifest. Raises `StorageError`."""
+    """The files of the bundle under `prefix` in `folder`, each as the manifest says. Raises `DamagedError`, `StorageError`."""
     for name, expected in manifest["files"].items():
         try:
             got = storage.download(prefix + safe_key(name), folder / name)
         except (NotFound, ValueError) as error:
-            raise StorageError(
+            raise DamagedError(
                 f"{storage.uri}{prefix}{name}: the manifest names it and it cannot be had ({error}); the bundle is damaged: "
                 "move that prefix away and run again"
             ) from None
         if (got.size_bytes, got.sha256) != (expected["size_bytes"], expected["sha256"]):
-            raise StorageError(
+            raise DamagedError(
                 f"{storage.uri}{prefix}{name}: got {got.size_bytes} bytes, SHA-256 {got.sha256}, expected {expected['size_bytes']} "
                 f"bytes, {expected['sha256']}; the bundle was changed: move that prefix away and run again"
             )
@@ -145,7 +150,7 @@ def fetch(storage: Storage, prefix: str, manifest: Mapping[str, Any], folder: Pa
         training = TrainingMetrics.model_validate(metrics["training"])
         held_out = HeldOutMetrics.model_validate(metrics["held_out"])
         peak_memory_gib = float(metrics["peak_memory_gib"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise StorageError(
             f"{storage.uri}{prefix}: metrics.json or train_log.jsonl is not what this version reads; it was written by another "
             "one: move that prefix away and run again"
@@ -313,7 +318,7 @@ def publish(folder: Path, storage: Storage, prefix: str) -> None:
 
 
 def read_manifest(storage: Storage, prefix: str) -> dict[str, Any] | None:
-    """The manifest under `prefix`, or None: then there is no bundle. Raises `StorageError` for one that is not a manifest."""
+    """The manifest under `prefix`, or None: then there is no bundle. Raises `DamagedError` for one that is not a manifest."""
     found = storage.read_bytes(prefix + MANIFEST_NAME)
     if found is None:
         return None
@@ -321,11 +326,43 @@ def read_manifest(storage: Storage, prefix: str) -> dict[str, Any] | None:
         manifest: dict[str, Any] = json.loads(found.data)
         if manifest["schema"] != MANIFEST_SCHEMA or not isinstance(manifest["files"], dict):
             raise ValueError("another schema")
-    except (ValueError, KeyError, TypeError):
-        raise StorageError(
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise DamagedError(
             f"{storage.uri}{prefix}{MANIFEST_NAME}: not a manifest of schema {MANIFEST_SCHEMA}; "
             "it was changed, or written by another version: move that prefix away and run again"
         ) from None
+    return manifest
+
+
+def read_local_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest in `folder`. Raises `OSError`, `ValueError`."""
+    manifest: dict[str, Any] = json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8"))
+    return manifest
+
+
+def open_local(folder: Path) -> dict[str, Any]:
+    """The manifest of the finished bundle in `folder`.
+
+    Raises `ConfigError` if there is none, `DamagedError` if its files are not what it says.
+    """
+    try:
+        manifest = read_local_manifest(folder)
+        has_all = "adapter_model.safetensors" in manifest["files"] and "verdict" in manifest
+        # names in it become keys of the output
+        names_fit = re.fullmatch("[0-9a-f]{16}", manifest["run_id"]) and manifest["blood_type"] in tuple(BloodType)
+        if manifest["schema"] != MANIFEST_SCHEMA or not has_all or not names_fit:
+            raise ValueError("another manifest")
+        hashes = {safe_key(name): file["sha256"] for name, file in manifest["files"].items()}
+        Verdict.model_validate(manifest["verdict"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise ConfigError(
+            f"{folder}: got no finished bundle of this version, expected a folder with the manifest.json that a run writes last: "
+            "<work_dir>/runs/<TYPE>/<run id>/bundle"
+        ) from None
+    for name, sha256 in hashes.items():
+        path = folder / name
+        if not path.is_file() or sha256_of(path) != sha256:
+            raise DamagedError(f"{path}: is not what the bundle's manifest says; run the same 'lora-trainer run' again instead")
     return manifest
 
 
@@ -427,7 +464,7 @@ def _pointer(data: bytes, where: str) -> dict[str, str]:
         _when(pointer["started_at"])
         _when(pointer.get("promoted_at", pointer["started_at"]))
         _ = pointer["run_id"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise StorageError(
             f"{where}: not a pointer to a bundle; expected run_id, bundle and started_at: remove it or mend it"
         ) from None

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from pydantic import ValidationError
 from rich.console import Console
 from rich.text import Text
 
@@ -14,7 +15,7 @@ from lora_trainer.backends import Backend, open_reference_backend
 from lora_trainer.bases import fetch_base
 from lora_trainer.config import RunConfig
 from lora_trainer.constrained import ReplyGrammar, most_tokens
-from lora_trainer.errors import ConfigError
+from lora_trainer.errors import ConfigError, DataError
 from lora_trainer.evaluation import Decoding
 from lora_trainer.formatter import Message, prompt_messages, reply_json
 from lora_trainer.personas import BloodType, Feeling, persona_spec
@@ -92,7 +93,8 @@ def talk(friend: Friend, state: ChatState, lines: Iterator[str], console: Consol
     spec = persona_spec(state.blood_type)
     remembered_by_base: list[tuple[str, Reply]] = []
     for line in lines:
-        said = line.strip()
+        # a terminal gives bytes that are no UTF-8 as lone surrogates, which no tokenizer takes
+        said = line.encode("utf-8", "replace").decode("utf-8").strip()
         if not said:
             continue
         if said.startswith("/"):
@@ -104,15 +106,29 @@ def talk(friend: Friend, state: ChatState, lines: Iterator[str], console: Consol
             if said == "/new":
                 remembered_by_base.clear()
             continue
-        text = friend.answer(state.messages(said, state.turns), state.seed + len(state.turns))
-        reply = Reply.model_validate_json(text)
-        state.turns.append((said, reply))
-        show(console, f"{state.blood_type} {spec.name}", text, reply, raw=raw)
-        if beside_base:
-            text = friend.answer(state.messages(said, remembered_by_base), state.seed + len(remembered_by_base), adapter=False)
-            reply = Reply.model_validate_json(text)
-            remembered_by_base.append((said, reply))
-            show(console, "base", text, reply, raw=raw)
+        try:
+            text = friend.answer(state.messages(said, state.turns), state.seed + len(state.turns))
+            reply = read_reply(text)
+            state.turns.append((said, reply))
+            show(console, f"{state.blood_type} {spec.name}", text, reply, raw=raw)
+            if beside_base:
+                text = friend.answer(state.messages(said, remembered_by_base), state.seed + len(remembered_by_base), adapter=False)
+                reply = read_reply(text)
+                remembered_by_base.append((said, reply))
+                show(console, "base", text, reply, raw=raw)
+        except DataError as error:
+            console.print(Text(str(error), style="red"), soft_wrap=True)
+
+
+def read_reply(text: str) -> Reply:
+    """The reply in `text`. Raises `DataError` for one that says nothing, or says it in characters that nobody writes."""
+    try:
+        return Reply.model_validate_json(text)
+    except ValidationError:
+        # the grammar knows no characters that are controls of a terminal or of the direction of writing
+        raise DataError(
+            "the reply is blank or holds control characters, and is forgotten; say it again, or take another /seed"
+        ) from None
 
 
 def show(console: Console, who: str, text: str, reply: Reply, *, raw: bool) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, get_args
+from typing import Annotated, Any, Final, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -24,6 +24,12 @@ from lora_trainer.personas import BloodType
 ENVIRONMENT_PREFIX: Final = "LORA_TRAINER_"
 CONFIG_FILE_VARIABLE: Final = "LORA_TRAINER_CONFIG"
 
+_MOST_FILE_BYTES: Final = 2**20
+"""Of a configuration file. One with every setting and its comment has 10 KB."""
+_MOST_NODES: Final = 10_000
+_SHOWN_CHARACTERS: Final = 200
+_SHOWN_PROBLEMS: Final = 50
+
 # settings that hold a local path or a URI: a relative one in a file is taken from that file's folder
 _PATH_FIELDS: Final = ("data", "output", "work_dir", "base.model", "base.cache_dir", "evaluation.prompts")
 
@@ -33,6 +39,22 @@ ALL_LINEAR: Final[tuple[TargetModule, ...]] = get_args(TargetModule)
 
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+_PathOrText = TypeVar("_PathOrText", bound=str | Path)
+
+
+def _no_control_characters(value: _PathOrText) -> _PathOrText:
+    """For names of files and objects. Raises `ValueError`."""
+    text = str(value)
+    if any(ord(character) < 32 or ord(character) == 127 for character in text):
+        raise ValueError("expected a name without control characters")
+    try:
+        # what the system gave as bytes that are no UTF-8 goes back as those bytes
+        os.fsencode(text)
+    except UnicodeEncodeError:
+        raise ValueError("expected a name that can be written as UTF-8") from None
+    return value
 
 
 class BaseModelConfig(_Section):
@@ -56,6 +78,11 @@ class BaseModelConfig(_Section):
         default=Path("~/.cache/lora-trainer"),
         description="Folder in which a base from `s3://` is mirrored, verified and reused.",
     )
+
+    @field_validator("model", "canonical_id", "cache_dir")
+    @classmethod
+    def _writable_name(cls, value: str | Path | None) -> str | Path | None:
+        return value if value is None else _no_control_characters(value)
 
     @field_validator("revision")
     @classmethod
@@ -144,6 +171,11 @@ class EvaluationConfig(_Section):
         description="OpenAI-compatible server of the judge; the key comes from `OPENAI_API_KEY`.",
     )
 
+    @field_validator("prompts")
+    @classmethod
+    def _writable_name(cls, value: str | None) -> str | None:
+        return value if value is None else _no_control_characters(value)
+
     @field_validator("intensities")
     @classmethod
     def _rising(cls, value: tuple[float, ...]) -> tuple[float, ...]:
@@ -192,6 +224,48 @@ class MemoryConfig(_Section):
     )
 
 
+class CheckpointConfig(_Section):
+    """What an interrupted run goes on from. Never part of `run_id`."""
+
+    every_steps: int = Field(
+        default=100, ge=0, description="Optimizer steps between two checkpoints; 0: only the minutes count. Whichever comes first."
+    )
+    every_minutes: float = Field(
+        default=5.0, gt=0, le=1440, allow_inf_nan=False, description="Minutes between two checkpoints. Whichever comes first."
+    )
+    keep: int = Field(default=2, ge=1, le=100, description="Newest complete checkpoints that are kept.")
+    grace_s: float = Field(
+        default=90.0,
+        ge=1,
+        allow_inf_nan=False,
+        description="Seconds from SIGTERM to the end of the last checkpoint's upload: below `terminationGracePeriodSeconds`.",
+    )
+
+
+class LimitsConfig(_Section):
+    """How much is taken of a data file and of one record: more is refused (exit 3). Never part of `run_id`: nothing is cut."""
+
+    line_bytes: int = Field(
+        default=1024 * 1024,
+        ge=1024,
+        le=64 * 1024 * 1024,
+        description="Longest line, in bytes. A record of 1,024 tokens needs about 6 KiB.",
+    )
+    text_characters: int = Field(
+        default=20_000, ge=200, le=10_000_000, description="Longest instruction, summary, input or reply, in characters."
+    )
+    nesting_depth: int = Field(default=16, ge=4, le=100, description="Deepest list or object in a line. A record needs 3.")
+    decompressed_bytes: int = Field(
+        default=2**30, ge=2**16, le=2**40, description="Most that comes out of a `.gz` or `.zst`, in bytes."
+    )
+    compression_ratio: float = Field(
+        default=200.0, ge=1, le=1_000_000, description="The same, as a multiple of the compressed size; 16 MiB are always taken."
+    )
+
+
+DEFAULT_LIMITS: Final = LimitsConfig()
+
+
 Tracker = Literal["tensorboard", "mlflow", "wandb"]
 
 
@@ -229,7 +303,8 @@ class RunConfig(_Section):
     blood_type: BloodType = Field(description="Persona to train: A, B, O or AB.")
     data: str = Field(
         default="data/",
-        description="Folder that holds `train_data_type_<blood type>.jsonl`, or one `.jsonl`: `s3://` or `file://`.",
+        description="Folder that holds `train_data_type_<blood type>.jsonl`, or one `.jsonl`: `s3://` or `file://`. "
+        "`.jsonl.gz` and `.jsonl.zst` are read, too.",
     )
     output: str = Field(default="outputs/", description="Folder that adapters are published under: `s3://` or `file://`.")
     work_dir: Path = Field(
@@ -249,6 +324,8 @@ class RunConfig(_Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     gates: GatesConfig = GatesConfig()
     memory: MemoryConfig = MemoryConfig()
+    checkpoints: CheckpointConfig = CheckpointConfig()
+    limits: LimitsConfig = LimitsConfig()
     logging: LoggingConfig = LoggingConfig()
 
     @field_validator("blood_type", mode="before")
@@ -263,6 +340,11 @@ class RunConfig(_Section):
             return value.expanduser()
         except RuntimeError:
             raise ValueError("expected a folder: '~' names none here, since this user has no home") from None
+
+    @field_validator("data", "output", "work_dir")
+    @classmethod
+    def _writable_name(cls, value: str | Path) -> str | Path:
+        return _no_control_characters(value)
 
     @field_validator("data", "output")
     @classmethod
@@ -344,6 +426,8 @@ def settle(
         config = RunConfig.model_validate(merged)
     except ValidationError as error:
         problems.extend(_explain(error, sources))
+        if len(problems) > _SHOWN_PROBLEMS:
+            problems[_SHOWN_PROBLEMS:] = [f"and {len(problems) - _SHOWN_PROBLEMS:,} more problems: is this a file of settings?"]
         raise ConfigError(problems) from None
     if problems:
         raise ConfigError(problems)
@@ -401,15 +485,21 @@ def _range_of(schema: Mapping[str, Any], root: Mapping[str, Any]) -> str:
 def _read_file(path: Path) -> dict[str, Any]:
     """The YAML mapping in `path`, its relative paths taken from the file's own folder."""
     try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(
-            f"{path}: cannot read the configuration file: {error.strerror}; check the path given to --config"
-        ) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        with path.open("rb") as file:
+            raw = file.read(_MOST_FILE_BYTES + 1)
+    except (OSError, ValueError) as error:
+        # ValueError: a NUL in the path
+        said = (error.strerror if isinstance(error, OSError) else None) or str(error)
+        raise ConfigError(f"{path}: cannot read the configuration file: {said}; check the path given to --config") from None
+    if len(raw) > _MOST_FILE_BYTES:
+        raise ConfigError(f"{path}: got more than {_MOST_FILE_BYTES:,} bytes, expected a file of settings; check the path")
+    try:
+        loaded = _load_plain_yaml(raw.decode("utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)
-        said = getattr(error, "problem", None) or "not UTF-8"
+        kinds = {UnicodeDecodeError: "not UTF-8", RecursionError: "nested too deeply"}
+        said = getattr(error, "problem", None) or kinds.get(type(error)) or "a character that YAML does not allow"
         raise ConfigError(f"{where}: not plain YAML: {said}; only mappings, lists and scalars are accepted") from None
     if loaded is None:
         return {}
@@ -426,6 +516,51 @@ def _read_file(path: Path) -> dict[str, Any]:
             trailing = "/" if value.endswith("/") else ""
             section[leaf] = os.path.normpath(path.absolute().parent / value) + trailing
     return loaded
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """Plain values only, and each that cannot be read as what it says it is, with its line."""
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except yaml.YAMLError:
+            raise
+        # what PyYAML's own constructors stumble over: `2026-13-01`, a number of 5,000 digits, `!!bool maybe`
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
+            raise yaml.constructor.ConstructorError(None, None, "a value that is not what it says it is", node.start_mark) from None
+
+
+def _load_plain_yaml(text: str) -> Any:
+    """The one document in `text`. Raises `YAMLError`, or `RecursionError` for one that is nested too deeply."""
+    loader = _PlainLoader(text)
+    try:
+        root = loader.get_single_node()
+        if root is None:
+            return None
+        _check_nodes(root)
+        return loader.construct_document(root)
+    finally:
+        loader.dispose()
+
+
+def _check_nodes(root: yaml.Node) -> None:
+    """Refuse a key twice in a mapping, and aliases that would write the document out to many times its size, or without end."""
+    waiting, seen = [root], 0
+    while waiting:
+        node = waiting.pop()
+        seen += 1
+        if seen > _MOST_NODES:
+            # an alias is the node that it names: each use of it is counted, and one that holds itself has no end
+            problem = f"more than {_MOST_NODES:,} values, its aliases written out"
+            raise yaml.constructor.ConstructorError(None, None, problem, root.start_mark)
+        if isinstance(node, yaml.MappingNode):
+            keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+            if len(set(keys)) != len(keys):
+                raise yaml.constructor.ConstructorError(None, None, "a key twice in one mapping", node.start_mark)
+            waiting.extend(part for pair in node.value for part in pair)
+        elif isinstance(node, yaml.SequenceNode):
+            waiting.extend(node.value)
 
 
 def _is_relative_path(dotted: str, value: str) -> bool:
@@ -509,13 +644,18 @@ def _explain(error: ValidationError, sources: list[Source]) -> Iterator[str]:
             dotted = ".".join(location)
         place = next((source.place(dotted) for source in reversed(sources) if _holds(source.values, location)), dotted)
         if problem["type"] == "extra_forbidden":
-            yield f"{place}: no such setting; {_nearest(dotted, names)}"
+            yield f"{place[-_SHOWN_CHARACTERS * 2 :]}: no such setting; {_nearest(dotted[:_SHOWN_CHARACTERS], names)}"
         elif problem["type"] == "missing":
             option = "--" + dotted.replace("_", "-")
             yield f"{dotted}: not given; pass {option}, or set {environment_name(dotted)}, or '{dotted}:' in the configuration file"
         else:
             said = problem["msg"].removeprefix("Value error, ")
-            yield f"{place}: got {problem['input']!r}; {said[0].lower()}{said[1:]}"
+            yield f"{place}: got {_shortened(problem['input'])}; {said[0].lower()}{said[1:]}"
+
+
+def _shortened(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}…"
 
 
 def _holds(values: Any, location: list[str]) -> bool:

@@ -85,4 +85,6 @@ class Interrupted(BaseException):
 
     def __init__(self, signal_name: str) -> None:
         self.signal_name = signal_name
+        self.kept = ""
+        """What the next attempt finds, in words; empty when it starts from nothing."""
         super().__init__(signal_name)

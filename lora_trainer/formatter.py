@@ -3,7 +3,7 @@
 Standard library only, and pure, so that `expression_node` can carry this file (or the template that
 `prompt.json` in every bundle holds) and cannot drift from what the adapter was trained on.
 
-The system message, version 1:
+The system message, version 2 (1 left `<tool_call>` and the like as they were):
 
     <instruction>
     상황: <summary>                  (left out when there is no summary)
@@ -18,14 +18,20 @@ tokenizer the fixed part costs 19 tokens. The reply is compact JSON, text first,
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Final, TypedDict
 
-PROMPT_VERSION: Final = 1
+PROMPT_VERSION: Final = 2
 
 SUMMARY_LINE: Final = "상황: {summary}"
 EMOTION_LINE: Final = "감정: {emotion_type} {intensity:.1f}"
 OUTPUT_LINE: Final = '출력: {"text","emotion"} JSON'
+
+
+# `<tool_call>` and `</tool_call>` of Qwen2.5, `<think>` of Qwen3, `<s>` and `</s>` elsewhere. Small letters only, since
+# people write titles as <Parasite>
+_TAG: Final = re.compile("<(?=/?[a-z][a-z0-9_]*>)")
 
 
 class Message(TypedDict):
@@ -35,15 +41,24 @@ class Message(TypedDict):
     content: str
 
 
-def _plain(text: str) -> str:
-    """`text` on one line, unable to open or close a turn.
+def defused(text: str) -> str:
+    """`text` unable to open or close a turn.
 
-    Line breaks would let a summary forge the lines below it. ChatML's control tokens are written
-    `<|...|>`, and a tokenizer turns that spelling into the token wherever it stands; a space inside
-    keeps it text. Done here, and not in a tokenizer's options, so that it also holds behind a server
-    that applies the chat template itself.
+    ChatML's control tokens are written `<|...|>`, others `<...>`, and a tokenizer turns that spelling into
+    the token wherever it stands; a space inside keeps it text. Done here, and not in a tokenizer's options,
+    so that it also holds behind a server that applies the chat template itself.
     """
-    return " ".join(text.split()).replace("<|", "< |").replace("|>", "| >")
+    return _TAG.sub("< ", text.replace("<|", "< |").replace("|>", "| >"))
+
+
+def spells_control_token(text: str) -> bool:
+    """Whether `defused` would change `text`."""
+    return defused(text) != text
+
+
+def _plain(text: str) -> str:
+    """`text` defused and on one line: line breaks would let a summary forge the lines below it."""
+    return defused(" ".join(text.split()))
 
 
 def system_message(instruction: str, summary: str, emotion_type: str, intensity: float) -> str:
@@ -82,7 +97,8 @@ def prompt_template() -> Mapping[str, object]:
         "joined_with": "\n",
         "left_out_when_empty": [SUMMARY_LINE],
         "user": "{input}",
-        "text_rules": "collapse white space to single spaces and trim; write '<|' as '< |' and '|>' as '| >'",
+        "text_rules": "collapse white space to single spaces and trim; write '<|' as '< |' and '|>' as '| >'; "
+        f"put a space behind what matches '{_TAG.pattern}'",
         "intensity_format": "one decimal",
         "reply": {"keys": ["text", "emotion"], "separators": [",", ":"], "ensure_ascii": False},
     }

@@ -18,6 +18,7 @@ from lora_trainer import logs
 from lora_trainer.config import EvaluationConfig
 from lora_trainer.errors import ConfigError
 from lora_trainer.evaluation import JudgedReply, mean_estimate
+from lora_trainer.formatter import defused
 from lora_trainer.metrics import JudgeMetrics
 from lora_trainer.personas import BloodType, persona_spec
 from lora_trainer.statistics import ClusterBootstrap
@@ -146,7 +147,8 @@ def user_prompt(first: JudgedReply, second: JudgedReply) -> str:
         f"\n[second]\n{second.reply[:_SHOWN_CHARACTERS]}",
         "\nWhich one? Answer as JSON.",
     ]
-    return "\n".join(lines)
+    # the server turns what spells a control token into one
+    return defused("\n".join(lines))
 
 
 def _client(config: EvaluationConfig) -> OpenAI:

@@ -21,8 +21,10 @@ from lora_trainer import __version__, bundle, evaluation, gates
 from lora_trainer.backends import Backend, open_backend, open_reference_backend
 from lora_trainer.backends.trackers import require_installed
 from lora_trainer.bases import Base, fetch_base, identify_base
+from lora_trainer.checkpoints import Checkpoints, checkpoints_prefix
+from lora_trainer.compression import SUFFIXES, is_jsonl
 from lora_trainer.config import RunConfig
-from lora_trainer.errors import DataError
+from lora_trainer.errors import ConfigError, DataError, Interrupted, LoraTrainerError, StorageError
 from lora_trainer.evaluation import JudgedReply
 from lora_trainer.evaluation_prompts import evaluation_prompts
 from lora_trainer.identity import run_id, run_ingredients
@@ -37,6 +39,7 @@ from lora_trainer.metrics import (
     Verdict,
 )
 from lora_trainer.packing import plan_steps
+from lora_trainer.personas import BloodType
 from lora_trainer.planning import MemoryPlan, plan_memory
 from lora_trainer.progress import RunProgress
 from lora_trainer.records import EvaluationPrompt, JsonlReader, Severity, TrainingRecord
@@ -58,8 +61,8 @@ class Outcome:
     moved_latest: bool
 
 
-def run(config: RunConfig, console: Console | None = None) -> Outcome:
-    """Do the job that `config` describes. `console` is a terminal to show progress on.
+def run(config: RunConfig, console: Console | None = None, *, fresh: bool = False) -> Outcome:
+    """Do the job that `config` describes. `console` is a terminal to show progress on; `fresh` forgets checkpoints.
 
     Raises a `LoraTrainerError`, whose class owns the exit code.
     """
@@ -78,13 +81,16 @@ def run(config: RunConfig, console: Console | None = None) -> Outcome:
     backend = start(job, progress)
     prepared = format_and_split(job, backend, identity, records, progress)
     plan = plan_work(job, backend, prepared)
-    trained = train(job, backend, identity, prepared, plan, progress)
-    folder = save(job, backend, identity, prepared, progress)
-    evaluated = evaluate(job, backend, prompts, prepared.train_records, progress)
-    verdict = decide(job, evaluated.metrics)
-    metrics = summarise(job, backend, identity, prepared, trained, evaluated, verdict)
-    assemble(job, folder, identity, data, prepared, plan, trained, evaluated, metrics)
-    return publish(job, identity, folder, verdict, progress)
+    with open_checkpoints(job, identity, fresh=fresh) as checkpoints:
+        trained = train(job, backend, identity, prepared, plan, checkpoints, progress)
+        folder = save(job, backend, identity, prepared, progress)
+        evaluated = evaluate(job, backend, prompts, prepared.train_records, progress)
+        verdict = decide(job, evaluated.metrics)
+        metrics = summarise(job, backend, identity, prepared, trained, evaluated, verdict)
+        assemble(job, folder, identity, data, prepared, plan, trained, evaluated, metrics)
+        outcome = publish(job, identity, folder, verdict, progress)
+        checkpoints.clear()
+    return outcome
 
 
 @dataclass(slots=True)
@@ -178,11 +184,12 @@ class Evaluated:
 def fetch(job: Job) -> DataFile:
     """Step 2: the persona's JSONL, streamed to the working folder."""
     uri = job.config.data
-    if uri.endswith(".jsonl"):
+    if is_jsonl(uri):
         folder, key = split_uri(uri)
+        storage = open_storage(folder)
     else:
-        folder, key = uri, f"train_data_type_{job.config.blood_type}.jsonl"
-    storage = open_storage(folder)
+        storage = open_storage(uri)
+        key = data_key(storage, job.config.blood_type)
     target = job.config.work_dir / "data" / key
     with job.timed("fetch"):
         fetched = storage.download(key, target)
@@ -190,10 +197,29 @@ def fetch(job: Job) -> DataFile:
     return DataFile(storage.uri + key, target, fetched)
 
 
+def data_key(storage: Storage, blood_type: BloodType) -> str:
+    """The name of the persona's file in a data folder, compressed or not. Raises `ConfigError` when there are several."""
+    plain, *compressed = (f"train_data_type_{blood_type}.jsonl{suffix}" for suffix in SUFFIXES)
+    found = [plain] if storage.exists(plain) else []
+    for key in compressed:
+        try:
+            found += [key] if storage.exists(key) else []
+        except StorageError:
+            # without s3:ListBucket a key that is not there is refused; that must not stop who needs none of these
+            if not found:
+                raise
+    if len(found) > 1:
+        raise ConfigError(
+            f"{storage.uri}: got {' and '.join(found)}, expected one of them; remove the other, or name the file with --data"
+        )
+    # what is not there is said by the download, which knows the nearest names
+    return found[0] if found else plain
+
+
 def read(job: Job, data: DataFile) -> list[TrainingRecord]:
     """Step 3: schema and lint. Raises `DataError` with every bad line before anything costs money."""
     with job.timed("read"):
-        records, report = read_records(data.path, job.config.blood_type, strict=job.config.strict)
+        records, report = read_records(data.path, job.config.blood_type, limits=job.config.limits, strict=job.config.strict)
     job.log.info(
         "data_read", records=len(records), warnings=report.warnings, warnings_by_code=dict(report.counts[Severity.WARNING])
     )
@@ -208,7 +234,7 @@ def fetch_prompts(job: Job) -> tuple[EvaluationPrompt, ...]:
     storage = open_storage(folder)
     path = job.config.work_dir / "data" / key
     fetched = storage.download(key, path)
-    lines = list(JsonlReader(path, EvaluationPrompt))
+    lines = list(JsonlReader(path, EvaluationPrompt, limits=job.config.limits))
     problems = [problem for line in lines for problem in line.problems if problem.severity is Severity.ERROR]
     if problems:
         raise DataError([problem.render(storage.uri + key) for problem in problems])
@@ -245,7 +271,7 @@ def find_finished(job: Job, identity: Identity) -> Outcome | None:
     if not manifest or not found:
         return None
     verdict, folder = found
-    moved = _accept(job, output, manifest, verdict)
+    moved = _accept(job.config.blood_type, output, manifest, verdict)
     job.log.info(
         "already_done", bundle=output.uri + prefix, finished_at=manifest["finished_at"], passed=verdict.passed, latest_moved=moved
     )
@@ -311,7 +337,7 @@ def evaluate_again(
     progress.stage("publish")
     target = bundle.evaluation_prefix(prefix, verdict.gate_id)
     bundle.publish(folder, output, target)
-    moved = _accept(job, output, manifest, verdict)
+    moved = _accept(job.config.blood_type, output, manifest, verdict)
     for done in (folder, published.folder):
         shutil.rmtree(done)
     progress.stage("done")
@@ -395,8 +421,27 @@ def plan_work(job: Job, backend: Backend, prepared: Prepared) -> MemoryPlan:
     return plan
 
 
-def train(job: Job, backend: Backend, identity: Identity, prepared: Prepared, plan: MemoryPlan, progress: RunProgress) -> Trained:
-    """Step 7: the adapter."""
+def open_checkpoints(job: Job, identity: Identity, *, fresh: bool) -> Checkpoints:
+    """What an earlier attempt at this run left, and where this one leaves what a later one may need."""
+    prefix = checkpoints_prefix(job.config.blood_type, identity.run_id)
+    checkpoints = Checkpoints(
+        job.config.checkpoints, job.run_dir(identity) / "checkpoints", job.config.output, prefix, identity.run_id
+    )
+    if fresh:
+        checkpoints.clear()
+    return checkpoints
+
+
+def train(
+    job: Job,
+    backend: Backend,
+    identity: Identity,
+    prepared: Prepared,
+    plan: MemoryPlan,
+    checkpoints: Checkpoints,
+    progress: RunProgress,
+) -> Trained:
+    """Step 7: the adapter, from the newest checkpoint on if an earlier attempt left one."""
     every = job.config.logging.log_every_steps
 
     def on_step(step: StepLog, of: int) -> None:
@@ -412,17 +457,28 @@ def train(job: Job, backend: Backend, identity: Identity, prepared: Prepared, pl
                 tokens_per_s=round(step.tokens / step.step_s, 1),
             )
 
+    def after_step(step: int) -> None:
+        # the last one, too: whoever interrupts the evaluation must not cost the training
+        if checkpoints.is_due(step) or step == len(prepared.steps):
+            checkpoint(backend, checkpoints)
+
     progress.stage("load")
     with job.timed("load"):
         backend.load(prepared.base_folder, plan, prepared.longest_tokens)
-        backend.prepare_training(prepared.train, prepared.steps, plan, job.run_dir(identity), on_step)
+        backend.prepare_training(prepared.train, prepared.steps, plan, job.run_dir(identity), on_step, after_step)
     if len(prepared.train) > 1:
         difference = backend.check_isolation(prepared.train[0], prepared.train[1])
         job.log.info("packing_checked", relative_difference=difference)
     with job.timed("held_out_base"):
         loss_base = backend.mean_loss(prepared.held_out)
-    with job.timed("train"), progress.training(len(prepared.steps)):
-        log = backend.train()
+    done = resume(job, backend, checkpoints)
+    try:
+        with job.timed("train"), progress.training(len(prepared.steps), done):
+            log = backend.train()
+    except Interrupted:
+        # the step that was broken off is dropped
+        checkpoint(backend, checkpoints)
+        raise
     with job.timed("held_out_adapter"):
         loss_adapter = backend.mean_loss(prepared.held_out)
     job.log.info(
@@ -436,6 +492,23 @@ def train(job: Job, backend: Backend, identity: Identity, prepared: Prepared, pl
         train_s=round(log.train_s, 1),
     )
     return Trained(log, loss_base, loss_adapter)
+
+
+def resume(job: Job, backend: Backend, checkpoints: Checkpoints) -> int:
+    """Give the backend the newest checkpoint; gives the steps that are behind it, 0 if there is none."""
+    with job.timed("resume"):
+        found = checkpoints.newest()
+        done = backend.restore(found) if found else 0
+    if found:
+        checkpoints.continue_from(done)
+        job.log.info("resumed", step=done, resume_s=job.timings_s["resume"])
+    return done
+
+
+def checkpoint(backend: Backend, checkpoints: Checkpoints) -> None:
+    """Hand over the state as of the last whole step, if there is one that is not kept yet."""
+    if (taken := backend.snapshot()) and taken[0] != checkpoints.last_step:
+        checkpoints.write(*taken)
 
 
 def save(job: Job, backend: Backend, identity: Identity, prepared: Prepared, progress: RunProgress) -> Path:
@@ -601,12 +674,17 @@ def publish(job: Job, identity: Identity, folder: Path, verdict: Verdict, progre
     progress.stage("publish")
     output = job.output
     prefix = bundle.bundle_prefix(job.config.blood_type, identity.run_id)
-    with job.timed("publish"):
-        bundle.publish(folder, output, prefix)
+    try:
+        with job.timed("publish"):
+            bundle.publish(folder, output, prefix)
+    except LoraTrainerError as error:
+        kept = f"the finished bundle is kept here; 'lora-trainer publish {folder}' ends the job when the storage is well again"
+        error.problems = (*error.problems, f"{folder}: {kept}")
+        raise
     manifest = bundle.read_manifest(output, prefix)
     if manifest is None:
         raise RuntimeError(f"{output.uri}{prefix}: the manifest that was just written is not there")
-    moved = _accept(job, output, manifest, verdict)
+    moved = _accept(job.config.blood_type, output, manifest, verdict)
     shutil.rmtree(folder)
     progress.stage("done")
     job.log.info(
@@ -621,15 +699,38 @@ def publish(job: Job, identity: Identity, folder: Path, verdict: Verdict, progre
     )
 
 
-def _accept(job: Job, output: Storage, manifest: dict[str, Any], verdict: Verdict) -> bool:
+def publish_folder(folder: Path, output_uri: str | None) -> Outcome:
+    """What a run could not publish itself: its finished bundle, and the pointer if the gates let it.
+
+    `folder` is the run's `bundle` below its `work_dir`; `output_uri` another output than the run's own. Raises `ConfigError` if
+    it is no finished bundle, `DamagedError` if its files are not what its manifest says, `StorageError`.
+    """
+    manifest = bundle.open_local(folder)
+    blood_type, identifier = BloodType(manifest["blood_type"]), str(manifest["run_id"])
+    structlog.contextvars.bind_contextvars(run_id=identifier, blood_type=str(blood_type))
+    output = open_storage(output_uri or manifest["config"]["output"])
+    prefix = bundle.bundle_prefix(blood_type, identifier)
+    verdict = Verdict.model_validate(manifest["verdict"])
+    # another attempt may have been faster, and a bundle is never rewritten
+    already_done = bundle.read_manifest(output, prefix) is not None
+    if not already_done:
+        bundle.publish(folder, output, prefix)
+    moved = _accept(blood_type, output, manifest, verdict)
+    shutil.rmtree(folder)
+    get_logger().info("bundle_published", bundle=output.uri + prefix, passed=verdict.passed, latest_moved=moved)
+    return Outcome(identifier, output.uri + prefix, f"{output.uri}{prefix}report.html", verdict, already_done, moved)
+
+
+def _accept(blood_type: BloodType, output: Storage, manifest: dict[str, Any], verdict: Verdict) -> bool:
     """Make a finished run that passed its gates the newest accepted one, unless a later one is."""
+    log = get_logger()
     if not verdict.passed:
-        job.log.info("latest_checked", moved=False, reason="the gates were not passed")
+        log.info("latest_checked", moved=False, reason="the gates were not passed")
         return False
-    move = bundle.move_latest(output, job.config.blood_type, manifest)
-    job.log.info("latest_checked", moved=move.moved, reason=move.reason)
+    move = bundle.move_latest(output, blood_type, manifest)
+    log.info("latest_checked", moved=move.moved, reason=move.reason)
     if move.names_this_run:
-        bundle.link_newest(output, job.config.blood_type, manifest["run_id"])
+        bundle.link_newest(output, blood_type, manifest["run_id"])
     return move.moved
 
 

@@ -48,16 +48,17 @@ class RunProgress:
         self._write()
 
     @contextmanager
-    def training(self, steps: int) -> Iterator[None]:
-        """Show a bar for `steps` optimizer steps."""
-        self._state["of"] = steps
+    def training(self, steps: int, done: int = 0) -> Iterator[None]:
+        """Show a bar for `steps` optimizer steps, `done` of which lie behind a checkpoint."""
+        self._state.update(step=done, of=steps)
+        self._done = done
         self._started_s = time.monotonic()
         self.stage("train")
         if self._bar is None:
             yield
             return
         with self._bar:
-            self._task = self._bar.add_task("train", total=steps, numbers="")
+            self._task = self._bar.add_task("train", total=steps, completed=done, numbers="")
             yield
 
     def step(self, log: StepLog, of: int) -> None:
@@ -67,7 +68,7 @@ class RunProgress:
         self._state.update(
             step=log.step,
             of=of,
-            eta_s=round(spent_s / log.step * (of - log.step), 1),
+            eta_s=round(spent_s / (log.step - self._done) * (of - log.step), 1),
             loss=round(log.loss, 4),
             tokens_per_s=round(tokens_per_s, 1),
         )

@@ -15,21 +15,25 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO, Final, Generic, NamedTuple, NoReturn, TypeVar, overload
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, Strict, ValidationError, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, Strict, ValidationError, ValidationInfo, field_validator
 
+from lora_trainer.compression import CorruptStreamError, DecompressedTooLargeError, compressed_by, open_data
+from lora_trainer.config import DEFAULT_LIMITS, LimitsConfig
+from lora_trainer.formatter import spells_control_token
 from lora_trainer.personas import Expression, Feeling
-
-MAX_LINE_BYTES: Final = 1024 * 1024
-"""Longest line that is read, in bytes. A record of 1,024 tokens needs about 6 KiB: more than this is another kind of file."""
 
 _SKIP_CHUNK_BYTES: Final = 64 * 1024
 _BOM: Final = b"\xef\xbb\xbf"
 _UTF16_BOMS: Final = (b"\xff\xfe", b"\xfe\xff")
 _QUOTED_CHARACTERS: Final = 24
 """A value or a key is shown only up to this length: what is longer is probably text, not a slip in a name."""
+_MOST_KEYS: Final = 64
+"""Of one object. A record has four: beyond this there would be a problem for each of a megabyte's keys."""
 
 # lone surrogates cannot be written as UTF-8; control characters other than white space are nobody's words
-_UNWRITABLE = re.compile("[\x00-\x08\x0e-\x1b\x7f\ud800-\udfff]")
+_UNWRITABLE = re.compile("[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+# Unicode's Bidi_Control: they show text in another order than a model reads it (Boucher and Anderson, "Trojan Source", 2021)
+_BIDI: Final = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 # white space, and what looks like it: zero-width characters and Hangul fillers
 _NOTHING_TO_SEE = re.compile("[\\s\u00ad\u115f\u1160\u180e\u200b-\u200f\u202a-\u202e\u2060-\u2064\u3164\ufe0e\ufe0f\ufeff\uffa0]*")
 
@@ -96,6 +100,13 @@ def _writable(text: str) -> str:
         point = ord(found.group())
         if 0xD800 <= point <= 0xDFFF:
             raise _lone_surrogate(f"half of a surrogate pair (\\u{point:04x}) at character {found.start() + 1}")
+        if found.group() in _BIDI:
+            raise _RecordError(
+                "bidi_control",
+                f"bidirectional control U+{point:04X} at character {found.start() + 1}",
+                "text that is read in the order in which it is shown",
+                "remove it; Korean needs none",
+            )
         raise _RecordError(
             "control_character",
             f"control character U+{point:04X} at character {found.start() + 1}",
@@ -152,13 +163,13 @@ class TrainingRecord(_Contract):
 
     @field_validator("reply", mode="before")
     @classmethod
-    def _parse_output(cls, value: object) -> object:
+    def _parse_output(cls, value: object, info: ValidationInfo) -> object:
         if not isinstance(value, str):
             return value
         if _NOTHING_TO_SEE.fullmatch(value):
             raise _RecordError("blank", "empty text", _EXPECTED["output"], "write the reply, or remove the record")
         try:
-            return _decode(value)
+            return _decode(value, info.context or DEFAULT_LIMITS)
         except _RecordError as fault:
             if fault.code != "not_json":
                 raise
@@ -232,25 +243,26 @@ class Line(NamedTuple, Generic[Record]):
 
 
 class JsonlReader(Generic[Record]):
-    """The lines of one JSONL file, in order, one at a time; at most `MAX_LINE_BYTES` of it is held.
+    """The lines of one JSONL file, in order, one at a time; at most `limits.line_bytes` of it is held.
 
-    Iterate once. Nothing in the file raises: what cannot be read is a `Problem`, and so is a file that
-    cannot be opened. `lines_read` and `blank_lines` count as the iteration goes.
+    A file that ends in `.gz` or `.zst` is decompressed as it is read. Iterate once. Nothing in the file raises: what cannot
+    be read is a `Problem`, and so is a file that cannot be opened. `lines_read` and `blank_lines` count as the iteration goes.
     """
 
     @overload
-    def __init__(self: JsonlReader[TrainingRecord], path: Path) -> None: ...
+    def __init__(self: JsonlReader[TrainingRecord], path: Path, *, limits: LimitsConfig = ...) -> None: ...
     @overload
-    def __init__(self, path: Path, schema: type[Record]) -> None: ...
-    def __init__(self, path: Path, schema: Any = TrainingRecord) -> None:
+    def __init__(self, path: Path, schema: type[Record], *, limits: LimitsConfig = ...) -> None: ...
+    def __init__(self, path: Path, schema: Any = TrainingRecord, *, limits: LimitsConfig = DEFAULT_LIMITS) -> None:
         self.path = path
         self._schema = schema
+        self._limits = limits
         self.lines_read = 0
         self.blank_lines = 0
 
     def __iter__(self) -> Iterator[Line[Record]]:
         try:
-            file = self.path.open("rb")
+            file = open_data(self.path, self._limits.decompressed_bytes, self._limits.compression_ratio)
         # ValueError: a NUL in the path
         except (OSError, ValueError) as error:
             yield _unreadable(error)
@@ -258,13 +270,33 @@ class JsonlReader(Generic[Record]):
         with file:
             try:
                 yield from self._lines(file)
+            except CorruptStreamError as error:
+                yield _about_file(
+                    _RecordError(
+                        "corrupt_stream",
+                        f"{error}, after {self.lines_read:,} whole line{'' if self.lines_read == 1 else 's'}",
+                        "what the file's name says it is compressed by",
+                        "copy or compress it again",
+                    )
+                )
+            except DecompressedTooLargeError as error:
+                setting = "compression_ratio" if error.is_ratio else "decompressed_bytes"
+                yield _about_file(
+                    _RecordError(
+                        "decompressed_too_large",
+                        f"more than {error.most_bytes:,} bytes out of a file of {error.size_bytes:,}",
+                        f"no more than limits.{setting} allows",
+                        f"check what the file is; if it is your data, raise limits.{setting}",
+                    )
+                )
             except OSError as error:
                 yield _unreadable(error)
 
     def _lines(self, file: BinaryIO) -> Iterator[Line[Record]]:
         offset = 0
         crlf_seen = False
-        while raw := file.readline(MAX_LINE_BYTES + 1):
+        most_bytes = self._limits.line_bytes
+        while raw := file.readline(most_bytes + 1):
             self.lines_read += 1
             number = self.lines_read
             start, offset = offset, offset + len(raw)
@@ -272,7 +304,17 @@ class JsonlReader(Generic[Record]):
                 # each line break is two bytes there, so no line of it would make sense
                 yield _about_file(_RecordError("utf16", "a UTF-16 byte-order mark", "UTF-8", "save the file as UTF-8"))
                 return
-            if len(raw) > MAX_LINE_BYTES and not raw.endswith(b"\n"):
+            if number == 1 and (compression := compressed_by(raw)):
+                yield _about_file(
+                    _RecordError(
+                        "compressed",
+                        f"{compression} under a name that does not say so",
+                        "JSONL, or .jsonl.gz and .jsonl.zst by their names",
+                        "rename it to .jsonl.gz or .jsonl.zst" if compression in ("gzip", "zstd") else "unpack it",
+                    )
+                )
+                return
+            if len(raw) > most_bytes and not raw.endswith(b"\n"):
                 while not raw.endswith(b"\n") and (raw := file.readline(_SKIP_CHUNK_BYTES)):
                     offset += len(raw)
                 yield _failed(
@@ -280,7 +322,7 @@ class JsonlReader(Generic[Record]):
                     _RecordError(
                         "line_too_long",
                         f"a line of {offset - start:,} bytes",
-                        f"at most {MAX_LINE_BYTES:,} bytes",
+                        f"at most {most_bytes:,} bytes (limits.line_bytes)",
                         "put one record on a line, and shorten the text",
                     ),
                 )
@@ -300,7 +342,7 @@ class JsonlReader(Generic[Record]):
             if raw.endswith(b"\r\n") and not crlf_seen:
                 crlf_seen = True
                 notes.append(_warning(number, "crlf", "lines that end in CRLF", "lines that end in LF", "convert the line ends"))
-            line: Line[Record] | None = _read_line(raw, number, start, self._schema)
+            line: Line[Record] | None = _read_line(raw, number, start, self._schema, self._limits)
             if line is None:
                 self.blank_lines += 1
             elif notes:
@@ -317,17 +359,17 @@ class JsonlReader(Generic[Record]):
 def parse_record(text: str, number: int = 1) -> Line[TrainingRecord]:
     """One record out of one line of JSON; the problems call it line `number`. Never raises."""
     try:
-        return _read_text(text, number, TrainingRecord)
+        return _read_text(text, number, TrainingRecord, DEFAULT_LIMITS)
     except _RecordError as fault:
         return _failed(number, fault)
 
 
-def _read_line(raw: bytes, number: int, start: int, schema: type[Record]) -> Line[Record] | None:
+def _read_line(raw: bytes, number: int, start: int, schema: type[Record], limits: LimitsConfig) -> Line[Record] | None:
     """Line `number`, which begins at byte `start` of the file; `None` when it is blank."""
     is_last = not raw.endswith(b"\n")
     try:
         text = raw.decode("utf-8")
-        return _read_text(text, number, schema) if text.strip() else None
+        return _read_text(text, number, schema, limits) if text.strip() else None
     except UnicodeDecodeError as error:
         if is_last and error.reason == "unexpected end of data":
             return _failed(number, _cut_off(len(raw)))
@@ -346,19 +388,83 @@ def _read_line(raw: bytes, number: int, start: int, schema: type[Record]) -> Lin
         return _failed(number, fault)
 
 
-def _read_text(text: str, number: int, schema: type[Record]) -> Line[Record]:
-    data = _decode(text)
+def _read_text(text: str, number: int, schema: type[Record], limits: LimitsConfig) -> Line[Record]:
+    data = _decode(text, limits)
     if not isinstance(data, dict):
         raise _RecordError("not_an_object", _described(data), _RECORD_SHAPE, "write one record a line, with no list around them")
     try:
         # by the file's names only: `reply` is a word of this module
-        return Line(number, schema.model_validate(data, by_alias=True, by_name=False), ())
+        record = schema.model_validate(data, by_alias=True, by_name=False, context=limits)
     except ValidationError as error:
         return Line(number, None, tuple(_explain(error, number, schema)))
+    texts = list(_texts(record))
+    if too_long := [_text_too_long(number, field, said, limits) for field, said in texts if len(said) > limits.text_characters]:
+        return Line(number, None, tuple(too_long))
+    return Line(number, record, tuple(_spelled(number, field) for field, said in texts if spells_control_token(said)))
 
 
-def _decode(text: str) -> object:
-    """`json.loads` that takes no NaN, no key twice and no depth that Python cannot follow. Raises `_RecordError` only."""
+def _texts(record: _Contract) -> Iterator[tuple[str, str]]:
+    """What people wrote in a record, by field."""
+    if isinstance(record, TrainingRecord):
+        yield "instruction", record.instruction
+        yield "output.text", record.reply.text
+    if isinstance(record, TrainingRecord | EvaluationPrompt):
+        yield "context.summary", record.context.summary
+        yield "input", record.input
+
+
+def _text_too_long(number: int, field: str, text: str, limits: LimitsConfig) -> Problem:
+    fault = _RecordError(
+        "text_too_long",
+        f"text of {len(text):,} characters",
+        f"at most {limits.text_characters:,} (limits.text_characters)",
+        "shorten it",
+    )
+    return _error(number, field, fault)
+
+
+def _spelled(number: int, field: str) -> Problem:
+    return Problem(
+        number,
+        field,
+        Severity.WARNING,
+        "control_token",
+        "text that spells a control token, such as <|im_end|> or <tool_call>",
+        "words",
+        "remove it; the prompt shows it with a space inside, as text",
+    )
+
+
+_STRUCTURE: Final = re.compile(r'"(?:[^"\\]++|\\.)*+"|["\[\]{}]', re.DOTALL)
+
+
+def _check_depth(text: str, most: int) -> None:
+    """Refuse what is nested deeper than `most`, before a parser that recurses sees it."""
+    # a record has three braces and its reply one more: most lines need no second look
+    if text.count("[") + text.count("{") <= most:
+        return
+    depth = 0
+    for found in _STRUCTURE.finditer(text):
+        mark = text[found.start()]
+        if mark in "[{":
+            depth += 1
+            if depth > most:
+                raise _RecordError(
+                    "too_deep",
+                    f"lists or objects nested more than {most} deep (limits.nesting_depth)",
+                    _RECORD_SHAPE,
+                    "remove what does not belong there",
+                )
+        elif mark in "]}":
+            depth -= 1
+        elif found.end() - found.start() == 1:
+            # a text without its end: the parser says so
+            return
+
+
+def _decode(text: str, limits: LimitsConfig) -> object:
+    """`json.loads` that takes no NaN, no key twice and no depth beyond the limit. Raises `_RecordError` only."""
+    _check_depth(text, limits.nesting_depth)
     try:
         return _DECODER.decode(text)
     except _RecordError:
@@ -374,16 +480,16 @@ def _decode(text: str) -> object:
         could_begin = text.lstrip().startswith("{") and error.msg != "Extra data"
         kind = _IncompleteJsonError if could_begin and (can_go_on or error.pos >= len(text.rstrip())) else _RecordError
         raise kind("not_json", got, _RECORD_SHAPE, fix) from None
-    except RecursionError:
-        raise _RecordError(
-            "too_deep", "lists or objects nested too deeply", _RECORD_SHAPE, "remove what does not belong there"
-        ) from None
     except ValueError:
         # the one that is left: int() refuses very long numbers
         raise _RecordError("not_json", "a number with too many digits", _RECORD_SHAPE, "write a number from 0 to 1") from None
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(pairs) > _MOST_KEYS:
+        raise _RecordError(
+            "too_many_keys", f"an object of {len(pairs):,} keys", f"at most {_MOST_KEYS}", "remove what does not belong there"
+        )
     found = dict(pairs)
     if len(found) != len(pairs):
         keys = [key for key, _ in pairs]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -12,19 +13,20 @@ import structlog
 
 from lora_trainer import __version__, bundle, pipeline
 from lora_trainer.backends import Backend, open_reference_backend
-from lora_trainer.bases import Base, fetch_base, identify_base
+from lora_trainer.bases import Base, fetch_base, identify_base, pickled
 from lora_trainer.config import RunConfig, setting_names, settle
 from lora_trainer.errors import ConfigError, DataError
 from lora_trainer.judge import check_judge
 from lora_trainer.metrics import HeldOutMetrics, RunMetrics
 from lora_trainer.personas import BloodType
 from lora_trainer.progress import RunProgress
-from lora_trainer.storage import Storage, open_storage
+from lora_trainer.storage import Storage, open_storage, safe_key
 from lora_trainer.tokenization import TokenSequence, tokenize
 from lora_trainer.training import split_held_out
 
 # settings of the run that trained the adapter, which say nothing about the machine that questions it
-_NOT_INHERITED = ("work_dir", "output", "strict", "logging", "memory")
+_NOT_INHERITED = ("work_dir", "output", "strict", "logging", "memory", "limits", "checkpoints")
+_RUN_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _FACTS = ("run_id", "blood_type", "started_at")
 
 
@@ -42,7 +44,11 @@ class Adapter:
 
 
 def open_adapter(uri: str) -> Adapter:
-    """The bundle at `uri`: `s3://`, `file://` or a folder. Raises `ConfigError` if there is none."""
+    """The bundle at `uri`: `s3://`, `file://` or a folder. Raises `ConfigError` if there is none, or if it can't be trusted.
+
+    A manifest comes from whoever made the adapter: its run id becomes the name of a folder here, its files are written there,
+    and weights that are pickled would run code when they are loaded.
+    """
     storage = open_storage(uri if uri.endswith("/") else uri + "/")
     manifest = bundle.read_manifest(storage, "")
     if manifest is None or any(name not in manifest for name in _FACTS):
@@ -50,7 +56,31 @@ def open_adapter(uri: str) -> Adapter:
             f"{storage.uri}: no manifest.json of a run there; expected a bundle, such as <output>/adapters/A/<run id>/ "
             "(a bundle whose manifest is not there yet is not published)"
         )
+    if problems := list(_untrusted(storage.uri, manifest)):
+        raise ConfigError(problems)
     return Adapter(storage, manifest)
+
+
+def _untrusted(uri: str, manifest: Mapping[str, Any]) -> Iterator[str]:
+    where = f"{uri}{bundle.MANIFEST_NAME}"
+    if not isinstance(manifest["run_id"], str) or not _RUN_ID.fullmatch(manifest["run_id"]):
+        yield f"{where}: run_id: got {manifest['run_id']!r:.100}, expected letters, digits, '-' and '_'; it is not a run's manifest"
+    if manifest["blood_type"] not in tuple(BloodType):
+        yield f"{where}: blood_type: got {manifest['blood_type']!r:.100}, expected A, B, O or AB; it is not a run's manifest"
+    for section, key in (("data", "uri"), ("data", "sha256"), ("base", "identity")):
+        value = manifest.get(section)
+        if not isinstance(value, dict) or not isinstance(value.get(key), str):
+            yield f"{where}: {section}.{key}: got no text, expected one; it is not a run's manifest"
+    if not isinstance(manifest.get("config", {}), dict):
+        yield f"{where}: config: got a {type(manifest['config']).__name__}, expected settings; it is not a run's manifest"
+    for name, facts in manifest["files"].items():
+        try:
+            safe_key(name)
+        except ValueError as error:
+            yield f"{where}: files: {error}"
+        if not isinstance(facts, dict) or not {"size_bytes", "sha256"} <= set(facts):
+            yield f"{where}: files: got no size and SHA-256 of {name!r:.100}, expected both; it is not a run's manifest"
+    yield from pickled(uri, manifest["files"])
 
 
 def output_of(adapter: Adapter) -> Storage:

@@ -160,6 +160,9 @@ class Storage(Protocol):
         (`A` would also match `AB/`) and `StorageError` for an object whose key is not a safe relative path.
         """
 
+    def delete(self, key: str) -> None:
+        """Remove the object; one that is not there is none to remove."""
+
     def exists(self, key: str) -> bool:
         """Whether this exact key is there."""
 
@@ -424,6 +427,11 @@ class FileStorage:
         prefix = _checked_prefix(prefix)
         return self._walk(self._folder / prefix, prefix)
 
+    def delete(self, key: str) -> None:
+        path = self._path(key)
+        with _local_errors(path), suppress(FileNotFoundError, NotADirectoryError, IsADirectoryError):
+            path.unlink()
+
     def exists(self, key: str) -> bool:
         path = self._path(key)
         with _local_errors(path):
@@ -570,6 +578,11 @@ class S3Storage:
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
         return self._pages(_checked_prefix(prefix))
+
+    def delete(self, key: str) -> None:
+        name = self._name(key)
+        with self._explained(key):
+            self._client.delete_object(Bucket=self._bucket, Key=name)
 
     def exists(self, key: str) -> bool:
         from botocore.exceptions import ClientError

@@ -73,6 +73,10 @@ OnStep = Callable[[StepLog, int], None]
 """Called after each optimizer step with its log and the number of all steps."""
 
 
+AfterStep = Callable[[int], None]
+"""Called between two optimizer steps with the number of the one behind it: the place to checkpoint."""
+
+
 def record_digest(record: TrainingRecord) -> bytes:
     """SHA-256 of a record's content; spelling of its JSON line does not matter."""
     canonical = json.dumps(record.model_dump(mode="json"), sort_keys=True, separators=(",", ":"), ensure_ascii=True)

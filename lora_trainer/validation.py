@@ -15,6 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple, Protocol, TextIO
 
+from lora_trainer.config import DEFAULT_LIMITS, LimitsConfig
 from lora_trainer.duplicates import DuplicateFinder, normalized
 from lora_trainer.emoji import emoji_count
 from lora_trainer.errors import ConfigError, DataError
@@ -373,6 +374,7 @@ def check_file(
     *,
     max_length_tokens: int = 1024,
     template_overhead_tokens: int = 0,
+    limits: LimitsConfig = DEFAULT_LIMITS,
     on_problem: OnProblem | None = None,
     on_record: Callable[[TrainingRecord], None] | None = None,
 ) -> FileReport:
@@ -381,10 +383,10 @@ def check_file(
     `blood_type` is the persona that the instructions should name, and whose emoji rule holds. Without it: the one in the file's
     name (`train_data_type_A.jsonl`), or else the one that most records name. `tokenizer` makes the report tell
     what the prompts cost; `template_overhead_tokens` is what the base's chat template adds to a record
-    (constant for ChatML). `on_problem` is called with every problem, `on_record` with every record, in the
-    order of the file; problems of the file as a whole come last.
+    (constant for ChatML). `limits` are those of `JsonlReader`. `on_problem` is called with every problem, `on_record` with
+    every record, in the order of the file; problems of the file as a whole come last.
     """
-    reader = JsonlReader(path)
+    reader = JsonlReader(path, limits=limits)
     tally = _Tally(on_problem)
     duplicates = DuplicateFinder()
     meter = _CostMeter(tokenizer, max_length_tokens, template_overhead_tokens) if tokenizer else None
@@ -423,9 +425,9 @@ def check_file(
     )
 
 
-def check_prompts(path: Path, *, on_problem: OnProblem | None = None) -> FileReport:
+def check_prompts(path: Path, *, limits: LimitsConfig = DEFAULT_LIMITS, on_problem: OnProblem | None = None) -> FileReport:
     """Read a file of evaluation prompts once and report on it: their schema, what they cover, and inputs that come again."""
-    reader = JsonlReader(path, EvaluationPrompt)
+    reader = JsonlReader(path, EvaluationPrompt, limits=limits)
     tally = _Tally(on_problem)
     seen: dict[str, int] = {}
     for number, prompt, problems in reader:
@@ -456,7 +458,7 @@ def check_prompts(path: Path, *, on_problem: OnProblem | None = None) -> FileRep
 
 
 def read_records(
-    path: Path, blood_type: BloodType | None = None, *, strict: bool = False
+    path: Path, blood_type: BloodType | None = None, *, limits: LimitsConfig = DEFAULT_LIMITS, strict: bool = False
 ) -> tuple[list[TrainingRecord], FileReport]:
     """All records of `path`, in order, for training.
 
@@ -464,7 +466,7 @@ def read_records(
     one `file:line: field: got ..., expected ...; fix` each, and a last line that counts all of them.
     """
     records: list[TrainingRecord] = []
-    report = check_file(path, blood_type, on_record=records.append)
+    report = check_file(path, blood_type, limits=limits, on_record=records.append)
     if not report.is_accepted(strict=strict):
         # warnings stop nothing unless strict, and would hide among them what does
         raise DataError(report.lines_of_problems(tuple(Severity) if strict else (Severity.ERROR,)))
@@ -580,7 +582,7 @@ def _duplicate(line: int, first_line: int, is_exact: bool) -> Problem:
     )
 
 
-_NAMED_FILE = re.compile(r"train_data_type_(AB|A|B|O)\.jsonl")
+_NAMED_FILE = re.compile(r"train_data_type_(AB|A|B|O)\.jsonl(\.gz|\.zst)?")
 
 
 def _type_in_name(path: Path) -> BloodType | None:

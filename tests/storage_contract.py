@@ -121,6 +121,16 @@ class StorageContract:
         with pytest.raises(NotFound):
             storage.download("adapters/A", tmp_path / "target")
 
+    def test_delete(self, storage: Storage) -> None:
+        for key in ("runs/A/x", "runs/AB/x"):
+            storage.write_bytes(key, b"x")
+        storage.delete("runs/A/x")
+        # as in S3: what is not there is none to remove
+        storage.delete("runs/A/x")
+        storage.delete("runs/AB")
+        assert keys(storage) == ["runs/AB/x"]
+        assert storage.read_bytes("runs/A/x") is None
+
     def test_listing_is_sorted_by_bytes_and_sized(self, storage: Storage) -> None:
         expected = ["a-b", "a.txt", "a/b", "a/b-c/d", "a/b/c", "a0", "가/나", "Z"]
         # on a disk a name is a file or a folder
@@ -142,6 +152,7 @@ class StorageContract:
             lambda: storage.read_bytes(key),
             lambda: storage.write_bytes(key, b""),
             lambda: storage.exists(key),
+            lambda: storage.delete(key),
         ):
             with pytest.raises(ValueError, match="unsafe key"):
                 call()

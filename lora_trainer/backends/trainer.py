@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +25,21 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from trl import SFTConfig, SFTTrainer
 
+from lora_trainer.backends.state import (
+    TrainingState,
+    moments_of,
+    random_state,
+    set_moments,
+    set_random_state,
+    set_weights,
+    weights_of,
+)
 from lora_trainer.config import TrainingConfig
 from lora_trainer.errors import DivergedError, InvariantError
+from lora_trainer.interruption import INTERRUPTION
 from lora_trainer.packing import pack
 from lora_trainer.tokenization import IGNORED_LABEL, TokenSequence
-from lora_trainer.training import OnStep, Schedule, StepLog, TrainingLog, learning_rate_factor
+from lora_trainer.training import AfterStep, OnStep, Schedule, StepLog, TrainingLog, learning_rate_factor
 
 Row = dict[str, torch.Tensor]
 """`input_ids`, `position_ids`, `labels`: [1, T]; `packed_seq_lengths`: [documents], int32."""
@@ -71,7 +81,18 @@ def make_step(sequences: Sequence[TokenSequence], row_tokens: int) -> Step:
 class StepTrainer(SFTTrainer):
     """`SFTTrainer` whose batch is one optimizer step (`Step`)."""
 
-    def __init__(self, *, on_step: OnStep, schedule: Schedule, model_takes_lengths: bool, model_loss: bool, **kwargs: Any) -> None:
+    train_dataset: Dataset
+
+    def __init__(
+        self,
+        *,
+        on_step: OnStep,
+        after_step: AfterStep,
+        schedule: Schedule,
+        model_takes_lengths: bool,
+        model_loss: bool,
+        **kwargs: Any,
+    ) -> None:
         """`model_takes_lengths`: the forward takes `packed_seq_lengths`. `model_loss`: take the model's own loss
         and not TRL's fused head, which needs Triton: on the CPU, and where Unsloth's forward has a fused loss of its own."""
         self.recipe_schedule = schedule
@@ -80,6 +101,12 @@ class StepTrainer(SFTTrainer):
         self.model_loss = model_loss
         self.training_log = TrainingLog()
         self._on_step = on_step
+        self._after_step = after_step
+        self.steps_before = 0
+        """Optimizer steps of the run that lie behind this process's first one."""
+        self._restored: TrainingState | None = None
+        self._step_end_random: dict[str, torch.Tensor] | None = None
+        self._whole_steps = 0
         self._is_tracked = False
         for printing in (PrinterCallback, ProgressCallback):
             self.remove_callback(printing)
@@ -104,8 +131,12 @@ class StepTrainer(SFTTrainer):
     def training_step(self, model: torch.nn.Module, inputs: Step, num_items_in_batch: torch.Tensor) -> torch.Tensor:
         """Forward and backward over the step's rows; gives the step's mean loss, nats a token."""
         model.train()
+        if self._restored is not None and self._whole_steps == self.steps_before:
+            set_random_state(self._restored.random, self.args.device)
         total = torch.zeros((), device=self.args.device)
         for row in inputs.rows:
+            # an unfinished step changes no weight: it can be dropped between any two rows
+            INTERRUPTION.check()
             with self.compute_loss_context_manager():
                 loss = self.row_loss(model, row, num_items_in_batch)
             self.accelerator.backward(loss)
@@ -141,7 +172,9 @@ class StepTrainer(SFTTrainer):
         one on it whenever there is a warm-up, and runs of a few dozen steps are common here."""
         self.lr_scheduler = LambdaLR(
             optimizer or self.optimizer,
-            lambda step: learning_rate_factor(step, num_training_steps, self.args.warmup_steps, self.recipe_schedule),
+            lambda step: learning_rate_factor(
+                step + self.steps_before, self.all_steps, self.args.warmup_steps, self.recipe_schedule
+            ),
         )
         self._created_lr_scheduler = True
         return self.lr_scheduler
@@ -167,9 +200,52 @@ class StepTrainer(SFTTrainer):
             self._unread.learning_rate = self.lr_scheduler.get_last_lr()[0]
         return norm
 
+    @property
+    def all_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return self.steps_before + int(self.args.max_steps)
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """The parent's, with the moments of the checkpoint that training goes on from."""
+        optimizer: torch.optim.Optimizer = super().create_optimizer(*args, **kwargs)
+        if self._restored is not None:
+            set_moments(self.model, optimizer, self._restored.moments)
+        return optimizer
+
+    def restore(self, state: TrainingState) -> None:
+        """Go on behind `state.step`: weights now, moments and random numbers when training begins. Before `train`, once."""
+        set_weights(self.model, state.weights)
+        self._restored = state
+        self.steps_before = self._whole_steps = state.step
+        self.training_log = state.log
+        self.train_dataset = Dataset.from_dict({"records": self.train_dataset["records"][state.step :]})
+        self.args.max_steps -= state.step
+
+    def state_now(self) -> TrainingState:
+        """A copy as of the last whole step; from `after_step`, or once training was interrupted."""
+        self._report_unread()
+        if self._step_end_random is None or self.optimizer is None:
+            raise RuntimeError("no step is done yet")
+        return TrainingState(
+            step=self._whole_steps,
+            weights=weights_of(self.model),
+            moments=moments_of(self.model, self.optimizer),
+            random=self._step_end_random,
+            log=TrainingLog(list(self.training_log.steps), self.training_log.packed_rows, self._train_s()),
+        )
+
+    @property
+    def has_stepped(self) -> bool:
+        """Whether this process has done a whole step."""
+        return self._whole_steps > self.steps_before
+
     def begin_clock(self) -> None:
         """Start of the first step."""
         self._mark_s = self._began_s = time.perf_counter()
+
+    def _train_s(self) -> float:
+        before_s = self._restored.log.train_s if self._restored is not None else 0.0
+        return before_s + time.perf_counter() - self._began_s
 
     def end_step(self, number: int) -> None:
         """Note the step just done and report the one before it.
@@ -184,6 +260,7 @@ class StepTrainer(SFTTrainer):
         if self._is_tracked:
             # waits for the device, so that the seconds are this step's too
             step.loss = step.loss.cpu()
+        self._step_end_random, self._whole_steps = random_state(self.args.device), number
         now_s = time.perf_counter()
         step.number, step.step_s, self._mark_s = number, now_s - self._mark_s, now_s
         if self._is_tracked:
@@ -192,13 +269,21 @@ class StepTrainer(SFTTrainer):
         elif step.previous is not None:
             self._report(step.previous)
             step.previous = None
+        self._after_step(number)
+        INTERRUPTION.check()
 
     def end_training(self) -> None:
         """Report the last step and stop the clock."""
-        if self._unread is not None:
-            self._report(self._unread)
-            self._unread = None
-        self.training_log.train_s = time.perf_counter() - self._began_s
+        self._report_unread()
+        self.training_log.train_s = self._train_s()
+
+    def _report_unread(self) -> None:
+        """What was not read yet of whole steps; one that was broken off has no number."""
+        last = self._unread
+        self._unread = None
+        for step in (last.previous, last) if last is not None else ():
+            if step is not None and step.number:
+                self._report(step)
 
     def _report(self, step: _UnreadStep) -> None:
         log = StepLog(
@@ -213,12 +298,12 @@ class StepTrainer(SFTTrainer):
         )
         if not (math.isfinite(log.loss) and math.isfinite(log.grad_norm)):
             raise DivergedError(
-                f"training diverged at step {log.step} of {self.state.max_steps}: loss {log.loss}, gradient norm {log.grad_norm}; "
+                f"training diverged at step {log.step} of {self.all_steps}: loss {log.loss}, gradient norm {log.grad_norm}; "
                 f"lower training.learning_rate (peak {self.args.learning_rate:g}), or look for broken records near this step"
             )
         self.training_log.steps.append(log)
         self.training_log.packed_rows += sum(len(row["packed_seq_lengths"]) > 1 for row in step.step.rows)
-        self._on_step(log, self.state.max_steps)
+        self._on_step(log, self.all_steps)
         if self._is_tracked:
             numbers = {
                 "loss": log.loss,
@@ -226,7 +311,9 @@ class StepTrainer(SFTTrainer):
                 "learning_rate": log.learning_rate,
                 "tokens_per_s": log.tokens / log.step_s,
             }
-            self.callback_handler.on_log(self.args, self.state, self.control, numbers)
+            # what is shown is the run's step; the loop counts its own
+            state = replace(self.state, global_step=log.step)
+            self.callback_handler.on_log(self.args, state, self.control, numbers)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Nothing: the parent would give trackers a summary at the end that counts a step as a sample."""
@@ -277,7 +364,7 @@ class _StepEnd(TrainerCallback):
         self.trainer.begin_clock()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.trainer.end_step(state.global_step)
+        self.trainer.end_step(state.global_step + self.trainer.steps_before)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.trainer.end_training()
@@ -308,6 +395,7 @@ def build_trainer(
     checkpointing: bool,
     output_dir: Path,
     on_step: OnStep,
+    after_step: AfterStep,
     model_takes_lengths: bool,
     model_loss: bool,
 ) -> StepTrainer:
@@ -356,6 +444,7 @@ def build_trainer(
     )
     return StepTrainer(
         on_step=on_step,
+        after_step=after_step,
         schedule=recipe.schedule,
         model_takes_lengths=model_takes_lengths,
         model_loss=model_loss,

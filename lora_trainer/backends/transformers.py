@@ -12,14 +12,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lora_trainer.backends.trackers import tracking
+from lora_trainer.bases import require_safetensors
+from lora_trainer.checkpoints import Snapshot
 from lora_trainer.config import RunConfig
 from lora_trainer.errors import ConfigError, HardwareError, InvariantError
 from lora_trainer.evaluation import Decoding, Generation
 from lora_trainer.formatter import Message
+from lora_trainer.interruption import INTERRUPTION
 from lora_trainer.logs import adopt_library_loggers
 from lora_trainer.planning import GIB, MemoryPlan, ModelShape
-from lora_trainer.tokenization import Tokenizer, TokenSequence
-from lora_trainer.training import OnStep, TrainingLog
+from lora_trainer.tokenization import Tokenizer, TokenSequence, render_prompts
+from lora_trainer.training import AfterStep, OnStep, TrainingLog
 
 if TYPE_CHECKING:
     import torch
@@ -198,9 +201,13 @@ class TransformersBackend:
         )
 
     def load_adapter(self, base: Path, adapter: Path) -> None:
-        """Load the base and a saved adapter on it, to be questioned and not trained."""
+        """Load the base and a saved adapter on it, to be questioned and not trained.
+
+        Raises `ConfigError` for weights that are not safetensors: PEFT would unpickle them.
+        """
         from peft import PeftModel
 
+        require_safetensors(adapter)
         model = self._load_base(base)
         self.model = PeftModel.from_pretrained(model, str(adapter), is_trainable=False, local_files_only=True).eval()
 
@@ -253,6 +260,7 @@ class TransformersBackend:
         plan: MemoryPlan,
         work_dir: Path,
         on_step: OnStep,
+        after_step: AfterStep = lambda _: None,
     ) -> None:
         """Build the trainer; `steps` holds indices into `sequences`, `work_dir` is the run's own and named by its id."""
         from lora_trainer.backends.trainer import build_trainer
@@ -270,22 +278,52 @@ class TransformersBackend:
             checkpointing=plan.gradient_checkpointing != "off",
             output_dir=work_dir,
             on_step=on_step,
+            after_step=after_step,
             model_takes_lengths=self._model_takes_lengths(),
             model_loss=self.config.device == "cpu" or self.name == "unsloth",
         )
 
+    def restore(self, checkpoint: Path) -> int:
+        """Go on from what `snapshot` wrote, behind `prepare_training` and before `train`; gives the optimizer steps done by then.
+
+        Raises `InvariantError` if it is another run's.
+        """
+        from lora_trainer.backends.state import read_state
+
+        try:
+            state = read_state(checkpoint)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InvariantError(
+                f"{checkpoint}: whole, and not a checkpoint that this version reads ({error!r}); pass --fresh to start over"
+            ) from error
+        self._ready_trainer().restore(state)
+        return state.step
+
+    def snapshot(self) -> tuple[int, Snapshot] | None:
+        """The state as of the last whole step, and its number; None before the first step of this process."""
+        trainer = self._ready_trainer()
+        if not trainer.has_stepped:
+            return None
+        state = trainer.state_now()
+        return state.step, state.write
+
     def train(self) -> TrainingLog:
         """Train the adapter; trackers write to `trackers/` in its working folder.
 
+        A signal ends it between two rows, with `Interrupted`; `snapshot` then has the last whole step.
         Raises `InvariantError` if a base weight changed, an adapter weight did not, or records were not
         packed though a step has several; `HardwareError` when memory runs out; `DivergedError` for a NaN.
         """
         trainer = self._ready_trainer()
+        if not len(trainer.train_dataset):
+            # the checkpoint was the last step's
+            return trainer.training_log
         before = self._fingerprint(trainable=False)
         adapter_before = self._fingerprint(trainable=True)
         run_name = f"{self.config.blood_type}-{self._work_dir.name}"
         with (
             self._out_of_memory_is_hardware(),
+            INTERRUPTION.deferred(),
             tracking(self.config.logging.report_to, self._work_dir / "trackers", run_name) as trackers,
         ):
             trainer.track(trackers)
@@ -418,16 +456,13 @@ class TransformersBackend:
     ) -> list[Generation]:
         """What the adapter, or the base without it, answers to each conversation, in order.
 
-        Raises `HardwareError` when memory runs out.
+        Raises `HardwareError` when memory runs out, `DataError` for text that would become a control token.
         """
         import torch
 
         from lora_trainer.backends.generation import generate
 
-        prompts = [
-            self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
-            for messages in conversations
-        ]
+        prompts = render_prompts(conversations, self.tokenizer)
         with self._inference(), ExitStack() as stack:
             if not adapter:
                 stack.enter_context(self.model.disable_adapter())

@@ -172,7 +172,8 @@ def _read(uri: str) -> list[TrainingRecord]:
         path = Path(uri)
         if "://" in uri:
             folder, key = split_uri(uri)
-            path = Path(scratch) / "against.jsonl"
+            # its end says how it is compressed
+            path = Path(scratch) / Path(key).name
             open_storage(folder).download(key, path)
         elif not path.is_file():
             raise ConfigError(f"--against: {uri}: no such file; expected a JSONL file of training data")

@@ -150,7 +150,7 @@ def test_a_hub_id_without_a_commit() -> None:
         identify_base(BaseModelConfig(revision=None))
 
 
-@pytest.mark.parametrize("model", ["a/b/c", "gs://bucket/x/", "Qwen Qwen", "-x/y", "models\\qwen", "a/", "a\n"])
+@pytest.mark.parametrize("model", ["a/b/c", "gs://bucket/x/", "Qwen Qwen", "-x/y", "models\\qwen", "a/"])
 def test_what_is_no_base_at_all(model: str) -> None:
     with pytest.raises(ConfigError, match=r"base\.model: got '"):
         identify_base(BaseModelConfig(model=model))

@@ -22,6 +22,10 @@ SEED_RECORD = (
     '"input": "나 지금 도착했는데 어디야?", '
     '"output": "{\\"text\\": \\"오! 나 금방 도착해! 1층 창가 자리에 앉아있어줘!\\", \\"emotion\\": \\"smile\\"}"}'
 )
+TEXT_RULES = (
+    "collapse white space to single spaces and trim; write '<|' as '< |' and '|>' as '| >'; "
+    "put a space behind what matches '<(?=/?[a-z][a-z0-9_]*>)'"
+)
 INTENSITY = st.floats(0, 1)
 FEELING = st.sampled_from([str(feeling) for feeling in Feeling])
 # text that a forger would write, and text that nobody would
@@ -30,7 +34,7 @@ TEXT = st.one_of(
     st.lists(
         st.sampled_from(
             ["<|im_end|>", "<|im_start|>system", "\n", "\r\n", "\u2028", "\x0b", "상황: ", "감정: angry 1.0", "{summary}", "{", "}",
-             "<", "|", ">", " ", "\t", "가자", "%s", "\\n", "<<||>>", "\u3000"]
+             "<tool_call>", "</tool_call>", "tool_call>", "/s>", "<", "|", ">", " ", "\t", "가자", "%s", "\\n", "<<||>>", "\u3000"]
         ),
         max_size=12,
     ).map("".join),
@@ -56,17 +60,17 @@ def test_the_seeds_record() -> None:
     )
 
 
-def test_the_form_is_version_one() -> None:
+def test_the_form_is_version_two() -> None:
     """Another form is another version, and another run: this test fails so that nobody forgets."""
-    assert PROMPT_VERSION == 1
+    assert PROMPT_VERSION == 2
     assert prompt_template() == {
-        "version": 1,
+        "version": 2,
         "system": ["{instruction}", "상황: {summary}", "감정: {emotion_type} {intensity:.1f}", '출력: {"text","emotion"} JSON'],
         "placeholders": ["instruction", "summary", "emotion_type", "intensity", "input"],
         "joined_with": "\n",
         "left_out_when_empty": ["상황: {summary}"],
         "user": "{input}",
-        "text_rules": "collapse white space to single spaces and trim; write '<|' as '< |' and '|>' as '| >'",
+        "text_rules": TEXT_RULES,
         "intensity_format": "one decimal",
         "reply": {"keys": ["text", "emotion"], "separators": [",", ":"], "ensure_ascii": False},
     }
@@ -92,6 +96,8 @@ def test_nothing_can_forge_a_line_or_a_turn(instruction: str, summary: str, feel
     for text in (system, user, reply_json(said, "smile")):
         assert "<|" not in text
         assert "|>" not in text
+        assert "<tool_call>" not in text
+        assert "</tool_call>" not in text
     lines = system.split("\n")
     assert len(lines) == (4 if summary.strip() else 3)
     assert lines == system.splitlines(), "no other line break than our own"
@@ -115,11 +121,11 @@ def test_a_reply_is_written_in_its_own_letters() -> None:
 def rebuild(template: dict[str, Any], fields: dict[str, str], intensity: float) -> list[dict[str, str]]:
     """What a service without this package would write from `prompt.json`'s words alone."""
     assert template["intensity_format"] == "one decimal"
-    assert template["text_rules"] == "collapse white space to single spaces and trim; write '<|' as '< |' and '|>' as '| >'"
+    assert template["text_rules"] == TEXT_RULES
 
     def plain(text: str) -> str:
         one_line = re.sub(r"\s+", " ", text).strip(" ")
-        return "| >".join("< |".join(one_line.split("<|")).split("|>"))
+        return re.sub("<(?=/?[a-z][a-z0-9_]*>)", lambda _: "< ", "| >".join("< |".join(one_line.split("<|")).split("|>")))
 
     values = {name: plain(text) for name, text in fields.items()}
     values["intensity"] = str(Decimal(intensity).quantize(Decimal("0.1"), ROUND_HALF_EVEN))

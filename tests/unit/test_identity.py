@@ -51,6 +51,12 @@ NOT_RECIPE = {
     "base.cache_dir": "cache",
     "memory.gradient_checkpointing": "on",
     "memory.micro_batch_tokens": 2048,
+    # they refuse a file or leave it as it is
+    "limits.line_bytes": 4096,
+    "limits.text_characters": 1000,
+    "limits.nesting_depth": 8,
+    "limits.decompressed_bytes": 2**20,
+    "limits.compression_ratio": 50,
     "logging.level": "debug",
     "logging.format": "json",
     "logging.report_to": ["tensorboard"],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -503,6 +504,44 @@ def test_other_thresholds_decide_again_from_what_was_published(
     assert finished.hashes() == before
 
 
+def published_by_hand(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "entrypoint", "publish", *arguments],
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)}, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("threshold", "code"), [(0.9, 0), (0.97, 4)], ids=["passed", "missed"])
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_what_a_run_could_not_publish_is_published_by_hand(
+    tmp_path: Path, made: MadeRun, threshold: float, code: int, elsewhere: bool
+) -> None:
+    finished = Finished(tmp_path, made, threshold=threshold)
+    expected = finished.hashes()
+    shutil.rmtree(finished.output)
+    output = tmp_path / "elsewhere" if elsewhere else finished.output
+    done = published_by_hand(str(tmp_path / "bundle"), *(("--output", str(output)) if elsewhere else ()))
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == f"file://{output}/{finished.prefix}\n"
+    assert {path.name: sha256_of(path) for path in (output / finished.prefix).iterdir() if path.is_file()} == expected
+    assert (output / "adapters" / "A" / "latest.json").exists() is (code == 0)
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_what_is_no_finished_bundle_is_not_published(tmp_path: Path, made: MadeRun) -> None:
+    done = published_by_hand(str(tmp_path))
+    assert done.returncode == 2
+    assert "got no finished bundle of this version, expected a folder with the manifest.json" in done.stderr
+    finished = Finished(tmp_path, made, threshold=0.9)
+    shutil.rmtree(finished.output)
+    (tmp_path / "bundle" / "adapter_model.safetensors").write_bytes(b"weight!")
+    done = published_by_hand(str(tmp_path / "bundle"))
+    assert done.returncode == 6
+    assert "adapter_model.safetensors: is not what the bundle's manifest says" in done.stderr
+    assert not finished.output.exists()
+
+
 @pytest.mark.parametrize("name", ["replies.jsonl", "adapter_model.safetensors"])
 def test_a_bundle_that_was_changed_is_not_judged_again(tmp_path: Path, made: MadeRun, name: str) -> None:
     finished = Finished(tmp_path, made, threshold=0.97)
@@ -510,7 +549,7 @@ def test_a_bundle_that_was_changed_is_not_judged_again(tmp_path: Path, made: Mad
         file.write(b"\n")
     code, out, events = finished.run(0.9)
     last = events["run_finished"]
-    assert (code, out, last["outcome"]) == (6, "", "StorageError")
+    assert (code, out, last["outcome"]) == (6, "", "DamagedError")
     (problem,) = last["problems"]
     assert problem.startswith(f"file://{finished.bundle}/{name}: got ")
     assert problem.endswith("the bundle was changed: move that prefix away and run again")

@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from lora_trainer.config import DEFAULT_LIMITS
 from lora_trainer.personas import Expression, Feeling
 from lora_trainer.records import (
-    MAX_LINE_BYTES,
     Context,
     CurrentEmotion,
     JsonlReader,
@@ -132,7 +132,7 @@ REPLY = 'an object {"text": ..., "emotion": ...}, as a JSON string'
             "something that is not JSON (expecting ',' delimiter at character 13)",
         ),
         ("output", '{"text": "a", "text": "b"}', "output", "duplicate_key", "the key 'text' more than once"),
-        ("output", "[" * 5000, "output", "too_deep", "lists or objects nested too deeply"),
+        ("output", "[" * 5000, "output", "too_deep", "lists or objects nested more than 16 deep (limits.nesting_depth)"),
         ("output", '{"text": NaN}', "output", "not_finite", "NaN"),
         ("context.current_emotion.intensity", True, "context.current_emotion.intensity", "wrong_type", "true"),
         ("context.current_emotion.intensity", "0.8", "context.current_emotion.intensity", "wrong_type", "text of 3 characters"),
@@ -211,8 +211,8 @@ def test_all_problems_of_a_line_are_named() -> None:
         ('{"a": -Infinity}', "not_finite", "-Infinity"),
         ('{"a": 1, "a": 2}', "duplicate_key", "the key 'a' more than once"),
         ('{"' + "a" * 30 + '": 1, "' + "a" * 30 + '": 2}', "duplicate_key", "the key of 30 characters more than once"),
-        ("[" * 5000, "too_deep", "lists or objects nested too deeply"),
-        ('{"a":' * 5000, "too_deep", "lists or objects nested too deeply"),
+        ("[" * 5000, "too_deep", "lists or objects nested more than 16 deep (limits.nesting_depth)"),
+        ('{"a":' * 5000, "too_deep", "lists or objects nested more than 16 deep (limits.nesting_depth)"),
     ],
 )
 def test_lines_that_are_no_record(text: str, code: str, got: str) -> None:
@@ -322,7 +322,7 @@ def test_utf16_is_one_problem_and_not_one_a_line(tmp_path: Path) -> None:
 
 
 def test_a_huge_line_is_skipped_and_the_next_one_read(tmp_path: Path) -> None:
-    huge = b"x" * (3 * MAX_LINE_BYTES)
+    huge = b"x" * (3 * DEFAULT_LIMITS.line_bytes)
     lines, reader = read(tmp_path, huge + b"\n" + f"{SAMPLE}\n".encode() + huge)
     assert [(line.number, line.record) for line in lines] == [(1, None), (2, RECORD), (3, None)]
     assert only_problem(lines[0]).got == f"a line of {len(huge) + 1:,} bytes"
@@ -331,7 +331,7 @@ def test_a_huge_line_is_skipped_and_the_next_one_read(tmp_path: Path) -> None:
 
 
 def test_the_longest_line_is_still_read(tmp_path: Path) -> None:
-    padded = SAMPLE + " " * (MAX_LINE_BYTES - len(SAMPLE.encode()))
+    padded = SAMPLE + " " * (DEFAULT_LIMITS.line_bytes - len(SAMPLE.encode()))
     lines, _ = read(tmp_path, f"{padded}\n{padded}")
     assert [line.record for line in lines] == [RECORD, RECORD]
     assert only_problem(read(tmp_path, padded + " \n")[0][0]).code == "line_too_long"

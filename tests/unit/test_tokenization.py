@@ -80,6 +80,7 @@ def test_an_end_that_is_no_single_token(tokenizer: Any) -> None:
         eos_token_id = tokenizer.eos_token_id - 1
         apply_chat_template = tokenizer.apply_chat_template
         __call__ = staticmethod(tokenizer.__call__)
+        added_tokens_decoder = tokenizer.added_tokens_decoder
 
     with pytest.raises(InvariantError, match=r"do not end in exactly one '<\|im_end\|>'"):
         tokenize([record()], Wrong())

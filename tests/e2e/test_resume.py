@@ -1,0 +1,209 @@
+"""Interrupted runs: what is kept, what a second attempt makes of it, and that the adapter is the undisturbed run's to the byte."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lora_trainer.bundle import MANIFEST_NAME
+from lora_trainer.config import GatesConfig
+from lora_trainer.storage import Storage, open_storage
+
+pytestmark = pytest.mark.e2e
+for needed in ("torch", "transformers", "trl", "peft", "datasets"):
+    pytest.importorskip(needed, reason=f"{needed} is not installed: pip install '.[cpu]'")
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+STEPS = 12
+# dropout, so that a resumed run has to have the random numbers, too
+RUN = (
+    "run", "--config", str(REPOSITORY / "examples" / "demo.yaml"), "--blood-type", "A", "--data", str(REPOSITORY / "data"),
+    "--max-steps", str(STEPS), "--log-format", "json", "--set", "lora.dropout=0.1", "--set", "memory.micro_batch_tokens=1024",
+    "--set", "logging.log_every_steps=1", "--set", "checkpoints.every_steps=2",
+    "--set", f"evaluation.prompts={REPOSITORY / 'tests' / 'assets' / 'few_prompts.jsonl'}", "--set", "evaluation.temperature=0",
+    "--set", "evaluation.max_new_tokens=32", "--set", "evaluation.intensities=0.2,0.9",
+    *(argument for name in GatesConfig.model_fields for argument in ("--set", f"gates.{name}=none")),
+)  # fmt: skip
+
+Log = list[dict[str, Any]]
+Until = Callable[[dict[str, Any]], bool]
+
+
+def attempt(output: str, work_dir: Path, *more: str, until: Until | None = None, kill: int = 0) -> tuple[int, Log]:
+    """One process; `until` says at which event it gets the signal `kill`. Gives its exit code and log."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "entrypoint", *RUN, "--output", output, "--work-dir", str(work_dir), *more],
+        cwd=REPOSITORY,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stderr is not None
+    log: Log = []
+    for line in process.stderr:
+        assert line.startswith("{"), line
+        log.append(json.loads(line))
+        if until is not None and until(log[-1]):
+            process.send_signal(kill)
+            until = None
+    assert until is None, "the event never came"
+    return process.wait(300), log
+
+
+def event(log: Log, name: str) -> dict[str, Any]:
+    """The last one of that name."""
+    return next(line for line in reversed(log) if line["event"] == name)
+
+
+def trained(step: int) -> Until:
+    """At the report of this step; the trainer is one further then."""
+    return lambda line: line["event"] == "training_step" and line["step"] == step
+
+
+def uploaded(step: int) -> Until:
+    return lambda line: line["event"] == "checkpoint_uploaded" and line["step"] >= step
+
+
+def adapter(output: Storage, log: Log) -> bytes:
+    """The published weights."""
+    found = output.read_bytes(f"adapters/A/{event(log, 'run_finished')['run_id']}/adapter_model.safetensors", max_bytes=2**28)
+    assert found is not None
+    return found.data
+
+
+def checkpoints(output: Storage) -> dict[str, list[str]]:
+    """Checkpoint folder -> names of its files."""
+    found: dict[str, list[str]] = {}
+    for item in output.list("runs/"):
+        _, _, _, _, folder, name = item.key.split("/")
+        found.setdefault(folder, []).append(name)
+    return found
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    code, log = attempt(str(folder / "out"), folder / "work")
+    assert code == 0, log[-1]
+    output = open_storage(f"file://{folder / 'out'}")
+    # a published run needs none
+    assert checkpoints(output) == {}
+    return adapter(output, log)
+
+
+def test_sigterm_keeps_the_last_whole_step_and_another_machine_goes_on_from_it(
+    undisturbed: bytes, bucket: str, tmp_path: Path
+) -> None:
+    uri = f"s3://{bucket}/lora/"
+    output = open_storage(uri)
+    code, log = attempt(uri, tmp_path / "first", until=trained(5), kill=signal.SIGTERM)
+
+    assert code == 143, log[-1]
+    finished = event(log, "run_finished")
+    assert (finished["outcome"], finished["exit_code"]) == ("interrupted", 143)
+    step = event(log, "interrupted_safely")["step"]
+    assert step >= 5
+    assert finished["problems"] == [f"interrupted: the checkpoint of step {step} is safe; run the same command again"]
+    kept = checkpoints(output)
+    assert f"step-{step:06d}" in kept
+    assert all(MANIFEST_NAME in names for names in kept.values())
+    # two are kept
+    assert len(kept) <= 2
+    assert list(output.list("adapters/")) == []
+
+    code, log = attempt(uri, tmp_path / "second")
+    assert code == 0, log[-1]
+    assert event(log, "resumed")["step"] == step
+    assert [line["step"] for line in log if line["event"] == "training_step"] == list(range(step + 1, STEPS + 1))
+    assert adapter(output, log) == undisturbed
+    assert checkpoints(output) == {}
+    folder = f"adapters/A/{event(log, 'run_finished')['run_id']}/"
+    lines = output.read_bytes(folder + "train_log.jsonl")
+    assert lines is not None
+    # the log of the first attempt is part of the run's
+    assert [json.loads(line)["step"] for line in lines.data.splitlines()] == list(range(1, STEPS + 1))
+
+
+def test_sigkill_again_and_again_costs_the_steps_since_the_last_checkpoint(undisturbed: bytes, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    output = open_storage(f"file://{out}")
+    behind = 0
+    for number in range(1, 4):
+        code, log = attempt(str(out), tmp_path / f"work{number}", until=uploaded(behind + 2), kill=signal.SIGKILL)
+        assert code == -signal.SIGKILL
+        if behind:
+            assert event(log, "resumed")["step"] >= behind
+        behind = max(int(folder.removeprefix("step-")) for folder, names in checkpoints(output).items() if MANIFEST_NAME in names)
+    code, log = attempt(str(out), tmp_path / "last")
+    assert code == 0, log[-1]
+    assert event(log, "resumed")["step"] >= behind
+    assert adapter(output, log) == undisturbed
+
+
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(undisturbed: bytes, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    output = open_storage(f"file://{out}")
+    code, log = attempt(str(out), tmp_path / "first", until=uploaded(6), kill=signal.SIGTERM)
+    assert code == 143, log[-1]
+    newest, before = sorted((path.parent for path in out.glob(f"runs/A/*/checkpoints/step-*/{MANIFEST_NAME}")), reverse=True)
+    weights = newest / "adapter.safetensors"
+    torn = bytearray(weights.read_bytes())
+    torn[-1] ^= 1
+    weights.write_bytes(torn)
+
+    code, log = attempt(str(out), tmp_path / "second")
+    assert code == 0, log[-1]
+    assert newest.name in event(log, "checkpoint_damaged")["where"]
+    assert event(log, "resumed")["step"] == int(before.name.removeprefix("step-"))
+    assert adapter(output, log) == undisturbed
+
+
+def test_an_interrupted_evaluation_does_not_cost_the_training_and_fresh_forgets_it(undisturbed: bytes, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    output = open_storage(f"file://{out}")
+    at_evaluation: Until = lambda line: line["event"] == "adapter_read_back"  # noqa: E731
+    code, log = attempt(str(out), tmp_path / "work", until=at_evaluation, kill=signal.SIGTERM)
+    assert code == 143, log[-1]
+    assert event(log, "interrupted_safely")["step"] == STEPS
+    assert list(output.list("adapters/")) == []
+
+    # here, where the folder of the first attempt still is
+    code, log = attempt(str(out), tmp_path / "work", until=at_evaluation, kill=signal.SIGTERM)
+    assert code == 143, log[-1]
+    assert event(log, "resumed")["step"] == STEPS
+    assert not any(line["event"] == "training_step" for line in log)
+
+    code, log = attempt(str(out), tmp_path / "work", "--fresh")
+    assert code == 0, log[-1]
+    assert not any(line["event"] == "resumed" for line in log)
+    assert adapter(output, log) == undisturbed
+
+
+def test_a_bundle_that_the_output_does_not_take_is_kept_and_published_later(undisturbed: bytes, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    in_the_way = out / "adapters"
+    in_the_way.write_text("a file where the folder should be")
+    code, log = attempt(str(out), tmp_path / "work")
+    assert code == 6, log[-1]
+    *_, kept = event(log, "run_finished")["problems"]
+    folder = next((tmp_path / "work").glob("runs/A/*/bundle"))
+    assert kept.startswith(f"{folder}: the finished bundle is kept here; 'lora-trainer publish {folder}' ends the job")
+
+    in_the_way.unlink()
+    done = subprocess.run(
+        [sys.executable, "-m", "entrypoint", "publish", str(folder)],
+        cwd=REPOSITORY, env={**os.environ, "PYTHONPATH": str(REPOSITORY)}, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert adapter(open_storage(f"file://{out}"), log) == undisturbed
+    assert not folder.exists()
