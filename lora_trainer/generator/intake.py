@@ -22,9 +22,9 @@ INTENSITIES: Final[Mapping[IntensityThird, tuple[float, ...]]] = {
 }
 """One decimal, as the prompt shows it."""
 
-QUESTION_RATE: Final = 0.75
-"""Share of the composed replies that ask something back; with the hand-written ones 70 to 74 %, of the 50 to 75 % that the data is
-meant to have. A model that takes the likeliest next token asks less often than what it was trained on."""
+QUESTION_RATE: Final = 0.7
+"""Share of the composed replies that ask something back, of the 50 to 75 % that the data is meant to have: a model that takes the
+likeliest next token asks less often than what it was trained on."""
 
 
 def all_cells() -> list[Cell]:
