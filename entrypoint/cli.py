@@ -321,8 +321,8 @@ def _typed_lines(console: Any) -> Iterator[str]:
 def publish(folder: Path, output: str | None) -> None:
     """Publish the finished bundle in FOLDER that its run could not.
 
-    A run whose storage fails at the end (exit 6) keeps the bundle and names the folder. Nothing is trained or
-    judged again; latest.json moves if the gates were passed, and the exit code is the one the run would have had.
+    FOLDER is the bundle that a run kept, and named, when its storage failed at the end (exit 6). Nothing is trained
+    or judged again; latest.json moves if the gates were passed, and the exit code is the one the run would have had.
 
     \b
     Examples:

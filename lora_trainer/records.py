@@ -31,7 +31,9 @@ _MOST_KEYS: Final = 64
 """Of one object. A record has four: beyond this there would be a problem for each of a megabyte's keys."""
 
 # lone surrogates cannot be written as UTF-8; control characters other than white space are nobody's words
-_UNWRITABLE = re.compile("[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+_UNWRITABLE = re.compile("[\x00-\x08\x0e-\x1b\x7f\ud800-\udfff]")
+# and in what somebody wrote for us to learn from, the second set of control characters and those that turn a text around
+_UNWANTED = re.compile("[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 # Unicode's Bidi_Control: they show text in another order than a model reads it (Boucher and Anderson, "Trojan Source", 2021)
 _BIDI: Final = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 # white space, and what looks like it: zero-width characters and Hangul fillers
@@ -95,8 +97,8 @@ def _lone_surrogate(got: str) -> _RecordError:
     return _RecordError("lone_surrogate", got, "whole characters", "write the character itself, not its \\u escape")
 
 
-def _writable(text: str) -> str:
-    if found := _UNWRITABLE.search(text):
+def _writable(text: str, pattern: re.Pattern[str] = _UNWANTED) -> str:
+    if found := pattern.search(text):
         point = ord(found.group())
         if 0xD800 <= point <= 0xDFFF:
             raise _lone_surrogate(f"half of a surrogate pair (\\u{point:04x}) at character {found.start() + 1}")
@@ -122,8 +124,19 @@ def _visible(text: str) -> str:
     return _writable(text)
 
 
+def _visible_reply(text: str, info: ValidationInfo) -> str:
+    """A model's reply is held to the contract that servers can hold it to: their grammars know the first control characters only.
+
+    One that is read from a file (which is what gives the context) is held to what is asked of data.
+    """
+    if _NOTHING_TO_SEE.fullmatch(text):
+        return _visible(text)
+    return _writable(text, _UNWRITABLE if info.context is None else _UNWANTED)
+
+
 _Text = Annotated[str, Strict(), AfterValidator(_visible)]
-_OptionalText = Annotated[str, Strict(), AfterValidator(_writable)]
+_ReplyText = Annotated[str, Strict(), AfterValidator(_visible_reply)]
+_OptionalText = Annotated[str, Strict(), AfterValidator(lambda text: _writable(text))]
 
 
 class _Contract(BaseModel):
@@ -133,7 +146,7 @@ class _Contract(BaseModel):
 class Reply(_Contract):
     """What the friend says, and what its face shows: the object that every adapter must answer with."""
 
-    text: _Text
+    text: _ReplyText
     emotion: Expression
 
 

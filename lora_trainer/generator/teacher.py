@@ -26,6 +26,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, SecretStr, ValidationError
 
 from lora_trainer import logs
+from lora_trainer.config import DEFAULT_LIMITS
 from lora_trainer.errors import ConfigError, DataError, StorageError
 from lora_trainer.generator.intake import INTENSITIES, QUESTION_RATE, Cell, Intake, wanted_cells
 from lora_trainer.personas import BloodType, Expression, IntensityThird, PersonaSpec, persona_spec
@@ -365,7 +366,9 @@ class Teacher:
                     },
                     "input": dialogue.input.strip(),
                     "output": {"text": dialogue.text.strip(), "emotion": dialogue.emotion},
-                }
+                },
+                # as the reader will, when the file is trained on
+                context=DEFAULT_LIMITS,
             )
         except ValidationError:
             self._intake.rejects["not_a_record"] += 1

@@ -457,7 +457,7 @@ def test_a_folder_in_the_way_of_the_link_is_said_each_time_and_then_mended(
 def test_a_bug_is_exit_1_with_its_place_and_no_text_of_the_datas(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, shown: str
 ) -> None:
-    def broken(*_: object) -> None:
+    def broken(*_: object, **__: object) -> None:
         raise error
 
     monkeypatch.setattr("lora_trainer.pipeline.run", broken)
