@@ -32,7 +32,7 @@ FEW_QUESTIONS = (
     "--set", f"evaluation.prompts={REPOSITORY / 'tests' / 'assets' / 'few_prompts.jsonl'}", "--set", "evaluation.temperature=0",
     "--set", "evaluation.max_new_tokens=32", "--set", "evaluation.intensities=0.2,0.9",
 )  # fmt: skip
-SHORT = (*DEMO, "--max-steps", "6", "--set", "memory.micro_batch_tokens=1024", *FEW_QUESTIONS, *NO_GATES)
+SHORT = (*DEMO, "--max-steps", "6", "--set", "memory.micro_batch_tokens=512", *FEW_QUESTIONS, *NO_GATES)
 
 
 def job(*arguments: str, work_dir: Path, cwd: Path = REPOSITORY, **environment: str) -> subprocess.CompletedProcess[str]:
