@@ -35,8 +35,9 @@ limit = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["evalu
 
 
 def plain(text):
-    assert rules["text_rules"] == "collapse white space to single spaces and trim; write '<|' as '< |' and '|>' as '| >'"
-    return " ".join(text.split()).replace("<|", "< |").replace("|>", "| >")
+    written, tag = rules["text_rules"].split("; put a space behind what matches ")
+    assert written == "collapse white space to single spaces and trim; write '<|' as '< |' and '|>' as '| >'"
+    return re.sub(tag.strip("'"), "< ", " ".join(text.split()).replace("<|", "< |").replace("|>", "| >"))
 
 
 def filled(line, values):
@@ -44,7 +45,7 @@ def filled(line, values):
 
 
 def messages(asked):
-    assert rules["version"] == 1 and rules["intensity_format"] == "one decimal"
+    assert rules["version"] == 2 and rules["intensity_format"] == "one decimal"
     values = {
         "instruction": plain(instruction),
         "summary": plain(asked["summary"]),

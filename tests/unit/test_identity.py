@@ -52,6 +52,10 @@ NOT_RECIPE = {
     "memory.gradient_checkpointing": "on",
     "memory.micro_batch_tokens": 2048,
     # they refuse a file or leave it as it is
+    "checkpoints.every_steps": 7,
+    "checkpoints.every_minutes": 1.5,
+    "checkpoints.keep": 3,
+    "checkpoints.grace_s": 20,
     "limits.line_bytes": 4096,
     "limits.text_characters": 1000,
     "limits.nesting_depth": 8,
