@@ -327,7 +327,7 @@ def publish(folder: Path, output: str | None) -> None:
     \b
     Examples:
       lora-trainer publish .lora-trainer/runs/A/0123456789abcdef/bundle
-      lora-trainer publish /work/runs/A/0123456789abcdef/bundle --output s3://another-bucket/lora/
+      lora-trainer publish .lora-trainer/runs/A/0123456789abcdef/bundle --output s3://another-bucket/lora/
     """
     from lora_trainer.gates import missed
     from lora_trainer.pipeline import publish_folder

@@ -73,6 +73,11 @@ def uploaded(step: int) -> Until:
     return lambda line: line["event"] == "checkpoint_uploaded" and line["step"] >= step
 
 
+def read_back(line: dict[str, Any]) -> bool:
+    """The last event before the evaluation."""
+    return bool(line["event"] == "adapter_read_back")
+
+
 def adapter(output: Storage, log: Log) -> bytes:
     """The published weights."""
     found = output.read_bytes(f"adapters/A/{event(log, 'run_finished')['run_id']}/adapter_model.safetensors", max_bytes=2**28)
@@ -170,14 +175,13 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(undisturbed: byt
 def test_an_interrupted_evaluation_does_not_cost_the_training_and_fresh_forgets_it(undisturbed: bytes, tmp_path: Path) -> None:
     out = tmp_path / "out"
     output = open_storage(f"file://{out}")
-    at_evaluation: Until = lambda line: line["event"] == "adapter_read_back"  # noqa: E731
-    code, log = attempt(str(out), tmp_path / "work", until=at_evaluation, kill=signal.SIGTERM)
+    code, log = attempt(str(out), tmp_path / "work", until=read_back, kill=signal.SIGTERM)
     assert code == 143, log[-1]
     assert event(log, "interrupted_safely")["step"] == STEPS
     assert list(output.list("adapters/")) == []
 
     # here, where the folder of the first attempt still is
-    code, log = attempt(str(out), tmp_path / "work", until=at_evaluation, kill=signal.SIGTERM)
+    code, log = attempt(str(out), tmp_path / "work", until=read_back, kill=signal.SIGTERM)
     assert code == 143, log[-1]
     assert event(log, "resumed")["step"] == STEPS
     assert not any(line["event"] == "training_step" for line in log)
