@@ -27,12 +27,11 @@ from trl import SFTConfig, SFTTrainer
 
 from lora_trainer.backends.state import (
     TrainingState,
-    moments_of,
     random_state,
     set_moments,
     set_random_state,
     set_weights,
-    weights_of,
+    state_of,
 )
 from lora_trainer.config import TrainingConfig
 from lora_trainer.errors import DivergedError, InvariantError
@@ -226,13 +225,8 @@ class StepTrainer(SFTTrainer):
         self._report_unread()
         if self._step_end_random is None or self.optimizer is None:
             raise RuntimeError("no step is done yet")
-        return TrainingState(
-            step=self._whole_steps,
-            weights=weights_of(self.model),
-            moments=moments_of(self.model, self.optimizer),
-            random=self._step_end_random,
-            log=TrainingLog(list(self.training_log.steps), self.training_log.packed_rows, self._train_s()),
-        )
+        log = TrainingLog(list(self.training_log.steps), self.training_log.packed_rows, self._train_s())
+        return state_of(self.model, self.optimizer, self._whole_steps, self._step_end_random, log)
 
     @property
     def has_stepped(self) -> bool:
