@@ -17,7 +17,7 @@ import struct
 import threading
 from collections import Counter
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from http.client import HTTPConnection
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -40,7 +40,7 @@ class Fault(StrEnum):
     TRUNCATED = "truncated"
     """Done, but the connection closes in the middle of the answer's body, or of its first line where it has no body."""
     WRONG_BYTES = "wrong_bytes"
-    """One bit of the object is flipped. Only an object's bytes: nothing in S3 covers those of a listing or an error."""
+    """One bit of the object is flipped on its way, there or back. Nothing in S3 covers the bytes of a listing or an error."""
 
 
 @dataclass(frozen=True)
@@ -52,9 +52,10 @@ class Asked:
     """With its query, percent-encoded."""
 
     @property
-    def reads_object(self) -> bool:
+    def carries_object(self) -> bool:
+        """Whether the request, or its answer, has bytes of an object."""
         path, _, query = self.path.partition("?")
-        return self.method == "GET" and path.strip("/").count("/") > 0 and "uploadId" not in query
+        return "/" in path.strip("/") and (self.method == "PUT" or (self.method == "GET" and "uploadId" not in query))
 
 
 class FaultProxy:
@@ -73,7 +74,7 @@ class FaultProxy:
     ) -> None:
         """`share` of the requests that `only` picks fail, 0 to 1, but no more than `at_most` of them.
 
-        A request gets one of the `kinds` that it can have: one that reads no object cannot get wrong bytes. The same
+        A request gets one of the `kinds` that it can have: one that carries no object cannot get wrong bytes. The same
         seed gives the same faults to the same sequence of requests.
         """
         self.requests = 0
@@ -106,7 +107,7 @@ class FaultProxy:
         """What happens to this request; counts it."""
         with self._lock:
             self.requests += 1
-            kinds = [kind for kind in self._kinds if kind != Fault.WRONG_BYTES or asked.reads_object]
+            kinds = [kind for kind in self._kinds if kind != Fault.WRONG_BYTES or asked.carries_object]
             spent = self._at_most is not None and self.faults.total() >= self._at_most
             if not kinds or spent or not self._only(asked) or self._random.random() >= self._share:
                 return None
@@ -125,6 +126,16 @@ class FaultProxy:
             return Answer(response.status, response.reason, response.getheaders(), response.read())
         finally:
             upstream.close()
+
+    def damaged(self, body: bytes) -> bytes:
+        """`body` with one bit flipped, another one each time."""
+        if not body:
+            return body
+        with self._lock:
+            bit = self._random.randrange(8 * len(body))
+        damaged = bytearray(body)
+        damaged[bit // 8] ^= 1 << bit % 8
+        return bytes(damaged)
 
     def stall(self) -> None:
         self._stopped.wait(self._stall_s)
@@ -181,6 +192,8 @@ class _Handler(BaseHTTPRequestHandler):
         if fault == Fault.RESET_BEFORE:
             self._reset()
             return
+        if fault == Fault.WRONG_BYTES and self.command == "PUT":
+            body = self.proxy.damaged(body)
         # we have the whole body, so there is nothing to be asked to go on with
         kept = [(name, value) for name, value in self.headers.items() if name.lower() not in ("expect", "connection")]
         answer = self.proxy.forward(asked, [*kept, ("Connection", "close")], body)
@@ -189,8 +202,8 @@ class _Handler(BaseHTTPRequestHandler):
                 self._reset()
             case Fault.STALLED | Fault.TRUNCATED:
                 self._send_half(answer, stall=fault == Fault.STALLED)
-            case Fault.WRONG_BYTES:
-                self._send(_damaged(answer))
+            case Fault.WRONG_BYTES if self.command == "GET" and answer.status in (200, 206):
+                self._send(replace(answer, body=self.proxy.damaged(answer.body)))
             case _:
                 self._send(answer)
 
@@ -234,10 +247,3 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.close()
         self.rfile.close()
         self.connection.close()
-
-
-def _damaged(answer: Answer) -> Answer:
-    body = bytearray(answer.body)
-    if body and answer.status in (200, 206):
-        body[len(body) // 2] ^= 0x04
-    return Answer(answer.status, answer.reason, answer.headers, bytes(body))

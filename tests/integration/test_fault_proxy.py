@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 import boto3
 import pytest
 from botocore.config import Config
+from botocore.exceptions import ClientError
 from fault_proxy import Asked, Fault, FaultProxy
 
 pytestmark = pytest.mark.integration
@@ -19,10 +20,10 @@ pytestmark = pytest.mark.integration
 DATA = bytes(range(256)) * 16
 
 
-def client_for(proxy: FaultProxy) -> Any:
+def client_for(url: str) -> Any:
     """An S3 client that tries once."""
     config = Config(retries={"total_max_attempts": 1}, read_timeout=1, s3={"addressing_style": "path"})
-    return boto3.client("s3", endpoint_url=proxy.url, region_name="us-east-1", config=config)
+    return boto3.client("s3", endpoint_url=url, region_name="us-east-1", config=config)
 
 
 def raw(proxy: FaultProxy, method: str, path: str, body: bytes = b"", timeout_s: float = 1) -> tuple[int, bytes]:
@@ -39,7 +40,7 @@ def raw(proxy: FaultProxy, method: str, path: str, body: bytes = b"", timeout_s:
 def test_everything_passes_unharmed(s3_server: Any, bucket: str) -> None:
     large = os.urandom(3 * 2**20)
     with FaultProxy(s3_server.endpoint_url, share=0) as proxy:
-        client = client_for(proxy)
+        client = client_for(proxy.url)
         for key, data in (("한글/a b+c", DATA), ("empty", b""), ("large", large)):
             client.put_object(Bucket=bucket, Key=key, Body=data, Metadata={"m": "1"}, ChecksumAlgorithm="SHA256")
             got = client.get_object(Bucket=bucket, Key=key)
@@ -109,14 +110,19 @@ def test_answer_that_ends_early(s3_server: Any, bucket: str, kind: Fault, raised
 
 def test_wrong_bytes_are_an_objects_only(s3_server: Any, bucket: str) -> None:
     with FaultProxy(s3_server.endpoint_url, share=1, kinds=[Fault.WRONG_BYTES]) as proxy:
-        assert raw(proxy, "PUT", f"/{bucket}/x", DATA)[0] == 200
+        client_for(s3_server.endpoint_url).put_object(Bucket=bucket, Key="x", Body=DATA)
         _, listing = raw(proxy, "GET", f"/{bucket}?list-type=2")
         assert b"<Key>x</Key>" in listing
+        assert raw(proxy, "HEAD", f"/{bucket}/x")[0] == 200
         assert proxy.faults.total() == 0
-        _, got = raw(proxy, "GET", f"/{bucket}/x")
-        assert len(got) == len(DATA)
-        assert sum(one != other for one, other in zip(got, DATA, strict=True)) == 1
-        assert proxy.faults == {Fault.WRONG_BYTES: 1}
+        _, first = raw(proxy, "GET", f"/{bucket}/x")
+        _, second = raw(proxy, "GET", f"/{bucket}/x")
+        for got in (first, second):
+            assert sum((one ^ other).bit_count() for one, other in zip(got, DATA, strict=True)) == 1
+        assert first != second
+        with pytest.raises(ClientError, match="BadDigest"):
+            client_for(proxy.url).put_object(Bucket=bucket, Key="y", Body=DATA, ChecksumAlgorithm="SHA256")
+        assert proxy.faults == {Fault.WRONG_BYTES: 3}
 
 
 def test_share_is_of_requests_even_on_one_connection(s3_server: Any, bucket: str) -> None:
