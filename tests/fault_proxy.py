@@ -182,6 +182,12 @@ class _Handler(BaseHTTPRequestHandler):
             # the client gave up, was killed, or was reset by us
             self.close_connection = True
 
+    def handle_expect_100(self) -> bool:
+        going_on = super().handle_expect_100()
+        # or botocore waits for it for a second
+        self.wfile.flush()
+        return going_on
+
     def respond(self) -> None:
         asked = Asked(self.command, self.path)
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
