@@ -108,8 +108,10 @@ class FaultProxy:
         with self._lock:
             self.requests += 1
             kinds = [kind for kind in self._kinds if kind != Fault.WRONG_BYTES or asked.carries_object]
+            # asked of every request, so that a test may take note of them
+            picked = self._only(asked)
             spent = self._at_most is not None and self.faults.total() >= self._at_most
-            if not kinds or spent or not self._only(asked) or self._random.random() >= self._share:
+            if not kinds or not picked or spent or self._random.random() >= self._share:
                 return None
             fault = self._random.choice(kinds)
             self.faults[fault] += 1

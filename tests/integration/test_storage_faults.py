@@ -85,7 +85,7 @@ def download(storage: Storage, direct: Storage, source: Path) -> None:
 
 
 def read_bytes(storage: Storage, direct: Storage, source: Path) -> None:
-    direct.upload(source, KEY)
+    direct.write_bytes(KEY, DATA)
     read = storage.read_bytes(KEY)
     assert read is not None
     assert read.data == DATA
@@ -157,9 +157,11 @@ def test_each_fault_in_each_operation(
 
 
 @pytest.mark.parametrize("kind", [Fault.RESET_AFTER, Fault.STALLED, Fault.TRUNCATED, Fault.WRONG_BYTES])
-def test_one_part_of_many(proxied: Proxied, direct: Storage, tmp_path: Path, kind: Fault) -> None:
+def test_one_part_of_many(
+    proxied: Proxied, direct: Storage, tmp_path: Path, aws_environment: pytest.MonkeyPatch, kind: Fault
+) -> None:
     """In a part of a large object, there and back, with botocore's own repetitions as in a run."""
-    os.environ["AWS_MAX_ATTEMPTS"] = "4"
+    aws_environment.setenv("AWS_MAX_ATTEMPTS", "4")
     source, target = tmp_path / "source", tmp_path / "target"
     source.write_bytes(random.Random(1).randbytes(LARGE_BYTES))
     proxy = proxied(share=1, kinds=[kind], at_most=1, only=lambda asked: "partNumber=2" in asked.path)
@@ -218,6 +220,23 @@ def test_a_fifth_of_all_requests(proxied: Proxied, direct: Storage, tmp_path: Pa
     assert {found.key: found.size_bytes for found in direct.list("k/")} == {key: len(data) for key, data in expected.items()}
     assert proxy.faults.total() > proxy.requests / 10
     assert set(proxy.faults) == set(Fault)
+
+
+@pytest.mark.parametrize("operation", [read_bytes, download], ids=lambda operation: operation.__name__)
+def test_wrong_bytes_from_a_store_without_checksums(
+    proxied: Proxied,
+    direct: Storage,
+    source: Path,
+    aws_environment: pytest.MonkeyPatch,
+    operation: Callable[[Storage, Storage, Path], None],
+) -> None:
+    """The object's own metadata have one."""
+    aws_environment.setenv("AWS_RESPONSE_CHECKSUM_VALIDATION", "when_required")
+    proxy = proxied(share=1, kinds=[Fault.WRONG_BYTES], at_most=1)
+    with capture_logs() as logs:
+        operation(open_storage(direct.uri), direct, source)
+    assert proxy.faults.total() == 1
+    assert f"SHA-256 {sha256_of(source)}" not in logs[0]["problem"].split("expected")[0]
 
 
 # ----------------------------------------------------------------------------------------------------- budgets

@@ -281,9 +281,13 @@ class Expiring:
     def __init__(self) -> None:
         self.valid = 1
         self.kept: dict[str, bytes] = {}
+        self.answers_whole = True
 
     def __call__(self, request: Request) -> Answer:
         if b"AssumeRoleWithWebIdentity" in request.body:
+            if not self.answers_whole:
+                self.answers_whole = True
+                return Answer(200, b"<AssumeRoleWithWebIdentityResponse><Assu")
             return Answer(
                 200,
                 f"<AssumeRoleWithWebIdentityResponse><AssumeRoleWithWebIdentityResult><Credentials><AccessKeyId>key{self.valid}"
@@ -347,6 +351,10 @@ def test_credentials_that_expire_during_a_run(
         assert "credentials have expired" in logs[0]["problem"]
     assert (tmp_path / "target").read_bytes() == b"2"
     if way == "web identity":
+        store.answers_whole, store.valid = False, 9
+        with capture_logs() as logs:
+            assert storage.exists("x")
+        assert store.answers_whole
         return
     # the new ones come late
     store.valid = 9
