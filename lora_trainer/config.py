@@ -242,6 +242,27 @@ class CheckpointConfig(_Section):
     )
 
 
+class StorageConfig(_Section):
+    """How long an object store that fails is given. Never part of `run_id`."""
+
+    object_budget_s: float = Field(
+        default=120.0,
+        ge=0,
+        le=86_400,
+        description="Seconds that one object is tried again for, from its first failure. A store that restarts takes less; "
+        "what takes longer is for the next attempt of the job. 0: never again.",
+    )
+    total_budget_s: float = Field(
+        default=600.0,
+        ge=0,
+        le=604_800,
+        description="Seconds that all objects of a run together may lose so, those uploaded in the background included.",
+    )
+    stall_timeout_s: float = Field(
+        default=20.0, ge=0.1, le=600, description="Seconds of silence after which a connection to the store is given up."
+    )
+
+
 class LimitsConfig(_Section):
     """How much is taken of a data file and of one record: more is refused (exit 3). Never part of `run_id`: nothing is cut."""
 
@@ -325,6 +346,7 @@ class RunConfig(_Section):
     gates: GatesConfig = GatesConfig()
     memory: MemoryConfig = MemoryConfig()
     checkpoints: CheckpointConfig = CheckpointConfig()
+    storage: StorageConfig = StorageConfig()
     limits: LimitsConfig = LimitsConfig()
     logging: LoggingConfig = LoggingConfig()
 

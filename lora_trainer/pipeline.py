@@ -39,6 +39,7 @@ from lora_trainer.metrics import (
     Verdict,
 )
 from lora_trainer.packing import plan_steps
+from lora_trainer.patience import PATIENCE
 from lora_trainer.personas import BloodType
 from lora_trainer.planning import MemoryPlan, plan_memory
 from lora_trainer.progress import RunProgress
@@ -67,6 +68,7 @@ def run(config: RunConfig, console: Console | None = None, *, fresh: bool = Fals
     Raises a `LoraTrainerError`, whose class owns the exit code.
     """
     require_installed(config.logging.report_to)
+    PATIENCE.begin(config.storage)
     job = Job(config)
     data = fetch(job)
     records = read(job, data)

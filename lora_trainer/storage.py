@@ -12,9 +12,14 @@ S3 is set up by the ordinary AWS variables and files alone, through boto3's own 
   virtual hosts at a custom endpoint, say `s3 = addressing_style = virtual` in the profile: botocore reads that
   from the file only.
 - region: `AWS_REGION`, then `AWS_DEFAULT_REGION`, then the profile's, then `us-east-1`.
-- `AWS_MAX_ATTEMPTS` (6 unless set), `AWS_RETRY_MODE`, `AWS_CA_BUNDLE`.
+- `AWS_MAX_ATTEMPTS` (4 unless set), `AWS_RETRY_MODE`, `AWS_CA_BUNDLE`.
 - `AWS_REQUEST_CHECKSUM_CALCULATION=when_required` leaves out the SHA-256 of each upload, for an old store that
   refuses the header.
+
+Faults of an object store that may pass are met twice. botocore repeats a request that was throttled, refused with 5xx or
+broken off, which spares a large transfer its other parts. What that does not cover (a body that stalls, breaks off or is
+damaged; credentials that expired; a store that is gone for a minute) repeats the whole operation, within the budgets of
+`lora_trainer.patience`.
 
 Errors: a missing key is `NotFound` (exit 3) and a missing bucket or a wrong setting is `ConfigError` (exit 2),
 since trying again does not help. What may help to try again is `StorageError` (exit 6): refused, unreachable,
@@ -32,28 +37,34 @@ import os
 import re
 import secrets
 import shutil
+import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from io import BufferedRandom
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, TypeVar
 from urllib.parse import unquote
 
 import structlog
 
 from lora_trainer.errors import ConfigError, DataError, LoraTrainerError, StorageError
+from lora_trainer.patience import PATIENCE, PassingError, Trying
 
 if TYPE_CHECKING:
+    from boto3.session import Session
+    from botocore.credentials import ReadOnlyCredentials
     from botocore.exceptions import BotoCoreError, ClientError
     from mypy_boto3_s3 import S3Client
     from s3transfer.futures import TransferFuture
     from s3transfer.manager import TransferManager
 
 _log = structlog.get_logger(__name__)
+
+_T = TypeVar("_T")
 
 MAX_DOCUMENT_BYTES: Final = 16 * 2**20
 """Largest object that `read_bytes` takes into memory unless told: manifests and pointers are kilobytes."""
@@ -65,9 +76,10 @@ _OWN_PREFIX: Final = ".~lora-trainer."
 _PART_BYTES: Final = 16 * 2**20
 _CONNECTIONS: Final = 8
 _CONNECT_TIMEOUT_S: Final = 10
-_READ_TIMEOUT_S: Final = 60
-# exponential backoff: about 15 s before the last of six, which outlasts a throttled prefix or a restarted gateway
-_ATTEMPTS: Final = 6
+# of one request, within one try of ours: enough that a large transfer at a bad hour does not lose its other parts to one
+_ATTEMPTS: Final = 4
+# for the threads of a transfer that was stopped; those that a silent store holds longer end behind our back
+_STOP_WAIT_S: Final = 3.0
 _STALE_TEMPORARY_S: Final = 3600
 _SHA256_METADATA: Final = "lora-trainer-sha256"
 
@@ -515,43 +527,37 @@ class S3Storage:
 
     def download(self, key: str, target: Path) -> Fetched:
         name = self._name(key)
-        with _local_errors(target), self._explained(key):
-            head = self._client.head_object(Bucket=self._bucket, Key=name)
-            pinned = _pinned_to(head["ContentLength"], head["ETag"])
-            with _replacing(target) as file:
-                with self._transfers() as manager:
-                    manager.download(self._bucket, name, file, subscribers=[pinned]).result()
-                size_bytes = file.seek(0, os.SEEK_END)
-                file.seek(0)
-                sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-                # ranges carry no checksum of the store, so large objects are held to the one that `upload` left
-                expected = head["Metadata"].get(_SHA256_METADATA, sha256)
-                if size_bytes != head["ContentLength"] or sha256 != expected:
-                    raise StorageError(
-                        f"{self._where(key)}: got {size_bytes:,} bytes with SHA-256 {sha256}, expected "
-                        f"{head['ContentLength']:,} with {expected}: replaced while it was read, or damaged; run it again, "
-                        "and upload the object anew if it stays so"
-                    )
-        return Fetched(size_bytes, sha256)
+        with _local_errors(target):
+            return self._persist(key, lambda _: self._fetch(key, name, target), kept=f"{target} is as it was before")
 
     def upload(self, path: Path, key: str) -> None:
         name = self._name(key)
-        with _local_errors(path), self._explained(key):
-            extra = {"Metadata": {_SHA256_METADATA: sha256_of(path)}, **self._checksummed(key)}
-            with self._transfers() as manager:
-                manager.upload(str(path), self._bucket, name, extra_args=extra).result()
+        with _local_errors(path):
+            size_bytes, sha256 = path.stat().st_size, sha256_of(path)
+
+            def send(again: bool) -> None:
+                # a try may have done it and lost only the answer
+                if not (again and self._holds(name, size_bytes, sha256)):
+                    extra = {"Metadata": {_SHA256_METADATA: sha256}, **self._checksummed(key)}
+                    with self._transfers() as manager:
+                        manager.upload(str(path), self._bucket, name, extra_args=extra).result()
+
+            self._persist(key, send, kept=f"{path} is kept")
 
     def read_bytes(self, key: str, *, max_bytes: int = MAX_DOCUMENT_BYTES) -> ReadResult | None:
         from botocore.exceptions import ClientError
 
         name = self._name(key)
-        with self._explained(key):
+
+        def read(_: bool) -> ReadResult | None:
             try:
                 return self._read_whole(key, name, max_bytes)
             except ClientError as error:
                 if _status(error) == 404 and _code(error) != "NoSuchBucket":
                     return None
                 raise
+
+        return self._persist(key, read)
 
     def write_bytes(self, key: str, data: bytes, *, if_match: str | None = None, if_absent: bool = False) -> None:
         from botocore.exceptions import ClientError
@@ -562,33 +568,40 @@ class S3Storage:
         if not self._conditional_writes and condition:
             self._check_then_write(key, data, if_match)
             return
-        with self._explained(key):
+        maybe_written = False
+
+        def write(again: bool) -> str | None:
+            nonlocal maybe_written
             try:
                 self._put(key, name, data, condition)
-                return
             except ClientError as error:
-                refused = error
-        if condition and _code(refused) == "NotImplemented":
+                maybe_written = again or error.response["ResponseMetadata"].get("RetryAttempts", 0) > 0
+                lost = _status(error) in (409, 412) and _code(error) not in _PASSING
+                if condition and (lost or _code(error) in ("NotImplemented", "NoSuchKey")):
+                    return _code(error)
+                raise
+            return None
+
+        refused = self._persist(key, write)
+        if refused == "NotImplemented":
             self._without_conditional_writes("NotImplemented")
             self._check_then_write(key, data, if_match)
-        elif condition and (_status(refused) in (409, 412) or _code(refused) == "NoSuchKey"):
-            self._settle_conflict(key, data, if_match, retried=refused.response["ResponseMetadata"]["RetryAttempts"] > 0)
-        else:
-            raise self._explain_refusal(refused, key) from refused
+        elif refused is not None:
+            self._settle_conflict(key, data, if_match, maybe_written=maybe_written)
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
         return self._pages(_checked_prefix(prefix))
 
     def delete(self, key: str) -> None:
         name = self._name(key)
-        with self._explained(key):
-            self._client.delete_object(Bucket=self._bucket, Key=name)
+        self._persist(key, lambda _: self._client.delete_object(Bucket=self._bucket, Key=name))
 
     def exists(self, key: str) -> bool:
         from botocore.exceptions import ClientError
 
         name = self._name(key)
-        with self._explained(key):
+
+        def look(_: bool) -> bool:
             try:
                 self._client.head_object(Bucket=self._bucket, Key=name)
             except ClientError as error:
@@ -596,41 +609,104 @@ class S3Storage:
                     raise
                 self._require_bucket()
                 return False
-        return True
+            return True
 
-    # -- requests
+        return self._persist(key, look)
 
-    @cached_property
-    def _client(self) -> S3Client:
-        import boto3.session
-        import botocore.session
-        from botocore.config import Config
+    # -- tries
 
-        core = botocore.session.Session()
-        # botocore reads AWS_DEFAULT_REGION only; every other AWS SDK, and IRSA, goes by AWS_REGION
-        region = os.environ.get("AWS_REGION") or core.get_config_variable("region") or "us-east-1"
-        attempts = core.get_config_variable("max_attempts") or _ATTEMPTS
-        config = Config(
-            connect_timeout=_CONNECT_TIMEOUT_S,
-            read_timeout=_READ_TIMEOUT_S,
-            retries={"mode": core.get_config_variable("retry_mode") or "standard", "total_max_attempts": attempts},
-            tcp_keepalive=True,
-            max_pool_connections=2 * _CONNECTIONS,
-            user_agent_extra="lora-trainer",
-        )
-        session = boto3.session.Session(botocore_session=core, region_name=region)
+    def _persist(self, key: str, attempt: Callable[[bool], _T], *, kept: str = "", operation_key: bool = True) -> _T:
+        """What `attempt` gives, tried again while its faults may pass; it is told whether it was tried before.
+
+        `kept` says in words what is lost by none of it.
+        """
+        trying = Trying()
         try:
-            # here, and not in the first request, where a missing token file could be taken for a missing data file
-            if credentials := session.get_credentials():
-                credentials.get_frozen_credentials()
+            while True:
+                try:
+                    with self._explained(key, operation_key=operation_key):
+                        return attempt(trying.failures > 0)
+                except _RefusedCredentialsError as error:
+                    if not self._renew_credentials(error):
+                        raise StorageError(error.problems) from error
+                    fault: PassingError = error
+                except _DamagedError as error:
+                    if isinstance(before := trying.last, _DamagedError) and before.got == error.got:
+                        # what is damaged on its way is damaged in another place each time
+                        raise StorageError(f"{error}; got the same wrong bytes twice, so the object itself is damaged") from error
+                    fault = error
+                except PassingError as error:
+                    fault = error
+                pause_s = trying.failed(fault)
+                if pause_s is None:
+                    raise StorageError("; ".join(filter(None, (str(fault), trying.summary, kept)))) from fault
+                _log.warning(
+                    "storage_retry", uri=self._where(key), problem=str(fault), failures=trying.failures, pause_s=round(pause_s, 1)
+                )
+                time.sleep(pause_s)
+        finally:
+            trying.ended()
+
+    def _renew_credentials(self, refused: _RefusedCredentialsError) -> bool:
+        """Ask the chain anew, as if the process had just begun. Gives whether another try can go better."""
+        before, _ = self._credentials()
+        for made in ("_client", "_session"):
+            self.__dict__.pop(made, None)
+        try:
+            with self._explained(""):
+                now, method = self._credentials()
+        except PassingError:
+            return True
+        # those of a variable stay what they are; a file, a process or a role may have new ones in a moment
+        return now != before or (refused.kind == "expired" and method != "env")
+
+    def _credentials(self) -> tuple[ReadOnlyCredentials | None, str]:
+        """Those that the chain gives now, and where from."""
+        try:
+            found = self._session.get_credentials()
+            return (found.get_frozen_credentials(), found.method) if found else (None, "")
         except OSError as error:
             raise StorageError(
                 f"{self.uri}: cannot read the AWS credentials: {error.filename}: {error.strerror}; "
                 "check AWS_WEB_IDENTITY_TOKEN_FILE and the mounted service-account token"
             ) from error
-        return session.client("s3", config=config)
 
-    def _transfers(self) -> TransferManager:
+    # -- requests
+
+    @cached_property
+    def _session(self) -> Session:
+        import boto3.session
+        import botocore.session
+
+        core = botocore.session.Session()
+        # botocore reads AWS_DEFAULT_REGION only; every other AWS SDK, and IRSA, goes by AWS_REGION
+        region = os.environ.get("AWS_REGION") or core.get_config_variable("region") or "us-east-1"
+        return boto3.session.Session(botocore_session=core, region_name=region)
+
+    @cached_property
+    def _client(self) -> S3Client:
+        from botocore.config import Config
+
+        # boto3 keeps its botocore session to itself, which alone knows these
+        core = self._session._session
+        stall_timeout_s = PATIENCE.settings.stall_timeout_s
+        config = Config(
+            connect_timeout=min(_CONNECT_TIMEOUT_S, stall_timeout_s),
+            read_timeout=stall_timeout_s,
+            retries={
+                "mode": core.get_config_variable("retry_mode") or "standard",
+                "total_max_attempts": core.get_config_variable("max_attempts") or _ATTEMPTS,
+            },
+            tcp_keepalive=True,
+            max_pool_connections=2 * _CONNECTIONS,
+            user_agent_extra="lora-trainer",
+        )
+        # here, and not in the first request, where a missing token file could be taken for a missing data file
+        self._credentials()
+        return self._session.client("s3", config=config)
+
+    @contextmanager
+    def _transfers(self) -> Iterator[TransferManager]:
         from boto3.s3.transfer import TransferConfig, create_transfer_manager
 
         config = TransferConfig(
@@ -640,7 +716,49 @@ class S3Storage:
             # the native client, where it happens to be installed, ignores most of these settings
             preferred_transfer_client="classic",
         )
-        return create_transfer_manager(self._client, config)
+        manager = create_transfer_manager(self._client, config)
+        try:
+            yield manager
+        except BaseException as error:
+            # its own way out waits for every thread, however long the store is silent
+            leave = (type(error), error, error.__traceback__)
+            stopping = threading.Thread(target=manager.__exit__, args=leave, name="transfer-stop", daemon=True)
+            stopping.start()
+            stopping.join(_STOP_WAIT_S)
+            raise
+        manager.shutdown()
+
+    def _fetch(self, key: str, name: str, target: Path) -> Fetched:
+        head = self._client.head_object(Bucket=self._bucket, Key=name)
+        pinned = _pinned_to(head["ContentLength"], head["ETag"])
+        with _replacing(target) as file:
+            with self._transfers() as manager:
+                manager.download(self._bucket, name, file, subscribers=[pinned]).result()
+            size_bytes = file.seek(0, os.SEEK_END)
+            file.seek(0)
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+            # ranges carry no checksum of the store, so large objects are held to the one that `upload` left
+            self._check(key, (size_bytes, sha256), (head["ContentLength"], head["Metadata"].get(_SHA256_METADATA, sha256)))
+        return Fetched(size_bytes, sha256)
+
+    def _check(self, key: str, got: tuple[int, str], expected: tuple[int, str]) -> None:
+        """Sizes and SHA-256s."""
+        if got != expected:
+            raise _DamagedError(
+                f"{self._where(key)}: got {got[0]:,} bytes with SHA-256 {got[1]}, expected {expected[0]:,} with {expected[1]}: "
+                "replaced while it was read, or damaged; run it again, and upload the object anew if it stays so",
+                got[1],
+            )
+
+    def _holds(self, name: str, size_bytes: int, sha256: str) -> bool:
+        from botocore.exceptions import ClientError
+
+        try:
+            head = self._client.head_object(Bucket=self._bucket, Key=name)
+        except ClientError:
+            # whatever it is, the upload is told it, too
+            return False
+        return (head["ContentLength"], head["Metadata"].get(_SHA256_METADATA)) == (size_bytes, sha256)
 
     def _checksummed(self, key: str) -> dict[str, Any]:
         """What every upload carries. The type lets a browser show `report.html` straight from the store."""
@@ -652,38 +770,37 @@ class S3Storage:
 
     def _put(self, key: str, name: str, data: bytes, condition: dict[str, str]) -> None:
         arguments: dict[str, Any] = {**self._checksummed(key), **condition}
+        arguments["Metadata"] = {_SHA256_METADATA: hashlib.sha256(data).hexdigest()}
         self._client.put_object(Bucket=self._bucket, Key=name, Body=data, ContentLength=len(data), **arguments)
 
     def _read_whole(self, key: str, name: str, max_bytes: int) -> ReadResult:
-        from botocore.exceptions import IncompleteReadError, ReadTimeoutError, ResponseStreamingError
-
-        for attempts_left in (2, 1, 0):
-            response = self._client.get_object(Bucket=self._bucket, Key=name)
-            data = bytearray()
-            try:
-                # to the very end: only there does botocore compare length and checksum
-                while chunk := response["Body"].read(2**16):
-                    data += chunk
-                    if len(data) > max_bytes:
-                        response["Body"].close()
-                        raise _too_large(self._where(key), max_bytes)
-                return ReadResult(bytes(data), response["ETag"])
-            except (IncompleteReadError, ReadTimeoutError, ResponseStreamingError):
-                # botocore retries requests, not a body that breaks off
-                if not attempts_left:
-                    raise
-        raise AssertionError("the last attempt returns or raises")
+        response = self._client.get_object(Bucket=self._bucket, Key=name)
+        data = bytearray()
+        # to the very end: only there does botocore compare length and checksum
+        while chunk := response["Body"].read(2**16):
+            data += chunk
+            if len(data) > max_bytes:
+                response["Body"].close()
+                raise _too_large(self._where(key), max_bytes)
+        sha256 = hashlib.sha256(data).hexdigest()
+        # a store that is told no checksums, or keeps none, still has this one
+        self._check(key, (len(data), sha256), (response["ContentLength"], response["Metadata"].get(_SHA256_METADATA, sha256)))
+        return ReadResult(bytes(data), response["ETag"])
 
     def _pages(self, prefix: str) -> Iterator[ObjectInfo]:
-        with self._explained(prefix, operation_key=False):
-            pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self._bucket, Prefix=self._prefix + prefix)
-            for page in pages:
-                for found in page.get("Contents", []):
-                    key = found["Key"].removeprefix(self._prefix)
-                    # the empty objects that consoles make to show a folder
-                    if not key or (key.endswith("/") and not found["Size"]):
-                        continue
-                    yield ObjectInfo(_listed_key(key, self.uri), found["Size"], found.get("ETag", ""))
+        arguments: dict[str, Any] = {"Bucket": self._bucket, "Prefix": self._prefix + prefix}
+        while True:
+            # a page at a time: a fault does not begin the listing anew
+            page = self._persist(prefix, lambda _: self._client.list_objects_v2(**arguments), operation_key=False)
+            for found in page.get("Contents", []):
+                key = found["Key"].removeprefix(self._prefix)
+                # the empty objects that consoles make to show a folder
+                if not key or (key.endswith("/") and not found["Size"]):
+                    continue
+                yield ObjectInfo(_listed_key(key, self.uri), found["Size"], found.get("ETag", ""))
+            if not page.get("IsTruncated"):
+                return
+            arguments["ContinuationToken"] = page["NextContinuationToken"]
 
     def _require_bucket(self) -> None:
         """A HEAD does not tell a missing key from a missing bucket, so this does, once."""
@@ -701,11 +818,11 @@ class S3Storage:
 
     # -- conditional writes where the store has none
 
-    def _settle_conflict(self, key: str, data: bytes, if_match: str | None, *, retried: bool) -> None:
+    def _settle_conflict(self, key: str, data: bytes, if_match: str | None, *, maybe_written: bool) -> None:
         """What a refused condition means: lost, or already done by us, or a store that cannot compare."""
         current = self.read_bytes(key)
-        if retried and current is not None and current.data == data:
-            # the first attempt was written and its answer lost: the retry then met our own object
+        if maybe_written and current is not None and current.data == data:
+            # an earlier attempt was written and its answer lost: this one then met our own object
             return
         if if_match is not None and current is not None and current.etag == if_match:
             # older Ceph answers 412 to an If-Match that does match
@@ -723,8 +840,7 @@ class S3Storage:
         current = self.read_bytes(key)
         if (current.etag if current else None) != if_match:
             raise PreconditionFailed(f"{self._where(key)}: no longer what was last read")
-        with self._explained(key):
-            self._put(key, self._name(key), data, {})
+        self._persist(key, lambda _: self._put(key, self._name(key), data, {}))
 
     # -- names and errors
 
@@ -745,38 +861,41 @@ class S3Storage:
     def _explained(self, key: str, *, operation_key: bool = True) -> Iterator[None]:
         """Turns what boto3 raises about `key` (or about a prefix) into this project's errors."""
         from botocore.exceptions import BotoCoreError, ClientError
+        from botocore.parsers import ResponseParserError
         from s3transfer.exceptions import RetriesExceededError, S3DownloadFailedError
 
         try:
             yield
         except ClientError as error:
-            raise self._explain_refusal(self._with_reason(error, key) if operation_key else error, key) from error
+            if operation_key:
+                self._require_reason(error, key)
+            raise self._explain_refusal(error, key) from error
         except BotoCoreError as error:
             raise self._explain_failure(error, key) from error
+        except ResponseParserError as error:
+            raise PassingError(
+                f"{self._where(key)}: {self._endpoint} sent an answer that breaks off or is none of S3's; "
+                "check AWS_ENDPOINT_URL and the store's health, then run it again"
+            ) from error
         except RetriesExceededError as error:
-            raise StorageError(
+            raise PassingError(
                 f"{self._where(key)}: the transfer from {self._endpoint} kept breaking off: "
                 f"{_redacted(str(error.last_exception))}; check the network, then run it again"
             ) from error
         except S3DownloadFailedError as error:
             raise StorageError(f"{self._where(key)}: replaced while it was read; run it again") from error
-        except ConnectionError as error:
-            raise StorageError(f"{self._where(key)}: lost the connection to {self._endpoint}: {error}; run it again") from error
+        except (ConnectionError, TimeoutError) as error:
+            raise PassingError(f"{self._where(key)}: lost the connection to {self._endpoint}: {error}; run it again") from error
         except ValueError as error:
             # botocore's way to refuse an endpoint or an AWS_* value; ours are raised before this block is entered
             raise ConfigError(f"{self._where(key)}: {_redacted(str(error))}; check the AWS_* variables and the profile") from error
 
-    def _with_reason(self, error: ClientError, key: str) -> ClientError:
-        """The answer to a HEAD has no body, hence no reason: a GET of one byte is refused with one."""
-        from botocore.exceptions import ClientError
-
-        if error.operation_name != "HeadObject" or _status(error) == 404:
-            return error
-        try:
+    def _require_reason(self, error: ClientError, key: str) -> None:
+        """The answer to a HEAD has no body, hence no reason: a GET of one byte is refused with one, which is raised instead."""
+        if error.operation_name != "HeadObject" or _status(error) in (404, 500, 502, 503, 504):
+            return
+        with self._explained(key, operation_key=False):
             self._client.get_object(Bucket=self._bucket, Key=self._name(key), Range="bytes=0-0")["Body"].close()
-        except ClientError as reason:
-            return reason
-        return error
 
     def _no_bucket(self) -> ConfigError:
         return ConfigError(
@@ -786,6 +905,7 @@ class S3Storage:
 
     def _missing(self, key: str) -> LoraTrainerError:
         from botocore.exceptions import BotoCoreError, ClientError
+        from botocore.parsers import ResponseParserError
 
         folder = key.rpartition("/")[0]
         prefix = self._prefix + (folder + "/" if folder else "")
@@ -795,7 +915,7 @@ class S3Storage:
         except ClientError as error:
             if _code(error) == "NoSuchBucket":
                 return self._no_bucket()
-        except BotoCoreError:
+        except (BotoCoreError, ResponseParserError):
             # the listing only serves the message
             pass
         else:
@@ -807,8 +927,10 @@ class S3Storage:
         code, status, where = _code(error), _status(error), self._where(key)
         said = _redacted(error.response["Error"].get("Message") or "")
         got = f"HTTP {status} {code}" + (f" ({said})" if said and said != code else "")
+        passing = StorageError if code not in _PASSING and (status < 500 or status == 501) else PassingError
         if error.operation_name.startswith("AssumeRole"):
-            return StorageError(
+            # an expired token is one that the cluster is about to replace
+            return (PassingError if code in _EXPIRED else passing)(
                 f"{where}: the role in AWS_ROLE_ARN could not be assumed: {got}; check the role's trust policy "
                 "and the service account's annotation"
             )
@@ -816,15 +938,17 @@ class S3Storage:
             return self._no_bucket()
         if code in ("NoSuchKey", "404"):
             return self._missing(key)
-        if code in ("ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "RequestExpired"):
-            return StorageError(
+        if code in _EXPIRED:
+            return _RefusedCredentialsError(
                 f"{where}: the credentials have expired: {got}; renew them (AWS_SESSION_TOKEN, or 'aws sso login'); "
-                "a role's are renewed by themselves, so there check the clock"
+                "a role's are renewed by themselves, so there check the clock",
+                "expired",
             )
         if code in ("InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidToken", "InvalidSecurity", "NotSignedUp"):
-            return StorageError(
+            return _RefusedCredentialsError(
                 f"{where}: {self._endpoint} does not accept the credentials: {got}; check that AWS_ACCESS_KEY_ID and "
-                "AWS_SECRET_ACCESS_KEY belong together and to this endpoint"
+                "AWS_SECRET_ACCESS_KEY belong together and to this endpoint",
+                "wrong",
             )
         if code == "RequestTimeTooSkewed":
             return StorageError(f"{where}: this machine's clock is off: {got}; set it, then run it again")
@@ -836,16 +960,15 @@ class S3Storage:
             return DataError(f"{where}: the object is archived: {got}; restore it to a readable storage class first")
         if status == 403:
             action = _ACTIONS.get(error.operation_name, f"s3:{error.operation_name}")
-            missing = (
-                "; without s3:ListBucket a key that is not there is refused the same way, so check its name as well"
-                if action == "s3:GetObject"
-                else ""
-            )
+            missing = {
+                "s3:GetObject": "; without s3:ListBucket a missing key is refused the same way, so check its name as well",
+                "s3:ListBucket": "; checkpoints and a base's files are found by listing, only training data can do without",
+            }.get(action, "")
             resource = f"arn:aws:s3:::{self._bucket}" + ("" if action == "s3:ListBucket" else f"/{self._prefix}{key}")
             return StorageError(f"{where}: {action} refused: {got}; expected it to be allowed on {resource}{missing}")
         attempts = error.response["ResponseMetadata"].get("RetryAttempts", 0) + 1
         times = "once" if attempts == 1 else f"{attempts} times"
-        return StorageError(
+        return passing(
             f"{where}: {error.operation_name} failed: {self._endpoint} answered {got}, asked {times}; "
             "check the store's health, then run it again"
         )
@@ -869,20 +992,21 @@ class S3Storage:
                 | raised.SSOError()
                 | raised.LoginError()
             ):
-                return StorageError(f"{where}: the AWS credentials could not be fetched: {said}; renew them, then run it again")
+                return PassingError(f"{where}: the AWS credentials could not be fetched: {said}; renew them, then run it again")
             case raised.ProfileNotFound() | raised.ConfigParseError() | raised.ConfigNotFound():
                 return ConfigError(f"{where}: {said}; check AWS_PROFILE and ~/.aws/config")
             case raised.FlexibleChecksumError() | raised.ChecksumError():
-                return StorageError(
+                # its message has both checksums
+                return _DamagedError(
                     f"{where}: the bytes received do not match the store's checksum: {said}; run it again, and upload the "
-                    "object anew if it stays so"
+                    "object anew if it stays so",
+                    said,
                 )
             case raised.SSLError():
-                return StorageError(
-                    f"{where}: no trusted TLS connection to {self._endpoint}: {said}; AWS_CA_BUNDLE names a private CA"
-                )
+                kind = StorageError if "CERTIFICATE_VERIFY_FAILED" in said else PassingError
+                return kind(f"{where}: no trusted TLS connection to {self._endpoint}: {said}; AWS_CA_BUNDLE names a private CA")
             case raised.ConnectionError() | raised.HTTPClientError() | raised.IncompleteReadError():
-                return StorageError(
+                return PassingError(
                     f"{where}: {self._endpoint} cannot be reached: {said}; check AWS_ENDPOINT_URL, the network and the proxy"
                 )
             case (
@@ -903,6 +1027,37 @@ class S3Storage:
             case _:
                 return StorageError(f"{where}: {said}; check the AWS_* variables and the store, then run it again")
 
+
+class _DamagedError(PassingError):
+    """Other bytes than those that were stored. `got` names them."""
+
+    def __init__(self, problem: str, got: str) -> None:
+        self.got = got
+        super().__init__(problem)
+
+
+class _RefusedCredentialsError(PassingError):
+    """Credentials that the store does not take, any more or at all."""
+
+    def __init__(self, problem: str, kind: Literal["expired", "wrong"]) -> None:
+        self.kind = kind
+        super().__init__(problem)
+
+
+_PASSING: Final = frozenset(
+    {
+        # throttled, some stores with other statuses than 503: https://docs.aws.amazon.com/AmazonS3/latest/API/ErrorResponses.html
+        *("SlowDown", "SlowDownRead", "SlowDownWrite", "Throttling", "ThrottlingException", "TooManyRequests", "429"),
+        *("RequestLimitExceeded", "RequestThrottled", "RequestThrottledException", "BandwidthLimitExceeded", "ServerBusy"),
+        # the connection, or another writer, came in between
+        *("RequestTimeout", "RequestTimeoutException", "408", "IncompleteBody", "OperationAborted", "ConditionalRequestConflict"),
+        # damaged on its way there, and refused by the store
+        *("BadDigest", "XAmzContentSHA256Mismatch", "XAmzContentChecksumMismatch"),
+        # the answer that said the upload is complete was lost
+        "NoSuchUpload",
+    }
+)
+_EXPIRED: Final = frozenset({"ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "RequestExpired"})
 
 _ACTIONS: Final = {
     "HeadObject": "s3:GetObject",

@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from lora_trainer.patience import PATIENCE
+
 # before torch is imported: threads that spin while they wait bring two busy processes on two cores to a stop
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
@@ -51,6 +53,9 @@ def aws_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> pytest.M
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "no-aws-credentials"))
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "2")
+    # what fails for good may say so at once
+    monkeypatch.setenv("LORA_TRAINER_STORAGE__OBJECT_BUDGET_S", "0.2")
+    PATIENCE.begin(None)
     return monkeypatch
 
 

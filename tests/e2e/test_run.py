@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fault_proxy import FaultProxy
 
 from lora_trainer import bundle
 from lora_trainer.config import GatesConfig
@@ -165,6 +166,24 @@ def test_the_same_command_again_is_already_done(bucket: str, data_uri: str, tmp_
     mended = output.read_bytes(bundle.latest_key(BloodType.A))
     assert mended is not None
     assert json.loads(mended.data) == json.loads(pointer.data)
+
+
+def test_a_store_that_fails_a_fifth_of_all_requests(s3_server: Any, bucket: str, data_uri: str, tmp_path: Path) -> None:
+    """Data, checkpoints and bundle go through, and what is published is whole."""
+    output_uri = f"s3://{bucket}/lora/"
+    with FaultProxy(s3_server.endpoint_url, share=0.2, seed=3) as proxy:
+        done = job(
+            *("run", *SHORT, "--blood-type", "O", "--data", data_uri, "--output", output_uri),
+            *("--set", "checkpoints.every_steps=2"),
+            *("--set", "storage.object_budget_s=120", "--set", "storage.stall_timeout_s=1"),
+            work_dir=tmp_path / "work",
+            AWS_ENDPOINT_URL=proxy.url,
+        )
+    assert done.returncode == 0, done.stderr
+    assert proxy.faults.total() > proxy.requests / 20
+    run_id = events(done)["run_finished"]["run_id"]
+    assert bundle.verify(open_storage(output_uri), bundle.bundle_prefix(BloodType.O, run_id)) == []
+    assert list(open_storage(output_uri).list("runs/")) == []
 
 
 def test_two_runs_give_byte_identical_adapters(tmp_path: Path) -> None:

@@ -271,8 +271,106 @@ def test_refused_writes_and_listings_name_their_action(bad_day: BadDay, tmp_path
         storage.write_bytes("x", b"")
     with pytest.raises(StorageError, match=r"s3:PutObject refused.*bucket/prefix/x$"):
         storage.upload(tmp_path / "large", "x")
-    with pytest.raises(StorageError, match=r"s3:ListBucket refused.*arn:aws:s3:::bucket$"):
+    with pytest.raises(StorageError, match=r"s3:ListBucket refused.*arn:aws:s3:::bucket; checkpoints"):
         list(storage.list("A/"))
+
+
+class Expiring:
+    """A store, and the STS beside it, that take one set of credentials at a time."""
+
+    def __init__(self) -> None:
+        self.valid = 1
+        self.kept: dict[str, bytes] = {}
+        self.answers_whole = True
+
+    def __call__(self, request: Request) -> Answer:
+        if b"AssumeRoleWithWebIdentity" in request.body:
+            if not self.answers_whole:
+                self.answers_whole = True
+                return Answer(200, b"<AssumeRoleWithWebIdentityResponse><Assu")
+            return Answer(
+                200,
+                f"<AssumeRoleWithWebIdentityResponse><AssumeRoleWithWebIdentityResult><Credentials><AccessKeyId>key{self.valid}"
+                "</AccessKeyId><SecretAccessKey>s</SecretAccessKey><SessionToken>t</SessionToken><Expiration>2099-01-01T00:00:00Z"
+                "</Expiration></Credentials></AssumeRoleWithWebIdentityResult></AssumeRoleWithWebIdentityResponse>".encode(),
+            )
+        if f"Credential=key{self.valid}/" not in request.headers["authorization"]:
+            return xml(400, "ExpiredToken", "The provided token has expired.")
+        if request.method == "PUT":
+            self.kept[request.path] = request.body
+            return Answer(headers={"ETag": '"e"'})
+        body = self.kept.get(request.path)
+        return xml(404, "NoSuchKey") if body is None else Answer(200, body, {"ETag": '"e"'})
+
+
+@pytest.mark.parametrize("way", ["process", "file", "web identity"])
+def test_credentials_that_expire_during_a_run(
+    bad_day: BadDay, aws_environment: pytest.MonkeyPatch, tmp_path: Path, way: str
+) -> None:
+    """The chain is asked anew, as often as it takes, whatever operation it is that meets the refusal."""
+    store = Expiring()
+    bad_day.answer = store
+    for variable in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        aws_environment.delenv(variable)
+    config, credentials, token = tmp_path / "config", tmp_path / "credentials", tmp_path / "token"
+    token.write_text("a token")
+
+    def hand_out(number: int) -> None:
+        credentials.write_text(f"[default]\naws_access_key_id = key{number}\naws_secret_access_key = s\naws_session_token = t\n")
+        (tmp_path / "answer.json").write_text(f'{{"Version": 1, "AccessKeyId": "key{number}", "SecretAccessKey": "s"}}')
+
+    hand_out(1)
+    match way:
+        case "process":
+            config.write_text(f"[default]\ncredential_process = cat {tmp_path / 'answer.json'}\n")
+            aws_environment.setenv("AWS_CONFIG_FILE", str(config))
+        case "file":
+            aws_environment.setenv("AWS_SHARED_CREDENTIALS_FILE", str(credentials))
+        case _:
+            aws_environment.setenv("AWS_ROLE_ARN", "arn:aws:iam::123456789012:role/trainer")
+            aws_environment.setenv("AWS_WEB_IDENTITY_TOKEN_FILE", str(token))
+    aws_environment.setenv("LORA_TRAINER_STORAGE__OBJECT_BUDGET_S", "20")
+    storage = open_storage(STORE)
+    storage.write_bytes("x", b"1")
+    (tmp_path / "source").write_bytes(b"2")
+    for number, call in enumerate(
+        (
+            lambda: storage.read_bytes("x"),
+            lambda: storage.exists("x"),
+            lambda: storage.write_bytes("x", b"2"),
+            lambda: storage.upload(tmp_path / "source", "x"),
+            lambda: storage.download("x", tmp_path / "target"),
+        ),
+        start=2,
+    ):
+        store.valid = number
+        hand_out(number)
+        with capture_logs() as logs:
+            call()
+        assert [log["event"] for log in logs] == ["storage_retry"]
+        assert "credentials have expired" in logs[0]["problem"]
+    assert (tmp_path / "target").read_bytes() == b"2"
+    if way == "web identity":
+        store.answers_whole, store.valid = False, 9
+        with capture_logs() as logs:
+            assert storage.exists("x")
+        assert store.answers_whole
+        return
+    # the new ones come late
+    store.valid = 9
+    sender = threading.Timer(1.0, hand_out, (9,))
+    sender.start()
+    with capture_logs():
+        assert storage.exists("x")
+    sender.join()
+
+
+def test_expired_credentials_of_a_variable_stay_expired(bad_day: BadDay, aws_environment: pytest.MonkeyPatch) -> None:
+    aws_environment.setenv("LORA_TRAINER_STORAGE__OBJECT_BUDGET_S", "600")
+    bad_day.answer = lambda _: xml(400, "ExpiredToken")
+    with capture_logs() as logs, pytest.raises(StorageError, match="credentials have expired"):
+        open_storage(STORE).read_bytes("x")
+    assert logs == []
 
 
 def test_missing_key_that_may_not_be_listed(bad_day: BadDay, tmp_path: Path) -> None:
@@ -289,7 +387,8 @@ def test_passing_server_error(bad_day: BadDay) -> None:
     assert [request.body for request in bad_day.requests] == [b"data", b"data"]
 
 
-def test_lasting_server_error(bad_day: BadDay) -> None:
+def test_lasting_server_error(bad_day: BadDay, aws_environment: pytest.MonkeyPatch) -> None:
+    aws_environment.setenv("LORA_TRAINER_STORAGE__OBJECT_BUDGET_S", "0")
     bad_day.answer = lambda _: xml(503, "SlowDown", "Please reduce your request rate.")
     with pytest.raises(StorageError, match=rf"{bad_day.endpoint_url} answered HTTP 503 SlowDown.*asked 2 times"):
         open_storage(STORE).read_bytes("x")
