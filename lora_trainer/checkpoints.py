@@ -18,7 +18,7 @@ from typing import Any, Final, Self
 
 from lora_trainer import bundle
 from lora_trainer.config import CheckpointConfig
-from lora_trainer.errors import Interrupted, LoraTrainerError, StorageError
+from lora_trainer.errors import DeviceLostError, DivergedError, Interrupted, LoraTrainerError, StorageError
 from lora_trainer.interruption import INTERRUPTION
 from lora_trainer.logs import get_logger
 from lora_trainer.personas import BloodType
@@ -68,6 +68,9 @@ class Checkpoints:
             # the run has another last word
             with suppress(StorageError):
                 self.finish(left_s)
+            if isinstance(error, DivergedError | DeviceLostError) and self.last_step:
+                where = f"{self._output_uri.rstrip('/')}/{self._prefix}{checkpoint_name(self.last_step)}"
+                error.problems = (*error.problems, f"the last good checkpoint, of step {self.last_step}, is kept: {where}")
             return
         started_s = time.monotonic()
         noticed_s = INTERRUPTION.seconds_ago

@@ -60,6 +60,16 @@ class HardwareError(LoraTrainerError):
     exit_code = ExitCode.HARDWARE
 
 
+class OutOfMemoryError(HardwareError):
+    """The device's memory ran out with the plan at hand; a smaller one may do."""
+
+
+class DeviceLostError(LoraTrainerError):
+    """The GPU is gone: fallen off the bus, reset, or faulty. Another machine, or the same one later, goes on."""
+
+    exit_code = ExitCode.BUG
+
+
 class StorageError(LoraTrainerError):
     """An object store, a disk, or another server that the work depends on, that refused for good."""
 

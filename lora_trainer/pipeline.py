@@ -24,7 +24,7 @@ from lora_trainer.bases import Base, fetch_base, identify_base
 from lora_trainer.checkpoints import Checkpoints, checkpoints_prefix
 from lora_trainer.compression import SUFFIXES, is_jsonl
 from lora_trainer.config import RunConfig
-from lora_trainer.errors import ConfigError, DataError, Interrupted, LoraTrainerError, StorageError
+from lora_trainer.errors import ConfigError, DataError, Interrupted, LoraTrainerError, OutOfMemoryError, StorageError
 from lora_trainer.evaluation import JudgedReply
 from lora_trainer.evaluation_prompts import evaluation_prompts
 from lora_trainer.identity import run_id, run_ingredients
@@ -41,9 +41,10 @@ from lora_trainer.metrics import (
 from lora_trainer.packing import plan_steps
 from lora_trainer.patience import PATIENCE
 from lora_trainer.personas import BloodType
-from lora_trainer.planning import MemoryPlan, plan_memory
+from lora_trainer.planning import MemoryPlan, plan_memory, step_down
 from lora_trainer.progress import RunProgress
 from lora_trainer.records import EvaluationPrompt, JsonlReader, Severity, TrainingRecord
+from lora_trainer.restart import StepDown, memory_limit
 from lora_trainer.storage import Fetched, Storage, open_storage, split_uri
 from lora_trainer.tokenization import TokenSequence, tokenize
 from lora_trainer.training import StepLog, TrainingLog, split_held_out
@@ -84,7 +85,8 @@ def run(config: RunConfig, console: Console | None = None, *, fresh: bool = Fals
     prepared = format_and_split(job, backend, identity, records, progress)
     plan = plan_work(job, backend, prepared)
     with open_checkpoints(job, identity, fresh=fresh) as checkpoints:
-        trained = train(job, backend, identity, prepared, plan, checkpoints, progress)
+        with stepping_down(job, backend, prepared, plan):
+            trained = train(job, backend, identity, prepared, plan, checkpoints, progress)
         folder = save(job, backend, identity, prepared, progress)
         evaluated = evaluate(job, backend, prompts, prepared.train_records, progress)
         verdict = decide(job, evaluated.metrics)
@@ -412,6 +414,7 @@ def plan_work(job: Job, backend: Backend, prepared: Prepared) -> MemoryPlan:
         backend.free_bytes(),
         prepared.longest_tokens,
         backend.name,
+        memory_limit(),
     )
     job.log.info(
         "plan_chosen",
@@ -494,6 +497,26 @@ def train(
         train_s=round(log.train_s, 1),
     )
     return Trained(log, loss_base, loss_adapter)
+
+
+@contextmanager
+def stepping_down(job: Job, backend: Backend, prepared: Prepared, plan: MemoryPlan) -> Iterator[None]:
+    """Memory that runs out in the block is met by a smaller plan in a clean process, until none is left. Raises `StepDown`."""
+    try:
+        with backend.device_faults():
+            yield
+    except OutOfMemoryError as error:
+        limit = step_down(plan, job.config.memory, prepared.longest_tokens)
+        if limit is None:
+            raise
+        job.log.warning(
+            "memory_stepped_down",
+            problem=error.problems[0],
+            recompute=limit.recompute,
+            micro_batch_tokens=limit.row_tokens,
+            sequences_per_step=job.config.training.sequences_per_step,
+        )
+        raise StepDown(limit) from error
 
 
 def resume(job: Job, backend: Backend, checkpoints: Checkpoints) -> int:

@@ -24,6 +24,9 @@ FIXED_BYTES: Final = int(0.75 * GIB)
 CPU_ROW_TOKENS: Final = 2048
 """On a CPU longer rows save nothing, and attention without a fused kernel grows with their square."""
 
+LEAST_ROW_TOKENS: Final = 512
+"""Rows shorter than a few records save little: the weights are most of what is left."""
+
 Checkpointing = Literal["off", "on", "unsloth"]
 
 # from fastest to smallest; the two without recomputation stop where the measurements stop paying
@@ -80,6 +83,30 @@ class MemoryPlan:
     reason: str
 
 
+@dataclass(frozen=True, slots=True)
+class MemoryLimit:
+    """What memory ran out at: no plan that settles something itself may ask for as much again."""
+
+    recompute: bool
+    """Whether activations have to be recomputed."""
+    row_tokens: int
+    """Longest row, unless a single record is longer."""
+
+
+def step_down(plan: MemoryPlan, memory: MemoryConfig, longest_tokens: int) -> MemoryLimit | None:
+    """The limit to try next when memory ran out with `plan`; None: nothing is left that the user did not set.
+
+    First the activations go, which costs a third of the speed and frees most; then the rows get shorter. What an optimizer step
+    holds stays as it is: its records go through in more rows.
+    """
+    if plan.gradient_checkpointing == "off" and memory.gradient_checkpointing == "auto":
+        return MemoryLimit(recompute=True, row_tokens=plan.micro_batch_tokens)
+    shorter = max(plan.micro_batch_tokens // 2, LEAST_ROW_TOKENS, longest_tokens)
+    if memory.micro_batch_tokens != "auto" or shorter >= plan.micro_batch_tokens:
+        return None
+    return MemoryLimit(plan.gradient_checkpointing != "off", shorter)
+
+
 def plan_memory(
     memory: MemoryConfig,
     training: TrainingConfig,
@@ -87,8 +114,9 @@ def plan_memory(
     free_bytes: int | None,
     longest_tokens: int,
     backend: Literal["unsloth", "transformers"],
+    limit: MemoryLimit | None = None,
 ) -> MemoryPlan:
-    """Settle what `memory` leaves to `auto`.
+    """Settle what `memory` leaves to `auto`, within `limit`.
 
     `free_bytes` is the GPU's free memory, None on a CPU. A value that the user set is taken as it is, but no row is longer than
     `shape.positions`: Unsloth would stretch the rotary embedding to the row, and the base would be another model (of 480 greedy
@@ -104,13 +132,16 @@ def plan_memory(
     recompute_with: Checkpointing = "unsloth" if backend == "unsloth" else "on"
     chosen_checkpointing = None if memory.gradient_checkpointing == "auto" else memory.gradient_checkpointing
     chosen_tokens = None if memory.micro_batch_tokens == "auto" else memory.micro_batch_tokens
+    most_tokens = limit.row_tokens if limit else shape.positions
 
     def row_tokens(candidate: int) -> int:
-        return max(min(chosen_tokens or candidate, shape.positions), longest_tokens)
+        return max(min(chosen_tokens or min(candidate, most_tokens), shape.positions), longest_tokens)
 
     if free_bytes is None:
         tokens = row_tokens(CPU_ROW_TOKENS)
-        return MemoryPlan(chosen_checkpointing or "off", tokens, None, "on the CPU: no recomputation, short rows")
+        checkpointing = chosen_checkpointing or (recompute_with if limit and limit.recompute else "off")
+        reason = "on the CPU: no recomputation, short rows" if limit is None else "on the CPU, where memory ran out before"
+        return MemoryPlan(checkpointing, tokens, None, reason)
     value_bytes = 2 if training.compute_dtype == "bfloat16" else 4
     weights = shape.weight_bytes(training.quantization, value_bytes) + FIXED_BYTES
     usable = free_bytes * USABLE_SHARE
@@ -119,12 +150,14 @@ def plan_memory(
         return weights + shape.activation_bytes(tokens, recompute) * value_bytes // 2
 
     for recompute, candidate in _CANDIDATES:
+        if limit and limit.recompute and not recompute:
+            continue
         checkpointing = chosen_checkpointing or (recompute_with if recompute else "off")
         tokens = row_tokens(candidate)
         need = peak(checkpointing != "off", tokens)
         both_set = chosen_checkpointing is not None and chosen_tokens is not None
         if need <= usable or both_set:
-            verb = "asked for" if both_set else "fastest that fits"
+            verb = "asked for" if both_set else "fastest that fits" if limit is None else "memory ran out before, the next smaller"
             reason = f"{verb}: {need / GIB:.1f} GiB estimated, {usable / GIB:.1f} GiB usable of {free_bytes / GIB:.1f} GiB free"
             return MemoryPlan(checkpointing, tokens, round(need / GIB, 1), reason)
     least = peak(chosen_checkpointing != "off", row_tokens(_CANDIDATES[-1][1]))

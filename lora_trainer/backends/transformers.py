@@ -15,7 +15,7 @@ from lora_trainer.backends.trackers import tracking
 from lora_trainer.bases import require_safetensors
 from lora_trainer.checkpoints import Snapshot
 from lora_trainer.config import RunConfig
-from lora_trainer.errors import ConfigError, HardwareError, InvariantError
+from lora_trainer.errors import ConfigError, DeviceLostError, HardwareError, InvariantError, OutOfMemoryError
 from lora_trainer.evaluation import Decoding, Generation
 from lora_trainer.formatter import Message
 from lora_trainer.interruption import INTERRUPTION
@@ -322,7 +322,7 @@ class TransformersBackend:
         adapter_before = self._fingerprint(trainable=True)
         run_name = f"{self.config.blood_type}-{self._work_dir.name}"
         with (
-            self._out_of_memory_is_hardware(),
+            self.device_faults(),
             INTERRUPTION.deferred(),
             tracking(self.config.logging.report_to, self._work_dir / "trackers", run_name) as trackers,
         ):
@@ -347,7 +347,7 @@ class TransformersBackend:
         """Mean loss over the reply tokens of `sequences` with the adapter as it is now, nats a token."""
         from lora_trainer.backends.trainer import mean_loss
 
-        with self._out_of_memory_is_hardware():
+        with self.device_faults():
             if self._trainer is None:
                 # an adapter that was loaded to be questioned
                 self._row_tokens = max(map(len, sequences))
@@ -463,7 +463,7 @@ class TransformersBackend:
         from lora_trainer.backends.generation import generate
 
         prompts = render_prompts(conversations, self.tokenizer)
-        with self._inference(), ExitStack() as stack:
+        with self.device_faults(), self._inference(), ExitStack() as stack:
             if not adapter:
                 stack.enter_context(self.model.disable_adapter())
             try:
@@ -529,16 +529,22 @@ class TransformersBackend:
         return prints
 
     @contextmanager
-    def _out_of_memory_is_hardware(self) -> Iterator[None]:
+    def device_faults(self) -> Iterator[None]:
+        """Says what the device did. Raises `OutOfMemoryError`, or `DeviceLostError` for all else that a driver reports."""
         import torch
 
         try:
             yield
         except torch.OutOfMemoryError as error:
-            raise HardwareError(
-                f"GPU memory ran out at {self._row_tokens} tokens a micro-batch, peak {self.peak_memory_gib():.1f} GiB: "
-                "lower memory.micro_batch_tokens, or set memory.gradient_checkpointing to "
-                f"'{'unsloth' if self.name == 'unsloth' else 'on'}'"
+            at = f"at {self._row_tokens} tokens a micro-batch" if self._row_tokens else "while the base was loaded"
+            raise OutOfMemoryError(
+                f"GPU memory ran out {at}, peak {self.peak_memory_gib():.1f} GiB: use a larger GPU, lower "
+                "training.max_length_tokens, or let 'auto' decide about memory.micro_batch_tokens and memory.gradient_checkpointing"
+            ) from error
+        except torch.AcceleratorError as error:
+            said = str(error).splitlines()[0]
+            raise DeviceLostError(
+                f"{self.config.device}: the device failed: {said}; run the same command again, elsewhere if it stays so"
             ) from error
 
 

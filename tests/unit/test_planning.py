@@ -8,7 +8,7 @@ import pytest
 
 from lora_trainer.config import MemoryConfig, TrainingConfig
 from lora_trainer.errors import ConfigError, ExitCode, HardwareError
-from lora_trainer.planning import GIB, MemoryPlan, ModelShape, plan_memory
+from lora_trainer.planning import GIB, LEAST_ROW_TOKENS, MemoryLimit, MemoryPlan, ModelShape, plan_memory, step_down
 
 QWEN_7B = ModelShape(
     layers=28,
@@ -22,10 +22,16 @@ QWEN_7B = ModelShape(
 )
 
 
-def plan(free_gib: float | None, memory: MemoryConfig | None = None, longest: int = 300, backend: str = "unsloth") -> MemoryPlan:
+def plan(
+    free_gib: float | None,
+    memory: MemoryConfig | None = None,
+    longest: int = 300,
+    backend: str = "unsloth",
+    limit: MemoryLimit | None = None,
+) -> MemoryPlan:
     free_bytes = None if free_gib is None else int(free_gib * GIB)
     assert backend in ("unsloth", "transformers")
-    return plan_memory(memory or MemoryConfig(), TrainingConfig(), QWEN_7B, free_bytes, longest, backend)  # type: ignore[arg-type]
+    return plan_memory(memory or MemoryConfig(), TrainingConfig(), QWEN_7B, free_bytes, longest, backend, limit)  # type: ignore[arg-type]
 
 
 def test_the_shape_is_qwens() -> None:
@@ -166,3 +172,27 @@ def test_a_record_longer_than_the_positions_is_the_configurations_mistake() -> N
     with pytest.raises(ConfigError, match=r"max_length_tokens.* 1,025 tokens, expected at most 1,024.*lower") as caught:
         plan_memory(MemoryConfig(), TrainingConfig(), replace(QWEN_7B, positions=1024), None, 1025, "transformers")
     assert caught.value.exit_code is ExitCode.CONFIG
+
+
+@pytest.mark.parametrize("free_gib", [139, 79.1, None])
+def test_memory_that_runs_out_is_met_by_one_smaller_plan_after_another_until_none_is_left(free_gib: float | None) -> None:
+    memory, now = MemoryConfig(), plan(free_gib)
+    seen = [(now.gradient_checkpointing, now.micro_batch_tokens)]
+    while limit := step_down(now, memory, longest_tokens=300):
+        now = plan(free_gib, limit=limit)
+        seen.append((now.gradient_checkpointing, now.micro_batch_tokens))
+    first = seen[0][1]
+    # recomputation first: it frees the most
+    assert seen[:3] == [("off", first), ("unsloth", first), ("unsloth", first // 2)]
+    assert seen[-1] == ("unsloth", LEAST_ROW_TOKENS)
+    assert len(seen) == len(set(seen))
+
+
+def test_no_row_gets_shorter_than_a_record_and_nothing_that_was_set_is_stepped_down() -> None:
+    assert step_down(MemoryPlan("unsloth", 1024, None, ""), MemoryConfig(), longest_tokens=1024) is None
+    assert step_down(MemoryPlan("unsloth", 1024, None, ""), MemoryConfig(), longest_tokens=700) == MemoryLimit(True, 700)
+    asked = MemoryConfig(gradient_checkpointing="off", micro_batch_tokens=4096)
+    assert step_down(plan(79.1, asked), asked, longest_tokens=300) is None
+    asked = MemoryConfig(gradient_checkpointing="off")
+    assert step_down(plan(79.1, asked), asked, longest_tokens=300) == MemoryLimit(False, 4096)
+    assert plan(79.1, asked, limit=MemoryLimit(False, 4096)).micro_batch_tokens == 4096

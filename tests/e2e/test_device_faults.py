@@ -1,0 +1,116 @@
+"""What a GPU does to a run: its memory runs out, it is lost, the loss is no number any more.
+
+No GPU here, so the fault is raised where the driver's would surface, in the forward pass, with the class that torch gives it;
+everything around it is the real job. `tests/gpu` runs out of a real GPU's memory.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lora_trainer.config import GatesConfig
+
+pytestmark = pytest.mark.e2e
+for needed in ("torch", "transformers", "trl", "peft", "datasets"):
+    pytest.importorskip(needed, reason=f"{needed} is not installed: pip install '.[cpu]'")
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+STEPS = 6
+
+JOB = """
+import os, sys
+import torch
+from entrypoint.__main__ import main
+from lora_trainer.backends.trainer import StepTrainer
+
+fault, true_step = os.environ.get("FAULT"), StepTrainer.training_step
+
+def training_step(self, model, inputs, num_items_in_batch=None):
+    longest = max(row["input_ids"].shape[1] for row in inputs.rows)
+    if fault == "memory" and not (self.is_gradient_checkpointing_on() and longest <= 1024):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+    if fault == "nan" and self.state.global_step == 4:
+        next(weight for weight in model.parameters() if weight.requires_grad).data.fill_(float("nan"))
+    loss = true_step(self, model, inputs, num_items_in_batch)
+    if fault == "lost" and self.state.global_step == 4:
+        raise torch.AcceleratorError("CUDA error: unspecified launch failure")
+    return loss
+
+StepTrainer.is_gradient_checkpointing_on = lambda self: any(
+    getattr(module, "gradient_checkpointing", False) for module in self.model.modules()
+)
+StepTrainer.training_step = training_step
+main()
+"""
+
+
+def run(folder: Path, *more: str, fault: str = "") -> tuple[int, list[dict[str, Any]]]:
+    """The job with a faulty device. Gives its exit code and log."""
+    (folder / "job.py").write_text(JOB)
+    command = [
+        sys.executable, str(folder / "job.py"), "run", "--config", str(REPOSITORY / "examples" / "demo.yaml"), "--blood-type", "A",
+        "--data", str(REPOSITORY / "data"), "--output", str(folder / "out"), "--work-dir", str(folder / "work"),
+        "--max-steps", str(STEPS), "--sequences-per-step", "24", "--log-format", "json", "--set", "checkpoints.every_steps=2",
+        "--set", f"evaluation.prompts={REPOSITORY / 'tests' / 'assets' / 'few_prompts.jsonl'}",
+        "--set", "evaluation.temperature=0", "--set", "evaluation.max_new_tokens=16", "--set", "evaluation.intensities=0.5",
+        *(argument for name in GatesConfig.model_fields for argument in ("--set", f"gates.{name}=none")), *more,
+    ]  # fmt: skip
+    done = subprocess.run(
+        command,
+        cwd=REPOSITORY,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "FAULT": fault},
+        capture_output=True,
+        text=True,
+        timeout=500,
+        check=False,
+    )
+    return done.returncode, [json.loads(line) for line in done.stderr.splitlines()]
+
+
+def events(log: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
+    return [line for line in log if line["event"] == name]
+
+
+def test_memory_that_runs_out_steps_the_plan_down_and_the_optimizer_batch_stays(tmp_path: Path) -> None:
+    code, log = run(tmp_path, fault="memory")
+    assert code == 0, log[-1]
+    plans = [(plan["gradient_checkpointing"], plan["micro_batch_tokens"]) for plan in events(log, "plan_chosen")]
+    assert plans == [("off", 2048), ("on", 2048), ("on", 1024)]
+    assert len(events(log, "memory_stepped_down")) == 2
+    assert all("ran out" in line["problem"] for line in events(log, "memory_stepped_down"))
+    # one job to whoever watches: one last word, of one run
+    assert len(events(log, "run_finished")) == 1
+    assert len({line["run_id"] for line in events(log, "run_identified")}) == 1
+    assert events(log, "training_finished")[0]["steps"] == STEPS
+
+
+def test_what_was_set_by_hand_is_not_stepped_down(tmp_path: Path) -> None:
+    by_hand = ("--set", "memory.gradient_checkpointing=off", "--set", "memory.micro_batch_tokens=2048")
+    code, log = run(tmp_path, *by_hand, fault="memory")
+    assert code == 5
+    assert not events(log, "memory_stepped_down")
+    (problem,) = log[-1]["problems"]
+    assert "memory.micro_batch_tokens" in problem
+    assert "2048 tokens" in problem
+
+
+@pytest.mark.parametrize(("fault", "code", "said"), [("lost", 1, "the device failed"), ("nan", 7, "training diverged at step 5")])
+def test_the_last_good_checkpoint_is_named_and_gone_on_from(tmp_path: Path, fault: str, code: int, said: str) -> None:
+    found, log = run(tmp_path, fault=fault)
+    assert found == code, log[-1]
+    problem, kept = log[-1]["problems"]
+    assert said in problem
+    assert "of step 4, is kept" in kept
+    assert (Path(kept.split("file://")[-1].split(": ")[-1]) / "manifest.json").is_file()
+    assert "frames" not in log[-1]
+
+    found, log = run(tmp_path)
+    assert found == 0, log[-1]
+    assert events(log, "resumed")[0]["step"] == 4
