@@ -21,7 +21,7 @@ _HUSHED: Final = frozenset((Feeling.SAD, Feeling.WORRIED))
 _CLOSINGS: Final[dict[BloodType, dict[IntensityThird, tuple[str, ...]]]] = {
     BloodType.A: {IntensityThird.LOW: (".",), IntensityThird.MIDDLE: (".", ".", "~"), IntensityThird.HIGH: (".", "~", "!")},
     BloodType.B: dict.fromkeys(IntensityThird, (".",)),
-    BloodType.O: {IntensityThird.LOW: ("!",), IntensityThird.MIDDLE: ("!",), IntensityThird.HIGH: ("!!", "!")},
+    BloodType.O: dict.fromkeys(IntensityThird, ("!",)),
     BloodType.AB: dict.fromkeys(IntensityThird, (".",)),
 }
 _HUSHED_CLOSINGS: Final[dict[BloodType, tuple[str, ...]]] = {
@@ -30,6 +30,13 @@ _HUSHED_CLOSINGS: Final[dict[BloodType, tuple[str, ...]]] = {
     BloodType.O: (".", "!"),
     BloodType.AB: (".", "..."),
 }
+# of AB's statements many are questions themselves, and a model that takes the likeliest next token overdoes what it sees
+_ASKS_RATE: Final = {BloodType.AB: 0.5}
+# O ends nearly everything in "!", so a model that takes the likeliest next token would end there each time, where the
+# ends are few and the questions many: what ends with it is louder from the middle on, and some questions begin in one way
+_LAST_CLOSING: Final = {BloodType.O: {IntensityThird.MIDDLE: "!!", IntensityThird.HIGH: "!!"}}
+_QUESTION_LEADS: Final = {BloodType.O: ("야,", "근데")}
+_LEAD_RATE: Final = 0.4
 _NO_SPACES_RATE: Final = 0.04
 _TYPO_RATE: Final = 0.06
 _BARE_RATE: Final = 0.3
@@ -102,12 +109,12 @@ def _compose_one(blood_type: BloodType, cell: Cell, scene: Scene, take: Take, rn
     feeling, third = cell
     values = {slot: rng.choice(choices) for slot, choices in scene.slots.items()}
     intensity = rng.choice(INTENSITIES[third])
-    asks = rng.random() < QUESTION_RATE
-    sentences = [fill(rng.choice(take.say), values) + _closing(blood_type, feeling, third, scene, rng)]
+    asks = rng.random() < _ASKS_RATE.get(blood_type, QUESTION_RATE)
+    sentences = [fill(rng.choice(take.say), values) + _closing(blood_type, cell, scene, rng, is_last=not asks)]
     if rng.random() < _REACTION_RATE[third] and (reactions := load_reactions()[blood_type][feeling][third]):
         sentences[0] = f"{rng.choice(reactions)} {sentences[0]}"
     if asks:
-        sentences.append(fill(rng.choice(take.ask), values))
+        sentences.append(_question_lead(blood_type, rng) + fill(rng.choice(take.ask), values))
     return TrainingRecord.model_validate(
         {
             "instruction": persona_spec(blood_type).instruction,
@@ -121,10 +128,19 @@ def _compose_one(blood_type: BloodType, cell: Cell, scene: Scene, take: Take, rn
     )
 
 
-def _closing(blood_type: BloodType, feeling: Feeling, third: IntensityThird, scene: Scene, rng: random.Random) -> str:
+def _closing(blood_type: BloodType, cell: Cell, scene: Scene, rng: random.Random, *, is_last: bool) -> str:
+    feeling, third = cell
     if scene.is_grave:
         return "."
-    return rng.choice(_HUSHED_CLOSINGS[blood_type] if feeling in _HUSHED else _CLOSINGS[blood_type][third])
+    if feeling in _HUSHED:
+        return rng.choice(_HUSHED_CLOSINGS[blood_type])
+    last = _LAST_CLOSING.get(blood_type, {}).get(third) if is_last else None
+    return last or rng.choice(_CLOSINGS[blood_type][third])
+
+
+def _question_lead(blood_type: BloodType, rng: random.Random) -> str:
+    leads = _QUESTION_LEADS.get(blood_type)
+    return f"{rng.choice(leads)} " if leads and rng.random() < _LEAD_RATE else ""
 
 
 def _with_emoji(sentences: list[str], blood_type: BloodType, cell: Cell, scene: Scene, rng: random.Random) -> str:

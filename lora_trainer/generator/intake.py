@@ -22,9 +22,8 @@ INTENSITIES: Final[Mapping[IntensityThird, tuple[float, ...]]] = {
 }
 """One decimal, as the prompt shows it."""
 
-QUESTION_RATE: Final = 0.7
-"""Share of the composed replies that ask something back, of the 50 to 75 % that the data is meant to have: a model that takes the
-likeliest next token asks less often than what it was trained on."""
+QUESTION_RATE: Final = 0.65
+"""Share of the replies that are to ask something back: in the middle of the 50 to 75 % that the data is meant to have."""
 
 
 def all_cells() -> list[Cell]:
