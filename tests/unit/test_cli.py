@@ -161,7 +161,10 @@ def test_strict_is_unset_unless_given(monkeypatch: pytest.MonkeyPatch) -> None:
         (["run", "extra"], "unexpected extra argument"),
         (["run", "--data"], "requires an argument"),
         (["validate"], "Missing argument 'FILE...'"),
-        (["show-config", "--blood-type", "C"], "error: command line: blood_type: got 'C'; input should be 'A', 'B', 'O' or 'AB'"),
+        (
+            ["show-config", "--blood-type", "C"],
+            "error: command line: blood_type: got 'C'; expected A, B, O or AB, several as A,B, or all",
+        ),
         (["show-config", "--set", "lora.rank=3"], "error: --set lora.rank=3: expected SETTING=VALUE; "),
         (["show-config", "--config", "nowhere.yaml"], "error: nowhere.yaml: cannot read the configuration file: No such file"),
         (["show-config", "--config", "."], "error: .: cannot read the configuration file: Is a directory"),
