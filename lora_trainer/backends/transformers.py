@@ -51,8 +51,9 @@ class _Fresh:
     prints: dict[str, int]
     """Of the base's weights."""
     adapter: dict[str, torch.Tensor]
-    forwards: tuple[tuple[Any, Any], ...]
-    """Modules that a trainer puts a forward of its own on, and the one that they had; None: their class's."""
+    attributes: tuple[tuple[Any, dict[str, Any]], ...]
+    """Of the two modules that a trainer leaves its marks on: a forward of its own, and that it was there (accelerate passes by
+    a model that is marked as prepared, and the next persona would train without mixed precision)."""
 
 
 class TransformersBackend:
@@ -259,7 +260,7 @@ class TransformersBackend:
             self._reserved_tokens,
             self._fingerprint(trainable=False),
             weights_of(self.model),
-            tuple((module, vars(module).get("forward")) for module in (self.model, self.model.get_base_model())),
+            tuple((module, dict(vars(module))) for module in (self.model, self.model.get_base_model())),
         )
 
     def _begin_anew(self) -> bool:
@@ -272,11 +273,9 @@ class TransformersBackend:
         if fresh is None:
             raise RuntimeError("load comes first")
         self._trainer = None
-        for module, forward in fresh.forwards:
-            # each trainer would put its own over the one before
-            vars(module).pop("forward", None)
-            if forward is not None:
-                module.forward = forward
+        for module, attributes in fresh.attributes:
+            vars(module).clear()
+            vars(module).update(attributes)
         self.model.zero_grad(set_to_none=True)
         self._free_memory()
         if self._fingerprint(trainable=False) != fresh.prints:
