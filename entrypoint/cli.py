@@ -20,7 +20,7 @@ from pydantic import SecretStr
 
 from lora_trainer import __version__, logs
 from lora_trainer.config import RunConfig, config_table, parse_override, settle_each
-from lora_trainer.endings import ending_of
+from lora_trainer.endings import Ending, ending_of
 from lora_trainer.errors import ConfigError, ExitCode, GateError, Interrupted, LoraTrainerError, StorageError
 from lora_trainer.personas import BloodType, named_blood_types
 
@@ -174,7 +174,7 @@ def _run_several(configs: Sequence[RunConfig], edge: _RunEdge, *, fresh: bool) -
     console = _progress_console(configs[0])
     edge.personas, shared = several.gather(configs, console, fresh=fresh)
     for persona, config in zip(edge.personas, configs, strict=True):
-        persona.say("run_settled", data=config.data, output=config.output, backend=config.resolved_backend)
+        persona.log.info("run_settled", data=config.data, output=config.output, backend=config.resolved_backend)
     with logs.libraries_print_to_the_log():
         several.go_through(edge.personas, shared, edge.end_persona)
 
@@ -794,10 +794,11 @@ class _RunEdge:
 
     def end_persona(self, persona: Persona) -> None:
         """One of several personas has ended, well or badly."""
-        problems = persona.ending.problems if persona.ending else ()
-        self._print(problems, f"{persona.blood_type}: ")
-        in_line = {} if self._is_terminal or not problems else {"problems": list(problems)}
-        persona.say("persona_finished", **persona.details, **in_line)
+        ending = persona.ending or Ending()
+        self._print(ending.problems, f"{persona.blood_type}: ")
+        in_line = {} if self._is_terminal or not ending.problems else {"problems": list(ending.problems)}
+        log = persona.log
+        (log.info if ending.exit_code is ExitCode.DONE else log.error)("persona_finished", **persona.details, **in_line)
 
     def _print(self, problems: Sequence[str], prefix: str = "") -> None:
         """On a terminal problems are lines of their own."""

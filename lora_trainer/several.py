@@ -53,18 +53,21 @@ class Persona:
         finally:
             self._spent_s += time.monotonic() - started_s
 
-    def say(self, event: str, **facts: object) -> None:
-        """A line of the log that carries what is bound to this persona's."""
-        log = get_logger()
-        fine = self.ending is None or self.ending.exit_code is ExitCode.DONE
-        self._context.run(log.info if fine else log.error, event, **facts)
+    @property
+    def log(self) -> structlog.stdlib.BoundLogger:
+        """The project's logger, with what is bound to this persona's lines."""
+        return get_logger().bind(**self._bound)
+
+    @property
+    def _bound(self) -> dict[str, object]:
+        return self._context.run(structlog.contextvars.get_contextvars)
 
     @property
     def summary(self) -> dict[str, object]:
         """Its entry in `run_finished`."""
         facts: dict[str, object] = {
             "blood_type": str(self.blood_type),
-            "run_id": self._context.run(structlog.contextvars.get_contextvars).get("run_id"),
+            "run_id": self._bound.get("run_id"),
             "outcome": self.ending.outcome if self.ending else "not_begun",
             "exit_code": int(self.ending.exit_code) if self.ending else None,
         }
