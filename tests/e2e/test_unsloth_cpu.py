@@ -57,6 +57,11 @@ def test_the_whole_job_in_unsloths_cpu_mode(quantization: str, tmp_path: Path) -
 
 def test_the_second_of_two_personas_gets_the_adapter_that_it_gets_alone(tmp_path: Path) -> None:
     """Unsloth's own generation, trainer and checkpointing leave nothing of the first one on the base that both share."""
+    data = tmp_path / "data"
+    data.mkdir()
+    for blood_type in "AB":
+        lines = (REPOSITORY / "data" / f"train_data_type_{blood_type}.jsonl").read_text(encoding="utf-8").splitlines()[:60]
+        (data / f"train_data_type_{blood_type}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     adapters = []
     for blood_types in ("B", "A,B"):
         output = tmp_path / blood_types
@@ -65,8 +70,9 @@ def test_the_second_of_two_personas_gets_the_adapter_that_it_gets_alone(tmp_path
                 sys.executable, "-m", "entrypoint", "run", "--config", str(REPOSITORY / "examples" / "demo.yaml"),
                 "--blood-type", blood_types, "--backend", "unsloth", "--max-steps", "2", *FEW_QUESTIONS, *NO_GATES,
                 "--set", "training.quantization=nf4", "--set", "training.compute_dtype=bfloat16",
-                "--set", "memory.gradient_checkpointing=unsloth",
-                "--data", str(REPOSITORY / "data"), "--output", str(output), "--work-dir", str(tmp_path / f"work-{blood_types}"),
+                "--set", "memory.gradient_checkpointing=unsloth", "--set", "memory.micro_batch_tokens=512",
+                "--set", "evaluation.intensities=0.9", "--set", "evaluation.max_new_tokens=8",
+                "--data", str(data), "--output", str(output), "--work-dir", str(tmp_path / f"work-{blood_types}"),
             ],
             cwd=tmp_path,
             env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
