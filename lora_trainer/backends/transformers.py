@@ -308,6 +308,9 @@ class TransformersBackend:
         try:
             torch.cuda.synchronize()
             return int(torch.ones(1, device="cuda").sum()) == 1
+        except torch.OutOfMemoryError:
+            # full is not lost
+            return True
         except RuntimeError:
             return False
 
