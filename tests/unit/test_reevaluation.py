@@ -199,6 +199,12 @@ def test_everything_may_be_told_otherwise(adapter: Adapter, tmp_path: Path) -> N
     assert settle_for(adapter, {"gates.exact_json": None}, {}).gates.exact_json is None
 
 
+def test_settings_for_several_personas_are_the_adapters_as_well(adapter: Adapter) -> None:
+    assert settle_for(adapter, {}, {"LORA_TRAINER_BLOOD_TYPE": "all"}) == settle_for(adapter, {}, {})
+    with pytest.raises(ConfigError, match="blood_type: got B, O, the adapter is A's: leave it out"):
+        settle_for(adapter, {"blood_type": "B,O"}, {})
+
+
 def test_settings_of_a_newer_version_are_left_out(adapter: Adapter) -> None:
     manifest = json.loads(json.dumps(adapter.manifest))
     manifest["config"]["training"]["sharpness"] = 0.5
