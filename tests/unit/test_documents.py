@@ -32,7 +32,7 @@ def test_the_help_says_which_may_be_retried() -> None:
         assert retry == expected, code
 
 
-def test_every_error_has_a_code_of_its_own() -> None:
+def test_every_code_has_its_errors() -> None:
     owners: dict[ExitCode, list[str]] = {}
     for kind in vars(errors).values():
         if isinstance(kind, type) and issubclass(kind, LoraTrainerError) and kind is not LoraTrainerError:
@@ -41,10 +41,10 @@ def test_every_error_has_a_code_of_its_own() -> None:
         ExitCode.CONFIG: ["ConfigError"],
         ExitCode.DATA: ["DataError"],
         ExitCode.GATE: ["GateError"],
-        ExitCode.HARDWARE: ["HardwareError"],
+        ExitCode.HARDWARE: ["HardwareError", "OutOfMemoryError"],
         ExitCode.STORAGE: ["StorageError"],
         ExitCode.DIVERGED: ["DivergedError"],
-        ExitCode.BUG: ["InvariantError"],
+        ExitCode.BUG: ["DeviceLostError", "InvariantError"],
     }
     assert Interrupted.exit_code == 128 + 15, "what a shell says of SIGTERM"
     assert not issubclass(Interrupted, Exception), "no library's handler may swallow it"
