@@ -8,11 +8,10 @@ import os
 import sys
 import tempfile
 import time
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Final, Literal, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar, cast
 
 import click
 import structlog
@@ -20,9 +19,15 @@ import yaml
 from pydantic import SecretStr
 
 from lora_trainer import __version__, logs
-from lora_trainer.config import config_table, parse_override, settle
+from lora_trainer.config import RunConfig, config_table, parse_override, settle_each
+from lora_trainer.endings import Ending, ending_of
 from lora_trainer.errors import ConfigError, ExitCode, GateError, Interrupted, LoraTrainerError, StorageError
-from lora_trainer.personas import BloodType
+from lora_trainer.personas import BloodType, named_blood_types
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from lora_trainer.several import Persona
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -50,7 +55,9 @@ def _setting_options(command: _F) -> _F:
     """`--config`, `--blood-type`, the options of `_RUN_OPTIONS`, `--strict` and `--set`."""
     decorators = [
         click.option("--config", "config_file", type=click.Path(path_type=Path), metavar="FILE", help="YAML file with settings."),
-        click.option("--blood-type", "--blood_type", "blood_type", metavar="TYPE", help="Persona: A, B, O or AB."),
+        click.option(
+            "--blood-type", "--blood_type", "blood_type", metavar="TYPES", help="Persona: A, B, O or AB; several as A,B, or all."
+        ),
         *(
             click.option(option, setting.replace(".", "__"), metavar=metavar, help=text)
             for option, setting, metavar, text in _RUN_OPTIONS
@@ -100,7 +107,7 @@ def cli() -> None:
 @_setting_options
 @click.option("--fresh", is_flag=True, help="Forget the checkpoints of an interrupted attempt and train from the first step.")
 def run(config_file: Path | None, overrides: Sequence[str], fresh: bool, **options: Any) -> None:
-    """Train one persona's adapter and publish it.
+    """Train a persona's adapter and publish it; or several personas', one after another.
 
     \b
     Fetches the persona's JSONL, checks it, trains an adapter on the base model, reads it back, and
@@ -111,45 +118,72 @@ def run(config_file: Path | None, overrides: Sequence[str], fresh: bool, **optio
     (SIGTERM, SIGINT, a lost machine), it goes on from the newest checkpoint under OUTPUT:
       runs/<TYPE>/<run id>/checkpoints/
 
+    With several personas the base is loaded once. Each has its own run id, checkpoints, bundle and verdict, and one
+    that fails leaves the others whole; the exit code is the worst, in the order 143, 6, 1, 5, 7, 3, 2, 4, 0.
+
     \b
     Examples:
       lora-trainer run --blood-type A
+      lora-trainer run --blood-type A,B
+      lora-trainer run --blood-type all --data s3://bucket/personas/ --output s3://bucket/lora/
       lora-trainer run --blood-type AB --data s3://bucket/personas/ --output s3://bucket/lora/
       lora-trainer run --config run.yaml --blood-type O --set lora.r=32
 
-    Prints the bundle's URI to standard output; everything else goes to standard error.
+    Prints the bundle's URI to standard output, one line for each persona; everything else goes to standard error.
     """
     logs.configure("info", "auto")
     edge = _RunEdge()
     with edge:
-        config = settle(_given(options, overrides), config_file=config_file)
-        logs.configure(config.logging.level, config.logging.format)
-        structlog.contextvars.bind_contextvars(blood_type=str(config.blood_type))
-        logs.get_logger().info("run_settled", data=config.data, output=config.output, backend=config.resolved_backend)
-        from rich.console import Console
-
-        from lora_trainer.gates import missed
-        from lora_trainer.pipeline import run as run_job
-
-        # the stream itself: sys.stderr is about to be the libraries' own
-        console = Console(file=sys.stderr) if sys.stderr.isatty() and config.logging.format != "json" else None
-        with logs.libraries_print_to_the_log():
-            outcome = run_job(config, console, fresh=fresh)
-        edge.facts.update(
-            run_id=outcome.run_id,
-            bundle=outcome.bundle_uri,
-            report=outcome.report_uri,
-            already_done=outcome.already_done,
-            passed=outcome.verdict.passed,
-        )
-        if not outcome.verdict.passed:
-            raise GateError(missed(outcome.verdict))
+        configs = settle_each(_given(options, overrides), config_file=config_file)
+        logs.configure(configs[0].logging.level, configs[0].logging.format)
+        if len(configs) > 1:
+            _run_several(configs, edge, fresh=fresh)
+        else:
+            _run_one(configs[0], edge, fresh=fresh)
     try:
         # behind the last word: a reader that went away does not undo the run
-        if "bundle" in edge.facts:
-            click.echo(edge.facts["bundle"])
+        for uri in edge.bundles:
+            click.echo(uri)
     finally:
         edge.leave()
+
+
+def _run_one(config: RunConfig, edge: _RunEdge, *, fresh: bool) -> None:
+    structlog.contextvars.bind_contextvars(blood_type=str(config.blood_type))
+    logs.get_logger().info("run_settled", data=config.data, output=config.output, backend=config.resolved_backend)
+    from lora_trainer.gates import missed
+    from lora_trainer.pipeline import run as run_job
+
+    console = _progress_console(config)
+    with logs.libraries_print_to_the_log():
+        outcome = run_job(config, console, fresh=fresh)
+    edge.facts.update(
+        run_id=outcome.run_id,
+        bundle=outcome.bundle_uri,
+        report=outcome.report_uri,
+        already_done=outcome.already_done,
+        passed=outcome.verdict.passed,
+    )
+    if not outcome.verdict.passed:
+        raise GateError(missed(outcome.verdict))
+
+
+def _run_several(configs: Sequence[RunConfig], edge: _RunEdge, *, fresh: bool) -> None:
+    from lora_trainer import several
+
+    console = _progress_console(configs[0])
+    edge.personas, shared = several.gather(configs, console, fresh=fresh)
+    for persona, config in zip(edge.personas, configs, strict=True):
+        persona.log.info("run_settled", data=config.data, output=config.output, backend=config.resolved_backend)
+    with logs.libraries_print_to_the_log():
+        several.go_through(edge.personas, shared, edge.end_persona)
+
+
+def _progress_console(config: RunConfig) -> Console | None:
+    """The terminal, if there is one: the stream itself, since sys.stderr is about to be the libraries' own."""
+    from rich.console import Console
+
+    return Console(file=sys.stderr) if sys.stderr.isatty() and config.logging.format != "json" else None
 
 
 @cli.command()
@@ -404,8 +438,10 @@ def show_config(config_file: Path | None, overrides: Sequence[str], as_json: boo
 
     Without a blood type it shows A's.
     """
-    config = settle(_given(options, overrides), config_file=config_file, fallback={"blood_type": "A"})
+    config, *more = settle_each(_given(options, overrides), config_file=config_file, fallback={"blood_type": "A"})
     values = config.model_dump(mode="json")
+    if more:
+        values["blood_type"] = [str(each.blood_type) for each in (config, *more)]
     click.echo(json.dumps(values, indent=2, ensure_ascii=False) if as_json else _commented_yaml(values), nl=as_json)
 
 
@@ -458,7 +494,9 @@ def validate(
     from lora_trainer.storage import open_storage, split_uri
 
     options["blood_type"] = blood_type
-    config = settle(_given(options, overrides), config_file=config_file, fallback={"blood_type": "A"})
+    config, *more = settle_each(_given(options, overrides), config_file=config_file, fallback={"blood_type": "A"})
+    if blood_type and more:
+        raise ConfigError(f"--blood-type: got {blood_type!r}, expected the one persona that the files should be")
     persona = config.blood_type if blood_type else None
     counter, overhead_tokens = None, 0
     if not no_tokens:
@@ -683,13 +721,11 @@ def generate(
 
 
 def _blood_types(text: str) -> tuple[BloodType, ...]:
-    """`A`, `A,B` or `all`, in the order given and each once. Raises `ConfigError`."""
-    if text.strip().lower() == "all":
-        return tuple(BloodType)
-    names = [name.strip().upper() for name in text.split(",")]
-    if unknown := [name for name in names if name not in set(BloodType)]:
-        raise ConfigError(f"--blood-type: got {', '.join(map(repr, unknown))}, expected A, B, O, AB, several as A,B, or all")
-    return tuple(dict.fromkeys(BloodType(name) for name in names))
+    """Raises `ConfigError`."""
+    try:
+        return named_blood_types(text)
+    except ValueError as error:
+        raise ConfigError(f"--blood-type: {error}") from None
 
 
 def run_cli(arguments: Sequence[str]) -> int:
@@ -718,6 +754,10 @@ class _RunEdge:
 
     def __init__(self) -> None:
         self.facts: dict[str, object] = {}
+        self.personas: Sequence[Persona] = ()
+        """Those of a run of several; each has an ending of its own."""
+        # the stream itself: sys.stderr is the libraries' own while a run goes on
+        self._stderr, self._is_terminal = sys.stderr, sys.stderr.isatty()
         self._code = ExitCode.DONE
         self._started_s = time.monotonic()
 
@@ -725,54 +765,57 @@ class _RunEdge:
         """Start the clock."""
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> bool:
-        outcome = "done"
-        problems: tuple[str, ...] = ()
-        if isinstance(error, LoraTrainerError):
-            self._code, outcome, problems = error.exit_code, type(error).__name__, error.problems
-        elif isinstance(error, Interrupted | KeyboardInterrupt):
-            self._code, outcome = ExitCode.INTERRUPTED, "interrupted"
-            kept = getattr(error, "kept", "") or "no half-published bundle is visible"
-            problems = (f"interrupted: {kept}; run the same command again",)
-        elif isinstance(error, Exception):
-            self._code, outcome = ExitCode.BUG, "bug"
-            problems = (f"{type(error).__module__}.{type(error).__name__}{_safe_message(error)}",)
-            self.facts["frames"] = [
-                f"{frame.filename}:{frame.lineno} {frame.name}" for frame in traceback.extract_tb(error.__traceback__)
-            ][-12:]
-        elif error is not None:
+        ending = ending_of(error)
+        if ending is None:
             return False
+        new_problems = ending.problems
+        if self.personas:
+            from lora_trainer.several import together
+
+            ending = together(ending, self.personas)
+            self.facts["personas"] = [persona.summary for persona in self.personas]
+        self._code = ending.exit_code
+        if ending.frames:
+            self.facts["frames"] = list(ending.frames)
         summary = {
-            "outcome": outcome,
-            "exit_code": int(self._code),
+            "outcome": ending.outcome,
+            "exit_code": int(ending.exit_code),
             **self.facts,
             "duration_s": round(time.monotonic() - self._started_s, 1),
         }
-        if problems:
-            summary["problems"] = list(problems)
+        if ending.problems:
+            summary["problems"] = list(ending.problems)
         log = logs.get_logger()
-        if sys.stderr.isatty():
-            for problem in problems:
-                click.secho(f"error: {problem}", fg="red", err=True)
-            shown = {key: value for key, value in summary.items() if key != "problems"}
-            (log.info if self._code is ExitCode.DONE else log.error)("run_finished", **shown)
-        else:
-            (log.info if self._code is ExitCode.DONE else log.error)("run_finished", **summary)
+        self._print(new_problems)
+        shown = {key: value for key, value in summary.items() if key != "problems" or not self._is_terminal}
+        (log.info if self._code is ExitCode.DONE else log.error)("run_finished", **shown)
         logs.last_word({**structlog.contextvars.get_contextvars(), **summary})
         return True
+
+    def end_persona(self, persona: Persona) -> None:
+        """One of several personas has ended, well or badly."""
+        ending = persona.ending or Ending()
+        self._print(ending.problems, f"{persona.blood_type}: ")
+        in_line = {} if self._is_terminal or not ending.problems else {"problems": list(ending.problems)}
+        log = persona.log
+        (log.info if ending.exit_code is ExitCode.DONE else log.error)("persona_finished", **persona.details, **in_line)
+
+    def _print(self, problems: Sequence[str], prefix: str = "") -> None:
+        """On a terminal problems are lines of their own."""
+        if self._is_terminal:
+            for problem in problems:
+                click.secho(f"error: {prefix}{problem}", file=self._stderr, fg="red")
+
+    @property
+    def bundles(self) -> list[str]:
+        """URIs of what is published, in the order of the personas."""
+        found = [persona.summary.get("bundle") for persona in self.personas] if self.personas else [self.facts.get("bundle")]
+        return [str(uri) for uri in found if uri]
 
     def leave(self) -> None:
         """Hand the exit code to Click."""
         if self._code is not ExitCode.DONE:
             raise click.exceptions.Exit(self._code)
-
-
-def _safe_message(error: Exception) -> str:
-    """An unexpected error's message, unless its kind is one that quotes data (ValueError, KeyError, ...)."""
-    if isinstance(
-        error, RuntimeError | OSError | ImportError | MemoryError | AttributeError | AssertionError | NotImplementedError
-    ):
-        return f": {str(error)[:1000]}"
-    return " (its message is left out: it may quote training text)"
 
 
 def _given(options: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:

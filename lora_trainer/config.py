@@ -19,7 +19,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from lora_trainer.errors import ConfigError
-from lora_trainer.personas import BloodType
+from lora_trainer.personas import BloodType, named_blood_types
 
 ENVIRONMENT_PREFIX: Final = "LORA_TRAINER_"
 CONFIG_FILE_VARIABLE: Final = "LORA_TRAINER_CONFIG"
@@ -349,7 +349,9 @@ class LoggingConfig(_Section):
 class RunConfig(_Section):
     """All that one run of one persona is asked to do."""
 
-    blood_type: BloodType = Field(description="Persona to train: A, B, O or AB.")
+    blood_type: BloodType = Field(
+        description="Persona to train: A, B, O or AB. `run` takes several, one after another: `A,B`, a list, or `all`."
+    )
     data: str = Field(
         default="data/",
         description="Folder that holds `train_data_type_<blood type>.jsonl`, or one `.jsonl`: `s3://` or `file://`. "
@@ -378,11 +380,6 @@ class RunConfig(_Section):
     lease: LeaseConfig = LeaseConfig()
     limits: LimitsConfig = LimitsConfig()
     logging: LoggingConfig = LoggingConfig()
-
-    @field_validator("blood_type", mode="before")
-    @classmethod
-    def _any_case(cls, value: object) -> object:
-        return value.upper() if isinstance(value, str) else value
 
     @field_validator("work_dir")
     @classmethod
@@ -449,7 +446,21 @@ def settle(
     config_file: Path | None = None,
     fallback: Mapping[str, Any] | None = None,
 ) -> RunConfig:
-    """Merge the sources into one `RunConfig`.
+    """Merge the sources into one `RunConfig`; see `settle_each`. Raises `ConfigError` if several personas are named."""
+    config, *more = settle_each(cli, environment, config_file, fallback)
+    if more:
+        named = ", ".join(each.blood_type for each in (config, *more))
+        raise ConfigError(f"blood_type: got {named}, expected one: only 'lora-trainer run' takes several")
+    return config
+
+
+def settle_each(
+    cli: Mapping[str, Any],
+    environment: Mapping[str, str] | None = None,
+    config_file: Path | None = None,
+    fallback: Mapping[str, Any] | None = None,
+) -> tuple[RunConfig, ...]:
+    """Merge the sources into one `RunConfig` for each persona that `blood_type` names, in its order; they differ in nothing else.
 
     `cli` maps dotted settings to values (only those given), `fallback` likewise, for a command that can do
     without a setting that `run` needs. `environment` is `os.environ` unless told.
@@ -473,6 +484,14 @@ def settle(
     merged = _nest(fallback or {})
     for source in sources:
         merged = _merge(merged, source.values)
+    blood_types: tuple[BloodType, ...] = ()
+    if "blood_type" in merged:
+        try:
+            blood_types = named_blood_types(merged["blood_type"])
+        except ValueError as error:
+            problems.append(f"{_place(sources, ['blood_type'])}: {error}")
+        # any one: what is wrong with the other settings is said, too
+        merged["blood_type"] = next(iter(blood_types), BloodType.A)
     try:
         config = RunConfig.model_validate(merged)
     except ValidationError as error:
@@ -482,7 +501,7 @@ def settle(
         raise ConfigError(problems) from None
     if problems:
         raise ConfigError(problems)
-    return config
+    return tuple(config.model_copy(update={"blood_type": blood_type}) for blood_type in blood_types)
 
 
 def config_table() -> list[tuple[str, str, str, str]]:
@@ -693,7 +712,7 @@ def _explain(error: ValidationError, sources: list[Source]) -> Iterator[str]:
         while dotted not in names and len(location) > 1 and problem["type"] != "extra_forbidden":
             location.pop()
             dotted = ".".join(location)
-        place = next((source.place(dotted) for source in reversed(sources) if _holds(source.values, location)), dotted)
+        place = _place(sources, location)
         if problem["type"] == "extra_forbidden":
             yield f"{place[-_SHOWN_CHARACTERS * 2 :]}: no such setting; {_nearest(dotted[:_SHOWN_CHARACTERS], names)}"
         elif problem["type"] == "missing":
@@ -702,6 +721,12 @@ def _explain(error: ValidationError, sources: list[Source]) -> Iterator[str]:
         else:
             said = problem["msg"].removeprefix("Value error, ")
             yield f"{place}: got {_shortened(problem['input'])}; {said[0].lower()}{said[1:]}"
+
+
+def _place(sources: list[Source], location: list[str]) -> str:
+    """The strongest of `sources` that gives the setting, in the user's words."""
+    dotted = ".".join(location)
+    return next((source.place(dotted) for source in reversed(sources) if _holds(source.values, location)), dotted)
 
 
 def _shortened(value: object) -> str:

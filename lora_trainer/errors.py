@@ -5,8 +5,9 @@ The README, the chart's `podFailurePolicy` and this module share one table of co
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from enum import IntEnum
+from typing import Final
 
 
 class ExitCode(IntEnum):
@@ -21,6 +22,25 @@ class ExitCode(IntEnum):
     STORAGE = 6
     DIVERGED = 7
     INTERRUPTED = 143
+
+
+_WORST_FIRST: Final = (
+    ExitCode.INTERRUPTED,
+    ExitCode.STORAGE,
+    ExitCode.BUG,
+    ExitCode.HARDWARE,
+    ExitCode.DIVERGED,
+    ExitCode.DATA,
+    ExitCode.CONFIG,
+    ExitCode.GATE,
+    ExitCode.DONE,
+)
+"""What may be retried first: a retry then does what it can, and ends with what it cannot do."""
+
+
+def worst(codes: Iterable[ExitCode]) -> ExitCode:
+    """The exit code of a process that did several things, by the code of each."""
+    return min(codes, key=_WORST_FIRST.index, default=ExitCode.DONE)
 
 
 class LoraTrainerError(Exception):

@@ -23,6 +23,23 @@ class BloodType(StrEnum):
     AB = "AB"
 
 
+def named_blood_types(value: object) -> tuple[BloodType, ...]:
+    """`A`, `A,B`, `all` or a list of names, in the order given and each once. Raises `ValueError`."""
+    names = value.split(",") if isinstance(value, str) else value
+    if not isinstance(names, list | tuple) or not names:
+        raise ValueError(f"got {value!r:.100}; {_EXPECTED}")
+    known: dict[str, tuple[BloodType, ...]] = {str(blood_type): (blood_type,) for blood_type in BloodType}
+    if len(names) == 1:
+        known["ALL"] = tuple(BloodType)
+    found = [known.get(name.strip().upper(), ()) if isinstance(name, str) else () for name in names]
+    if unknown := [name for name, blood_types in zip(names, found, strict=True) if not blood_types]:
+        raise ValueError(f"got {', '.join(f'{name!r:.50}' for name in unknown[:5])}; {_EXPECTED}")
+    return tuple(dict.fromkeys(blood_type for blood_types in found for blood_type in blood_types))
+
+
+_EXPECTED: Final = "expected A, B, O or AB, several as A,B, or all"
+
+
 class Feeling(StrEnum):
     """`current_emotion.type`: what the AI feels while it answers."""
 

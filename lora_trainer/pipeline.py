@@ -1,4 +1,4 @@
-"""One run of one persona, top to bottom. Each step is a function below, in the same order."""
+"""One run of one persona, top to bottom: `story`. Each step is a function below, in the same order."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ import os
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from lora_trainer.backends.trackers import require_installed
 from lora_trainer.bases import Base, fetch_base, identify_base
 from lora_trainer.checkpoints import Checkpoints
 from lora_trainer.compression import SUFFIXES, is_jsonl
-from lora_trainer.config import LeaseConfig, RunConfig
+from lora_trainer.config import BaseModelConfig, LeaseConfig, RunConfig
 from lora_trainer.errors import ConfigError, DataError, Interrupted, LoraTrainerError, StorageError
 from lora_trainer.evaluation import JudgedReply
 from lora_trainer.evaluation_prompts import evaluation_prompts
@@ -63,14 +64,37 @@ class Outcome:
     moved_latest: bool
 
 
+class Turn(Enum):
+    """Where a story waits, so that several personas in one process can each come to that point; in the order they are given."""
+
+    PLAN = "plan"
+    """No persona's data has anything wrong that could be known before a GPU is touched."""
+    EVALUATE = "evaluate"
+    """All that will be trained is planned, by the memory of a GPU that holds nothing yet."""
+    TRAIN = "train"
+    """The base is loaded for the longest record of all personas."""
+
+
 def run(config: RunConfig, console: Console | None = None, *, fresh: bool = False) -> Outcome:
     """Do the job that `config` describes. `console` is a terminal to show progress on; `fresh` forgets checkpoints.
 
-    Raises a `LoraTrainerError`, whose class owns the exit code.
+    Raises a `LoraTrainerError`, whose class owns the exit code. `several.go_through` does it for several personas.
     """
+    whole = story(Job(config), console, fresh=fresh)
+    while True:
+        try:
+            # alone, there is nobody to wait for
+            next(whole)
+        except StopIteration as end:
+            outcome: Outcome = end.value
+            return outcome
+
+
+def story(job: Job, console: Console | None, *, fresh: bool) -> Generator[Turn, None, Outcome]:
+    """One persona's run; it waits for its turn at each `yield`, where it holds nothing."""
+    config = job.config
     require_installed(config.logging.report_to)
     PATIENCE.begin(config.storage)
-    job = Job(config)
     data = fetch(job)
     records = read(job, data)
     prompts = fetch_prompts(job)
@@ -80,14 +104,17 @@ def run(config: RunConfig, console: Console | None = None, *, fresh: bool = Fals
     check_judge(config.evaluation)
     progress = RunProgress(job.run_dir(identity) / "progress.json", identity.run_id, config.blood_type, console)
     if published := find_published(job, identity):
+        yield Turn.EVALUATE
         with hold_lease(job, identity) as lease:
             # whoever had it before may have ended the work
             return find_finished(job, identity, lease) or evaluate_again(
                 job, identity, published, records, prompts, progress, lease
             )
+    yield Turn.PLAN
     backend = start(job, progress)
     prepared = format_and_split(job, backend, identity, records, progress)
     plan = plan_work(job, backend, prepared)
+    yield Turn.TRAIN
     with hold_lease(job, identity) as lease:
         if finished := find_finished(job, identity, lease):
             return finished
@@ -103,11 +130,50 @@ def run(config: RunConfig, console: Console | None = None, *, fresh: bool = Fals
     return outcome
 
 
+class Shared:
+    """What personas of one process have in common: the base, hashed once, and each training stack, started and loaded once."""
+
+    def __init__(self) -> None:
+        self._bases: dict[BaseModelConfig, Base] = {}
+        self._started: dict[Callable[[RunConfig], Backend], tuple[Backend, dict[str, object]]] = {}
+        self._refused: dict[Callable[[RunConfig], Backend], LoraTrainerError] = {}
+
+    def base(self, config: BaseModelConfig) -> Base:
+        """As `identify_base`."""
+        if config not in self._bases:
+            self._bases[config] = identify_base(config)
+        return self._bases[config]
+
+    def start(self, open_one: Callable[[RunConfig], Backend], config: RunConfig) -> tuple[Backend, dict[str, object]]:
+        """The backend that `open_one` opens, started, and what that gave. All personas' settings differ in the persona alone."""
+        if (refusal := self._refused.get(open_one)) is not None:
+            # what is half imported is not imported again
+            raise refusal
+        if open_one not in self._started:
+            backend = open_one(config)
+            try:
+                self._started[open_one] = (backend, backend.start())
+            except LoraTrainerError as error:
+                self._refused[open_one] = error
+                raise
+        return self._started[open_one]
+
+    def release(self) -> None:
+        """Let go of every loaded base: the next persona that needs one loads it."""
+        for backend, _ in self._started.values():
+            backend.release()
+
+    def device_answers(self) -> bool:
+        """Whether the device that was started still works."""
+        return all(backend.answers() for backend, _ in self._started.values())
+
+
 @dataclass(slots=True)
 class Job:
     """What every step needs: the settings, the output, the clock."""
 
     config: RunConfig
+    shared: Shared = field(default_factory=Shared)
     started_at: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
     timings_s: dict[str, float] = field(default_factory=dict)
     environment: dict[str, object] = field(default_factory=dict)
@@ -258,7 +324,7 @@ def identify(job: Job, data: DataFile, prompts: Sequence[EvaluationPrompt]) -> I
     asked = evaluation.evaluation_id(job.config.evaluation, evaluation.prompts_digest(prompts))
     verdict = gates.gate_id(asked, job.config.gates)
     with job.timed("identify"):
-        base = identify_base(job.config.base)
+        base = job.shared.base(job.config.base)
         ingredients = run_ingredients(job.config, data.fetched.sha256, base.identity)
         identity = Identity(run_id(ingredients), base, ingredients, asked, verdict)
     structlog.contextvars.bind_contextvars(run_id=identity.run_id)
@@ -344,7 +410,9 @@ def evaluate_again(
         with job.timed("load"):
             base_folder = fetch_base(identity.base, job.config.base)
             tokenizer = backend.load_tokenizer(base_folder)
-            backend.load_adapter(base_folder, published.folder)
+            is_reused = backend.load_adapter(base_folder, published.folder)
+        if is_reused:
+            job.log.info("base_reused", load_s=job.timings_s["load"])
         evaluated = evaluate(job, backend, prompts, trained_records(job, records, tokenizer), progress)
     verdict = decide(job, evaluated.metrics)
     metrics = RunMetrics(
@@ -384,9 +452,9 @@ def evaluate_again(
 def start(job: Job, progress: RunProgress, open_one: Callable[[RunConfig], Backend] = open_backend) -> Backend:
     """Import the training stack and check the device; no data or base problem has to wait for it."""
     progress.stage("start")
-    backend = open_one(job.config)
     with job.timed("import"):
-        job.environment.update(backend.start())
+        backend, environment = job.shared.start(open_one, job.config)
+    job.environment.update(environment)
     job.log.info("backend_started", backend=backend.name, **job.environment)
     return backend
 
@@ -452,6 +520,7 @@ def plan_work(job: Job, backend: Backend, prepared: Prepared) -> MemoryPlan:
         estimated_peak_gib=plan.estimated_peak_gib,
         reason=plan.reason,
     )
+    backend.reserve(max(plan.micro_batch_tokens, prepared.longest_tokens))
     return plan
 
 
@@ -502,8 +571,11 @@ def train(
 
     progress.stage("load")
     with job.timed("load"):
-        backend.load(prepared.base_folder, plan, prepared.longest_tokens)
-        backend.prepare_training(prepared.train, prepared.steps, plan, job.run_dir(identity), on_step, after_step)
+        is_reused = backend.load(prepared.base_folder, plan, prepared.longest_tokens)
+        name = f"{job.config.blood_type}-{identity.run_id}"
+        backend.prepare_training(prepared.train, prepared.steps, plan, job.run_dir(identity), on_step, after_step, name)
+    if is_reused:
+        job.log.info("base_reused", load_s=job.timings_s["load"])
     if len(prepared.train) > 1:
         difference = backend.check_isolation(prepared.train[0], prepared.train[1])
         job.log.info("packing_checked", relative_difference=difference)

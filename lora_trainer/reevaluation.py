@@ -14,7 +14,7 @@ import structlog
 from lora_trainer import __version__, bundle, pipeline
 from lora_trainer.backends import Backend, open_reference_backend
 from lora_trainer.bases import Base, fetch_base, identify_base, pickled
-from lora_trainer.config import RunConfig, setting_names, settle
+from lora_trainer.config import RunConfig, setting_names, settle_each
 from lora_trainer.errors import ConfigError, DataError
 from lora_trainer.judge import check_judge
 from lora_trainer.metrics import HeldOutMetrics, RunMetrics
@@ -113,10 +113,12 @@ def settle_for(
     }
     inherited["blood_type"] = adapter.manifest["blood_type"]
     inherited["data"] = adapter.manifest["data"]["uri"]
-    config = settle(cli, environment, config_file, inherited)
-    if config.blood_type != adapter.manifest["blood_type"]:
+    configs = settle_each(cli, environment, config_file, inherited)
+    config = next((config for config in configs if config.blood_type == adapter.manifest["blood_type"]), None)
+    if config is None:
+        named = ", ".join(config.blood_type for config in configs)
         raise ConfigError(
-            f"blood_type: got {config.blood_type}, the adapter is {adapter.manifest['blood_type']}'s: leave it out "
+            f"blood_type: got {named}, the adapter is {adapter.manifest['blood_type']}'s: leave it out "
             "(LORA_TRAINER_BLOOD_TYPE and the configuration file, too)"
         )
     return config

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from lora_trainer.evaluation import Decoding, Generation
 from lora_trainer.formatter import Message
 from lora_trainer.interruption import INTERRUPTION
 from lora_trainer.logs import adopt_library_loggers
-from lora_trainer.planning import GIB, MemoryPlan, ModelShape
+from lora_trainer.planning import GIB, Checkpointing, MemoryPlan, ModelShape
 from lora_trainer.tokenization import Tokenizer, TokenSequence, render_prompts
 from lora_trainer.training import AfterStep, OnStep, TrainingLog
 
@@ -40,8 +41,26 @@ class ReadBack:
     """Largest |logit| difference between the read-back adapter and the one that was trained."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Fresh:
+    """A loaded base and its adapter as they were before the first step, and what the base was loaded for."""
+
+    base: Path
+    checkpointing: Checkpointing
+    row_tokens: int
+    prints: dict[str, int]
+    """Of the base's weights."""
+    adapter: dict[str, torch.Tensor]
+    attributes: tuple[tuple[Any, dict[str, Any]], ...]
+    """Of the two modules that a trainer leaves its marks on: a forward of its own, and that it was there (accelerate passes by
+    a model that is marked as prepared, and the next persona would train without mixed precision)."""
+
+
 class TransformersBackend:
-    """Loads a base, attaches an adapter, trains it, saves it and reads it back. Methods are called in that order."""
+    """Loads a base, attaches an adapter, trains it, saves it and reads it back. Methods are called in that order.
+
+    Several personas can go through it, one after another, from `load` on: the base stays loaded.
+    """
 
     name: Literal["transformers", "unsloth"] = "transformers"
 
@@ -52,6 +71,11 @@ class TransformersBackend:
         self._trainer: StepTrainer | None = None
         self._row_tokens = 0
         self._work_dir = Path()
+        self._run_name = ""
+        self._reserved_tokens = 0
+        self._fresh: _Fresh | None = None
+        self._questioned: tuple[Path, dict[str, int]] | None = None
+        """A base that an adapter was loaded on to be questioned, and the prints of its weights."""
 
     # -- before the base is loaded ------------------------------------------------------------------
 
@@ -175,15 +199,34 @@ class TransformersBackend:
 
     # -- the model ----------------------------------------------------------------------------------
 
-    def load(self, base: Path, plan: MemoryPlan, longest_tokens: int) -> None:
-        """Load the base and attach a fresh adapter to it."""
+    def reserve(self, row_tokens: int) -> None:
+        """Rows of so many tokens will come: the base is loaded for the longest that was reserved."""
+        self._reserved_tokens = max(self._reserved_tokens, row_tokens)
+
+    def load(self, base: Path, plan: MemoryPlan, longest_tokens: int) -> bool:
+        """Load the base and attach a fresh adapter to it.
+
+        One that was loaded for the persona before, and in the way that `plan` asks for, stays, and its adapter begins anew: the
+        same modules with the weights that they began with, so that nothing of a library's patches is taken apart. Gives whether
+        it was so.
+        """
+        self.reserve(max(plan.micro_batch_tokens, longest_tokens))
+        if self._is_loaded_for(base, plan) and self._begin_anew():
+            return True
+        self.release()
+        self._load_for_training(base, plan.gradient_checkpointing)
+        self._fresh = self._note_fresh(base, plan.gradient_checkpointing)
+        return False
+
+    def _load_for_training(self, base: Path, checkpointing: Checkpointing) -> None:
+        """The base with a new adapter on it, as `model`."""
         import torch
         from peft import LoraConfig, get_peft_model
 
         model = self._load_base(base)
         for parameter in model.parameters():
             parameter.requires_grad_(False)
-        if plan.gradient_checkpointing != "off":
+        if checkpointing != "off":
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             model.enable_input_require_grads()
         lora = self.config.lora
@@ -200,16 +243,98 @@ class TransformersBackend:
             ),
         )
 
-    def load_adapter(self, base: Path, adapter: Path) -> None:
-        """Load the base and a saved adapter on it, to be questioned and not trained.
+    def _is_loaded_for(self, base: Path, plan: MemoryPlan) -> bool:
+        fresh = self._fresh
+        return (
+            fresh is not None
+            and (fresh.base, fresh.checkpointing) == (base, plan.gradient_checkpointing)
+            and fresh.row_tokens >= self._reserved_tokens
+        )
+
+    def _note_fresh(self, base: Path, checkpointing: Checkpointing) -> _Fresh:
+        from lora_trainer.backends.state import weights_of
+
+        return _Fresh(
+            base,
+            checkpointing,
+            self._reserved_tokens,
+            self._fingerprint(trainable=False),
+            weights_of(self.model),
+            tuple((module, dict(vars(module))) for module in (self.model, self.model.get_base_model())),
+        )
+
+    def _begin_anew(self) -> bool:
+        """Put all back to what `_note_fresh` noted; gives False for a base that is no longer what was loaded."""
+        import torch
+
+        from lora_trainer.backends.state import set_weights
+
+        fresh = self._fresh
+        if fresh is None:
+            raise RuntimeError("load comes first")
+        self._trainer = None
+        for module, attributes in fresh.attributes:
+            vars(module).clear()
+            vars(module).update(attributes)
+        self.model.zero_grad(set_to_none=True)
+        self._free_memory()
+        if self._fingerprint(trainable=False) != fresh.prints:
+            return False
+        set_weights(self.model, fresh.adapter)
+        torch.manual_seed(self.config.training.seed)
+        return True
+
+    def release(self) -> None:
+        """Let go of the model and of the memory that it holds."""
+        self.model = self._trainer = self._fresh = self._questioned = None
+        self._free_memory()
+
+    def _free_memory(self) -> None:
+        # trainers and their callbacks hold each other
+        gc.collect()
+        if self.config.device == "cuda":
+            import torch
+
+            torch.cuda.empty_cache()
+            # one persona's peak is not the next one's
+            torch.cuda.reset_peak_memory_stats()
+
+    def answers(self) -> bool:
+        """Whether the device still works: after an error of CUDA's nothing does in the process that had it."""
+        if self.config.device == "cpu":
+            return True
+        import torch
+
+        try:
+            torch.cuda.synchronize()
+            return int(torch.ones(1, device="cuda").sum()) == 1
+        except RuntimeError:
+            return False
+
+    def load_adapter(self, base: Path, adapter: Path) -> bool:
+        """Load the base and a saved adapter on it, to be questioned and not trained; gives whether the base was there already.
 
         Raises `ConfigError` for weights that are not safetensors: PEFT would unpickle them.
         """
         from peft import PeftModel
 
         require_safetensors(adapter)
-        model = self._load_base(base)
+        model = self._bare_base(base)
+        is_reused = model is not None
+        if model is None:
+            self.release()
+            model = self._load_base(base)
+            self._questioned = (base, _prints(model.named_parameters()))
         self.model = PeftModel.from_pretrained(model, str(adapter), is_trainable=False, local_files_only=True).eval()
+        return is_reused
+
+    def _bare_base(self, base: Path) -> Any:
+        """The base that an adapter is loaded on, with that taken off; None if it is none or not what it was."""
+        if self._questioned is None or self._questioned[0] != base:
+            return None
+        model, self.model = self.model.unload(), None
+        self._free_memory()
+        return model if _prints(model.named_parameters()) == self._questioned[1] else None
 
     def _load_base(self, base: Path) -> Any:
         from transformers import AutoModelForCausalLM
@@ -261,12 +386,17 @@ class TransformersBackend:
         work_dir: Path,
         on_step: OnStep,
         after_step: AfterStep = lambda _: None,
+        run_name: str = "",
     ) -> None:
-        """Build the trainer; `steps` holds indices into `sequences`, `work_dir` is the run's own and named by its id."""
+        """Build the trainer; `steps` holds indices into `sequences`, `work_dir` is the run's own and named by its id.
+
+        Trackers call the run `run_name`, or by persona and `work_dir` if that is empty.
+        """
         from lora_trainer.backends.trainer import build_trainer
 
         self._row_tokens = plan.micro_batch_tokens
         self._work_dir = work_dir
+        self._run_name = run_name or f"{self.config.blood_type}-{work_dir.name}"
         self._trainer = build_trainer(
             model=self.model,
             tokenizer=self.tokenizer,
@@ -320,11 +450,10 @@ class TransformersBackend:
             return trainer.training_log
         before = self._fingerprint(trainable=False)
         adapter_before = self._fingerprint(trainable=True)
-        run_name = f"{self.config.blood_type}-{self._work_dir.name}"
         with (
             self._out_of_memory_is_hardware(),
             INTERRUPTION.deferred(),
-            tracking(self.config.logging.report_to, self._work_dir / "trackers", run_name) as trackers,
+            tracking(self.config.logging.report_to, self._work_dir / "trackers", self._run_name) as trackers,
         ):
             trainer.track(trackers)
             trainer.train()
@@ -513,20 +642,9 @@ class TransformersBackend:
         return self._trainer
 
     def _fingerprint(self, trainable: bool) -> dict[str, int]:
-        """The sum over each weight's bits: cheap, and as good as certain to change with the weight."""
-        import torch
-
-        prints = {}
-        for name, parameter in self.model.named_parameters():
-            if parameter.requires_grad is not trainable:
-                continue
-            words = parameter.detach().reshape(-1).view(torch.uint8)
-            if words.numel() % 4 == 0:
-                words = words.view(torch.int32)
-            # in pieces: torch copies what it sums in a wider type
-            sums = [piece.sum(dtype=torch.int64) for piece in words.split(_FINGERPRINT_PIECE)]
-            prints[name] = int(torch.stack(sums).sum())
-        return prints
+        return _prints(
+            (name, parameter) for name, parameter in self.model.named_parameters() if parameter.requires_grad is trainable
+        )
 
     @contextmanager
     def _out_of_memory_is_hardware(self) -> Iterator[None]:
@@ -547,3 +665,18 @@ ISOLATION_TOLERANCE = 0.01
 READ_BACK_TOLERANCE = 0.01
 READ_BACK_NAME = "read_back"
 _FINGERPRINT_PIECE = 4 * 1024 * 1024
+
+
+def _prints(parameters: Iterable[tuple[str, torch.Tensor]]) -> dict[str, int]:
+    """The sum over each weight's bits: cheap, and as good as certain to change with the weight."""
+    import torch
+
+    prints = {}
+    for name, parameter in parameters:
+        words = parameter.detach().reshape(-1).view(torch.uint8)
+        if words.numel() % 4 == 0:
+            words = words.view(torch.int32)
+        # in pieces: torch copies what it sums in a wider type
+        sums = [piece.sum(dtype=torch.int64) for piece in words.split(_FINGERPRINT_PIECE)]
+        prints[name] = int(torch.stack(sums).sum())
+    return prints

@@ -10,7 +10,7 @@ from typing import Literal
 
 from lora_trainer.backends.transformers import TransformersBackend
 from lora_trainer.errors import ConfigError
-from lora_trainer.planning import MemoryPlan
+from lora_trainer.planning import Checkpointing
 
 
 class UnslothBackend(TransformersBackend):
@@ -34,21 +34,20 @@ class UnslothBackend(TransformersBackend):
         name = super()._import_stack()
         return _varlen_attention() if self.config.device == "cuda" else name
 
-    def load(self, base: Path, plan: MemoryPlan, longest_tokens: int) -> None:
-        """Load the base through Unsloth and attach a fresh adapter to it."""
+    def _load_for_training(self, base: Path, checkpointing: Checkpointing) -> None:
         from unsloth import FastLanguageModel
 
-        checkpointing = "unsloth" if plan.gradient_checkpointing == "unsloth" else plan.gradient_checkpointing == "on"
+        use_gradient_checkpointing = "unsloth" if checkpointing == "unsloth" else checkpointing == "on"
         training = self.config.training
         model, _ = FastLanguageModel.from_pretrained(
             # a folder: by its hub name Unsloth would take its own pre-quantized copy instead
             model_name=str(base),
-            max_seq_length=max(plan.micro_batch_tokens, longest_tokens),
+            max_seq_length=self._reserved_tokens,
             dtype=self._compute_dtype(),
             load_in_4bit=training.quantization == "nf4",
             load_in_16bit=training.quantization == "none",
             quantization_config=self._quantization(),
-            use_gradient_checkpointing=checkpointing,
+            use_gradient_checkpointing=use_gradient_checkpointing,
             use_exact_model_name=True,
             local_files_only=True,
             random_state=training.seed,
@@ -64,9 +63,18 @@ class UnslothBackend(TransformersBackend):
             lora_dropout=lora.dropout,
             target_modules=list(lora.target_modules),
             bias="none",
-            use_gradient_checkpointing=checkpointing,
+            use_gradient_checkpointing=use_gradient_checkpointing,
             random_state=training.seed,
         )
+
+    def _begin_anew(self) -> bool:
+        from unsloth import FastLanguageModel
+
+        if not super()._begin_anew():
+            return False
+        # its generate() and its trainer leave the model in one mode or the other; the checkpointing is that of get_peft_model
+        FastLanguageModel.for_training(self.model)
+        return True
 
     @contextmanager
     def _inference(self) -> Iterator[None]:

@@ -53,3 +53,30 @@ def test_the_whole_job_in_unsloths_cpu_mode(quantization: str, tmp_path: Path) -
     settings = json.loads((bundle / "adapter_config.json").read_text())
     assert settings["base_model_name_or_path"] == "lora-trainer/tiny-base"
     assert len(settings["target_modules"]) == 7
+
+
+def test_the_second_of_two_personas_gets_the_adapter_that_it_gets_alone(tmp_path: Path) -> None:
+    """Unsloth's own generation, trainer and checkpointing leave nothing of the first one on the base that both share."""
+    adapters = []
+    for blood_types in ("B", "A,B"):
+        output = tmp_path / blood_types
+        done = subprocess.run(
+            [
+                sys.executable, "-m", "entrypoint", "run", "--config", str(REPOSITORY / "examples" / "demo.yaml"),
+                "--blood-type", blood_types, "--backend", "unsloth", "--max-steps", "2", *FEW_QUESTIONS, *NO_GATES,
+                "--set", "training.quantization=nf4", "--set", "training.compute_dtype=bfloat16",
+                "--set", "memory.gradient_checkpointing=unsloth",
+                "--data", str(REPOSITORY / "data"), "--output", str(output), "--work-dir", str(tmp_path / f"work-{blood_types}"),
+            ],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+            capture_output=True,
+            text=True,
+            timeout=400,
+            check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-2000:]
+        adapters.append((output / "adapter_B" / "adapter_model.safetensors").read_bytes())
+    reused = [line for line in map(json.loads, done.stderr.splitlines()) if line["event"] == "base_reused"]
+    assert [line["blood_type"] for line in reused] == ["B"]
+    assert adapters[0] == adapters[1]

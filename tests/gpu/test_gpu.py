@@ -188,6 +188,25 @@ def test_a_plan_is_made_from_the_free_memory(small_base: Path, tmp_path: Path) -
     assert log["training_finished"]["peak_memory_gib"] < log["plan_chosen"]["estimated_peak_gib"] * 1.25
 
 
+@pytest.mark.parametrize("checkpointing", ["off", "unsloth"])
+def test_the_second_of_two_personas_learns_as_it_does_alone(small_base: Path, tmp_path: Path, checkpointing: str) -> None:
+    """On one base in one process: its generation, its KV caches and its modes are the first one's no more."""
+    losses, peaks = {}, {}
+    for blood_types in ("B", "A,B"):
+        output = tmp_path / blood_types / "out"
+        log = run_job(
+            small_base, output, "--blood-type", blood_types, "--set", f"memory.gradient_checkpointing={checkpointing}",
+        )  # fmt: skip
+        steps = (output / "adapter_B" / "train_log.jsonl").read_text().splitlines()
+        losses[blood_types] = [json.loads(line)["loss"] for line in steps]
+        peaks[blood_types] = log["training_finished"]["peak_memory_gib"]
+    assert log["base_reused"]["blood_type"] == log["training_finished"]["blood_type"] == "B"
+    # the same weights, order and random numbers: kernels that add up in another order each time are all that differs
+    assert losses["A,B"][0] == pytest.approx(losses["B"][0], rel=1e-4)
+    assert losses["A,B"] == pytest.approx(losses["B"], rel=0.02)
+    assert peaks["A,B"] <= 1.1 * peaks["B"]
+
+
 def test_the_tiny_base_trains_on_the_gpu_as_it_ships_and_answers_as_a_server_would_let_it(tmp_path: Path) -> None:
     """What Unsloth's generation measures in the run is what plain transformers and PEFT measure on the published bundle."""
     log = run_job(

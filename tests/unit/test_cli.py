@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -161,7 +162,10 @@ def test_strict_is_unset_unless_given(monkeypatch: pytest.MonkeyPatch) -> None:
         (["run", "extra"], "unexpected extra argument"),
         (["run", "--data"], "requires an argument"),
         (["validate"], "Missing argument 'FILE...'"),
-        (["show-config", "--blood-type", "C"], "error: command line: blood_type: got 'C'; input should be 'A', 'B', 'O' or 'AB'"),
+        (
+            ["show-config", "--blood-type", "C"],
+            "error: command line: blood_type: got 'C'; expected A, B, O or AB, several as A,B, or all",
+        ),
         (["show-config", "--set", "lora.rank=3"], "error: --set lora.rank=3: expected SETTING=VALUE; "),
         (["show-config", "--config", "nowhere.yaml"], "error: nowhere.yaml: cannot read the configuration file: No such file"),
         (["show-config", "--config", "."], "error: .: cannot read the configuration file: Is a directory"),
@@ -350,10 +354,10 @@ def test_run_with_a_base_that_is_none(capsys: pytest.CaptureFixture[str], tmp_pa
     assert "not a model: config.json, tokenizer.json, *.safetensors missing" in last_event(err)["problems"][0]
 
 
-def finished(tmp_path: Path, *, passed: bool = True) -> tuple[list[str], str]:
+def finished(tmp_path: Path, *, passed: bool = True, blood_type: str = "A") -> tuple[list[str], str]:
     """Arguments of a run whose bundle is in the output already with its verdict, and its id."""
-    data = REPOSITORY / "data" / "train_data_type_A.jsonl"
-    settings = {"blood_type": "A", "device": "cpu", "base.model": str(TINY_BASE), "training.quantization": "none"}
+    data = REPOSITORY / "data" / f"train_data_type_{blood_type}.jsonl"
+    settings = {"blood_type": blood_type, "device": "cpu", "base.model": str(TINY_BASE), "training.quantization": "none"}
     config = settle(settings, {})
     identity = run_id(run_ingredients(config, sha256_of(data), identify_base(config.base).identity))
     gate = GateResult(
@@ -380,7 +384,7 @@ def finished(tmp_path: Path, *, passed: bool = True) -> tuple[list[str], str]:
         "verdict": verdict.model_dump(mode="json"),
     }
     bundle.write_manifest(folder, facts)
-    bundle.publish(folder, open_storage(str(tmp_path / "out")), f"adapters/A/{identity}/")
+    bundle.publish(folder, open_storage(str(tmp_path / "out")), f"adapters/{blood_type}/{identity}/")
     return run_arguments(tmp_path, str(data)), identity
 
 
@@ -443,6 +447,97 @@ def test_a_folder_in_the_way_of_the_link_is_said_each_time_and_then_mended(
     in_the_way.rmdir()
     assert called(capsys, *arguments)[0] == 0
     assert in_the_way.is_symlink()
+
+
+# -- run: several personas ------------------------------------------------------------------------------
+
+
+def test_each_of_several_has_its_own_end_and_the_last_line_has_them_all(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, termination_log: Path
+) -> None:
+    arguments, identity = finished(tmp_path, passed=False)
+    data = tmp_path / "data"
+    data.mkdir()
+    shutil.copy(REPOSITORY / "data" / "train_data_type_A.jsonl", data)
+    write(data / "train_data_type_O.jsonl", planted())
+    code, out, err = called(capsys, *arguments, "--data", f"{data}/", "--blood-type", "O,A,B")
+    event = last_event(err)
+    # B has no data at all, A's adapter misses a gate: bad data is worse
+    assert (code, event["exit_code"], event["outcome"], event["level"]) == (3, 3, "DataError", "error")
+    assert out == f"file://{tmp_path}/out/adapters/A/{identity}/\n"
+    assert event["personas"] == [
+        {"blood_type": "O", "run_id": None, "outcome": "DataError", "exit_code": 3},
+        {
+            "blood_type": "A", "run_id": identity, "outcome": "GateError", "exit_code": 4, "bundle": out.strip(), "passed": False,
+        },
+        {"blood_type": "B", "run_id": None, "outcome": "NotFound", "exit_code": 3},
+    ]  # fmt: skip
+    assert {problem.split(":")[0] for problem in event["problems"]} == {"O", "A", "B"}
+    assert json.loads(termination_log.read_text(encoding="utf-8"))["personas"] == event["personas"]
+    assert PLANTED not in out + err
+    lines = [json.loads(line) for line in err.splitlines()]
+    assert all("blood_type" in line for line in lines[:-1])
+    ends = [line for line in lines if line["event"] == "persona_finished"]
+    ended = [(line["blood_type"], line["exit_code"], line.get("run_id")) for line in ends]
+    assert ended == [("O", 3, None), ("A", 4, identity), ("B", 3, None)]
+    assert (ends[1]["already_done"], ends[1]["report"]) == (True, f"{ends[1]['bundle']}report.html")
+    assert "blood_type" not in event
+
+
+def test_several_that_are_finished_end_at_once(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    arguments, identity = finished(tmp_path)
+    _, other = finished(tmp_path, blood_type="AB")
+    code, out, err = called(capsys, *arguments, "--data", str(REPOSITORY / "data"), "--blood-type", "AB,A")
+    assert code == 0
+    assert out.splitlines() == [
+        f"file://{tmp_path}/out/adapters/{blood_type}/{run}/" for blood_type, run in (("AB", other), ("A", identity))
+    ]
+    assert "backend_started" not in err
+    assert "problems" not in last_event(err)
+
+
+def test_one_data_file_for_several_is_exit_2(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    data = write(tmp_path / "mine.jsonl", record())
+    code, _, err = called(capsys, *run_arguments(tmp_path, data), "--blood-type", "A,B")
+    event = last_event(err)
+    assert (code, event["outcome"]) == (2, "ConfigError")
+    assert event["problems"] == [
+        f"data: got the one file {data} for A, B; expected a folder that holds train_data_type_<blood type>.jsonl for each"
+    ]
+
+
+def test_on_a_terminal_each_persona_s_problems_are_lines(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    code, _, err = called(capsys, *run_arguments(tmp_path, f"{tmp_path}/nowhere/"), "--blood-type", "B,O")
+    assert code == 3
+    lines = [line.lstrip("\x1b[31m") for line in err.splitlines()]
+    for blood_type in "BO":
+        assert any(line.startswith(f"error: {blood_type}: ") and "not found" in line for line in lines)
+    assert "problems=" not in err
+
+
+def test_settings_of_several_go_back_in(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    code, out, _ = called(capsys, "show-config", "--blood-type", "b,AB")
+    assert code == 0
+    assert "blood_type: [B, AB]" in out.splitlines()
+    again = called(capsys, "show-config", "--config", write(tmp_path / "run.yaml", out))[1]
+    assert [line for line in again.splitlines() if line.startswith("blood_type")] == ["blood_type: [B, AB]"]
+    assert json.loads(called(capsys, "show-config", "--json", "--blood-type", "all")[1])["blood_type"] == ["A", "B", "O", "AB"]
+
+
+def test_validate_takes_one_persona_and_settings_for_several(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = write(tmp_path / "data.jsonl", record())
+    monkeypatch.setenv("LORA_TRAINER_BLOOD_TYPE", "all")
+    assert called(capsys, "validate", "--no-tokens", "--strict", file)[0] == 0
+    code, _, err = called(capsys, "validate", "--no-tokens", "--blood-type", "A,B", file)
+    assert (code, err) == (2, "error: --blood-type: got 'A,B', expected the one persona that the files should be\n")
+
+
+# -- run: bugs ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

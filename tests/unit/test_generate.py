@@ -267,7 +267,7 @@ def test_again_is_unchanged_and_another_is_refused_unless_told(capsys: pytest.Ca
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [
-        (["--blood-type", "C"], 2, "--blood-type: got 'C', expected A, B, O, AB, several as A,B, or all"),
+        (["--blood-type", "C"], 2, "--blood-type: got 'C'; expected A, B, O or AB, several as A,B, or all"),
         (["--blood-type", "A,B", "--output", "x.jsonl"], 2, "got one file (x.jsonl) for 2 personas, expected a folder"),
         (["--against", "nowhere.jsonl"], 2, "--against: nowhere.jsonl: no such file"),
         (["--engine", "teacher"], 2, "got no --model"),

@@ -1,0 +1,192 @@
+"""Several personas in one process: each gets the adapter that it gets alone, to the byte, and a failure of one is its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lora_trainer import bundle
+from lora_trainer.config import GatesConfig
+from lora_trainer.personas import BloodType
+from lora_trainer.storage import Storage, open_storage
+
+pytestmark = pytest.mark.e2e
+for needed in ("torch", "transformers", "trl", "peft", "datasets"):
+    pytest.importorskip(needed, reason=f"{needed} is not installed: pip install '.[cpu]'")
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+STEPS = 4
+RECORDS = 120
+# what one persona could leave to the next: random numbers (dropout), mixed precision that accelerate puts on a model once,
+# checkpointing that the evaluation switches off and on
+RUN = (
+    "run", "--config", str(REPOSITORY / "examples" / "demo.yaml"), "--max-steps", str(STEPS), "--log-format", "json",
+    "--set", "lora.dropout=0.1", "--set", "training.compute_dtype=bfloat16", "--set", "memory.gradient_checkpointing=on",
+    "--set", "memory.micro_batch_tokens=512", "--set", "logging.log_every_steps=1", "--set", "checkpoints.every_steps=1",
+    "--set", f"evaluation.prompts={REPOSITORY / 'tests' / 'assets' / 'few_prompts.jsonl'}", "--set", "evaluation.temperature=0",
+    "--set", "evaluation.max_new_tokens=16", "--set", "evaluation.intensities=0.9",
+    *(argument for name in GatesConfig.model_fields for argument in ("--set", f"gates.{name}=none")),
+)  # fmt: skip
+
+Log = list[dict[str, Any]]
+
+
+def job(
+    blood_types: str, data: Path, output: str, work_dir: Path, *more: str, until: Callable[[dict[str, Any]], bool] | None = None
+) -> tuple[int, list[str], Log]:
+    """One process, which gets SIGTERM at the event `until`; gives its exit code, what it printed, and its log."""
+    process = subprocess.Popen(
+        [
+            sys.executable, "-m", "entrypoint", *RUN, "--blood-type", blood_types, "--data", str(data),
+            "--output", output, "--work-dir", str(work_dir), *more,
+        ],
+        cwd=REPOSITORY,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )  # fmt: skip
+    assert process.stderr is not None
+    assert process.stdout is not None
+    log: Log = []
+    for line in process.stderr:
+        assert line.startswith("{"), line
+        log.append(json.loads(line))
+        if until is not None and until(log[-1]):
+            process.send_signal(signal.SIGTERM)
+            until = None
+    assert until is None, "the event never came"
+    return process.wait(300), process.stdout.read().splitlines(), log
+
+
+def events(log: Log, name: str, blood_type: str | None = None) -> Log:
+    return [line for line in log if line["event"] == name and blood_type in (None, line.get("blood_type"))]
+
+
+def adapter(output: Storage, blood_type: str) -> bytes:
+    """The one that is published, by its pointer; its bundle is whole."""
+    pointer = output.read_bytes(bundle.latest_key(BloodType(blood_type)))
+    assert pointer is not None
+    prefix = bundle.bundle_prefix(BloodType(blood_type), json.loads(pointer.data)["run_id"])
+    assert bundle.verify(output, prefix) == []
+    found = output.read_bytes(prefix + "adapter_model.safetensors", max_bytes=2**28)
+    assert found is not None
+    return found.data
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The beginning of each bundled file."""
+    folder = tmp_path_factory.mktemp("data")
+    for path in (REPOSITORY / "data").glob("train_data_type_*.jsonl"):
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)[:RECORDS]
+        (folder / path.name).write_text("".join(lines), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory, data: Path) -> bytes:
+    """B's adapter, with nobody before it."""
+    folder = tmp_path_factory.mktemp("alone")
+    code, _, log = job("B", data, str(folder / "out"), folder / "work")
+    assert code == 0, log[-1]
+    assert "personas" not in log[-1]
+    return adapter(open_storage(f"file://{folder / 'out'}"), "B")
+
+
+def test_each_gets_what_it_gets_alone_from_a_base_that_is_loaded_once(
+    alone: bytes, data: Path, bucket: str, tmp_path: Path
+) -> None:
+    uri = f"s3://{bucket}/lora/"
+    output = open_storage(uri)
+    code, printed, log = job("A,B", data, uri, tmp_path / "work")
+    assert code == 0, log[-1]
+    assert adapter(output, "B") == alone
+    assert adapter(output, "A") != alone
+    # two trainings, one load
+    assert [line["blood_type"] for line in events(log, "training_finished")] == ["A", "B"]
+    assert [line["blood_type"] for line in events(log, "base_reused")] == ["B"]
+
+    finished = log[-1]
+    assert (finished["event"], finished["outcome"], finished["exit_code"]) == ("run_finished", "done", 0)
+    run_ids = {persona["blood_type"]: persona["run_id"] for persona in finished["personas"]}
+    assert printed == [uri + bundle.bundle_prefix(BloodType(name), run_ids[name]) for name in ("A", "B")]
+    assert [persona["bundle"] for persona in finished["personas"]] == printed
+    assert all(persona["passed"] and persona["exit_code"] == 0 for persona in finished["personas"])
+    assert [line["run_id"] for line in events(log, "persona_finished")] == [run_ids["A"], run_ids["B"]]
+    for line in log[:-1]:
+        # the data is read before it is known whose run that makes
+        assert line["run_id" if "run_id" in line else "blood_type"] in (*run_ids, *run_ids.values()), line
+    for name, run_id in run_ids.items():
+        progress = json.loads((tmp_path / "work" / "runs" / name / run_id / "progress.json").read_text())
+        assert (progress["blood_type"], progress["step"], progress["stage"]) == (name, STEPS, "done")
+    assert list(output.list("runs/")) == []
+
+    # another question, and nothing to train: the base is loaded once for it, too
+    code, printed_again, log = job("A,B", data, uri, tmp_path / "asked", "--set", "evaluation.intensities=0.5")
+    assert (code, printed_again) == (0, printed)
+    assert [line["blood_type"] for line in events(log, "evaluation_published")] == ["A", "B"]
+    assert [line["blood_type"] for line in events(log, "base_reused")] == ["B"]
+    assert not events(log, "training_finished")
+
+
+def test_a_failure_is_its_own_and_bad_data_is_said_before_anyone_trains(alone: bytes, data: Path, tmp_path: Path) -> None:
+    bad, out = tmp_path / "data", tmp_path / "out"
+    shutil.copytree(data, bad)
+    with (bad / "train_data_type_O.jsonl").open("a") as file:
+        file.write("no JSON\n")
+    # A is trained, and the output does not take its bundle
+    (out / "adapters").mkdir(parents=True)
+    (out / "adapters" / "A").write_text("a file where the folder should be")
+    code, printed, log = job("A,O,B", bad, str(out), tmp_path / "work")
+    assert code == 3, log[-1]
+    output = open_storage(f"file://{out}")
+    assert adapter(output, "B") == alone
+    assert printed == [persona["bundle"] for persona in log[-1]["personas"] if "bundle" in persona]
+    assert [(persona["blood_type"], persona["exit_code"]) for persona in log[-1]["personas"]] == [("A", 2), ("O", 3), ("B", 0)]
+    bad_data, _, _ = events(log, "persona_finished")
+    assert bad_data["blood_type"] == "O"
+    assert log.index(bad_data) < log.index(events(log, "backend_started")[0])
+    # A had trained: what it left on the device is not trusted, and what it made is kept
+    assert not events(log, "base_reused")
+    assert [line["blood_type"] for line in events(log, "training_finished")] == ["A", "B"]
+    assert (next((tmp_path / "work").glob("runs/A/*/bundle")) / bundle.MANIFEST_NAME).is_file()
+    assert {problem.split(":")[0] for problem in log[-1]["problems"]} == {"A", "O"}
+
+
+def test_sigterm_in_the_first_leaves_the_second_unbegun_and_the_same_command_does_both(
+    alone: bytes, data: Path, tmp_path: Path
+) -> None:
+    out = str(tmp_path / "out")
+    output = open_storage(f"file://{out}")
+
+    def trained(line: dict[str, Any]) -> bool:
+        return bool(line["event"] == "training_step" and line["step"] == 2)
+
+    code, printed, log = job("A,B", data, out, tmp_path / "first", until=trained)
+    assert (code, printed) == (143, []), log[-1]
+    first, second = log[-1]["personas"]
+    assert (first["blood_type"], first["outcome"], first["exit_code"]) == ("A", "interrupted", 143)
+    assert (second["blood_type"], second["outcome"], second["exit_code"]) == ("B", "not_begun", None)
+    assert log[-1]["problems"][1] == "B: not begun; run the same command again"
+    kept = {item.key.split("/")[1] for item in output.list("runs/")}
+    assert kept == {"A"}
+    assert list(output.list("adapters/")) == []
+
+    code, _, log = job("A,B", data, out, tmp_path / "second")
+    assert code == 0, log[-1]
+    assert events(log, "resumed", "A")
+    assert not events(log, "resumed", "B")
+    # what A went on from is not B's beginning
+    assert [line["step"] for line in events(log, "training_step", "B")] == list(range(1, STEPS + 1))
+    assert adapter(output, "B") == alone
+    assert [persona["run_id"] for persona in log[-1]["personas"]] == [first["run_id"], second["run_id"]]
