@@ -24,6 +24,7 @@ from lora_trainer.config import RunConfig
 from lora_trainer.errors import ConfigError, InvariantError, StorageError
 from lora_trainer.evaluation import JudgedReply
 from lora_trainer.formatter import prompt_messages, prompt_template
+from lora_trainer.lease import Lease
 from lora_trainer.metrics import (
     Estimate,
     EvaluationMetrics,
@@ -309,12 +310,32 @@ def write_manifest(folder: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
     return manifest
 
 
-def publish(folder: Path, storage: Storage, prefix: str) -> None:
-    """Upload a bundle under `prefix`, its manifest last. Safe to repeat. Raises `StorageError`."""
-    manifest = json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8"))
-    for name in manifest["files"]:
+def publish(folder: Path, storage: Storage, prefix: str, lease: Lease | None = None) -> None:
+    """Upload a bundle under `prefix`, its manifest last. Safe to repeat; a manifest that is there is never replaced.
+
+    `lease`: of this run, looked at before each write. Raises `LeaseLostError`, `StorageError`.
+    """
+    data = (folder / MANIFEST_NAME).read_bytes()
+    if lease:
+        storage = storage.adapted(guard=lease.check)
+        lease.confirm()
+    for name in json.loads(data)["files"]:
         storage.upload(folder / name, prefix + name)
-    storage.upload(folder / MANIFEST_NAME, prefix + MANIFEST_NAME)
+    if lease:
+        lease.confirm()
+    try:
+        storage.write_bytes(prefix + MANIFEST_NAME, data, if_absent=True)
+    except PreconditionFailed:
+        theirs = storage.read_bytes(prefix + MANIFEST_NAME)
+        if theirs is None or theirs.data != data:
+            raise StorageError(
+                f"{storage.uri}{prefix}{MANIFEST_NAME}: another attempt at this run has published a bundle in the meantime; run "
+                "the same command again: it looks at what is there"
+            ) from None
+    if lease and not lease.exclusive and (problems := verify(storage, prefix)):
+        # two attempts wrote at once, and the store could not keep them apart: what is mixed must not be found
+        storage.delete(prefix + MANIFEST_NAME)
+        raise StorageError([*problems, f"{storage.uri}{prefix}: withdrawn; run the same command again"])
 
 
 def read_manifest(storage: Storage, prefix: str) -> dict[str, Any] | None:

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Self
 
@@ -20,21 +21,18 @@ from lora_trainer import bundle
 from lora_trainer.config import CheckpointConfig
 from lora_trainer.errors import DeviceLostError, DivergedError, Interrupted, LoraTrainerError, StorageError
 from lora_trainer.interruption import INTERRUPTION
+from lora_trainer.lease import Lease
 from lora_trainer.logs import get_logger
-from lora_trainer.personas import BloodType
 from lora_trainer.storage import Storage, open_storage, sha256_of
 
 Snapshot = Callable[[Path], None]
 """The state of a training run as of one step; called with a folder, it writes its files there."""
 
 _NAME: Final = re.compile(r"step-(\d{6,})")
+_KEY: Final = re.compile(r"(checkpoints(?:-[0-9a-f]+)?/step-(\d{6,})/)(.+)")
+"""Below a run's prefix; where the store has no conditional writes, each attempt has a folder of its own."""
 _UNFINISHED: Final = "unfinished"
 """Where a checkpoint is written before it has its name."""
-
-
-def checkpoints_prefix(blood_type: BloodType, run_id: str) -> str:
-    """Where the output holds a run's checkpoints."""
-    return f"runs/{blood_type}/{run_id}/checkpoints/"
 
 
 def checkpoint_name(step: int) -> str:
@@ -45,15 +43,22 @@ def checkpoint_name(step: int) -> str:
 class Checkpoints:
     """The checkpoints of one run: in a local folder, and under a prefix of the output."""
 
-    def __init__(self, config: CheckpointConfig, folder: Path, output_uri: str, prefix: str, run_id: str) -> None:
+    def __init__(
+        self, config: CheckpointConfig, folder: Path, output_uri: str, prefix: str, run_id: str, lease: Lease | None = None
+    ) -> None:
+        """`prefix`: the run's, relative to the output; `lease`: looked at before each commit there."""
         self._config = config
         self._folder = folder
         self._prefix = prefix
         self._output_uri = output_uri
         self._run_id = run_id
+        self._lease = lease
+        self._own = "checkpoints/" if lease is None or lease.exclusive else f"checkpoints-{lease.holder}/"
         self._last_s = time.monotonic()
         self.last_step = 0
         """Of the newest checkpoint that was written, or gone on from."""
+        self._damaged: set[str] = set()
+        """Folders in the output whose files are not what their manifest says."""
         self._writer = _Writer(self._write)
 
     def __enter__(self) -> Self:
@@ -88,6 +93,11 @@ class Checkpoints:
 
     # -- writing ------------------------------------------------------------------------------------
 
+    def stop_if_lost(self) -> None:
+        """Raises `LeaseLostError` if another attempt at this run is known to have taken over."""
+        if self._lease:
+            self._lease.stop_if_lost()
+
     def is_due(self, step: int) -> bool:
         """Whether enough steps or minutes have passed since the last one, whichever comes first."""
         if self._config.every_steps and step - self.last_step >= self._config.every_steps:
@@ -110,16 +120,20 @@ class Checkpoints:
         reason = self._writer.error or f"still under way after {timeout_s:.0f} s"
         folder = self._folder / checkpoint_name(step)
         is_here = (folder / bundle.MANIFEST_NAME).is_file()
+        where = f"{self._output_uri.rstrip('/')}/{self._prefix}{self._own}{checkpoint_name(step)}"
         kept = f"it is kept in {folder}" if is_here else "and could not be written to work_dir either"
         raise StorageError(
-            f"{self._output_uri.rstrip('/')}/{self._prefix}{checkpoint_name(step)}: the checkpoint was not uploaded: {reason}; "
-            f"{kept}; run the same command again, with the same work_dir to go on from there"
+            f"{where}: the checkpoint was not uploaded: {reason}; {kept}; "
+            "run the same command again, with the same work_dir to go on from there"
         )
 
     def _write(self, step: int, snapshot: Snapshot, superseded: Callable[[], bool]) -> None:
         """In the writer's thread: here, there, and those before the newest `keep` away."""
+        self.stop_if_lost()
         self._write_here(step, snapshot)
         output = open_storage(self._output_uri)
+        if self._lease:
+            output = output.adapted(guard=self._lease.check)
         if self._upload(output, step, superseded):
             self._prune(output)
 
@@ -144,12 +158,17 @@ class Checkpoints:
     def _upload(self, output: Storage, step: int, superseded: Callable[[], bool]) -> bool:
         """The manifest last; gives whether it got there."""
         started_s = time.perf_counter()
-        folder, prefix = self._folder / checkpoint_name(step), self._prefix + checkpoint_name(step) + "/"
+        folder, prefix = self._folder / checkpoint_name(step), f"{self._prefix}{self._own}{checkpoint_name(step)}/"
         manifest = bundle.read_local_manifest(folder)
+        if prefix in self._damaged:
+            # its files are replaced one by one, and the old manifest must not be found beside them
+            output.delete(prefix + bundle.MANIFEST_NAME)
         for name in manifest["files"]:
             if superseded():
                 return False
             output.upload(folder / name, prefix + name)
+        if self._lease:
+            self._lease.confirm()
         output.upload(folder / bundle.MANIFEST_NAME, prefix + bundle.MANIFEST_NAME)
         get_logger().info(
             "checkpoint_uploaded", step=step, size_bytes=_size_bytes(manifest), upload_s=round(time.perf_counter() - started_s, 3)
@@ -157,12 +176,14 @@ class Checkpoints:
         return True
 
     def _prune(self, output: Storage) -> None:
-        """Leave the newest `keep` complete ones, here and there."""
-        complete = sorted((step for step, whole in self._stored(output).items() if whole), reverse=True)
-        oldest_kept = complete[: self._config.keep][-1]
-        for step in self._stored(output):
-            if step < oldest_kept:
-                self._remove_stored(output, step)
+        """Leave the newest `keep` complete ones of this attempt, here and there."""
+        stored = {folder: found for folder, found in self._stored(output).items() if folder.startswith(self._own)}
+        complete = sorted((found.step for found in stored.values() if found.is_whole), reverse=True)
+        # none: another attempt has published and cleared
+        oldest_kept = complete[: self._config.keep][-1] if complete else 0
+        for folder, found in stored.items():
+            if found.step < oldest_kept:
+                self._remove_stored(output, folder)
         for step in self._local():
             if step < oldest_kept:
                 shutil.rmtree(self._folder / checkpoint_name(step), ignore_errors=True)
@@ -175,12 +196,13 @@ class Checkpoints:
         Damaged ones are said and passed over. Raises `StorageError` when the output cannot be asked.
         """
         output = open_storage(self._output_uri)
-        stored = {step for step, whole in self._stored(output).items() if whole}
-        for step in sorted(stored | set(self._local()), reverse=True):
+        stored: dict[int, list[str]] = {}
+        for where, found in self._stored(output).items():
+            if found.is_whole:
+                stored.setdefault(found.step, []).append(where)
+        for step in sorted({*stored, *self._local()}, reverse=True):
             folder = self._folder / checkpoint_name(step)
-            if self._is_whole(folder):
-                return folder
-            if step in stored and self._is_fetched(output, step, folder):
+            if self._is_whole(folder) or any(self._is_fetched(output, where, folder) for where in stored.get(step, [])):
                 return folder
         return None
 
@@ -196,8 +218,8 @@ class Checkpoints:
         self._writer.finish(None)
         try:
             output = open_storage(self._output_uri)
-            for step in self._stored(output):
-                self._remove_stored(output, step)
+            for folder in self._stored(output):
+                self._remove_stored(output, folder)
         except StorageError as error:
             get_logger().warning("checkpoints_left", where=f"{self._output_uri.rstrip('/')}/{self._prefix}", problem=str(error))
         shutil.rmtree(self._folder, ignore_errors=True)
@@ -215,9 +237,9 @@ class Checkpoints:
             get_logger().warning("checkpoint_damaged", where=str(folder), file=damaged)
         return not damaged
 
-    def _is_fetched(self, output: Storage, step: int, folder: Path) -> bool:
-        """Whether the output's copy could be had and is what its manifest says."""
-        prefix = self._prefix + checkpoint_name(step) + "/"
+    def _is_fetched(self, output: Storage, where: str, folder: Path) -> bool:
+        """Whether the output's copy below `where` could be had and is what its manifest says."""
+        prefix = self._prefix + where
         unfinished = bundle.fresh_folder(self._folder / _UNFINISHED)
         try:
             manifest = bundle.read_manifest(output, prefix)
@@ -226,6 +248,7 @@ class Checkpoints:
             bundle.download(output, prefix, manifest, unfinished)
             output.download(prefix + bundle.MANIFEST_NAME, unfinished / bundle.MANIFEST_NAME)
         except bundle.DamagedError as error:
+            self._damaged.add(prefix)
             get_logger().warning("checkpoint_damaged", where=output.uri + prefix, problem=str(error))
             return False
         shutil.rmtree(folder, ignore_errors=True)
@@ -237,22 +260,31 @@ class Checkpoints:
             if match := _NAME.fullmatch(path.name):
                 yield int(match[1])
 
-    def _stored(self, output: Storage) -> dict[int, bool]:
-        """Steps that have anything in the output, and whether the manifest is there."""
-        found: dict[int, bool] = {}
+    def _stored(self, output: Storage) -> dict[str, _Stored]:
+        """What the output has, complete or not, of all attempts: the folder of each below the run's prefix."""
+        found: dict[str, _Stored] = {}
         for item in output.list(self._prefix):
-            folder, _, name = item.key.removeprefix(self._prefix).partition("/")
-            if match := _NAME.fullmatch(folder):
-                step = int(match[1])
-                found[step] = found.get(step, False) or name == bundle.MANIFEST_NAME
+            if match := _KEY.fullmatch(item.key.removeprefix(self._prefix)):
+                folder, step, name = match.groups()
+                is_whole = name == bundle.MANIFEST_NAME or (folder in found and found[folder].is_whole)
+                found[folder] = _Stored(int(step), is_whole)
         return found
 
-    def _remove_stored(self, output: Storage, step: int) -> None:
-        prefix = self._prefix + checkpoint_name(step) + "/"
+    def _remove_stored(self, output: Storage, folder: str) -> None:
+        prefix = self._prefix + folder
         # first the manifest: what has none does not exist
         output.delete(prefix + bundle.MANIFEST_NAME)
         for item in list(output.list(prefix)):
             output.delete(item.key)
+
+
+@dataclass(frozen=True, slots=True)
+class _Stored:
+    """A checkpoint in the output."""
+
+    step: int
+    is_whole: bool
+    """Its manifest is there."""
 
 
 def _size_bytes(manifest: Mapping[str, Any]) -> int:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any, Final, Literal, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from lora_trainer.errors import ConfigError
 from lora_trainer.personas import BloodType, named_blood_types
@@ -263,6 +263,34 @@ class StorageConfig(_Section):
     )
 
 
+class LeaseConfig(_Section):
+    """Two attempts at one run at once: who is at work, and what the other one does. Never part of `run_id`."""
+
+    duration_s: float = Field(
+        default=60.0,
+        ge=1,
+        le=3600,
+        description="Seconds without a renewal after which another attempt takes over. Renewed three times in it.",
+    )
+    wait_s: float = Field(
+        default=600.0,
+        ge=1,
+        le=86_400,
+        description="Seconds to wait for another attempt at the same run to end or to stop renewing, before exit 6. "
+        "At least `lease.duration_s`.",
+    )
+
+    @field_validator("wait_s")
+    @classmethod
+    def _outlasts_a_lease(cls, value: float, info: ValidationInfo) -> float:
+        duration_s = info.data.get("duration_s")
+        if duration_s is not None and value < duration_s:
+            raise ValueError(
+                f"expected at least lease.duration_s, {duration_s:g}: a lost machine's lease would never be waited out"
+            )
+        return value
+
+
 class LimitsConfig(_Section):
     """How much is taken of a data file and of one record: more is refused (exit 3). Never part of `run_id`: nothing is cut."""
 
@@ -349,6 +377,7 @@ class RunConfig(_Section):
     memory: MemoryConfig = MemoryConfig()
     checkpoints: CheckpointConfig = CheckpointConfig()
     storage: StorageConfig = StorageConfig()
+    lease: LeaseConfig = LeaseConfig()
     limits: LimitsConfig = LimitsConfig()
     logging: LoggingConfig = LoggingConfig()
 

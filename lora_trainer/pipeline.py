@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from enum import Enum
@@ -22,14 +22,15 @@ from lora_trainer import __version__, bundle, evaluation, gates
 from lora_trainer.backends import Backend, open_backend, open_reference_backend
 from lora_trainer.backends.trackers import require_installed
 from lora_trainer.bases import Base, fetch_base, identify_base
-from lora_trainer.checkpoints import Checkpoints, checkpoints_prefix
+from lora_trainer.checkpoints import Checkpoints
 from lora_trainer.compression import SUFFIXES, is_jsonl
-from lora_trainer.config import BaseModelConfig, RunConfig
+from lora_trainer.config import BaseModelConfig, LeaseConfig, RunConfig
 from lora_trainer.errors import ConfigError, DataError, Interrupted, LoraTrainerError, OutOfMemoryError, StorageError
 from lora_trainer.evaluation import JudgedReply
 from lora_trainer.evaluation_prompts import evaluation_prompts
 from lora_trainer.identity import run_id, run_ingredients
 from lora_trainer.judge import check_judge, judge_replies
+from lora_trainer.lease import Lease, LeaseLostError, hold, is_left_over, lease_key, run_prefix
 from lora_trainer.logs import get_logger
 from lora_trainer.metrics import (
     DecodingMetrics,
@@ -105,22 +106,29 @@ def story(job: Job, console: Console | None, *, fresh: bool) -> Generator[Turn, 
     progress = RunProgress(job.run_dir(identity) / "progress.json", identity.run_id, config.blood_type, console)
     if published := find_published(job, identity):
         yield Turn.EVALUATE
-        return evaluate_again(job, identity, published, records, prompts, progress)
+        with hold_lease(job, identity) as lease:
+            # whoever had it before may have ended the work
+            return find_finished(job, identity, lease) or evaluate_again(
+                job, identity, published, records, prompts, progress, lease
+            )
     yield Turn.PLAN
     backend = start(job, progress)
     prepared = format_and_split(job, backend, identity, records, progress)
     plan = plan_work(job, backend, prepared)
     yield Turn.TRAIN
-    with open_checkpoints(job, identity, fresh=fresh) as checkpoints:
-        with stepping_down(job, backend, prepared, plan):
-            trained = train(job, backend, identity, prepared, plan, checkpoints, progress)
-        folder = save(job, backend, identity, prepared, progress)
-        evaluated = evaluate(job, backend, prompts, prepared.train_records, progress)
-        verdict = decide(job, evaluated.metrics)
-        metrics = summarise(job, backend, identity, prepared, trained, evaluated, verdict)
-        assemble(job, folder, identity, data, prepared, plan, trained, evaluated, metrics)
-        outcome = publish(job, identity, folder, verdict, progress)
-        checkpoints.clear()
+    with hold_lease(job, identity) as lease:
+        if finished := find_finished(job, identity, lease):
+            return finished
+        with open_checkpoints(job, identity, lease, fresh=fresh) as checkpoints:
+            with stepping_down(job, backend, prepared, plan):
+                trained = train(job, backend, identity, prepared, plan, checkpoints, progress)
+            folder = save(job, backend, identity, prepared, progress)
+            evaluated = evaluate(job, backend, prompts, prepared.train_records, progress)
+            verdict = decide(job, evaluated.metrics)
+            metrics = summarise(job, backend, identity, prepared, trained, evaluated, verdict)
+            assemble(job, folder, identity, data, prepared, plan, trained, evaluated, metrics)
+            outcome = find_finished(job, identity, lease) or publish(job, identity, folder, verdict, progress, lease)
+            checkpoints.clear()
     return outcome
 
 
@@ -332,7 +340,7 @@ def identify(job: Job, data: DataFile, prompts: Sequence[EvaluationPrompt]) -> I
     return identity
 
 
-def find_finished(job: Job, identity: Identity) -> Outcome | None:
+def find_finished(job: Job, identity: Identity, lease: Lease | None = None) -> Outcome | None:
     """End of step 4: a run that has its verdict is not repeated; a pointer that a crash left behind is moved."""
     output = job.output
     prefix = bundle.bundle_prefix(job.config.blood_type, identity.run_id)
@@ -345,9 +353,32 @@ def find_finished(job: Job, identity: Identity) -> Outcome | None:
     job.log.info(
         "already_done", bundle=output.uri + prefix, finished_at=manifest["finished_at"], passed=verdict.passed, latest_moved=moved
     )
+    remove_leftovers(job, identity, lease)
     return Outcome(
         identity.run_id, output.uri + prefix, f"{output.uri}{folder}report.html", verdict, already_done=True, moved_latest=moved
     )
+
+
+def remove_leftovers(job: Job, identity: Identity, lease: Lease | None) -> None:
+    """What an attempt left that ended between its publication and its own clearing away; nothing of one that is at work."""
+    output, blood_type = job.output, job.config.blood_type
+    key = lease_key(blood_type, identity.run_id)
+    try:
+        if next(output.list(run_prefix(blood_type, identity.run_id)), None) is None:
+            return
+        if lease is None and not is_left_over(output, key):
+            return
+        checkpoints_of(job, identity).clear()
+        if lease is None:
+            output.delete(key)
+    except StorageError as error:
+        # they cost space and nothing else
+        job.log.warning("leftovers_not_removed", problem=str(error))
+
+
+def hold_lease(job: Job, identity: Identity) -> AbstractContextManager[Lease]:
+    """From here on no other attempt at this run is at work."""
+    return hold(job.config.lease, job.output, lease_key(job.config.blood_type, identity.run_id))
 
 
 def find_published(job: Job, identity: Identity) -> dict[str, Any] | None:
@@ -362,6 +393,7 @@ def evaluate_again(
     records: list[TrainingRecord],
     prompts: Sequence[EvaluationPrompt],
     progress: RunProgress,
+    lease: Lease,
 ) -> Outcome:
     """Other thresholds or prompts: the published adapter is judged by them, and not trained again.
 
@@ -408,7 +440,7 @@ def evaluate_again(
     bundle.write_manifest(folder, facts)
     progress.stage("publish")
     target = bundle.evaluation_prefix(prefix, verdict.gate_id)
-    bundle.publish(folder, output, target)
+    bundle.publish(folder, output, target, lease)
     moved = _accept(job.config.blood_type, output, manifest, verdict)
     for done in (folder, published.folder):
         shutil.rmtree(done)
@@ -495,15 +527,18 @@ def plan_work(job: Job, backend: Backend, prepared: Prepared) -> MemoryPlan:
     return plan
 
 
-def open_checkpoints(job: Job, identity: Identity, *, fresh: bool) -> Checkpoints:
+def open_checkpoints(job: Job, identity: Identity, lease: Lease, *, fresh: bool) -> Checkpoints:
     """What an earlier attempt at this run left, and where this one leaves what a later one may need."""
-    prefix = checkpoints_prefix(job.config.blood_type, identity.run_id)
-    checkpoints = Checkpoints(
-        job.config.checkpoints, job.run_dir(identity) / "checkpoints", job.config.output, prefix, identity.run_id
-    )
+    checkpoints = checkpoints_of(job, identity, lease)
     if fresh:
         checkpoints.clear()
     return checkpoints
+
+
+def checkpoints_of(job: Job, identity: Identity, lease: Lease | None = None) -> Checkpoints:
+    """Those of this run; without its lease they are only looked at, or cleared away."""
+    folder, prefix = job.run_dir(identity) / "checkpoints", run_prefix(job.config.blood_type, identity.run_id)
+    return Checkpoints(job.config.checkpoints, folder, job.config.output, prefix, identity.run_id, lease)
 
 
 def train(
@@ -532,6 +567,7 @@ def train(
             )
 
     def after_step(step: int) -> None:
+        checkpoints.stop_if_lost()
         # the last one, too: whoever interrupts the evaluation must not cost the training
         if checkpoints.is_due(step) or step == len(prepared.steps):
             checkpoint(backend, checkpoints)
@@ -766,14 +802,19 @@ def assemble(
     bundle.write_manifest(folder, facts)
 
 
-def publish(job: Job, identity: Identity, folder: Path, verdict: Verdict, progress: RunProgress) -> Outcome:
+def publish(
+    job: Job, identity: Identity, folder: Path, verdict: Verdict, progress: RunProgress, lease: Lease | None = None
+) -> Outcome:
     """Step 10: the bundle, its manifest last, then the pointer if the gates let it. The local copy goes only after that."""
     progress.stage("publish")
     output = job.output
     prefix = bundle.bundle_prefix(job.config.blood_type, identity.run_id)
     try:
         with job.timed("publish"):
-            bundle.publish(folder, output, prefix)
+            bundle.publish(folder, output, prefix, lease)
+    except LeaseLostError:
+        # the other attempt ends the job
+        raise
     except LoraTrainerError as error:
         kept = f"the finished bundle is kept here; 'lora-trainer publish {folder}' ends the job when the storage is well again"
         error.problems = (*error.problems, f"{folder}: {kept}")
@@ -808,10 +849,13 @@ def publish_folder(folder: Path, output_uri: str | None) -> Outcome:
     output = open_storage(output_uri or manifest["config"]["output"])
     prefix = bundle.bundle_prefix(blood_type, identifier)
     verdict = Verdict.model_validate(manifest["verdict"])
-    # another attempt may have been faster, and a bundle is never rewritten
     already_done = bundle.read_manifest(output, prefix) is not None
     if not already_done:
-        bundle.publish(folder, output, prefix)
+        with hold(LeaseConfig(), output, lease_key(blood_type, identifier)) as lease:
+            # another attempt may have been faster, and a bundle is never rewritten
+            already_done = bundle.read_manifest(output, prefix) is not None
+            if not already_done:
+                bundle.publish(folder, output, prefix, lease)
     moved = _accept(blood_type, output, manifest, verdict)
     shutil.rmtree(folder)
     get_logger().info("bundle_published", bundle=output.uri + prefix, passed=verdict.passed, latest_moved=moved)

@@ -41,18 +41,19 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
 from io import BufferedRandom
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, Self, TypeVar
 from urllib.parse import unquote
 
 import structlog
 
 from lora_trainer.errors import ConfigError, DataError, LoraTrainerError, StorageError
-from lora_trainer.patience import PATIENCE, PassingError, Trying
+from lora_trainer.patience import PATIENCE, PassingError, Patience, Trying
 
 if TYPE_CHECKING:
     from boto3.session import Session
@@ -142,6 +143,14 @@ class Storage(Protocol):
     @property
     def local_folder(self) -> Path | None:
         """The folder itself, absolute, or None where it is not on this machine."""
+
+    @property
+    def conditional_writes(self) -> bool:
+        """Whether the conditions of `write_bytes` hold against writers of the same moment; True until a refusal tells otherwise."""
+
+    def adapted(self, *, guard: Callable[[], None] | None = None, patience: Patience | None = None) -> Self:
+        """The same folder, with what is given: `guard` is called before every try of every write and may refuse it by an
+        exception, and failures are counted by `patience`."""
 
     def download(self, key: str, target: Path) -> Fetched:
         """The object as the file `target`, whole or not at all, replacing what was there.
@@ -260,6 +269,10 @@ def _checked_prefix(prefix: str) -> str:
     return prefix
 
 
+def _no_guard() -> None:
+    pass
+
+
 def _check_one_condition(if_match: str | None, if_absent: bool) -> None:
     if if_match is not None and if_absent:
         raise ValueError("if_match and if_absent exclude each other")
@@ -337,8 +350,11 @@ def _sync_folder(folder: Path) -> None:
 
 
 @contextmanager
-def _replacing(target: Path) -> Iterator[BufferedRandom]:
-    """A file that becomes `target` when the block ends well, and leaves no trace when it does not."""
+def _replacing(target: Path, *, is_new: bool = False) -> Iterator[BufferedRandom]:
+    """A file that becomes `target` when the block ends well, and leaves no trace when it does not.
+
+    `is_new`: raises `FileExistsError` if there is one by then.
+    """
     _make_folder(target.parent)
     _remove_stale_temporaries(target.parent)
     temporary = target.parent / f"{_OWN_PREFIX}{secrets.token_hex(8)}.tmp"
@@ -348,7 +364,12 @@ def _replacing(target: Path) -> Iterator[BufferedRandom]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(target)
+        if is_new:
+            # unlike a rename, a link replaces nothing
+            target.hardlink_to(temporary)
+            temporary.unlink()
+        else:
+            temporary.replace(target)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
@@ -380,6 +401,7 @@ class FileStorage:
     def __init__(self, folder: Path) -> None:
         """Raises `ConfigError` when `folder` is a file."""
         self._folder = Path(os.path.normpath(folder.absolute()))
+        self._guard: Callable[[], None] = _no_guard
         with _local_errors(self._folder):
             if self._folder.exists() and not self._folder.is_dir():
                 raise ConfigError(f"{self._folder}: got a file, expected a folder")
@@ -392,6 +414,15 @@ class FileStorage:
     @property
     def local_folder(self) -> Path | None:
         return self._folder
+
+    @property
+    def conditional_writes(self) -> bool:
+        return True
+
+    def adapted(self, *, guard: Callable[[], None] | None = None, patience: Patience | None = None) -> Self:
+        other = copy(self)
+        other._guard = guard or self._guard
+        return other
 
     def download(self, key: str, target: Path) -> Fetched:
         path = self._path(key)
@@ -408,6 +439,7 @@ class FileStorage:
         target = self._path(key)
         with _local_errors(path), path.open("rb") as source, _local_errors(target), _replacing(target) as file:
             shutil.copyfileobj(source, file, 2**20)
+            self._guard()
 
     def read_bytes(self, key: str, *, max_bytes: int = MAX_DOCUMENT_BYTES) -> ReadResult | None:
         path = self._path(key)
@@ -425,13 +457,16 @@ class FileStorage:
     def write_bytes(self, key: str, data: bytes, *, if_match: str | None = None, if_absent: bool = False) -> None:
         path = self._path(key)
         _check_one_condition(if_match, if_absent)
+        self._guard()
         with _local_errors(path):
             if if_match is None and not if_absent:
                 self._replace(path, data)
                 return
+            if if_absent and self._is_created(path, data):
+                return
             with _exclusive(path):
                 current = sha256_of(path) if path.is_file() else None
-                if (if_absent and current is not None) or (if_match is not None and current != if_match):
+                if current != if_match:
                     raise PreconditionFailed(f"{path}: no longer what was last read")
                 self._replace(path, data)
 
@@ -441,6 +476,7 @@ class FileStorage:
 
     def delete(self, key: str) -> None:
         path = self._path(key)
+        self._guard()
         with _local_errors(path), suppress(FileNotFoundError, NotADirectoryError, IsADirectoryError):
             path.unlink()
 
@@ -456,6 +492,24 @@ class FileStorage:
     def _replace(path: Path, data: bytes) -> None:
         with _replacing(path) as file:
             file.write(data)
+
+    @staticmethod
+    def _is_created(path: Path, data: bytes) -> bool:
+        """Needs no lock file, which would stay in a published folder; False where the file system has no links."""
+        try:
+            with _replacing(path, is_new=True) as file:
+                file.write(data)
+        except FileExistsError:
+            if path.is_dir():
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path)) from None
+            if not path.is_file():
+                raise
+            raise PreconditionFailed(f"{path}: no longer what was last read") from None
+        except OSError as error:
+            if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS):
+                raise
+            return False
+        return True
 
     def _walk(self, folder: Path, prefix: str) -> Iterator[ObjectInfo]:
         with _local_errors(folder):
@@ -516,6 +570,8 @@ class S3Storage:
         self._prefix = prefix
         self._bucket_seen = False
         self._conditional_writes = True
+        self._guard: Callable[[], None] = _no_guard
+        self._patience = PATIENCE
 
     @property
     def uri(self) -> str:
@@ -524,6 +580,17 @@ class S3Storage:
     @property
     def local_folder(self) -> Path | None:
         return None
+
+    @property
+    def conditional_writes(self) -> bool:
+        return self._conditional_writes
+
+    def adapted(self, *, guard: Callable[[], None] | None = None, patience: Patience | None = None) -> Self:
+        other = copy(self)
+        # the guard is part of it
+        other.__dict__.pop("_client", None)
+        other._guard, other._patience = guard or self._guard, patience or self._patience
+        return other
 
     def download(self, key: str, target: Path) -> Fetched:
         name = self._name(key)
@@ -620,7 +687,7 @@ class S3Storage:
 
         `kept` says in words what is lost by none of it.
         """
-        trying = Trying()
+        trying = Trying(self._patience)
         try:
             while True:
                 try:
@@ -703,7 +770,11 @@ class S3Storage:
         )
         # here, and not in the first request, where a missing token file could be taken for a missing data file
         self._credentials()
-        return self._session.client("s3", config=config)
+        client = self._session.client("s3", config=config)
+        for operation in _WRITES:
+            # once for each try, botocore's own included
+            client.meta.events.register(f"before-send.s3.{operation}", lambda **_: self._guard())
+        return client
 
     @contextmanager
     def _transfers(self) -> Iterator[TransferManager]:
@@ -1058,6 +1129,9 @@ _PASSING: Final = frozenset(
     }
 )
 _EXPIRED: Final = frozenset({"ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "RequestExpired"})
+
+_WRITES: Final = ("PutObject", "CreateMultipartUpload", "UploadPart", "CompleteMultipartUpload", "DeleteObject")
+"""Requests that change what others see. An upload in parts that is broken off may always be cleared away."""
 
 _ACTIONS: Final = {
     "HeadObject": "s3:GetObject",

@@ -180,8 +180,8 @@ class _Handler(BaseHTTPRequestHandler):
     def handle(self) -> None:
         try:
             super().handle()
-        except ConnectionError:
-            # the client gave up, was killed, or was reset by us
+        except (ConnectionError, ValueError):
+            # the client gave up, was killed, or was reset by us: then the file that the base class flushes is closed
             self.close_connection = True
 
     def handle_expect_100(self) -> bool:

@@ -89,6 +89,8 @@ def checkpoints(output: Storage) -> dict[str, list[str]]:
     """Checkpoint folder -> names of its files."""
     found: dict[str, list[str]] = {}
     for item in output.list("runs/"):
+        if item.key.endswith("/lease.json"):
+            continue
         _, _, _, _, folder, name = item.key.split("/")
         found.setdefault(folder, []).append(name)
     return found

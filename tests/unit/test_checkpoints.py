@@ -12,14 +12,16 @@ import pytest
 
 from lora_trainer import checkpoints as module
 from lora_trainer.bundle import MANIFEST_NAME
-from lora_trainer.checkpoints import Checkpoints, checkpoint_name, checkpoints_prefix
+from lora_trainer.checkpoints import Checkpoints, checkpoint_name
 from lora_trainer.config import CheckpointConfig
 from lora_trainer.errors import Interrupted, StorageError
 from lora_trainer.interruption import Interruption
+from lora_trainer.lease import run_prefix
 from lora_trainer.personas import BloodType
 from lora_trainer.storage import FileStorage, Storage, open_storage
 
-PREFIX = checkpoints_prefix(BloodType.A, "0123456789abcdef")
+RUN = run_prefix(BloodType.A, "0123456789abcdef")
+PREFIX = f"{RUN}checkpoints/"
 
 
 def snapshot(step: int) -> Callable[[Path], None]:
@@ -32,7 +34,7 @@ def snapshot(step: int) -> Callable[[Path], None]:
 
 def opened(tmp_path: Path, name: str = "work", **settings: object) -> Checkpoints:
     config = CheckpointConfig.model_validate(settings)
-    return Checkpoints(config, tmp_path / name, f"file://{tmp_path / 'out'}/", PREFIX, "0123456789abcdef")
+    return Checkpoints(config, tmp_path / name, f"file://{tmp_path / 'out'}/", RUN, "0123456789abcdef")
 
 
 def stored(tmp_path: Path) -> set[str]:
@@ -40,7 +42,7 @@ def stored(tmp_path: Path) -> set[str]:
 
 
 def test_persona_prefixes_do_not_hold_each_other() -> None:
-    assert not checkpoints_prefix(BloodType.AB, "x").startswith(checkpoints_prefix(BloodType.A, "x").removesuffix("x/checkpoints/"))
+    assert not run_prefix(BloodType.AB, "x").startswith(run_prefix(BloodType.A, "x").removesuffix("x/"))
 
 
 def test_the_newest_are_kept_here_and_there_and_found_on_another_machine(tmp_path: Path) -> None:

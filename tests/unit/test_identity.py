@@ -59,6 +59,8 @@ NOT_RECIPE = {
     "storage.object_budget_s": 7,
     "storage.total_budget_s": 70,
     "storage.stall_timeout_s": 5,
+    "lease.duration_s": 30,
+    "lease.wait_s": 120,
     "limits.line_bytes": 4096,
     "limits.text_characters": 1000,
     "limits.nesting_depth": 8,

@@ -23,6 +23,7 @@ from lora_trainer.config import GatesConfig, RunConfig, settle
 from lora_trainer.errors import ConfigError, DataError
 from lora_trainer.evaluation import evaluation_id, prompts_digest
 from lora_trainer.evaluation_prompts import evaluation_prompts
+from lora_trainer.lease import Record
 from lora_trainer.metrics import RunMetrics, Verdict
 from lora_trainer.pipeline import Evaluated, Job, Trained
 from lora_trainer.progress import RunProgress
@@ -253,6 +254,24 @@ def test_what_missed_a_gate_is_published_and_is_not_the_latest(tmp_path: Path) -
     again = pipeline.find_finished(Job(config(tmp_path)), identity)
     assert again is not None
     assert (again.verdict, again.already_done, again.moved_latest) == (verdict, True, False)
+
+
+@pytest.mark.parametrize("held", [False, True])
+def test_what_a_killed_attempt_left_goes_with_the_next_look(tmp_path: Path, held: bool) -> None:
+    job = Job(config(tmp_path))
+    identity = pipeline.identify(job, pipeline.fetch(job), evaluation_prompts())
+    verdict = Verdict(gate_id=identity.gate_id, passed=True, gates=())
+    progress = RunProgress(job.run_dir(identity) / "progress.json", identity.run_id, "A", None)
+    pipeline.publish(job, identity, made_folder(job, identity, verdict), verdict, progress)
+    prefix = f"runs/A/{identity.run_id}/"
+    left = {f"{prefix}checkpoints/step-000004/manifest.json", f"{prefix}checkpoints-0a/step-000003/x", f"{prefix}lease.json"}
+    for key in left:
+        job.output.write_bytes(key, b"{}")
+    record = Record(holder="f" * 16, attempt=1, host="elsewhere", duration_s=60, released_at=None if held else "then")
+    job.output.write_bytes(f"{prefix}lease.json", record.as_bytes())
+    assert pipeline.find_finished(job, identity) is not None
+    # nothing of one that is at work
+    assert {item.key for item in job.output.list("runs/")} == (left if held else set())
 
 
 def made_folder(job: Job, identity: pipeline.Identity, verdict: Verdict) -> Path:

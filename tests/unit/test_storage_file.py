@@ -80,8 +80,30 @@ class TestFileStorage(StorageContract):
 
     def test_lock_and_temporary_files_are_not_listed(self, storage: Storage, tmp_path: Path) -> None:
         storage.write_bytes("A/latest.json", b"{}", if_absent=True)
+        # one that is only ever made anew, such as a manifest, has nothing beside it
+        assert len(list((tmp_path / "store" / "A").iterdir())) == 1
+        found = storage.read_bytes("A/latest.json")
+        assert found is not None
+        storage.write_bytes("A/latest.json", b"{}", if_match=found.etag)
         assert len(list((tmp_path / "store" / "A").iterdir())) == 2
         assert keys(storage) == ["A/latest.json"]
+
+    def test_made_anew_where_the_file_system_has_no_links(
+        self, storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def no_links(self: Path, target: Path) -> None:
+            raise OSError(errno.EPERM, "Operation not permitted")
+
+        monkeypatch.setattr(Path, "hardlink_to", no_links)
+        storage.write_bytes("x", b"1", if_absent=True)
+        with pytest.raises(PreconditionFailed):
+            storage.write_bytes("x", b"2", if_absent=True)
+        assert (tmp_path / "store" / "x").read_bytes() == b"1"
+
+    def test_made_anew_below_a_file(self, storage: Storage) -> None:
+        storage.write_bytes("x", b"")
+        with pytest.raises(ConfigError, match="x: got a file where a folder is expected"):
+            storage.write_bytes("x/y", b"", if_absent=True)
 
     def test_leftovers_of_a_killed_process_go_after_an_hour(self, storage: Storage, tmp_path: Path) -> None:
         storage.write_bytes("x", b"")

@@ -1,0 +1,57 @@
+"""The short version of `benchmarks/chaos.py`: killed at random moments, against a store of whose requests a fifth fails."""
+
+from __future__ import annotations
+
+import importlib.util
+import random
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from conftest import REPOSITORY
+
+pytestmark = pytest.mark.e2e
+for needed in ("torch", "transformers", "trl", "peft", "datasets"):
+    pytest.importorskip(needed, reason=f"{needed} is not installed: pip install '.[cpu]'")
+
+RUNS = 2
+
+
+@pytest.fixture(scope="module")
+def chaos() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("chaos", REPOSITORY / "benchmarks" / "chaos.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    # dataclasses look their module up
+    sys.modules["chaos"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_what_is_killed_again_and_again_ends_as_if_nothing_was(chaos: ModuleType, s3_server: Any, tmp_path: Path) -> None:
+    settings = chaos.Settings(steps=6)
+    stop = threading.Event()
+    reference = chaos.undisturbed(s3_server, settings, tmp_path, stop)
+    draw = random.Random()
+
+    def one(number: int) -> dict[str, Any]:
+        # the first one while it trains, so that there is something to go on from; the other one at any moment
+        kills = [chaos.Kill("SIGKILL", "train", draw.uniform(0.3, 1)), chaos.Kill("SIGTERM", "any", draw.uniform(0.2, 1.2))]
+        run: dict[str, Any] = chaos.run_one(s3_server, settings, number, reference, tmp_path, stop, kills)
+        return run
+
+    with ThreadPoolExecutor(RUNS) as pool:
+        runs = list(pool.map(one, range(1, RUNS + 1)))
+    for run in runs:
+        assert run["wrong"] == [], run
+        assert run["attempts"][0]["killed_by"] == "SIGKILL", run
+        assert run["looks"] > 5
+        assert run["manifests_seen"] > 0
+    assert sum(sum(run["faults"].values()) for run in runs) > 10
+    summary = chaos.summarise(settings, [{**run, "revision": ""} for run in runs], reference, "")
+    assert (summary["runs"], summary["good"], summary["kills"]["SIGKILL"]) == (RUNS, RUNS, RUNS)
