@@ -1,7 +1,7 @@
 """What a GPU does to a run: its memory runs out, it is lost, the loss is no number any more.
 
 No GPU here, so the fault is raised where the driver's would surface, in the forward pass, with the class that torch gives it;
-everything around it is the real job. `tests/gpu` runs out of a real GPU's memory.
+everything around it is the real job.
 """
 
 from __future__ import annotations
