@@ -38,7 +38,7 @@ def start(chaos: Any, s3_server: Any, bucket: str, tmp_path: Path) -> Iterator[S
         process.send("SIGKILL")
 
 
-def until(process: Any, event: str, limit_s: float = 120) -> dict[str, Any]:
+def until(process: Any, event: str, limit_s: float = 300) -> dict[str, Any]:
     deadline_s = time.monotonic() + limit_s
     while time.monotonic() < deadline_s:
         if found := process.event(event):
@@ -48,7 +48,7 @@ def until(process: Any, event: str, limit_s: float = 120) -> dict[str, Any]:
     pytest.fail(f"{event} never came: {process.log[-3:]} {process.noise}")
 
 
-def ended(process: Any, chaos: Any, limit_s: float = 180) -> int:
+def ended(process: Any, chaos: Any, limit_s: float = 600) -> int:
     deadline_s = time.monotonic() + limit_s
     while time.monotonic() < deadline_s:
         if (code := process.wait(chaos.threading.Event())) is not None:
