@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
 import sys
 import tempfile
 import time
@@ -23,6 +24,7 @@ from lora_trainer import __version__, logs
 from lora_trainer.config import config_table, parse_override, settle
 from lora_trainer.errors import ConfigError, ExitCode, GateError, Interrupted, LoraTrainerError, StorageError
 from lora_trainer.personas import BloodType
+from lora_trainer.redaction import redacted
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -124,6 +126,7 @@ def run(config_file: Path | None, overrides: Sequence[str], fresh: bool, **optio
     with edge:
         config = settle(_given(options, overrides), config_file=config_file)
         logs.configure(config.logging.level, config.logging.format)
+        edge.work_dir = config.work_dir
         structlog.contextvars.bind_contextvars(blood_type=str(config.blood_type))
         logs.get_logger().info("run_settled", data=config.data, output=config.output, backend=config.resolved_backend)
         from rich.console import Console
@@ -205,6 +208,7 @@ def evaluate(
         opened = reevaluation.open_adapter(adapter)
         config = reevaluation.settle_for(opened, _given(options, overrides), config_file=config_file)
         logs.configure(config.logging.level, config.logging.format)
+        edge.work_dir = config.work_dir
         structlog.contextvars.bind_contextvars(blood_type=str(config.blood_type))
         with logs.libraries_print_to_the_log():
             found = reevaluation.evaluate_published(opened, config, report_dir)
@@ -699,17 +703,24 @@ def run_cli(arguments: Sequence[str]) -> int:
     except click.exceptions.Abort:
         return ExitCode.INTERRUPTED
     except click.ClickException as error:
+        # it quotes what was typed
+        error.message = redacted(error.message)
         error.show()
         return error.exit_code
     except LoraTrainerError as error:
         for problem in error.problems:
-            click.echo(f"error: {problem}", err=True)
+            click.echo(f"error: {redacted(problem)}", err=True)
         return error.exit_code
     except SystemExit:
         # Click's and Rich's answer to a closed pipe, with code 1: whoever read our output has seen enough
         return ExitCode.DONE
     except Interrupted:
         return ExitCode.INTERRUPTED
+    except Exception as error:  # the edge: what comes here is a bug
+        said, frames = _bug(error, None)
+        for line in (f"error: a bug, please report it: {redacted(said)}", *frames):
+            click.echo(line, err=True)
+        return ExitCode.BUG
     return result if isinstance(result, int) else ExitCode.DONE
 
 
@@ -718,6 +729,8 @@ class _RunEdge:
 
     def __init__(self) -> None:
         self.facts: dict[str, object] = {}
+        self.work_dir: Path | None = None
+        """Where a bug's message goes, as soon as that is known."""
         self._code = ExitCode.DONE
         self._started_s = time.monotonic()
 
@@ -733,14 +746,14 @@ class _RunEdge:
             self._code, outcome = ExitCode.INTERRUPTED, "interrupted"
             kept = getattr(error, "kept", "") or "no half-published bundle is visible"
             problems = (f"interrupted: {kept}; run the same command again",)
-        elif isinstance(error, Exception):
+        elif error is not None and not isinstance(error, SystemExit | GeneratorExit):
+            # not only an `Exception`: a panic in a library's Rust is none
             self._code, outcome = ExitCode.BUG, "bug"
-            problems = (f"{type(error).__module__}.{type(error).__name__}{_safe_message(error)}",)
-            self.facts["frames"] = [
-                f"{frame.filename}:{frame.lineno} {frame.name}" for frame in traceback.extract_tb(error.__traceback__)
-            ][-12:]
+            said, self.facts["frames"] = _bug(error, self.work_dir)
+            problems = (said,)
         elif error is not None:
             return False
+        problems = tuple(map(redacted, problems))
         summary = {
             "outcome": outcome,
             "exit_code": int(self._code),
@@ -766,13 +779,36 @@ class _RunEdge:
             raise click.exceptions.Exit(self._code)
 
 
-def _safe_message(error: Exception) -> str:
-    """An unexpected error's message, unless its kind is one that quotes data (ValueError, KeyError, ...)."""
-    if isinstance(
-        error, RuntimeError | OSError | ImportError | MemoryError | AttributeError | AssertionError | NotImplementedError
-    ):
-        return f": {str(error)[:1000]}"
-    return " (its message is left out: it may quote training text)"
+# what says nothing about the data, and all about what has to be done: the device's own words, and Python's about names
+_KNOWN_MESSAGE: Final = re.compile(
+    r"(?:CUDA|cuDNN|CUBLAS|CUSPARSE|NCCL|NVML|Triton)\b.*|[\w.' ]+ has no attribute '\w+'|No module named '[\w.]+'",
+    re.ASCII,
+)
+
+
+def _bug(error: BaseException, folder: Path | None) -> tuple[str, list[str]]:
+    """One line about an unexpected error, and where it came from. What may quote data goes to a file in `folder`."""
+    frames = [f"{frame.filename}:{frame.lineno} {frame.name}" for frame in traceback.extract_tb(error.__traceback__)]
+    return f"{type(error).__module__}.{type(error).__name__}{_safe_message(error, folder)}", frames[-12:]
+
+
+def _safe_message(error: BaseException, folder: Path | None) -> str:
+    """The first line of the message if it can't quote data. Else all goes to a file in `folder`, or in the system's for such."""
+    first_line = str(error).partition("\n")[0]
+    if _KNOWN_MESSAGE.fullmatch(first_line) or isinstance(error, MemoryError):
+        return f": {first_line[:1000]}"
+    if isinstance(error, OSError) and error.strerror:
+        return f": {error.strerror}" + (f": {error.filename}" if error.filename else "")
+    left_out = "its message is left out: it may quote training text"
+    with suppress(OSError):
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(
+            "w", prefix="bug-", suffix=".txt", dir=folder, delete=False, encoding="utf-8", errors="backslashreplace"
+        ) as file:
+            file.write(redacted("".join(traceback.format_exception(error))))
+        left_out += f"; {file.name} has it"
+    return f" ({left_out})"
 
 
 def _given(options: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
