@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import json
 import os
 import re
@@ -639,8 +640,11 @@ def generate(
     from rich.progress import Progress
 
     from lora_trainer.generator import command, summary, teacher
+    from lora_trainer.storage import refuse_credentials
 
     logs.configure("warning", "auto")
+    # the report names it
+    refuse_credentials(base_url)
     settings = command.GenerateSettings(
         blood_types=_blood_types(blood_types),
         count=count,
@@ -703,9 +707,10 @@ def run_cli(arguments: Sequence[str]) -> int:
     except click.exceptions.Abort:
         return ExitCode.INTERRUPTED
     except click.ClickException as error:
+        shown = io.StringIO()
+        error.show(shown)
         # it quotes what was typed
-        error.message = redacted(error.message)
-        error.show()
+        click.echo(redacted(shown.getvalue()), err=True, nl=False)
         return error.exit_code
     except LoraTrainerError as error:
         for problem in error.problems:

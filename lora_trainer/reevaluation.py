@@ -167,7 +167,9 @@ def _fetch_data(adapter: Adapter, job: pipeline.Job) -> pipeline.DataFile:
     try:
         data = pipeline.fetch(job)
     except NotFound as error:
-        raise NotFound([*error.problems, f"{adapter.storage.uri}: is compared with the data that it was trained on: {hint}"]) from None
+        raise NotFound(
+            [*error.problems, f"{adapter.storage.uri}: is compared with the data that it was trained on: {hint}"]
+        ) from None
     if data.fetched.sha256 != manifest["sha256"]:
         raise DataError(
             f"{data.uri}: got SHA-256 {data.fetched.sha256}, the adapter was trained on {_quoted(manifest['sha256'])}: "

@@ -204,7 +204,7 @@ def refuse_credentials(uri: str) -> None:
     if has_user_info(uri):
         raise ConfigError(
             f"{redacted(uri)}: got a user or a password in a URI, expected none: manifests and logs name URIs; "
-            "credentials belong into the AWS_* variables or a profile"
+            "credentials belong into variables of their own (AWS_*, OPENAI_API_KEY) or into a profile"
         )
 
 
