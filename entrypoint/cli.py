@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import json
 import os
 import sys
@@ -23,6 +24,7 @@ from lora_trainer.config import RunConfig, config_table, parse_override, settle_
 from lora_trainer.endings import Ending, ending_of
 from lora_trainer.errors import ConfigError, ExitCode, GateError, Interrupted, LoraTrainerError, StorageError
 from lora_trainer.personas import BloodType, named_blood_types
+from lora_trainer.redaction import redacted
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -136,6 +138,7 @@ def run(config_file: Path | None, overrides: Sequence[str], fresh: bool, **optio
     with edge:
         configs = settle_each(_given(options, overrides), config_file=config_file)
         logs.configure(configs[0].logging.level, configs[0].logging.format)
+        edge.work_dir = configs[0].work_dir
         if len(configs) > 1:
             _run_several(configs, edge, fresh=fresh)
         else:
@@ -239,6 +242,7 @@ def evaluate(
         opened = reevaluation.open_adapter(adapter)
         config = reevaluation.settle_for(opened, _given(options, overrides), config_file=config_file)
         logs.configure(config.logging.level, config.logging.format)
+        edge.work_dir = config.work_dir
         structlog.contextvars.bind_contextvars(blood_type=str(config.blood_type))
         with logs.libraries_print_to_the_log():
             found = reevaluation.evaluate_published(opened, config, report_dir)
@@ -673,8 +677,11 @@ def generate(
     from rich.progress import Progress
 
     from lora_trainer.generator import command, summary, teacher
+    from lora_trainer.storage import refuse_credentials
 
     logs.configure("warning", "auto")
+    # the report names it
+    refuse_credentials(base_url)
     settings = command.GenerateSettings(
         blood_types=_blood_types(blood_types),
         count=count,
@@ -735,17 +742,25 @@ def run_cli(arguments: Sequence[str]) -> int:
     except click.exceptions.Abort:
         return ExitCode.INTERRUPTED
     except click.ClickException as error:
-        error.show()
+        shown = io.StringIO()
+        error.show(shown)
+        # it quotes what was typed
+        click.echo(redacted(shown.getvalue()), err=True, nl=False)
         return error.exit_code
     except LoraTrainerError as error:
         for problem in error.problems:
-            click.echo(f"error: {problem}", err=True)
+            click.echo(f"error: {redacted(problem)}", err=True)
         return error.exit_code
     except SystemExit:
         # Click's and Rich's answer to a closed pipe, with code 1: whoever read our output has seen enough
         return ExitCode.DONE
     except Interrupted:
         return ExitCode.INTERRUPTED
+    except Exception as error:  # the edge: what comes here is a bug
+        ending = ending_of(error) or Ending(ExitCode.BUG)
+        for line in (*(f"error: a bug, please report it: {said}" for said in ending.problems), *ending.frames):
+            click.echo(line, err=True)
+        return ExitCode.BUG
     return result if isinstance(result, int) else ExitCode.DONE
 
 
@@ -758,6 +773,8 @@ class _RunEdge:
         """Those of a run of several; each has an ending of its own."""
         # the stream itself: sys.stderr is the libraries' own while a run goes on
         self._stderr, self._is_terminal = sys.stderr, sys.stderr.isatty()
+        self.work_dir: Path | None = None
+        """Where a bug's message goes, as soon as that is known."""
         self._code = ExitCode.DONE
         self._started_s = time.monotonic()
 
@@ -765,7 +782,7 @@ class _RunEdge:
         """Start the clock."""
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> bool:
-        ending = ending_of(error)
+        ending = ending_of(error, self.work_dir)
         if ending is None:
             return False
         new_problems = ending.problems

@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 
 from lora_trainer.errors import ConfigError
 from lora_trainer.personas import BloodType, named_blood_types
+from lora_trainer.redaction import has_user_info, redacted
 
 ENVIRONMENT_PREFIX: Final = "LORA_TRAINER_"
 CONFIG_FILE_VARIABLE: Final = "LORA_TRAINER_CONFIG"
@@ -57,6 +58,15 @@ def _no_control_characters(value: _PathOrText) -> _PathOrText:
     return value
 
 
+def _no_credentials(uri: str) -> str:
+    """For what a manifest and a log will name. Raises `ValueError`."""
+    if has_user_info(uri):
+        raise ValueError(
+            "expected no user and no password in a URI: the manifest and the log name it; credentials have variables of their own"
+        )
+    return uri
+
+
 class BaseModelConfig(_Section):
     """Which model the adapter is trained on, and where its files come from."""
 
@@ -83,6 +93,11 @@ class BaseModelConfig(_Section):
     @classmethod
     def _writable_name(cls, value: str | Path | None) -> str | Path | None:
         return value if value is None else _no_control_characters(value)
+
+    @field_validator("model")
+    @classmethod
+    def _without_credentials(cls, value: str) -> str:
+        return _no_credentials(value)
 
     @field_validator("revision")
     @classmethod
@@ -175,6 +190,11 @@ class EvaluationConfig(_Section):
     @classmethod
     def _writable_name(cls, value: str | None) -> str | None:
         return value if value is None else _no_control_characters(value)
+
+    @field_validator("prompts", "judge_base_url")
+    @classmethod
+    def _without_credentials(cls, value: str | None) -> str | None:
+        return value if value is None else _no_credentials(value)
 
     @field_validator("intensities")
     @classmethod
@@ -397,7 +417,7 @@ class RunConfig(_Section):
     @field_validator("data", "output")
     @classmethod
     def _known_scheme(cls, value: str) -> str:
-        scheme, separator, rest = value.partition("://")
+        scheme, separator, rest = _no_credentials(value).partition("://")
         if separator and scheme not in ("s3", "file"):
             raise ValueError(f"unknown scheme '{scheme}://'; expected s3://bucket/prefix/ or file:///folder/")
         if not (rest if separator else value).strip("/ ") and scheme != "file":
@@ -658,7 +678,9 @@ def parse_override(text: str) -> tuple[str, Any]:
     """`training.epochs=1` from `--set` as (setting, value). Raises `ConfigError`."""
     dotted, equals, value = text.partition("=")
     if not equals or dotted not in set(setting_names()):
-        raise ConfigError(f"--set {text}: expected SETTING=VALUE; {_nearest(dotted, list(setting_names()))}")
+        # not the value: whoever takes a secret for a setting should not find it in a log
+        shown = f"{dotted}=…" if equals else dotted
+        raise ConfigError(f"--set {shown}: expected SETTING=VALUE; {_nearest(dotted, list(setting_names()))}")
     return dotted, _list_or_text(dotted, value)
 
 
@@ -730,7 +752,7 @@ def _place(sources: list[Source], location: list[str]) -> str:
 
 
 def _shortened(value: object) -> str:
-    text = repr(value)
+    text = redacted(repr(value))
     return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}…"
 
 

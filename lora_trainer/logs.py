@@ -13,6 +13,8 @@ from typing import Final, Literal, cast
 
 import structlog
 
+from lora_trainer.redaction import redacted_value
+
 TERMINATION_LOG: Final = Path("/dev/termination-log")
 """What Kubernetes shows as the container's last word; at most 4,096 bytes are kept."""
 TERMINATION_LOG_BYTES: Final = 4096
@@ -27,7 +29,7 @@ def configure(level: str, log_format: Literal["auto", "json", "console"]) -> Non
     """Route our events, and the libraries' own logging and warnings, to stderr in one format.
 
     Libraries speak at warning level and above only, or at ours if that is stricter: their chatter is theirs,
-    and some of it quotes data.
+    and some of it quotes data. Tracebacks are left out, since they hold messages, and a credential is, wherever it turns up.
     """
     as_json = log_format == "json" or (log_format == "auto" and not sys.stderr.isatty())
     number = logging.getLevelNamesMapping()[level.upper()]
@@ -35,6 +37,7 @@ def configure(level: str, log_format: Literal["auto", "json", "console"]) -> Non
         structlog.contextvars.merge_contextvars,
         structlog.stdlib.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
+        _redact,
         _event_first,
     ]
     renderer: structlog.typing.Processor = (
@@ -51,7 +54,7 @@ def configure(level: str, log_format: Literal["auto", "json", "console"]) -> Non
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
-            foreign_pre_chain=[*shared[:-1], _library_event, _event_first],
+            foreign_pre_chain=[*shared[:-2], _library_event, _redact, _event_first],
             processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, renderer],
         )
     )
@@ -98,6 +101,11 @@ def libraries_print_to_the_log() -> Iterator[None]:
         yield
 
 
+def _redact(logger: object, method: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
+    # keys with an underscore are structlog's own
+    return {key: value if key.startswith("_") else redacted_value(value) for key, value in event.items()}
+
+
 def _event_first(logger: object, method: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
     """When, how bad and what stand first in a line; the rest follows as it was given."""
     leading = {key: event.pop(key) for key in ("timestamp", "level", "event") if key in event}
@@ -108,6 +116,11 @@ def _library_event(logger: object, method: str, event: structlog.typing.EventDic
     """A library's message under a snake_case event of its own."""
     record = event.get("_record")
     event["library"] = record.name if isinstance(record, logging.LogRecord) else "unknown"
+    # a traceback ends in a message, and the console would show the variables of each frame
+    raised = event.pop("exc_info", None)
+    event.pop("stack_info", None)
+    if isinstance(raised, tuple) and raised[0] is not None:
+        event["error"] = raised[0].__qualname__
     event["message"] = str(event.pop("event"))
     event["event"] = "library_message"
     return event
@@ -115,6 +128,7 @@ def _library_event(logger: object, method: str, event: structlog.typing.EventDic
 
 def last_word(summary: dict[str, object], path: Path = TERMINATION_LOG) -> None:
     """Write `summary` to the termination log where there is one; losing it must not change the exit code."""
+    summary = {key: redacted_value(value) for key, value in summary.items()}
     # backslashes: a file name of the user's may hold bytes that are no UTF-8
     text = json.dumps(summary, ensure_ascii=False).encode(errors="backslashreplace")
     if len(text) > TERMINATION_LOG_BYTES:

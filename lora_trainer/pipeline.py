@@ -846,6 +846,12 @@ def publish_folder(folder: Path, output_uri: str | None) -> Outcome:
     manifest = bundle.open_local(folder)
     blood_type, identifier = BloodType(manifest["blood_type"]), str(manifest["run_id"])
     structlog.contextvars.bind_contextvars(run_id=identifier, blood_type=str(blood_type))
+    if output_uri is None and folder.resolve().parts[-4:] != ("runs", str(blood_type), identifier, "bundle"):
+        # a bundle that came from somebody else would say by itself where it is published, and whose pointer it moves
+        raise ConfigError(
+            f"{folder}: got a bundle that is not where its run left it, <work_dir>/runs/{blood_type}/{identifier}/bundle; "
+            "expected --output: a copy's own word is not taken for it"
+        )
     output = open_storage(output_uri or manifest["config"]["output"])
     prefix = bundle.bundle_prefix(blood_type, identifier)
     verdict = Verdict.model_validate(manifest["verdict"])

@@ -27,6 +27,7 @@ _BOM: Final = b"\xef\xbb\xbf"
 _UTF16_BOMS: Final = (b"\xff\xfe", b"\xfe\xff")
 _QUOTED_CHARACTERS: Final = 24
 """A value or a key is shown only up to this length: what is longer is probably text, not a slip in a name."""
+_NAME: Final = re.compile(r"[A-Za-z0-9_-]+")
 _MOST_KEYS: Final = 64
 """Of one object. A record has four: beyond this there would be a problem for each of a megabyte's keys."""
 
@@ -539,7 +540,7 @@ def _fault_of(kind: str, field: str, value: object) -> _RecordError:
     if kind == "missing":
         return _RecordError("missing_field", "nothing", expected, f"add '{field.rsplit('.', 1)[-1]}'")
     if kind == "enum":
-        got = f"'{value}'" if isinstance(value, str) and _is_short(value) else _described(value)
+        got = f"'{value}'" if isinstance(value, str) and _is_name(value) else _described(value)
         return _RecordError("unknown_value", got, expected, _nearest(value, _VOCABULARIES[field], "choose the nearest of them"))
     if kind in ("greater_than_equal", "less_than_equal", "finite_number"):
         return _RecordError("out_of_range", _described(value), expected, "0 is hardly, 1 is fully")
@@ -553,8 +554,8 @@ def _unknown_field(path: list[str], number: int, schema: type[BaseModel]) -> Pro
     siblings = [name.rsplit(".", 1)[-1] for name in _EXPECTED if name and name.split(".")[:-1] == parents]
     if not parents and schema is EvaluationPrompt:
         siblings = list(EvaluationPrompt.model_fields)
-    # a long key is probably text that lost its quotes
-    field = ".".join([*parents, key if _is_short(key) else "?"])
+    # what is no name is probably text that lost its quotes
+    field = ".".join([*parents, key if _is_name(key) else "?"])
     fault = _RecordError(
         "unknown_field", f"the key {_short(key)}", "only " + ", ".join(siblings), _nearest(key, siblings, "remove it")
     )
@@ -562,19 +563,20 @@ def _unknown_field(path: list[str], number: int, schema: type[BaseModel]) -> Pro
 
 
 def _nearest(value: object, names: Sequence[str], otherwise: str) -> str:
-    if isinstance(value, str) and _is_short(value):
+    if isinstance(value, str) and len(value) <= _QUOTED_CHARACTERS:
         close = get_close_matches(value.strip().lower(), names, n=1, cutoff=0.7)
         if close:
             return f"did you mean '{close[0]}'?"
     return otherwise
 
 
-def _is_short(text: str) -> bool:
-    return len(text) <= _QUOTED_CHARACTERS and text.isprintable()
+def _is_name(text: str) -> bool:
+    """As the names of fields and emotions are: what people say to each other never is quoted."""
+    return len(text) <= _QUOTED_CHARACTERS and _NAME.fullmatch(text) is not None
 
 
 def _short(text: str) -> str:
-    return f"'{text}'" if _is_short(text) else f"of {len(text)} characters"
+    return f"'{text}'" if _is_name(text) else f"of {len(text)} characters"
 
 
 def _described(value: object) -> str:

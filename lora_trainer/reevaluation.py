@@ -20,12 +20,15 @@ from lora_trainer.judge import check_judge
 from lora_trainer.metrics import HeldOutMetrics, RunMetrics
 from lora_trainer.personas import BloodType
 from lora_trainer.progress import RunProgress
-from lora_trainer.storage import Storage, open_storage, safe_key
+from lora_trainer.storage import NotFound, Storage, open_storage, safe_key
 from lora_trainer.tokenization import TokenSequence, tokenize
 from lora_trainer.training import split_held_out
 
-# settings of the run that trained the adapter, which say nothing about the machine that questions it
-_NOT_INHERITED = ("work_dir", "output", "strict", "logging", "memory", "limits", "checkpoints")
+# settings of the run that trained the adapter, which say what was done and nothing about a place: a manifest comes from
+# whoever made the adapter, and must not choose where this machine sends its keys or what it reads
+_INHERITED = ("backend", "device", "lora", "training", "evaluation", "gates")
+_NEVER_INHERITED = ("evaluation.prompts", "evaluation.judge_model", "evaluation.judge_base_url")
+_SHOWN_CHARACTERS = 200
 _RUN_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _FACTS = ("run_id", "blood_type", "started_at")
 
@@ -103,16 +106,12 @@ def settle_for(
 ) -> RunConfig:
     """The settings to question `adapter` with: those that it was trained by, unless told otherwise.
 
+    Where anything lies or is sent to (data, base, prompts, judge, output, work folder) is the user's own setting, or the default.
     Raises `ConfigError` for settings that do not validate, and for another persona's.
     """
-    known = set(setting_names())
-    inherited = {
-        name: value
-        for name, value in _flat(adapter.manifest.get("config", {}))
-        if name in known and name.split(".")[0] not in _NOT_INHERITED
-    }
+    known = {name for name in setting_names() if name.split(".")[0] in _INHERITED} - set(_NEVER_INHERITED)
+    inherited = {name: value for name, value in _flat(adapter.manifest.get("config", {})) if name in known}
     inherited["blood_type"] = adapter.manifest["blood_type"]
-    inherited["data"] = adapter.manifest["data"]["uri"]
     configs = settle_each(cli, environment, config_file, inherited)
     config = next((config for config in configs if config.blood_type == adapter.manifest["blood_type"]), None)
     if config is None:
@@ -137,9 +136,48 @@ def find_base(adapter: Adapter, config: RunConfig) -> Base:
     if base.identity != adapter.manifest["base"]["identity"]:
         raise ConfigError(
             f"base.model: {config.base.model}: got the base {base.identity}, the adapter was trained on "
-            f"{adapter.manifest['base']['identity']}: pass that one with --base-model"
+            f"{_quoted(adapter.manifest['base']['identity'])}: pass that one with --base-model{_as_named(adapter, 'base.model')}"
         )
     return base
+
+
+def _as_named(adapter: Adapter, setting: str) -> str:
+    """For a message that asks for a place: what the manifest says about it."""
+    named = dict(_flat(adapter.manifest.get("config", {}))).get(setting)
+    return f" (its run had {setting}={_quoted(named)}; what a manifest names is not opened unasked)" if named else ""
+
+
+def _quoted(value: object) -> str:
+    """A manifest's value on one line."""
+    text = repr(value)[:_SHOWN_CHARACTERS]
+    return text[1:-1] if isinstance(value, str) and text.endswith(text[0]) else text
+
+
+def _check_prompts(adapter: Adapter, config: RunConfig) -> None:
+    """Raise `ConfigError` if the run had prompts of its own and nobody says what to ask here: others give another verdict."""
+    if "prompts" not in config.evaluation.model_fields_set and (named := _as_named(adapter, "evaluation.prompts")):
+        raise ConfigError(
+            f"evaluation.prompts: not given: pass its prompts with --prompts, or --set evaluation.prompts=none "
+            f"for those that ship{named}"
+        )
+
+
+def _fetch_data(adapter: Adapter, job: pipeline.Job) -> pipeline.DataFile:
+    """The file that it was trained on. Raises `DataError` for another one, or none."""
+    manifest = adapter.manifest["data"]
+    hint = f"pass it with --data (its run had {_quoted(manifest['uri'])}; what a manifest names is not opened unasked)"
+    try:
+        data = pipeline.fetch(job)
+    except NotFound as error:
+        raise NotFound(
+            [*error.problems, f"{adapter.storage.uri}: is compared with the data that it was trained on: {hint}"]
+        ) from None
+    if data.fetched.sha256 != manifest["sha256"]:
+        raise DataError(
+            f"{data.uri}: got SHA-256 {data.fetched.sha256}, the adapter was trained on {_quoted(manifest['sha256'])}: "
+            f"it is compared with its own training data: {hint}"
+        )
+    return data
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,18 +199,16 @@ def evaluate_published(adapter: Adapter, config: RunConfig, folder: Path | None)
             f"{adapter.storage.uri}: no adapter there, only what was measured; expected a bundle, such as "
             "<output>/adapters/A/<run id>/"
         )
+    _check_prompts(adapter, config)
     if folder is not None:
         _prepare(folder)
     job = pipeline.Job(config)
     structlog.contextvars.bind_contextvars(run_id=adapter.run_id)
-    data = pipeline.fetch(job)
-    if data.fetched.sha256 != (expected := adapter.manifest["data"]["sha256"]):
-        raise DataError(
-            f"{data.uri}: got SHA-256 {data.fetched.sha256}, the adapter was trained on {expected}: it is compared with its own "
-            "training data; pass the file as it was with --data"
-        )
+    data = _fetch_data(adapter, job)
     records = pipeline.read(job, data)
     prompts = pipeline.fetch_prompts(job)
+    if config.evaluation.judge_model is None and _as_named(adapter, "evaluation.judge_model"):
+        job.log.warning("judge_left_out", reason="the run had one: a judge is asked only where one is named here")
     check_judge(config.evaluation)
     base = find_base(adapter, config)
     scratch = config.work_dir / "evaluations" / str(config.blood_type) / adapter.run_id

@@ -34,6 +34,7 @@ class Persona:
         self.ending: Ending | None = None
         """None as long as it has not ended, which is for good when the process ends first."""
         self._spent_s = 0.0
+        self._work_dir = config.work_dir
         self._story = story(Job(config, shared), console, fresh=fresh)
         # what it binds to the log's lines is its own
         self._context = contextvars.copy_context()
@@ -49,7 +50,7 @@ class Persona:
             self.outcome = outcome
             self.ending = Ending() if outcome.verdict.passed else ending_of(GateError(missed(outcome.verdict)))
         except (Exception, Interrupted, KeyboardInterrupt) as error:  # the edge of one persona, as the CLI is that of the process
-            self.ending = ending_of(error)
+            self.ending = ending_of(error, self._work_dir)
         finally:
             self._spent_s += time.monotonic() - started_s
 

@@ -54,6 +54,7 @@ import structlog
 
 from lora_trainer.errors import ConfigError, DataError, LoraTrainerError, StorageError
 from lora_trainer.patience import PATIENCE, PassingError, Patience, Trying
+from lora_trainer.redaction import has_user_info, redacted, remember
 
 if TYPE_CHECKING:
     from boto3.session import Session
@@ -85,8 +86,6 @@ _STALE_TEMPORARY_S: Final = 3600
 _SHA256_METADATA: Final = "lora-trainer-sha256"
 
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,254}")
-_ACCESS_KEY_ID = re.compile(r"\b(?:AKIA|ASIA|AROA|AIDA)[A-Z0-9]{12,}\b")
-_USER_INFO = re.compile(r"(?<=://)[^/@\s\"']+@")
 
 
 class NotFound(DataError):  # noqa: N818  it reads as what it says: not found
@@ -192,8 +191,9 @@ def open_storage(uri: str) -> Storage:
     """The storage that `uri` names: `s3://bucket/prefix/`, `file:///folder/` or a local folder.
 
     Nothing is contacted or created. Percent-escapes are decoded in `file://` and nowhere else.
-    Raises `ConfigError` for a URI that names no folder.
+    Raises `ConfigError` for a URI that names no folder, and for one with credentials in it.
     """
+    refuse_credentials(uri)
     scheme, separator, rest = uri.partition("://")
     if not separator:
         return FileStorage(Path(uri).expanduser())
@@ -208,11 +208,21 @@ def open_storage(uri: str) -> Storage:
     raise ConfigError(f"{uri}: unknown scheme '{scheme}://'; expected s3://bucket/prefix/, file:///folder/ or a local folder")
 
 
+def refuse_credentials(uri: str) -> None:
+    """Raise `ConfigError` for a URI with a user or a password in it: it would be written into manifests and logs."""
+    if has_user_info(uri):
+        raise ConfigError(
+            f"{redacted(uri)}: got a user or a password in a URI, expected none: manifests and logs name URIs; "
+            "credentials belong into variables of their own (AWS_*, OPENAI_API_KEY) or into a profile"
+        )
+
+
 def split_uri(uri: str) -> tuple[str, str]:
     """(URI of the folder, key) of a URI that names one object, such as `s3://bucket/prefix/train.jsonl`.
 
-    Raises `ConfigError` when it names a folder or a bucket.
+    Raises `ConfigError` when it names a folder or a bucket, or holds credentials.
     """
+    refuse_credentials(uri)
     scheme, separator, rest = uri.rpartition("://")
     folder, slash, key = rest.rpartition("/")
     if not key or (separator and not slash):
@@ -731,7 +741,12 @@ class S3Storage:
         """Those that the chain gives now, and where from."""
         try:
             found = self._session.get_credentials()
-            return (found.get_frozen_credentials(), found.method) if found else (None, "")
+            if found is None:
+                return None, ""
+            frozen = found.get_frozen_credentials()
+            # a profile's or a role's are in no variable
+            remember(frozen.access_key, frozen.secret_key, frozen.token)
+            return frozen, found.method
         except OSError as error:
             raise StorageError(
                 f"{self.uri}: cannot read the AWS credentials: {error.filename}: {error.strerror}; "
@@ -926,7 +941,7 @@ class S3Storage:
         """For messages, so it must not fail: the client may be what could not be made."""
         named = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
         client = self.__dict__.get("_client")
-        return _redacted(client.meta.endpoint_url if client else named or "the AWS endpoint")
+        return redacted(client.meta.endpoint_url if client else named or "the AWS endpoint")
 
     @contextmanager
     def _explained(self, key: str, *, operation_key: bool = True) -> Iterator[None]:
@@ -951,7 +966,7 @@ class S3Storage:
         except RetriesExceededError as error:
             raise PassingError(
                 f"{self._where(key)}: the transfer from {self._endpoint} kept breaking off: "
-                f"{_redacted(str(error.last_exception))}; check the network, then run it again"
+                f"{redacted(str(error.last_exception))}; check the network, then run it again"
             ) from error
         except S3DownloadFailedError as error:
             raise StorageError(f"{self._where(key)}: replaced while it was read; run it again") from error
@@ -959,7 +974,7 @@ class S3Storage:
             raise PassingError(f"{self._where(key)}: lost the connection to {self._endpoint}: {error}; run it again") from error
         except ValueError as error:
             # botocore's way to refuse an endpoint or an AWS_* value; ours are raised before this block is entered
-            raise ConfigError(f"{self._where(key)}: {_redacted(str(error))}; check the AWS_* variables and the profile") from error
+            raise ConfigError(f"{self._where(key)}: {redacted(str(error))}; check the AWS_* variables and the profile") from error
 
     def _require_reason(self, error: ClientError, key: str) -> None:
         """The answer to a HEAD has no body, hence no reason: a GET of one byte is refused with one, which is raised instead."""
@@ -996,7 +1011,7 @@ class S3Storage:
 
     def _explain_refusal(self, error: ClientError, key: str) -> LoraTrainerError:
         code, status, where = _code(error), _status(error), self._where(key)
-        said = _redacted(error.response["Error"].get("Message") or "")
+        said = redacted(error.response["Error"].get("Message") or "")
         got = f"HTTP {status} {code}" + (f" ({said})" if said and said != code else "")
         passing = StorageError if code not in _PASSING and (status < 500 or status == 501) else PassingError
         if error.operation_name.startswith("AssumeRole"):
@@ -1047,7 +1062,7 @@ class S3Storage:
     def _explain_failure(self, error: BotoCoreError, key: str) -> LoraTrainerError:
         from botocore import exceptions as raised
 
-        where, said = self._where(key), _redacted(str(error))
+        where, said = self._where(key), redacted(str(error))
         match error:
             case raised.NoCredentialsError():
                 return StorageError(
@@ -1163,12 +1178,3 @@ def _code(error: ClientError) -> str:
 
 def _status(error: ClientError) -> int:
     return error.response["ResponseMetadata"]["HTTPStatusCode"]
-
-
-def _redacted(text: str) -> str:
-    """`text` from a library or a server, without anything that is or names a credential."""
-    for variable in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"):
-        # a shorter one is a word such as "test", which tells nothing and may be part of any message
-        if len(value := os.environ.get(variable, "")) >= 8:
-            text = text.replace(value, "…")
-    return _USER_INFO.sub("…@", _ACCESS_KEY_ID.sub("…", text))

@@ -32,7 +32,8 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def chat(adapter: Path, work_dir: Path, lines: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     """The command, with `lines` piped in."""
     return subprocess.run(
-        [sys.executable, "-m", "entrypoint", "chat", "--adapter", str(adapter), "--work-dir", str(work_dir), *arguments],
+        [sys.executable, "-m", "entrypoint", "chat", "--adapter", str(adapter), "--work-dir", str(work_dir),
+         "--base-model", "./examples/tiny-base", *arguments],
         cwd=REPOSITORY, env={**os.environ, "PYTHONPATH": str(REPOSITORY)}, input=lines,
         capture_output=True, text=True, timeout=200, check=False,
     )  # fmt: skip
@@ -75,6 +76,13 @@ def test_what_is_asked_wrongly(adapter: Path, tmp_path: Path, arguments: tuple[s
     assert done.returncode == code
     assert said in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_the_base_that_the_manifest_names_is_not_opened_unasked(adapter: Path, tmp_path: Path) -> None:
+    done = chat(adapter, tmp_path, "안녕\n", "--base-model", "Qwen/Qwen2.5-7B-Instruct")
+    assert done.returncode == 2
+    assert "the adapter was trained on sha256:" in done.stderr
+    assert "examples/tiny-base; what a manifest names is not opened unasked" in done.stderr
 
 
 def test_another_base_is_refused(adapter: Path, tmp_path: Path) -> None:

@@ -262,6 +262,7 @@ def test_the_tiny_base_trains_on_the_gpu_as_it_ships_and_answers_as_a_server_wou
         [
             sys.executable, "-m", "entrypoint", "evaluate", "--adapter", str(bundle), "--report-dir", str(tmp_path / "again"),
             "--work-dir", str(tmp_path / "work-again"), "--log-format", "json",
+            "--base-model", str(TINY_BASE), "--data", str(REPOSITORY / "data"),
         ],
         cwd=REPOSITORY, capture_output=True, text=True, timeout=400, check=False,
     )  # fmt: skip

@@ -36,6 +36,10 @@ SECRET = "wJalrXUtnFEMI/K7MDENG/bPxRfiCYzEXAMPLEKEY"  # noqa: S105  the example 
 PLANTED = "아무도보면안되는말"
 
 
+class Panic(BaseException):
+    """Of a library."""
+
+
 @pytest.fixture(autouse=True)
 def own_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, aws_environment: pytest.MonkeyPatch) -> Iterator[None]:
     """As in a process of its own: no settings around, an empty working folder, and logging put back afterwards."""
@@ -166,7 +170,7 @@ def test_strict_is_unset_unless_given(monkeypatch: pytest.MonkeyPatch) -> None:
             ["show-config", "--blood-type", "C"],
             "error: command line: blood_type: got 'C'; expected A, B, O or AB, several as A,B, or all",
         ),
-        (["show-config", "--set", "lora.rank=3"], "error: --set lora.rank=3: expected SETTING=VALUE; "),
+        (["show-config", "--set", "lora.rank=3"], "error: --set lora.rank=…: expected SETTING=VALUE; "),
         (["show-config", "--config", "nowhere.yaml"], "error: nowhere.yaml: cannot read the configuration file: No such file"),
         (["show-config", "--config", "."], "error: .: cannot read the configuration file: Is a directory"),
         (["show-config", "--data", "ftp://x/y/"], "unknown scheme 'ftp://'"),
@@ -186,7 +190,7 @@ def test_usage_is_exit_2(capsys: pytest.CaptureFixture[str], arguments: list[str
 def test_all_wrong_overrides_at_once(capsys: pytest.CaptureFixture[str]) -> None:
     code, _, err = called(capsys, "show-config", "--set", "a=1", "--set", "lora.r=8", "--set", "b=2")
     assert code == 2
-    assert [line.split(":")[1] for line in err.splitlines()] == [" --set a=1", " --set b=2"]
+    assert [line.split(":")[1] for line in err.splitlines()] == [" --set a=…", " --set b=…"]
 
 
 # -- validate -------------------------------------------------------------------------------------------
@@ -543,14 +547,24 @@ def test_validate_takes_one_persona_and_settings_for_several(
 @pytest.mark.parametrize(
     ("error", "shown"),
     [
-        (ValueError(PLANTED), "builtins.ValueError (its message is left out: it may quote training text)"),
-        (KeyError(PLANTED), "builtins.KeyError (its message is left out: it may quote training text)"),
+        (ValueError(PLANTED), "builtins.ValueError (its message is left out"),
+        (KeyError(PLANTED), "builtins.KeyError (its message is left out"),
+        (RuntimeError(f"a reply that says {PLANTED}"), "builtins.RuntimeError (its message is left out"),
+        (OSError(f"no tokenizer takes {PLANTED}"), "builtins.OSError (its message is left out"),
+        (AssertionError(PLANTED), "builtins.AssertionError (its message is left out"),
+        (AttributeError(f"'str' object has no attribute '{PLANTED}'"), "builtins.AttributeError (its message is left out"),
+        # not an Exception, as the panic of a library written in Rust
+        (Panic(PLANTED), "test_cli.Panic (its message is left out"),
         (RuntimeError("CUDA error: device lost"), "builtins.RuntimeError: CUDA error: device lost"),
+        (RuntimeError(f"CUDA error: device lost\n{PLANTED}"), "builtins.RuntimeError: CUDA error: device lost"),
+        (AttributeError("'NoneType' object has no attribute 'loss'"), ": 'NoneType' object has no attribute 'loss'"),
+        (ModuleNotFoundError("No module named 'torch.x'"), "builtins.ModuleNotFoundError: No module named 'torch.x'"),
+        (OSError(28, "No space left on device", "/x"), "builtins.OSError: No space left on device: /x"),
         (MemoryError(), "builtins.MemoryError: "),
     ],
 )
 def test_a_bug_is_exit_1_with_its_place_and_no_text_of_the_datas(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, shown: str
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, shown: str
 ) -> None:
     def broken(*_: object, **__: object) -> None:
         raise error
@@ -558,7 +572,16 @@ def test_a_bug_is_exit_1_with_its_place_and_no_text_of_the_datas(
     monkeypatch.setattr("lora_trainer.pipeline.run", broken)
     code, _, err = called(capsys, *run_arguments(tmp_path, "data/"))
     event = last_event(err)
-    assert (code, event["outcome"], event["problems"]) == (1, "bug", [shown])
+    assert (code, event["outcome"]) == (1, "bug")
+    (problem,) = event["problems"]
+    assert shown in problem
+    if "left out" in shown:
+        _, _, file = problem.partition("it may quote training text; ")
+        kept = Path(file.removesuffix(" has it)"))
+        # beside the data, for whoever may read that
+        assert kept.parent == tmp_path / "work"
+        assert kept.stat().st_mode & 0o077 == 0
+        assert PLANTED in kept.read_text(encoding="utf-8")
     assert event["frames"][-1].split(":")[0] == __file__
     assert event["frames"][-1].endswith(" broken")
     assert PLANTED not in err

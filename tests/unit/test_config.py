@@ -323,7 +323,7 @@ def test_overrides() -> None:
     ):
         with pytest.raises(ConfigError) as caught:
             parse_override(text)
-        assert str(caught.value).startswith(f"--set {text}: expected SETTING=VALUE; ")
+        assert str(caught.value).startswith(f"--set {text.replace('3', '…')}: expected SETTING=VALUE; ")
         assert hint in str(caught.value)
 
 

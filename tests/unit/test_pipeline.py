@@ -405,7 +405,9 @@ class Finished:
             "verdict": verdict.model_dump(mode="json"),
             "config": job.config.model_dump(mode="json"),
         }
-        folder = bundle.fresh_folder(tmp_path / "bundle")
+        self.kept = tmp_path / "work" / "runs" / "A" / self.identity.run_id / "bundle"
+        """As a run keeps it that could not publish it."""
+        folder = bundle.fresh_folder(self.kept)
         (folder / "adapter_config.json").write_text("{}")
         (folder / "adapter_model.safetensors").write_bytes(b"weights")
         bundle.write_evaluation(folder, metrics, made.steps, made.replies, facts)
@@ -539,13 +541,30 @@ def test_what_a_run_could_not_publish_is_published_by_hand(
     expected = finished.hashes()
     shutil.rmtree(finished.output)
     output = tmp_path / "elsewhere" if elsewhere else finished.output
-    done = published_by_hand(str(tmp_path / "bundle"), *(("--output", str(output)) if elsewhere else ()))
+    done = published_by_hand(str(finished.kept), *(("--output", str(output)) if elsewhere else ()))
     assert done.returncode == code, done.stderr
     assert "Traceback" not in done.stderr
     assert done.stdout == f"file://{output}/{finished.prefix}\n"
     assert {path.name: sha256_of(path) for path in (output / finished.prefix).iterdir() if path.is_file()} == expected
     assert (output / "adapters" / "A" / "latest.json").exists() is (code == 0)
-    assert not (tmp_path / "bundle").exists()
+    assert not finished.kept.exists()
+
+
+def test_a_bundle_from_elsewhere_does_not_say_itself_where_it_is_published(tmp_path: Path, made: MadeRun) -> None:
+    """It would go to whatever its manifest names, and move the pointer there."""
+    finished = Finished(tmp_path, made, threshold=0.9)
+    shutil.rmtree(finished.output)
+    copy = tmp_path / "download" / "bundle"
+    shutil.copytree(finished.kept, copy)
+    done = published_by_hand(str(copy))
+    assert done.returncode == 2
+    assert "expected --output: a copy's own word is not taken for it" in done.stderr
+    assert not finished.output.exists()
+    assert copy.exists()
+    done = published_by_hand(str(copy), "--output", str(tmp_path / "mine"))
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "mine" / finished.prefix / "manifest.json").exists()
+    assert not finished.output.exists()
 
 
 def test_what_is_no_finished_bundle_is_not_published(tmp_path: Path, made: MadeRun) -> None:
@@ -554,8 +573,8 @@ def test_what_is_no_finished_bundle_is_not_published(tmp_path: Path, made: MadeR
     assert "got no finished bundle of this version, expected a folder with the manifest.json" in done.stderr
     finished = Finished(tmp_path, made, threshold=0.9)
     shutil.rmtree(finished.output)
-    (tmp_path / "bundle" / "adapter_model.safetensors").write_bytes(b"weight!")
-    done = published_by_hand(str(tmp_path / "bundle"))
+    (finished.kept / "adapter_model.safetensors").write_bytes(b"weight!")
+    done = published_by_hand(str(finished.kept))
     assert done.returncode == 6
     assert "adapter_model.safetensors: is not what the bundle's manifest says" in done.stderr
     assert not finished.output.exists()

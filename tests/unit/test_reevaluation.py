@@ -6,7 +6,11 @@ import json
 import logging
 import os
 import shutil
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +18,16 @@ import pytest
 import structlog
 from conftest import REPOSITORY
 from made_metrics import MadeRun, made_run
+from structlog.testing import capture_logs
 
 from entrypoint.cli import run_cli
 from lora_trainer import bundle
 from lora_trainer.bases import identify_base
-from lora_trainer.config import RunConfig, settle
+from lora_trainer.config import RunConfig, setting_names, settle
 from lora_trainer.errors import ConfigError, DataError, StorageError
 from lora_trainer.personas import BloodType
 from lora_trainer.reevaluation import Adapter, evaluate_published, find_base, open_adapter, output_of, settle_for
-from lora_trainer.storage import Storage, open_storage, sha256_of
+from lora_trainer.storage import NotFound, Storage, open_storage, sha256_of
 
 TINY_BASE = REPOSITORY / "examples" / "tiny-base"
 DATA = REPOSITORY / "data" / "train_data_type_A.jsonl"
@@ -48,6 +53,17 @@ TOLD: dict[str, Any] = {
     "logging.level": "debug",
     "logging.report_to": ["tensorboard"],
 }
+
+
+# each setting that is a place, as one
+PLACES: dict[str, Any] = {"data": "s3://b/d/", "evaluation.prompts": "s3://b/p.jsonl", "base.model": "s3://b/m/"}
+
+
+def leaf(config: RunConfig, name: str) -> Any:
+    value: Any = config.model_dump(mode="json")
+    for part in name.split("."):
+        value = value[part]
+    return value
 
 
 @pytest.fixture(autouse=True)
@@ -179,12 +195,45 @@ def test_the_output_of_a_bundle_in_s3() -> None:
 def test_the_runs_settings_and_not_those_of_its_machine(adapter: Adapter) -> None:
     config = settle_for(adapter, {}, {})
     trained, default = settle(TOLD, {}), settle({"blood_type": "A"}, {})
-    for section in ("base", "lora", "training", "evaluation", "gates", "blood_type", "backend", "device"):
+    for section in ("lora", "training", "evaluation", "gates", "blood_type", "backend", "device"):
         assert getattr(config, section) == getattr(trained, section), section
-    for section in ("work_dir", "output", "strict", "memory", "logging"):
+    for section in ("work_dir", "output", "data", "base", "strict", "memory", "logging"):
         assert getattr(config, section) == getattr(default, section) != getattr(trained, section), section
-    # the very file, and not the folder that it was looked for in
-    assert config.data == DATA.as_uri()
+
+
+def test_no_place_is_taken_from_a_manifest(adapter: Adapter) -> None:
+    """Whoever made the adapter would choose what this machine reads, and whom it sends its keys."""
+    foreign = json.loads(json.dumps(adapter.manifest))
+
+    def mark(section: dict[str, Any]) -> None:
+        for name, value in section.items():
+            if isinstance(value, dict):
+                mark(value)
+            elif isinstance(value, str) or value is None:
+                section[name] = f"https://foreign/{name}"
+
+    kept = {section: adapter.manifest["config"][section] for section in ("backend", "device", "lora", "training", "gates")}
+    mark(foreign["config"])
+    foreign["config"] |= kept
+    foreign["data"]["uri"] = "s3://foreign/data.jsonl"
+    assert foreign["config"]["evaluation"]["judge_base_url"].startswith("https://foreign/")
+    config = settle_for(Adapter(adapter.storage, foreign), {}, {})
+    assert "foreign" not in config.model_dump_json()
+    # a setting with a path or a URI that is new should be thought through here
+    texts = {
+        name
+        for name in setting_names()
+        if any(type(value) is str and ("/" in value or ":" in value) for value in [leaf(settle(TOLD | PLACES, {}), name)])
+    }
+    assert texts == {
+        "data",
+        "output",
+        "work_dir",
+        "base.model",
+        "base.cache_dir",
+        "evaluation.prompts",
+        "evaluation.judge_base_url",
+    }
 
 
 def test_everything_may_be_told_otherwise(adapter: Adapter, tmp_path: Path) -> None:
@@ -225,7 +274,7 @@ def test_a_value_that_only_a_newer_version_knows_is_said(adapter: Adapter) -> No
 def test_a_manifest_from_before_there_was_a_configuration(adapter: Adapter) -> None:
     manifest = {name: value for name, value in adapter.manifest.items() if name != "config"}
     config = settle_for(Adapter(adapter.storage, manifest), {}, {})
-    assert (config.blood_type, config.data) == ("A", DATA.as_uri())
+    assert (config.blood_type, config.data) == ("A", "data/")
 
 
 @pytest.mark.parametrize(
@@ -243,7 +292,8 @@ def test_an_adapter_is_not_judged_as_another_persona(adapter: Adapter, cli: dict
 
 
 def settled(adapter: Adapter, tmp_path: Path, **changes: Any) -> RunConfig:
-    return settle_for(adapter, {"work_dir": str(tmp_path / "work"), **changes}, {})
+    named = {"work_dir": str(tmp_path / "work"), "data": str(DATA.parent), "base.model": str(TINY_BASE)}
+    return settle_for(adapter, {**named, **changes}, {})
 
 
 def test_the_base_that_it_was_trained_on(adapter: Adapter, tmp_path: Path) -> None:
@@ -262,8 +312,10 @@ def test_another_base_is_refused(adapter: Adapter, tmp_path: Path) -> None:
     got = identify_base(config.base).identity
     with pytest.raises(ConfigError) as refused:
         evaluate_published(adapter, config, None)
-    assert refused.value.problems == (
-        f"base.model: {tmp_path}/other: got the base {got}, the adapter was trained on {expected}: pass that one with --base-model",
+    (problem,) = refused.value.problems
+    assert problem == (
+        f"base.model: {tmp_path}/other: got the base {got}, the adapter was trained on {expected}: pass that one with --base-model "
+        f"(its run had base.model={TINY_BASE}; what a manifest names is not opened unasked)"
     )
     assert not (tmp_path / "work" / "evaluations").exists(), "nothing was fetched for it"
 
@@ -276,8 +328,78 @@ def test_other_data_is_refused(adapter: Adapter, tmp_path: Path) -> None:
     (problem,) = refused.value.problems
     assert problem == (
         f"file://{other}: got SHA-256 {sha256_of(other)}, the adapter was trained on {sha256_of(DATA)}: "
-        "it is compared with its own training data; pass the file as it was with --data"
+        f"it is compared with its own training data: pass it with --data (its run had {DATA.as_uri()}; "
+        "what a manifest names is not opened unasked)"
     )
+
+
+def test_data_that_is_not_where_it_is_looked_for(adapter: Adapter, tmp_path: Path) -> None:
+    with pytest.raises(NotFound) as refused:
+        evaluate_published(adapter, settled(adapter, tmp_path, data="data/"), None)
+    first, second = refused.value.problems
+    assert first.startswith(f"{tmp_path}/data/train_data_type_A.jsonl: not found")
+    assert f"pass it with --data (its run had {DATA.as_uri()}" in second
+
+
+def test_prompts_of_its_own_have_to_be_named(adapter: Adapter, tmp_path: Path) -> None:
+    """Others would give another verdict, and nobody would know."""
+    manifest = json.loads(json.dumps(adapter.manifest))
+    manifest["config"]["evaluation"]["prompts"] = "s3://foreign/prompts.jsonl\x1b[2J"
+    foreign = Adapter(adapter.storage, manifest)
+    with pytest.raises(ConfigError) as refused:
+        evaluate_published(foreign, settled(foreign, tmp_path), None)
+    (problem,) = refused.value.problems
+    assert problem.startswith("evaluation.prompts: not given: pass its prompts with --prompts, or --set evaluation.prompts=none")
+    assert r"s3://foreign/prompts.jsonl\x1b[2J" in problem
+    # those that ship, in so many words: it gets as far as the data
+    with pytest.raises(NotFound, match="train_data_type_A"):
+        evaluate_published(foreign, settled(foreign, tmp_path, **{"evaluation.prompts": None, "data": "data/"}), None)
+
+
+@contextmanager
+def listener() -> Iterator[tuple[str, list[str]]]:
+    """An HTTP server, and the Authorization header of each request that it got."""
+    got: list[str] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def log_message(self, *_: object) -> None:
+            """Not to the test's output."""
+
+        def do_POST(self) -> None:
+            got.append(self.headers["authorization"])
+            self.send_response(401)
+            self.end_headers()
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}/v1", got
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def test_a_foreign_manifest_does_not_get_the_key_sent_to_its_server(
+    output: Storage, made: MadeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-the-users-own-key")
+    with listener() as (url, got):
+        config = settle(TOLD, {}).model_dump(mode="json")
+        config["evaluation"] |= {"judge_model": "judge", "judge_base_url": url}
+        foreign = open_adapter(publish(output, made, tmp_path, config=config))
+        # so that it ends when everything is settled and before torch is imported
+        (local(foreign) / "adapter_model.safetensors").write_bytes(b"WEIGHTS")
+        with capture_logs() as said, pytest.raises(StorageError, match="the bundle was changed"):
+            evaluate_published(foreign, settled(foreign, tmp_path), None)
+        assert got == []
+        assert [line["event"] for line in said if line["log_level"] == "warning"] == ["judge_left_out"]
+        # a model alone is not the manifest's server either
+        assert settled(foreign, tmp_path, **{"evaluation.judge_model": "mine"}).evaluation.judge_base_url != url
+        # the same server, named by the user: it is asked, so this test would have seen the key
+        named = {"evaluation.judge_model": "judge", "evaluation.judge_base_url": url}
+        with pytest.raises(ConfigError, match="does not accept the API key"):
+            evaluate_published(foreign, settled(foreign, tmp_path, **named), None)
+        assert got == ["Bearer sk-the-users-own-key"]
 
 
 def test_bad_prompts_are_refused_before_anything_is_loaded(adapter: Adapter, tmp_path: Path) -> None:
@@ -330,6 +452,7 @@ def test_what_evaluate_refuses_ends_with_one_line_and_a_code(
             (["--adapter", adapter.storage.uri, "--data", str(tmp_path)], 3, "it is compared with its own training data"),
             (["--adapter", adapter.storage.uri, "--set", "blood_type=B"], 2, "the adapter is A's"),
             (["--adapter", adapter.storage.uri, "--report-dir", str(local(adapter))], 2, "holds a published bundle"),
+            (["--adapter", adapter.storage.uri, "--data", str(DATA.parent)], 2, "pass that one with --base-model"),
         ):
             assert run_cli(["evaluate", *arguments, "--work-dir", str(tmp_path / "work"), "--log-format", "json"]) == code
             out, err = capsys.readouterr()

@@ -1,0 +1,410 @@
+"""Credentials and record texts are planted in every place a user has them, and looked for in all that a run leaves or says.
+
+What may hold record text: the fetched data and `bug-*.txt`, both under `work_dir`. What may hold what a model wrote:
+`replies.jsonl` and `report.html`. A model of four steps can't write the planted words, so they are looked for there, too.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote, urlsplit
+
+import pytest
+
+from lora_trainer.config import GatesConfig
+from lora_trainer.storage import open_storage
+
+pytestmark = pytest.mark.e2e
+for needed in ("torch", "transformers", "trl", "peft", "datasets"):
+    pytest.importorskip(needed, reason=f"{needed} is not installed: pip install '.[cpu]'")
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+DATA = REPOSITORY / "data" / "train_data_type_A.jsonl"
+RECORDS = 60
+
+# what no library has as a default
+CREDENTIALS = {
+    "AWS_ACCESS_KEY_ID": "AKIAPLANTEDENVIRON42",
+    "AWS_SECRET_ACCESS_KEY": "plantedEnv/Secret+of/the/AwsEnvironment42",
+    "AWS_SESSION_TOKEN": "planted-session-token-of-the-environment==",
+    "HF_TOKEN": "hf_plantedTokenOfTheHub0123456789abcd",
+    "OPENAI_API_KEY": "sk-planted-key-of-the-judge-0123456789",
+    "WANDB_API_KEY": "p1a27ed0" * 5,
+    "MLFLOW_TRACKING_USERNAME": "tracker",
+    "MLFLOW_TRACKING_PASSWORD": "planted-password-of-the-tracker",
+}
+PROFILE = {"aws_access_key_id": "ASIAPLANTEDPROFILE42", "aws_secret_access_key": "plantedProfile/Secret+in/the/CredentialsFile"}
+USER, PASSWORD = "planted-user", "planted:pass@word-in-the-endpoint"
+TEXTS = {"instruction": "쀍뷁솱", "context.summary": "쬻훑뗿", "input": "뛣쐧껢", "output": "퓳꿻뙕"}
+"""Words of no language, and none that a text holds by chance."""
+SECRETS = (
+    *(value for name, value in CREDENTIALS.items() if name != "MLFLOW_TRACKING_USERNAME"),
+    *PROFILE.values(),
+    PASSWORD,
+    f"{USER}:{PASSWORD}",
+)
+
+# the real command; what is broken in it, and where the termination log is
+PROGRAM = """
+import logging, os, sys
+from pathlib import Path
+from lora_trainer import logs, pipeline
+
+termination_log, breakage = sys.argv[1:3]
+del sys.argv[1:3]
+logs.last_word.__defaults__ = (Path(termination_log),)
+read = pipeline.read
+
+def broken(job, data):
+    records = read(job, data)
+    said = records[0].model_dump_json() + os.environ["AWS_SECRET_ACCESS_KEY"]
+    try:
+        raise ValueError(said)
+    except ValueError:
+        # as libraries do; a console that shows tracebacks shows the variables of their frames, too
+        logging.getLogger("library").exception("a record could not be read", stack_info=True)
+    raise {"ValueError": ValueError, "RuntimeError": RuntimeError}[breakage](said)
+
+if breakage:
+    pipeline.read = broken
+from entrypoint.__main__ import main
+main()
+"""
+
+
+def planted_records() -> list[dict[str, Any]]:
+    records = [json.loads(line) for line in DATA.read_text(encoding="utf-8").splitlines()[:RECORDS]]
+    for record in records:
+        reply = json.loads(record["output"])
+        record["instruction"] += f" {TEXTS['instruction']}."
+        record["context"]["summary"] += f" {TEXTS['context.summary']} 했어."
+        record["input"] += f" {TEXTS['input']} 했어."
+        reply["text"] = f"{TEXTS['output']} {reply['text']}"
+        record["output"] = json.dumps(reply, ensure_ascii=False)
+    return records
+
+
+def lines(records: list[dict[str, Any]]) -> str:
+    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+
+
+def needles(texts: dict[str, str]) -> dict[bytes, str]:
+    """Each planted text in every spelling in which it may turn up -> itself."""
+    found = {}
+    for text in (*texts.values(), *SECRETS):
+        for spelled in (text, json.dumps(text)[1:-1], quote(text), quote(text, safe="")):
+            found[spelled.encode()] = text
+        for offset in range(3):
+            # in the middle of something longer: the characters at its ends depend on their neighbours
+            found[base64.b64encode(b" " * offset + text.encode())[4:-4]] = text
+    return found
+
+
+def leaks(name: str, content: bytes) -> list[str]:
+    return [f"{name}: {text}" for spelled, text in needles(TEXTS).items() if spelled in content]
+
+
+@dataclass
+class Ended:
+    """A run: how it ended, what it said, where it left things."""
+
+    code: int
+    out: str
+    err: str
+    folder: Path
+
+    def leaks(self, storage_uri: str = "") -> list[str]:
+        """What is found, in all that was said and all that was written, but for the files that hold the data."""
+        found = leaks("stdout", self.out.encode()) + leaks("stderr", self.err.encode())
+        found += leaks("termination log", (self.folder / "termination-log").read_bytes())
+        work = self.folder / "work"
+        for path in sorted(work.rglob("*")):
+            if path.is_file() and work / "data" not in path.parents and not path.name.startswith("bug-"):
+                found += leaks(str(path.relative_to(work)), path.read_bytes())
+                found += leaks("name of a file", path.name.encode())
+        if storage_uri:
+            storage = open_storage(storage_uri)
+            for item in storage.list(""):
+                stored = storage.read_bytes(item.key, max_bytes=2**28)
+                assert stored is not None
+                found += leaks(item.key, item.key.encode() + b"\n" + stored.data)
+        return found
+
+    @property
+    def finished(self) -> dict[str, Any]:
+        """The last event."""
+        last: dict[str, Any] = json.loads(self.err.splitlines()[-1])
+        assert last["event"] == "run_finished"
+        return last
+
+
+def with_user_info(endpoint_url: str) -> str:
+    return endpoint_url.replace("://", f"://{USER}:{quote(PASSWORD)}@")
+
+
+def run(
+    folder: Path,
+    data: Path,
+    output: str,
+    *more: str,
+    log_format: str,
+    endpoint_url: str,
+    breakage: str = "",
+    profile: bool = False,
+    until: Callable[[str], bool] | None = None,
+) -> Ended:
+    """One process with everything planted; `until` says at which line of the log it gets SIGTERM."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "termination-log").touch()
+    credentials = folder / "aws-credentials"
+    credentials.write_text("[planted]\n" + "".join(f"{name} = {value}\n" for name, value in PROFILE.items()))
+    environment = {
+        **{name: value for name, value in os.environ.items() if not (profile and name.startswith("AWS_"))},
+        **{name: value for name, value in CREDENTIALS.items() if not profile or name == "AWS_SECRET_ACCESS_KEY"},
+        "AWS_ENDPOINT_URL": endpoint_url,
+        "AWS_SHARED_CREDENTIALS_FILE": str(credentials),
+        "MLFLOW_TRACKING_URI": with_user_info("http://127.0.0.1:9/"),
+        "LORA_TRAINER_STORAGE__OBJECT_BUDGET_S": "0.2",
+        "PYTHONPATH": str(REPOSITORY),
+    }
+    if profile:
+        del environment["AWS_SECRET_ACCESS_KEY"]
+        environment["AWS_PROFILE"] = "planted"
+    process = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, str(folder / "termination-log"), breakage, "run",
+         "--config", str(REPOSITORY / "examples" / "demo.yaml"), "--blood-type", "A", "--data", str(data), "--output", output,
+         "--work-dir", str(folder / "work"), "--log-format", log_format, "--max-steps", "4",
+         "--set", "memory.micro_batch_tokens=512", "--set", "checkpoints.every_steps=1", "--set", "logging.log_every_steps=1",
+         "--set", f"evaluation.prompts={REPOSITORY / 'tests' / 'assets' / 'few_prompts.jsonl'}",
+         "--set", "evaluation.temperature=0", "--set", "evaluation.max_new_tokens=32", "--set", "evaluation.intensities=0.5",
+         *(argument for name in GatesConfig.model_fields for argument in ("--set", f"gates.{name}=none")), *more],
+        cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8",
+    )  # fmt: skip
+    assert process.stdout is not None
+    assert process.stderr is not None
+    said = []
+    for line in process.stderr:
+        said.append(line)
+        if until is not None and until(line):
+            process.send_signal(signal.SIGTERM)
+            until = None
+    return Ended(process.wait(300), process.stdout.read(), "".join(said), folder)
+
+
+@dataclass
+class Server:
+    """Answers every request by `answer(path, headers)`, and remembers what it was told of who asks."""
+
+    url: str = ""
+    authorizations: set[str] = field(default_factory=set)
+
+
+@contextmanager
+def serve(answer: Callable[[dict[str, str]], tuple[int, str, str]]) -> Iterator[Server]:
+    """`answer` gives status, content type and body for the headers of a request."""
+    server = Server()
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def log_message(self, *_: object) -> None:
+            """Not to the test's output."""
+
+        def handle_one(self) -> None:
+            self.rfile.read(int(self.headers.get("content-length") or 0))
+            headers = {name.lower(): value for name, value in self.headers.items()}
+            server.authorizations.add(headers.get("authorization", ""))
+            status, content_type, body = answer(headers)
+            data = body.encode() if self.command != "HEAD" else b""
+            self.send_response(status)
+            self.send_header("content-type", content_type)
+            self.send_header("content-length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        do_GET = do_HEAD = do_PUT = do_POST = handle_one  # noqa: N815  the names that http.server looks for
+
+    listener = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    listener.daemon_threads = True
+    threading.Thread(target=listener.serve_forever, daemon=True).start()
+    server.url = f"http://127.0.0.1:{listener.server_port}"
+    try:
+        yield server
+    finally:
+        listener.shutdown()
+        listener.server_close()
+
+
+def judge(headers: dict[str, str]) -> tuple[int, str, str]:
+    """A judge that quotes the key instead of having an opinion."""
+    message = {"role": "assistant", "content": f"no opinion, {headers['authorization']}"}
+    choice = {"index": 0, "message": message, "finish_reason": "stop"}
+    answer = {"id": "1", "object": "chat.completion", "created": 1, "model": "judge", "choices": [choice]}
+    return 200, "application/json", json.dumps(answer)
+
+
+def indiscreet_store(quoted: Sequence[str]) -> Callable[[dict[str, str]], tuple[int, str, str]]:
+    """Refuses, and quotes what it was told and what it knows."""
+
+    def refuse(headers: dict[str, str]) -> tuple[int, str, str]:
+        told = " ".join((headers["authorization"], headers.get("x-amz-security-token", ""), headers["host"], *quoted))
+        return 403, "application/xml", (
+            f"<?xml version='1.0'?><Error><Code>InvalidAccessKeyId</Code><Message>not known: {told}"
+            f" at {with_user_info('http://store.example')}/</Message></Error>"
+        )  # fmt: skip
+
+    return refuse
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    path = tmp_path / "planted" / DATA.name
+    path.parent.mkdir()
+    path.write_text(lines(planted_records()), encoding="utf-8")
+    return path
+
+
+def test_a_run_that_is_interrupted_and_goes_on(data: Path, bucket: str, s3_server: Any, tmp_path: Path) -> None:
+    """Console format and SIGTERM first, JSON and all that libraries print then."""
+    endpoint_url, output = with_user_info(s3_server.endpoint_url), f"s3://{bucket}/lora/"
+    uploaded = f"s3://{bucket}/data/"
+    open_storage(uploaded).upload(data, data.name)
+    with serve(judge) as judging:
+        told = ("--data", uploaded, "--set", "evaluation.judge_model=judge", "--set", f"evaluation.judge_base_url={judging.url}/v1")
+        ended = run(
+            tmp_path / "first", data, output, *told,
+            log_format="console", endpoint_url=endpoint_url, until=lambda line: "checkpoint_uploaded" in line,
+        )  # fmt: skip
+        assert ended.code == 143, ended.err
+        assert json.loads((ended.folder / "termination-log").read_text())["outcome"] == "interrupted"
+        # they are there, so nothing is missed for want of a place to look in
+        kept = [item.key for item in open_storage(output).list("runs/")]
+        assert {Path(key).name for key in kept} == {
+            "adapter.safetensors", "optimizer.safetensors", "state.json", "manifest.json"
+        }  # fmt: skip
+        assert ended.leaks(output) == []
+
+        ended = run(tmp_path / "second", data, output, *told, "--log-level", "debug", log_format="json", endpoint_url=endpoint_url)
+        assert ended.code == 0, ended.err
+        # the key that was looked for was in use
+        assert judging.authorizations == {f"Bearer {CREDENTIALS['OPENAI_API_KEY']}"}
+    published = {Path(item.key).name for item in open_storage(output).list("adapters/")}
+    assert {
+        "manifest.json", "metrics.json", "report.html", "replies.jsonl", "README.md", "train_log.jsonl", "latest.json"
+    } <= published  # fmt: skip
+    assert list((ended.folder / "work").rglob("progress.json"))
+    assert ended.leaks(output) == []
+    # and the search finds what is there: the data itself
+    fetched = (ended.folder / "work" / "data" / DATA.name).read_bytes()
+    assert {found.removeprefix("data: ") for found in leaks("data", fetched)} == set(TEXTS.values())
+
+
+def bad_lines() -> list[str]:
+    """A record that is broken in each way in which a message may want to show it; few enough that all are shown."""
+    broken = []
+    words = " ".join(TEXTS.values())
+    for word in (TEXTS["input"], words):
+        whole = planted_records()[0]
+        reply = json.loads(whole["output"])
+        for changed in (
+            {**whole, word: "x"},
+            {**whole, "context": {**whole["context"], "current_emotion": {"type": word, "intensity": 0.5}}},
+            {**whole, "context": {**whole["context"], "current_emotion": {"type": "happy", "intensity": word}}},
+            {**whole, "context": {**whole["context"], word: word}},
+            {**whole, "context": word},
+            {**whole, "input": [word]},
+            {**whole, "input": word + "\x00"},
+            {**whole, "input": word + "‮"},
+            {**whole, "input": word * 30_000},
+            {**whole, "instruction": {word: word}},
+            {**whole, "output": word},
+            {**whole, "output": json.dumps({**reply, "emotion": word})},
+            {**whole, "output": json.dumps({**reply, word: 1})},
+            {**whole, "output": json.dumps({"emotion": "smile"}) + word},
+        ):
+            broken.append(json.dumps(changed, ensure_ascii=False))
+        line = json.dumps(whole, ensure_ascii=False)
+        broken += [
+            word,
+            f'"{word}"',
+            f"[{line}]",
+            line + line,
+            line[:-1],
+            line.replace('"input": "', '"input": '),
+            "{" + word + "}",
+        ]
+        broken += [line[:-1] + f', "{word}": 1, "{word}": 2}}', f'{{"input": {word}}}', line.replace('"', "'")]
+    return broken
+
+
+@pytest.mark.parametrize("log_format", ["json", "console"])
+def test_bad_lines(tmp_path: Path, s3_server: Any, log_format: str) -> None:
+    path = tmp_path / "planted" / DATA.name
+    path.parent.mkdir()
+    broken = bad_lines()
+    # the last one is cut off
+    path.write_text(lines(planted_records()) + "\n".join(broken) + "\n" + lines(planted_records())[:200], encoding="utf-8")
+    ended = run(
+        tmp_path / "run", path, str(tmp_path / "out"), log_format=log_format, endpoint_url=with_user_info(s3_server.endpoint_url)
+    )
+    assert ended.code == 3, ended.err
+    # each of them was a problem that a message was written about
+    assert all(f"{DATA.name}:{RECORDS + number}: " in ended.err for number in range(1, len(broken) + 2))
+    assert ended.leaks() == []
+    checked = subprocess.run(
+        [sys.executable, "-m", "entrypoint", "validate", "--no-tokens", str(path), *(("--json",) if log_format == "json" else ())],
+        cwd=REPOSITORY, env={**os.environ, "PYTHONPATH": str(REPOSITORY), "COLUMNS": "200"}, capture_output=True, check=False,
+    )  # fmt: skip
+    assert checked.returncode == 3
+    assert leaks("validate", checked.stdout + checked.stderr) == []
+
+
+@pytest.mark.parametrize(("log_format", "profile"), [("json", False), ("console", True)])
+def test_a_store_that_refuses_and_quotes_what_it_was_told(
+    data: Path, aws_environment: pytest.MonkeyPatch, tmp_path: Path, log_format: str, profile: bool
+) -> None:
+    known = PROFILE if profile else CREDENTIALS
+    with serve(indiscreet_store(list(known.values()))) as store:
+        ended = run(
+            tmp_path / "run", data, "s3://bucket/lora/", "--log-level", "debug",
+            log_format=log_format, endpoint_url=with_user_info(store.url), profile=profile,
+        )  # fmt: skip
+    assert ended.code == 6, ended.err
+    key_id = PROFILE["aws_access_key_id"] if profile else CREDENTIALS["AWS_ACCESS_KEY_ID"]
+    assert any(key_id in said for said in store.authorizations)
+    # the message is the store's, without what does not belong into it
+    assert "InvalidAccessKeyId (not known: " in ended.err
+    assert urlsplit(store.url).netloc in ended.err
+    assert ended.leaks() == []
+
+
+@pytest.mark.parametrize(("log_format", "breakage"), [("json", "RuntimeError"), ("console", "ValueError")])
+def test_a_bug_whose_message_quotes_a_record(
+    data: Path, aws_environment: pytest.MonkeyPatch, tmp_path: Path, log_format: str, breakage: str
+) -> None:
+    ended = run(
+        tmp_path / "run", data, str(tmp_path / "out"),
+        log_format=log_format, endpoint_url=with_user_info("http://127.0.0.1:9"), breakage=breakage,
+    )  # fmt: skip
+    assert ended.code == 1, ended.err
+    assert f"builtins.{breakage} (its message is left out: it may quote training text; " in ended.err
+    # the library's own words are there, and nothing of the exception but its kind
+    assert "a record could not be read" in ended.err
+    assert "Traceback" not in ended.err
+    assert ended.leaks() == []
+    (kept,) = (tmp_path / "run" / "work").glob("bug-*.txt")
+    said = kept.read_text(encoding="utf-8")
+    assert TEXTS["input"] in said
+    assert not any(secret in said for secret in SECRETS)
