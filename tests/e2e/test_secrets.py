@@ -292,7 +292,7 @@ def test_a_run_that_is_interrupted_and_goes_on(data: Path, bucket: str, s3_serve
         # they are there, so nothing is missed for want of a place to look in
         kept = [item.key for item in open_storage(output).list("runs/")]
         assert {Path(key).name for key in kept} == {
-            "adapter.safetensors", "optimizer.safetensors", "state.json", "manifest.json"
+            "adapter.safetensors", "optimizer.safetensors", "state.json", "manifest.json", "lease.json"
         }  # fmt: skip
         assert ended.leaks(output) == []
 
