@@ -92,7 +92,7 @@ class Kill:
 
     signal_name: str
     phase: str
-    """`any` moment, or while it `train`s, or behind that, up to the `end`."""
+    """`any` moment, or while it `train`s, or once it is `resumable`, or behind training, up to the `end`."""
     fraction: float
     """Of that phase's time in the undisturbed run; up to 1.3, since faults make it longer."""
 
@@ -185,7 +185,7 @@ class Process:
                 self.noise.append(line.rstrip()[:300])
 
 
-PHASES = {"any": "", "train": "packing_checked", "end": "training_finished"}
+PHASES = {"any": "", "train": "packing_checked", "resumable": "checkpoint_uploaded", "end": "training_finished"}
 """The event with which each begins."""
 
 
@@ -359,6 +359,7 @@ def undisturbed(server: Any, settings: Settings, scratch: Path, stop: threading.
         {
             "any": done.duration_s,
             "train": times_s["training_finished"] - times_s["packing_checked"],
+            "resumable": times_s["training_finished"] - times_s["checkpoint_uploaded"],
             "end": done.duration_s - times_s["training_finished"],
         },
         done.duration_s,
