@@ -223,14 +223,16 @@ def evaluate(
 ) -> None:
     """Question a published adapter again, and judge it by thresholds.
 
-    Settings are those of the run that trained it, unless told otherwise. Measures held-out loss of base and
-    adapter, lets both answer the evaluation's prompts, and prints what came out. Nothing that is published
-    changes: 'run' with the same settings publishes a new verdict, 'promote' moves latest.json.
+    How it is asked and judged is as in the run that trained it, unless told otherwise. Where things lie is never
+    taken from there: name data, base model, prompts and judge here, in the environment or with --config, if they
+    are not the defaults. Measures held-out loss of base and adapter, lets both answer the evaluation's prompts,
+    and prints what came out. Nothing that is published changes: 'run' with the same settings publishes a new
+    verdict, 'promote' moves latest.json.
 
     \b
     Examples:
-      lora-trainer evaluate --adapter s3://bucket/lora/adapters/A/0123456789abcdef/
-      lora-trainer evaluate --adapter outputs/adapter_A --device cpu --set gates.persona=0.8
+      lora-trainer evaluate --adapter s3://bucket/lora/adapters/A/0123456789abcdef/ --data s3://bucket/personas/
+      lora-trainer evaluate --adapter outputs/adapter_A --config run.yaml --device cpu --set gates.persona=0.8
 
     Exits with 4 if a gate is not passed.
     """
@@ -355,7 +357,9 @@ def _typed_lines(console: Any) -> Iterator[str]:
 
 @cli.command()
 @click.argument("folder", type=click.Path(path_type=Path), metavar="FOLDER")
-@click.option("--output", metavar="URI", help="Another output than the run's own. s3:// or file://.")
+@click.option(
+    "--output", metavar="URI", help="Another output than the run's own; needed where FOLDER is a copy elsewhere. s3:// or file://."
+)
 def publish(folder: Path, output: str | None) -> None:
     """Publish the finished bundle in FOLDER that its run could not.
 

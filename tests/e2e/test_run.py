@@ -275,7 +275,7 @@ def test_a_run_that_diverges_is_exit_7_and_publishes_nothing(tmp_path: Path) -> 
         work_dir=tmp_path / "work",
     )  # fmt: skip
     assert done.returncode == 7, done.stderr[-2000:]
-    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out" / "adapters").exists()
 
 
 def test_a_tampered_bundle_does_not_verify(bucket: str, data_uri: str, tmp_path: Path) -> None:
