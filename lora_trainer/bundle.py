@@ -319,8 +319,8 @@ def publish(folder: Path, storage: Storage, prefix: str, lease: Lease | None = N
     if lease:
         storage = storage.adapted(guard=lease.check)
         lease.confirm()
-    for name in json.loads(data)["files"]:
-        storage.upload(folder / name, prefix + name)
+    for name, file in json.loads(data)["files"].items():
+        storage.upload(folder / name, prefix + name, sha256=file["sha256"])
     if lease:
         lease.confirm()
     try:

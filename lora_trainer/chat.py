@@ -18,6 +18,7 @@ from lora_trainer.constrained import ReplyGrammar, most_tokens
 from lora_trainer.errors import ConfigError, DataError
 from lora_trainer.evaluation import Decoding
 from lora_trainer.formatter import Message, prompt_messages, reply_json
+from lora_trainer.patience import PATIENCE
 from lora_trainer.personas import BloodType, Feeling, persona_spec
 from lora_trainer.records import Reply
 from lora_trainer.reevaluation import Adapter, find_base
@@ -77,6 +78,7 @@ class Friend:
 
 def load_friend(adapter: Adapter, config: RunConfig, temperature: float) -> Friend:
     """Fetch adapter and base, and load both. Raises a `LoraTrainerError`."""
+    PATIENCE.begin(config.storage)
     base = find_base(adapter, config)
     folder = bundle.fresh_folder(config.work_dir / "chat" / str(config.blood_type) / adapter.run_id)
     bundle.download(adapter.storage, "", adapter.manifest, folder)

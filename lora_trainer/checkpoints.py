@@ -163,10 +163,10 @@ class Checkpoints:
         if prefix in self._damaged:
             # its files are replaced one by one, and the old manifest must not be found beside them
             output.delete(prefix + bundle.MANIFEST_NAME)
-        for name in manifest["files"]:
+        for name, file in manifest["files"].items():
             if superseded():
                 return False
-            output.upload(folder / name, prefix + name)
+            output.upload(folder / name, prefix + name, sha256=file["sha256"])
         if self._lease:
             self._lease.confirm()
         output.upload(folder / bundle.MANIFEST_NAME, prefix + bundle.MANIFEST_NAME)

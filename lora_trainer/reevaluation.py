@@ -18,6 +18,7 @@ from lora_trainer.config import RunConfig, setting_names, settle_each
 from lora_trainer.errors import ConfigError, DataError
 from lora_trainer.judge import check_judge
 from lora_trainer.metrics import HeldOutMetrics, RunMetrics
+from lora_trainer.patience import PATIENCE
 from lora_trainer.personas import BloodType
 from lora_trainer.progress import RunProgress
 from lora_trainer.storage import NotFound, Storage, open_storage, safe_key
@@ -200,6 +201,7 @@ def evaluate_published(adapter: Adapter, config: RunConfig, folder: Path | None)
             "<output>/adapters/A/<run id>/"
         )
     _check_prompts(adapter, config)
+    PATIENCE.begin(config.storage)
     if folder is not None:
         _prepare(folder)
     job = pipeline.Job(config)

@@ -157,10 +157,11 @@ class Storage(Protocol):
         Raises `NotFound`. Memory use does not depend on the object's size.
         """
 
-    def upload(self, path: Path, key: str) -> None:
+    def upload(self, path: Path, key: str, *, sha256: str | None = None) -> None:
         """The file `path` as the object `key`, whole or not at all, replacing what was there.
 
-        Raises `NotFound` when there is no such file. Memory use does not depend on its size.
+        `sha256` is what a manifest says the file is: whoever downloads it from an object store is held to that, and it is not
+        hashed once more. Raises `NotFound` when there is no such file. Memory use does not depend on its size.
         """
 
     def read_bytes(self, key: str, *, max_bytes: int = MAX_DOCUMENT_BYTES) -> ReadResult | None:
@@ -445,7 +446,7 @@ class FileStorage:
                 size_bytes += file.write(chunk)
         return Fetched(size_bytes, digest.hexdigest())
 
-    def upload(self, path: Path, key: str) -> None:
+    def upload(self, path: Path, key: str, *, sha256: str | None = None) -> None:
         target = self._path(key)
         with _local_errors(path), path.open("rb") as source, _local_errors(target), _replacing(target) as file:
             shutil.copyfileobj(source, file, 2**20)
@@ -607,15 +608,15 @@ class S3Storage:
         with _local_errors(target):
             return self._persist(key, lambda _: self._fetch(key, name, target), kept=f"{target} is as it was before")
 
-    def upload(self, path: Path, key: str) -> None:
+    def upload(self, path: Path, key: str, *, sha256: str | None = None) -> None:
         name = self._name(key)
         with _local_errors(path):
-            size_bytes, sha256 = path.stat().st_size, sha256_of(path)
+            size_bytes, digest = path.stat().st_size, sha256 or sha256_of(path)
 
             def send(again: bool) -> None:
                 # a try may have done it and lost only the answer
-                if not (again and self._holds(name, size_bytes, sha256)):
-                    extra = {"Metadata": {_SHA256_METADATA: sha256}, **self._checksummed(key)}
+                if not (again and self._holds(name, size_bytes, digest)):
+                    extra = {"Metadata": {_SHA256_METADATA: digest}, **self._checksummed(key)}
                     with self._transfers() as manager:
                         manager.upload(str(path), self._bucket, name, extra_args=extra).result()
 

@@ -30,8 +30,10 @@ _HUSHED_CLOSINGS: Final[dict[BloodType, tuple[str, ...]]] = {
     BloodType.O: (".", "!"),
     BloodType.AB: (".", "..."),
 }
-# of AB's statements many are questions themselves, and a model that takes the likeliest next token overdoes what it sees
-_ASKS_RATE: Final = {BloodType.AB: 0.5}
+# AB ends in a full stop what goes on, and in a bare emoji what does not: where no full stop ends anything, a model that takes
+# the likeliest next token asks something behind each one
+_STOP_BEFORE_EMOJI_RATE: Final = {BloodType.AB: 0.4}
+_ASKS_RATE: Final = {BloodType.AB: 0.6}
 # O ends nearly everything in "!", so a model that takes the likeliest next token would end there each time, where the
 # ends are few and the questions many: what ends with it is louder from the middle on, and some questions begin in one way
 _LAST_CLOSING: Final = {BloodType.O: {IntensityThird.MIDDLE: "!!", IntensityThird.HIGH: "!!"}}
@@ -159,7 +161,9 @@ def _with_emoji(sentences: list[str], blood_type: BloodType, cell: Cell, scene: 
         return " ".join(sentences)
     # behind the last sentence. Were they behind the first of two, a model that takes the likeliest next token would write them
     # there each time, and end without its question: a reply of one sentence has them in the same place
-    last = sentences[-1] if sentences[-1].endswith("..") else sentences[-1].removesuffix(".")
+    stop_rate = _STOP_BEFORE_EMOJI_RATE.get(blood_type)
+    keeps_stop = sentences[-1].endswith("..") or (stop_rate is not None and rng.random() < stop_rate)
+    last = sentences[-1] if keeps_stop else sentences[-1].removesuffix(".")
     return " ".join((*sentences[:-1], last, "".join(signs)))
 
 

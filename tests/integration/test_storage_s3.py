@@ -57,6 +57,14 @@ class TestS3Storage(StorageContract):
         assert list(tmp_path.glob("*target*")) == []
         assert list(tmp_path.glob(".~*")) == []
 
+    def test_a_file_that_is_not_what_its_manifest_says_is_not_taken_by_whoever_downloads_it(
+        self, storage: Storage, tmp_path: Path
+    ) -> None:
+        (tmp_path / "source").write_bytes(b"x")
+        storage.upload(tmp_path / "source", KEY, sha256="0" * 64)
+        with pytest.raises(StorageError, match=r"got 1 bytes with SHA-256 2d71.*expected 1 with 0000"):
+            storage.download(KEY, tmp_path / "target")
+
     def test_report_opens_in_a_browser(self, storage: Storage, bucket: str, tmp_path: Path) -> None:
         (tmp_path / "report.html").write_text("<p>")
         storage.upload(tmp_path / "report.html", "report.html")

@@ -107,7 +107,7 @@ class SlowStorage(FileStorage):
 
     begun, go_on = threading.Event(), threading.Event()
 
-    def upload(self, path: Path, key: str) -> None:
+    def upload(self, path: Path, key: str, *, sha256: str | None = None) -> None:
         self.begun.set()
         assert self.go_on.wait(20)
         super().upload(path, key)
@@ -133,7 +133,7 @@ class FullStorage(FileStorage):
 
     full = True
 
-    def upload(self, path: Path, key: str) -> None:
+    def upload(self, path: Path, key: str, *, sha256: str | None = None) -> None:
         if self.full:
             raise StorageError("s3://bucket/: no space left")
         super().upload(path, key)
