@@ -99,7 +99,9 @@ def state_of(
 
     A copy to the host holds the GPU up for half a second at a 7B's 0.5 GB (`benchmarks/results/checkpoint-cost*.json`).
     """
-    weights, moments = weights_of(model), moments_of(model, optimizer)
+    # themselves at first: whether there is room for copies depends on how large they are
+    weights = {name: parameter.detach() for name, parameter in _trainable(model)}
+    moments = _moments(model, optimizer)
     tensors = [*weights.values(), *moments.values()]
     size_bytes = sum(tensor.nbytes for tensor in tensors if tensor.is_cuda)
     # what the allocator holds in reserve is not counted: training needs that for its next step
@@ -113,8 +115,8 @@ def state_of(
 
 
 def weights_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The trainable weights by name."""
-    return {name: parameter.detach() for name, parameter in _trainable(model)}
+    """Copies of the trainable weights by name, in the host's memory."""
+    return {name: _copy(parameter.detach(), stays=False) for name, parameter in _trainable(model)}
 
 
 def set_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor]) -> None:
@@ -127,7 +129,7 @@ def set_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor]) -> Non
             parameter.copy_(weights[name])
 
 
-def moments_of(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+def _moments(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     """What the optimizer keeps of each weight, `<weight>.<moment>`; empty before the first step."""
     names = {id(parameter): name for name, parameter in _trainable(model)}
     return {
