@@ -74,8 +74,10 @@ class Checkpoints:
             with suppress(StorageError):
                 self.finish(left_s)
             if isinstance(error, DivergedError | DeviceLostError) and self.last_step:
-                where = f"{self._output_uri.rstrip('/')}/{self._prefix}{checkpoint_name(self.last_step)}"
-                error.problems = (*error.problems, f"the last good checkpoint, of step {self.last_step}, is kept: {where}")
+                error.problems = (
+                    *error.problems,
+                    f"the last good checkpoint, of step {self.last_step}, is kept: {self._uri_of(self.last_step)}",
+                )
             return
         started_s = time.monotonic()
         noticed_s = INTERRUPTION.seconds_ago
@@ -120,12 +122,16 @@ class Checkpoints:
         reason = self._writer.error or f"still under way after {timeout_s:.0f} s"
         folder = self._folder / checkpoint_name(step)
         is_here = (folder / bundle.MANIFEST_NAME).is_file()
-        where = f"{self._output_uri.rstrip('/')}/{self._prefix}{self._own}{checkpoint_name(step)}"
+        where = self._uri_of(step)
         kept = f"it is kept in {folder}" if is_here else "and could not be written to work_dir either"
         raise StorageError(
             f"{where}: the checkpoint was not uploaded: {reason}; {kept}; "
             "run the same command again, with the same work_dir to go on from there"
         )
+
+    def _uri_of(self, step: int) -> str:
+        """For messages."""
+        return f"{self._output_uri.rstrip('/')}/{self._prefix}{self._own}{checkpoint_name(step)}"
 
     def _write(self, step: int, snapshot: Snapshot, superseded: Callable[[], bool]) -> None:
         """In the writer's thread: here, there, and those before the newest `keep` away."""
