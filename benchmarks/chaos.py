@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib
 import json
 import os
 import platform
@@ -40,13 +41,14 @@ import boto3
 from botocore.config import Config
 from botocore.exceptions import ClientError
 
+from lora_trainer.config import GatesConfig
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tools")]
 
-import dev_s3  # noqa: E402  a script beside us
-from fault_proxy import FaultProxy  # noqa: E402
-
-from lora_trainer.config import GatesConfig  # noqa: E402
+# scripts of the repository's, in no package
+dev_s3 = importlib.import_module("dev_s3")
+fault_proxy = importlib.import_module("fault_proxy")
 
 RETRIED = (1, 6, 143, -signal.SIGKILL, -signal.SIGTERM)
 """What Kubernetes would start again. SIGTERM in the first milliseconds finds no handler, and is 143 there as well."""
@@ -386,7 +388,10 @@ def run_one(
     wrong: list[str] = []
     waits = 0
     started_s = time.monotonic()
-    with Observer(bucket) as observer, FaultProxy(server.endpoint_url, share=settings.share, seed=number, stall_s=STALL_S) as proxy:
+    with (
+        Observer(bucket) as observer,
+        fault_proxy.FaultProxy(server.endpoint_url, share=settings.share, seed=number, stall_s=STALL_S) as proxy,
+    ):
         environment = environment_for(server, proxy.url)
         work_dir = scratch / f"{number}"
         while len(attempts) < MOST_ATTEMPTS:

@@ -234,7 +234,7 @@ def serve(answer: Callable[[dict[str, str]], tuple[int, str, str]]) -> Iterator[
             self.end_headers()
             self.wfile.write(data)
 
-        do_GET = do_HEAD = do_PUT = do_POST = handle_one  # noqa: N815  the names that http.server looks for
+        do_GET = do_HEAD = do_PUT = do_POST = handle_one
 
     listener = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     listener.daemon_threads = True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Literal
 
 import pytest
 
@@ -26,12 +27,11 @@ def plan(
     free_gib: float | None,
     memory: MemoryConfig | None = None,
     longest: int = 300,
-    backend: str = "unsloth",
+    backend: Literal["unsloth", "transformers"] = "unsloth",
     limit: MemoryLimit | None = None,
 ) -> MemoryPlan:
     free_bytes = None if free_gib is None else int(free_gib * GIB)
-    assert backend in ("unsloth", "transformers")
-    return plan_memory(memory or MemoryConfig(), TrainingConfig(), QWEN_7B, free_bytes, longest, backend, limit)  # type: ignore[arg-type]
+    return plan_memory(memory or MemoryConfig(), TrainingConfig(), QWEN_7B, free_bytes, longest, backend, limit)
 
 
 def test_the_shape_is_qwens() -> None:

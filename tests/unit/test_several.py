@@ -17,7 +17,8 @@ from lora_trainer.metrics import Verdict
 from lora_trainer.personas import BloodType, named_blood_types
 from lora_trainer.pipeline import Job, Outcome, Shared, Turn
 
-A, B, O, AB = BloodType  # noqa: E741  (the blood type's own name)
+A, B, LIVELY, AB = BloodType
+"""O alone would be taken for a zero."""
 
 
 # -- which ones -----------------------------------------------------------------------------------------
@@ -29,12 +30,12 @@ A, B, O, AB = BloodType  # noqa: E741  (the blood type's own name)
         ("A", (A,)),
         ("ab", (AB,)),
         ("A,B", (A, B)),
-        (" o , a ", (O, A)),
-        ("all", (A, B, O, AB)),
-        ("ALL", (A, B, O, AB)),
+        (" o , a ", (LIVELY, A)),
+        ("all", (A, B, LIVELY, AB)),
+        ("ALL", (A, B, LIVELY, AB)),
         ("B,A,B", (B, A)),
-        (["O", "ab"], (O, AB)),
-        (["all"], (A, B, O, AB)),
+        (["O", "ab"], (LIVELY, AB)),
+        (["all"], (A, B, LIVELY, AB)),
         (B, (B,)),
         ((B, A), (B, A)),
     ],
@@ -74,8 +75,8 @@ def test_a_file_and_the_environment_name_several_and_the_stronger_one_wins(tmp_p
     assert configs[0] == settle({"training.epochs": 2, "blood_type": "B"}, {})
     assert configs[1].model_copy(update={"blood_type": B}) == configs[0]
     in_environment = {"LORA_TRAINER_BLOOD_TYPE": "all"}
-    assert [config.blood_type for config in settle_each({}, in_environment, file)] == [A, B, O, AB]
-    assert [config.blood_type for config in settle_each({"blood_type": "O,A"}, in_environment, file)] == [O, A]
+    assert [config.blood_type for config in settle_each({}, in_environment, file)] == [A, B, LIVELY, AB]
+    assert [config.blood_type for config in settle_each({"blood_type": "O,A"}, in_environment, file)] == [LIVELY, A]
 
 
 def test_what_is_wrong_is_said_with_its_place_and_with_all_the_rest() -> None:
