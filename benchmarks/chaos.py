@@ -55,7 +55,7 @@ RETRIED = (1, 6, 143, -signal.SIGKILL, -signal.SIGTERM)
 MOST_ATTEMPTS = 40
 PROCESS_LIMIT_S = 900.0
 LOOK_EVERY_S = 0.3
-STALL_S = 3.0
+STALL_S = 1.5
 """Then the proxy closes the connection: shorter than the client's own patience, which would make 60 runs take days."""
 
 
@@ -64,8 +64,8 @@ class Settings:
     """What all runs have in common."""
 
     records: int = 48
-    steps: int = 12
-    every_steps: int = 1
+    steps: int = 8
+    every_steps: int = 2
     share: float = 0.2
     most_kills: int = 5
     seed: int = 1

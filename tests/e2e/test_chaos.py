@@ -34,7 +34,7 @@ def chaos() -> ModuleType:
 
 
 def test_what_is_killed_again_and_again_ends_as_if_nothing_was(chaos: ModuleType, s3_server: Any, tmp_path: Path) -> None:
-    settings = chaos.Settings(steps=6)
+    settings = chaos.Settings(steps=6, every_steps=1)
     stop = threading.Event()
     reference = chaos.undisturbed(s3_server, settings, tmp_path, stop)
     draw = random.Random()
