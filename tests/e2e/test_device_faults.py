@@ -29,6 +29,7 @@ import os, sys
 import torch
 from entrypoint.__main__ import main
 from lora_trainer.backends.trainer import StepTrainer
+from lora_trainer.backends.transformers import TransformersBackend
 
 fault, true_step = os.environ.get("FAULT"), StepTrainer.training_step
 
@@ -46,7 +47,12 @@ def training_step(self, model, inputs, num_items_in_batch=None):
 StepTrainer.is_gradient_checkpointing_on = lambda self: any(
     getattr(module, "gradient_checkpointing", False) for module in self.model.modules()
 )
+def no_room(self, base):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
 StepTrainer.training_step = training_step
+if fault == "base":
+    TransformersBackend._load_base = no_room
 main()
 """
 
@@ -89,6 +95,15 @@ def test_memory_that_runs_out_steps_the_plan_down_and_the_optimizer_batch_stays(
     assert len(events(log, "run_finished")) == 1
     assert len({line["run_id"] for line in events(log, "run_identified")}) == 1
     assert events(log, "training_finished")[0]["steps"] == STEPS
+
+
+def test_a_base_that_does_not_fit_is_said_at_once(tmp_path: Path) -> None:
+    code, log = run(tmp_path, fault="base")
+    assert code == 5, log[-1]
+    # no smaller plan makes room for it
+    assert not events(log, "memory_stepped_down")
+    (problem,) = log[-1]["problems"]
+    assert "while the base was loaded" in problem
 
 
 def test_what_was_set_by_hand_is_not_stepped_down(tmp_path: Path) -> None:
