@@ -13,8 +13,11 @@ S3 is set up by the ordinary AWS variables and files alone, through boto3's own 
   from the file only.
 - region: `AWS_REGION`, then `AWS_DEFAULT_REGION`, then the profile's, then `us-east-1`.
 - `AWS_MAX_ATTEMPTS` (4 unless set), `AWS_RETRY_MODE`, `AWS_CA_BUNDLE`.
-- `AWS_REQUEST_CHECKSUM_CALCULATION=when_required` leaves out the SHA-256 of each upload, for an old store that
+- `AWS_REQUEST_CHECKSUM_CALCULATION=when_required` leaves out the CRC-32 of each upload, for an old store that
   refuses the header.
+
+Bytes are held to a CRC-32 on their way up, which the store verifies (botocore's default), and to the SHA-256 of the
+whole object on their way down, which an upload leaves in the object's metadata.
 
 Faults of an object store that may pass are met twice. botocore repeats a request that was throttled, refused with 5xx or
 broken off, which spares a large transfer its other parts. What that does not cover (a body that stalls, breaks off or is
@@ -616,9 +619,8 @@ class S3Storage:
             def send(again: bool) -> None:
                 # a try may have done it and lost only the answer
                 if not (again and self._holds(name, size_bytes, digest)):
-                    extra = {"Metadata": {_SHA256_METADATA: digest}, **self._checksummed(key)}
                     with self._transfers() as manager:
-                        manager.upload(str(path), self._bucket, name, extra_args=extra).result()
+                        manager.upload(str(path), self._bucket, name, extra_args=_described(key, digest)).result()
 
             self._persist(key, send, kept=f"{path} is kept")
 
@@ -847,17 +849,8 @@ class S3Storage:
             return False
         return (head["ContentLength"], head["Metadata"].get(_SHA256_METADATA)) == (size_bytes, sha256)
 
-    def _checksummed(self, key: str) -> dict[str, Any]:
-        """What every upload carries. The type lets a browser show `report.html` straight from the store."""
-        extra = {"ContentType": mimetypes.guess_type(key)[0] or "application/octet-stream"}
-        # botocore sets the attributes of a Config dynamically
-        if self._client.meta.config.request_checksum_calculation == "when_supported":  # type: ignore[attr-defined]
-            extra["ChecksumAlgorithm"] = "SHA256"
-        return extra
-
     def _put(self, key: str, name: str, data: bytes, condition: dict[str, str]) -> None:
-        arguments: dict[str, Any] = {**self._checksummed(key), **condition}
-        arguments["Metadata"] = {_SHA256_METADATA: hashlib.sha256(data).hexdigest()}
+        arguments: dict[str, Any] = {**_described(key, hashlib.sha256(data).hexdigest()), **condition}
         self._client.put_object(Bucket=self._bucket, Key=name, Body=data, ContentLength=len(data), **arguments)
 
     def _read_whole(self, key: str, name: str, max_bytes: int) -> ReadResult:
@@ -1158,6 +1151,11 @@ _ACTIONS: Final = {
     "CompleteMultipartUpload": "s3:PutObject",
 }
 """The permission behind each request, where the two have different names."""
+
+
+def _described(key: str, sha256: str) -> dict[str, Any]:
+    """What every upload carries. The type lets a browser show `report.html` straight from the store."""
+    return {"ContentType": mimetypes.guess_type(key)[0] or "application/octet-stream", "Metadata": {_SHA256_METADATA: sha256}}
 
 
 def _pinned_to(size_bytes: int, etag: str) -> Any:
