@@ -25,9 +25,10 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 STEPS = 6
 
 JOB = """
-import os, sys
+import os, signal, sys
 import torch
 from entrypoint.__main__ import main
+from lora_trainer import pipeline
 from lora_trainer.backends.trainer import StepTrainer
 from lora_trainer.backends.transformers import TransformersBackend
 
@@ -50,7 +51,16 @@ StepTrainer.is_gradient_checkpointing_on = lambda self: any(
 def no_room(self, base):
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
+def swallow(*_):
+    try:
+        os.kill(os.getpid(), signal.SIGTERM)
+    except BaseException as error:
+        # as an import that C code asks for does
+        raise ImportError("numpy failed to import") from error
+
 StepTrainer.training_step = training_step
+if fault == "swallowed":
+    pipeline.save = swallow
 if fault == "base":
     TransformersBackend._load_base = no_room
 main()
@@ -129,3 +139,10 @@ def test_the_last_good_checkpoint_is_named_and_gone_on_from(tmp_path: Path, faul
     found, log = run(tmp_path)
     assert found == 0, log[-1]
     assert events(log, "resumed")[0]["step"] == 4
+
+
+def test_a_signal_that_a_library_makes_another_error_of_is_an_interruption_all_the_same(tmp_path: Path) -> None:
+    code, log = run(tmp_path, fault="swallowed")
+    assert code == 143, log[-1]
+    assert log[-1]["outcome"] == "interrupted"
+    assert f"the checkpoint of step {STEPS} is safe" in log[-1]["problems"][0]
