@@ -826,6 +826,8 @@ class S3Storage:
             multipart_threshold=_PART_BYTES,
             multipart_chunksize=_PART_BYTES,
             max_concurrency=_CONNECTIONS,
+            # of 256 KiB, what a disk slower than the network leaves in memory: 32 MiB instead of 250
+            max_io_queue=128,
             # the native client, where it happens to be installed, ignores most of these settings
             preferred_transfer_client="classic",
         )
