@@ -6,6 +6,8 @@ VENV_S3 ?= .venv-s3
 UV ?= uv
 # more arguments for pytest: make test ARGS='-k packing --no-cov'
 ARGS ?=
+# test files that are run at a time, each with up to 1.5 GB: much of a test is waiting, and a training uses one core or two
+WORKERS ?= 2
 
 BIN := $(VENV)/bin
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
@@ -23,7 +25,7 @@ demo: setup ## The real job on a tiny model against a local S3 server, in minute
 	$(BIN)/python examples/demo.py
 
 test: setup ## All tests that need no GPU, with the coverage of the pure modules (at least 90 %)
-	$(BIN)/python -m pytest tests/unit tests/integration tests/e2e --cov --cov-report=term $(ARGS)
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile tests/unit tests/integration tests/e2e --cov --cov-report=term $(ARGS)
 
 test-gpu: ## The tests that need a CUDA GPU, in the environment that is active
 	$(PYTHON) -m pytest tests/gpu $(ARGS)
