@@ -332,7 +332,8 @@ spec:
 
 {{/* README, Exit codes: what a retry cannot help ends the Job, an interruption is not counted, the rest counts against backoffLimit. */}}
 {{- define "persona-train.podFailurePolicy" -}}
-{{- if semverCompare ">=1.26.0-0" .Capabilities.KubeVersion.Version -}}
+{{- $version := .Capabilities.KubeVersion.Version -}}
+{{- if semverCompare ">=1.26.0-0" $version -}}
 podFailurePolicy:
   rules:
     - action: FailJob
@@ -340,12 +341,19 @@ podFailurePolicy:
         containerName: trainer
         operator: In
         values: [2, 3, 4, 5, 7]
+      {{- if semverCompare "<1.29.0-0" $version }}
+      # the published schema of these versions asks for it by mistake; their API server takes an empty one for none
+      onPodConditions: []
+      {{- end }}
     # a pod that was deleted or suspended has no DisruptionTarget
     - action: Ignore
       onExitCodes:
         containerName: trainer
         operator: In
         values: [143]
+      {{- if semverCompare "<1.29.0-0" $version }}
+      onPodConditions: []
+      {{- end }}
     - action: Ignore
       onPodConditions:
         - type: DisruptionTarget
