@@ -185,10 +185,38 @@ print(json.dumps(answers))
 """
 
 
-def test_the_job_takes_what_the_chart_gives_it(helm: Helm, tmp_path: Path) -> None:
+def settle(arguments: list[list[str]]) -> list[tuple[int, str, str]]:
+    """Exit code, output and errors of `show-config --json` with each of `arguments`, by the project's own code."""
     python = Path(os.environ.get("PROJECT_PYTHON", CHART.parents[1] / ".venv" / "bin" / "python"))
     if not python.exists():
         pytest.skip(f"no environment of the project at {python}: make setup")
+    done = subprocess.run(
+        [python, "-c", _SETTLE],
+        input=json.dumps(arguments),
+        capture_output=True,
+        text=True,
+        cwd=CHART.parents[1],
+        env={"PATH": os.environ["PATH"], "PYTHONPATH": str(CHART.parents[1])},
+        timeout=120,
+        check=True,
+    )
+    return [tuple(answer) for answer in json.loads(done.stdout)]
+
+
+def test_the_chart_takes_every_default_of_the_job(helm: Helm) -> None:
+    ((code, out, _),) = settle([[]])
+    assert code == 0
+    settings = json.loads(out)
+    for name in ("blood_type", "data", "output", "work_dir", "device", "base"):
+        # these are values of the chart's own
+        del settings[name]
+    # each section and each of its settings
+    assert sum(len(part) if isinstance(part, dict) else 1 for part in settings.values()) > 50
+    rendered = Manifests(helm.template({"bloodType": "A", "config": settings}))
+    assert rendered.settings == settings
+
+
+def test_the_job_takes_what_the_chart_gives_it(helm: Helm, tmp_path: Path) -> None:
     asked: list[list[str]] = []
     expected: list[tuple[str, Values]] = []
     for number, (name, values) in enumerate(COMBINATIONS.items()):
@@ -201,17 +229,7 @@ def test_the_job_takes_what_the_chart_gives_it(helm: Helm, tmp_path: Path) -> No
             assert command == ("run" if container["name"] == "trainer" else "check-storage")
             asked.append([option.replace("/etc/lora-trainer/config.yaml", str(settings)) for option in options])
             expected.append((name, values.get("config", {})))
-    done = subprocess.run(
-        [python, "-c", _SETTLE],
-        input=json.dumps(asked),
-        capture_output=True,
-        text=True,
-        cwd=CHART.parents[1],
-        env={"PATH": os.environ["PATH"], "PYTHONPATH": str(CHART.parents[1])},
-        timeout=120,
-    )
-    answers = json.loads(done.stdout)
-    for (name, settings), (code, out, err) in zip(expected, answers, strict=True):
+    for (name, settings), (code, out, err) in zip(expected, settle(asked), strict=True):
         assert (code, err) == (0, ""), name
         settled = json.loads(out)
         for section, given in settings.items():

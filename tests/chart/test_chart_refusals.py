@@ -135,8 +135,7 @@ def test_a_typing_error(helm: Helm, dotted: str, helm_version: Any) -> None:
         ({"cronJob": {"timeZone": "Asia/Seoul"}}, "cronJob.timeZone: is of no use without cronJob.schedule"),
         (
             {"extraEnv": [{"name": "AWS_SECRET_ACCESS_KEY", "value": "x"}]},
-            "extraEnv AWS_SECRET_ACCESS_KEY: a secret as plain text would be in the release; "
-            "expected it in a Secret: s3.existingSecret",
+            "extraEnv AWS_SECRET_ACCESS_KEY: a secret as plain text would be in the release; expected it in a Secret: s3.",
         ),
     ],
 )

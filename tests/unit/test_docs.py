@@ -35,6 +35,7 @@ DOCUMENTS: Final = sorted(
         "data/**/*.md",
         "lora_trainer/**/*.md",
         "locks/*.md",
+        "charts/**/*.md",
         "docs/**/*.md",
         "examples/*/*.md",
         "benchmarks/**/*.md",
