@@ -112,6 +112,14 @@ def test_a_typing_error(helm: Helm, dotted: str, helm_version: Any) -> None:
     ("values", "said"),
     [
         ({"bloodTypes": ["B"]}, "bloodType: got A beside bloodTypes [B], expected one of the two"),
+        (
+            {"bloodType": "", "bloodTypes": ["A", "B"], "data": "s3://mine/train_data_type_A.jsonl.gz"},
+            "data: got the one file s3://mine/train_data_type_A.jsonl.gz for A, B, expected a folder that holds a file for each",
+        ),
+        (
+            {"resources": {"limits": {"nvidia.com/gpu": 2}}},
+            "resources.limits: got nvidia.com/gpu, which gpu.resource requests: one, since this version trains on one GPU",
+        ),
         ({"config": {"data": "s3://b/d/"}}, "config.data: the chart has a value of its own for it: data"),
         ({"config": {"output": "s3://b/d/"}}, "config.output: the chart has a value of its own for it: output"),
         ({"config": {"blood_type": "B"}}, "config.blood_type: the chart has a value of its own for it: bloodType"),

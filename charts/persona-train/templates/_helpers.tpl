@@ -70,7 +70,7 @@ true
 {{- if .Values.cronJob.schedule -}}
 {{- printf "%s-config" (include "persona-train.base" .) -}}
 {{- else -}}
-{{- printf "%s-config-%s" (include "persona-train.base" .) (include "persona-train.config" . | sha256sum | trunc 10) -}}
+{{- printf "%s-config-%s" (include "persona-train.base" .) (include "persona-train.config" . | fromYaml | toJson | sha256sum | trunc 10) -}}
 {{- end -}}
 {{- end -}}
 
@@ -403,6 +403,15 @@ Kueue. So a change is another Job. At most 43 + 1 + 8 + 1 + 10 characters, which
 {{- with .Values -}}
 {{- if and .bloodType .bloodTypes -}}
 {{- $problems = append $problems (printf "bloodType: got %s beside bloodTypes %v, expected one of the two" .bloodType .bloodTypes) -}}
+{{- end -}}
+{{- if and (gt (len .bloodTypes) 1) (regexMatch "\\.jsonl(\\.gz|\\.zst)?$" .data) -}}
+{{- $problems = append $problems (printf "data: got the one file %s for %s, expected a folder that holds a file for each" .data (join ", " .bloodTypes)) -}}
+{{- end -}}
+{{- $gpu := .gpu.resource -}}
+{{- range $kind, $amounts := .resources -}}
+{{- if hasKey $amounts $gpu -}}
+{{- $problems = append $problems (printf "resources.%s: got %s, which gpu.resource requests: one, since this version trains on one GPU" $kind $gpu) -}}
+{{- end -}}
 {{- end -}}
 {{- $elsewhere := dict "blood_type" "bloodType" "data" "data" "output" "output" "device" "device" "work_dir" "workVolume" -}}
 {{- range $setting, $value := .config -}}
