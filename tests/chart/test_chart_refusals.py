@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Final
 
 import pytest
-from chart_helm import Helm, Refused, Values, merged, nested, whole
+import yaml
+from chart_helm import CHART, Helm, Manifests, Refused, Values, merged, nested, whole
 
 A: Final[Values] = {"bloodType": "A"}
 
@@ -167,6 +169,34 @@ def test_all_problems_are_said_together() -> None:
 def test_no_persona_is_no_default(helm: Helm, values: Values, helm_version: Any) -> None:
     with pytest.raises(Refused, match="at '/bloodType': value must be one of 'A', 'B', 'O', 'AB'"):
         helm.template(values, helm=helm_version)
+
+
+def every_value(values: Values, prefix: str = "") -> Iterator[str]:
+    for name, value in values.items():
+        yield prefix + name
+        if isinstance(value, dict):
+            yield from every_value(value, f"{prefix}{name}.")
+
+
+@pytest.mark.parametrize("dotted", [*every_value(yaml.safe_load((CHART / "values.yaml").read_text(encoding="utf-8")))])
+def test_a_value_that_is_taken_away_is_missed_or_not_needed(helm: Helm, dotted: str) -> None:
+    """`null` removes a default."""
+    import kubernetes_validate
+
+    *sections, name = dotted.split(".")
+    values = merged(A, {"cronJob": {"schedule": "@daily"}}) if sections == ["cronJob"] else A
+    text, said = "", ""
+    try:
+        text = helm.template(merged(values, nested(dotted, None)))
+    except Refused as refused:
+        said = str(refused)
+    if said:
+        where = "".join(f"/{section}" for section in sections)
+        assert f"at '{where}': missing property '{name}'" in said
+        return
+    for item in Manifests(text).objects:
+        kubernetes_validate.validate(item, "1.37", strict=True)
+    assert "null" not in text
 
 
 def test_a_secret_in_a_secret_may_be_named() -> None:

@@ -404,7 +404,7 @@ Kueue. So a change is another Job. At most 43 + 1 + 8 + 1 + 10 characters, which
 {{- if and .bloodType .bloodTypes -}}
 {{- $problems = append $problems (printf "bloodType: got %s beside bloodTypes %v, expected one of the two" .bloodType .bloodTypes) -}}
 {{- end -}}
-{{- if and (gt (len .bloodTypes) 1) (regexMatch "\\.jsonl(\\.gz|\\.zst)?$" .data) -}}
+{{- if and (gt (len (.bloodTypes | default list)) 1) (regexMatch "\\.jsonl(\\.gz|\\.zst)?$" .data) -}}
 {{- $problems = append $problems (printf "data: got the one file %s for %s, expected a folder that holds a file for each" .data (join ", " .bloodTypes)) -}}
 {{- end -}}
 {{- $gpu := .gpu.resource -}}
@@ -419,7 +419,7 @@ Kueue. So a change is another Job. At most 43 + 1 + 8 + 1 + 10 characters, which
 {{- $problems = append $problems (printf "config.%s: the chart has a value of its own for it: %s" $setting (get $elsewhere $setting)) -}}
 {{- end -}}
 {{- end -}}
-{{- range $setting, $value := .config.base -}}
+{{- range $setting, $value := (.config | default dict).base -}}
 {{- $problems = append $problems (printf "config.base.%s: the chart has values of its own for it: baseModel, modelCache" $setting) -}}
 {{- end -}}
 {{- if and .baseModel.s3Uri .baseModel.existingClaim -}}
