@@ -246,6 +246,26 @@ def test_every_folder_that_is_written_to_is_a_volume(helm: Helm) -> None:
     }
 
 
+def test_a_claim_of_the_release(helm: Helm) -> None:
+    own = {"createClaim": True, "size": "77Gi", "accessMode": "ReadWriteMany"}
+    values = merged(
+        A, {"workVolume": own, "modelCache": {**own, "storageClassName": "nfs"}, "compileCache": {"existingClaim": "mine"}}
+    )
+    rendered = render(helm, values)
+    asked = {"accessModes": ["ReadWriteMany"], "resources": {"requests": {"storage": "77Gi"}}}
+    assert {item["metadata"]["name"]: item["spec"] for item in rendered.of_kind("PersistentVolumeClaim")} == {
+        # without a class it is the cluster's default, which an empty one would not be
+        "persona-train-work": asked,
+        "persona-train-models": {**asked, "storageClassName": "nfs"},
+    }
+    volumes = {volume["name"]: volume for volume in rendered.one("Job")["spec"]["template"]["spec"]["volumes"]}
+    assert [volumes[name]["persistentVolumeClaim"]["claimName"] for name in ("work", "models", "compiled")] == [
+        "persona-train-work",
+        "persona-train-models",
+        "mine",
+    ]
+
+
 def egress(helm: Helm, values: Values) -> list[tuple[list[Any], list[int]]]:
     rules = render(helm, merged(A, values)).one("NetworkPolicy")["spec"]["egress"]
     return [(rule.get("to", []), [port["port"] for port in rule.get("ports", [])]) for rule in rules]
@@ -281,6 +301,16 @@ def test_the_policy_is_for_the_trainer_and_the_check(helm: Helm) -> None:
     check = Manifests(whole(A)["tests/check-storage.yaml"]).one("Pod")
     for labels in (render(helm, A).one("Job")["spec"]["template"]["metadata"]["labels"], check["metadata"]["labels"]):
         assert selected <= labels.items()
+
+
+def test_kueue_gets_its_label_and_nothing_else(helm: Helm) -> None:
+    """It suspends and admits by itself: a rendered `suspend` would be applied again by every upgrade."""
+    job = render(helm, merged(A, {"kueue": {"queueName": "personas"}})).one("Job")
+    assert job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "personas"
+    assert "suspend" not in job["spec"]
+    nightly = render(helm, merged(NIGHTLY, {"kueue": {"queueName": "personas"}})).one("CronJob")
+    assert nightly["spec"]["jobTemplate"]["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "personas"
+    assert "kueue.x-k8s.io/queue-name" not in nightly["metadata"]["labels"]
 
 
 # -- helm test and the notes ----------------------------------------------------------------------------

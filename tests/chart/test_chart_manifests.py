@@ -106,8 +106,9 @@ def violations(pod: dict[str, Any]) -> Iterator[str]:
 
 @pytest.mark.parametrize("name", COMBINATIONS)
 def test_pod_security_restricted_admits_it(helm: Helm, name: str) -> None:
-    pods = [*Manifests(helm.template(COMBINATIONS[name])).pods, yaml.safe_load(hooks(COMBINATIONS[name]))]
-    for pod in pods:
+    rendered = Manifests(helm.template(COMBINATIONS[name]))
+    assert all(account["automountServiceAccountToken"] is False for account in rendered.of_kind("ServiceAccount"))
+    for pod in [*rendered.pods, yaml.safe_load(hooks(COMBINATIONS[name]))]:
         assert list(violations(pod)) == []
         spec = pod["spec"]
         assert spec["automountServiceAccountToken"] is False
