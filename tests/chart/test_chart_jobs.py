@@ -7,7 +7,8 @@ import re
 from typing import Any, Final
 
 import pytest
-from chart_helm import REPOSITORY, Helm, Manifests, Values, merged, whole
+
+from chart.chart_helm import REPOSITORY, Helm, Manifests, Values, merged, whole
 
 A: Final[Values] = {"bloodType": "A"}
 ALL: Final = ["A", "B", "O", "AB"]

@@ -7,7 +7,8 @@ from typing import Any, Final
 
 import pytest
 import yaml
-from chart_helm import CHART, Helm, Manifests, Refused, Values, merged, nested, whole
+
+from chart.chart_helm import CHART, Helm, Manifests, Refused, Values, merged, nested, whole
 
 A: Final[Values] = {"bloodType": "A"}
 

@@ -8,7 +8,8 @@ from typing import Any, Final
 
 import pytest
 import yaml
-from chart_helm import CHART, Helm, Manifests, Values, merged, nested, whole
+
+from chart.chart_helm import CHART, Helm, Manifests, Values, merged, nested, whole
 
 A: Final[Values] = {"bloodType": "A"}
 BOTH: Final[Values] = {"bloodType": "", "bloodTypes": ["A", "B"]}
