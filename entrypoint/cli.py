@@ -22,7 +22,7 @@ from pydantic import SecretStr
 from lora_trainer import __version__, logs
 from lora_trainer.config import RunConfig, config_table, parse_override, settle_each
 from lora_trainer.endings import Ending, ending_of
-from lora_trainer.errors import ConfigError, ExitCode, GateError, Interrupted, LoraTrainerError, StorageError
+from lora_trainer.errors import ConfigError, ExitCode, GateError, Interrupted, LoraTrainerError, StorageError, worst
 from lora_trainer.personas import BloodType, named_blood_types
 from lora_trainer.redaction import redacted
 
@@ -552,6 +552,37 @@ def validate(
                 Console().print(validation.render(reports[-1]))
     if not all(report.is_accepted(strict=strict) for report in reports):
         raise click.exceptions.Exit(ExitCode.DATA)
+
+
+@cli.command("check-storage")
+@_setting_options
+def check_storage(config_file: Path | None, overrides: Sequence[str], **options: Any) -> None:
+    """Try what 'run' will need of its storage, and train nothing.
+
+    Reads the persona's data, looks for a base in a folder or an s3:// prefix, writes, reads, lists and deletes a probe under
+    runs/<TYPE>/ of the output, and tries whether adapters/<TYPE>/ may be written to. Takes the options of 'run', so that the
+    same ones tell of the same run.
+
+    \b
+    Examples:
+      lora-trainer check-storage --blood-type A --data s3://bucket/personas/ --output s3://bucket/lora/
+      lora-trainer check-storage --config run.yaml --blood-type all
+
+    Exits with the code that 'run' would end with: 2, 3 or 6.
+    """
+    from lora_trainer.storage_check import check_storage as check
+
+    logs.configure("warning", "auto")
+    codes = [ExitCode.DONE]
+    for finding in check(settle_each(_given(options, overrides), config_file=config_file)):
+        if finding.error is None:
+            click.echo(f"ok: {finding.what}: {finding.said}")
+            continue
+        codes.append(finding.error.exit_code)
+        for problem in finding.error.problems:
+            click.echo(f"error: {finding.what}: {redacted(problem)}", err=True)
+    if (code := worst(codes)) is not ExitCode.DONE:
+        raise click.exceptions.Exit(code)
 
 
 @cli.command()

