@@ -406,6 +406,9 @@ def run_one(
             # SIGKILL may cut a line off, and a signal that comes before the log is set up is said in plain words
             if process.noise and (not ended.killed_by or any(line.startswith("Traceback") for line in process.noise)):
                 wrong.append(f"not a log line: {process.noise[0]}")
+            if ended.exit_code == 1:
+                # Kubernetes would start it again, but nothing that was done to it explains a bug
+                wrong.append(f"ended with 1 behind {ended.killed_behind or 'no signal'}: {ended.problems}")
             if ended.exit_code not in RETRIED:
                 break
         swept = bool(bucket.keys("lora/runs/")) and attempts[-1].exit_code == 0

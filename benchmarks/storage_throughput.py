@@ -4,12 +4,11 @@
     python benchmarks/storage_throughput.py --aws /tmp/venv-aws/bin/aws
 
 A set is up to four large files, 98 % of it, and 32 small ones, all random. Each measurement is a process of its own, from its
-start to its end: ours puts the set through `lora_trainer.storage` one file after the other, as a bundle is published, with the
-default settings; theirs is `aws s3 cp --recursive`, with its own. Ours knows the SHA-256 of what it sends, as a bundle's
-manifest has it, hashes every byte on its way up and down all the same, and syncs what it wrote. The two take turns, and so does
-who begins; the medians make the ratio. Peak memory is measured for a small set, too, which shows that it does not depend on the
-size. What was downloaded is compared with what was uploaded. Exits with 1 if a ratio is below 1 or memory grows by more than 32
-MiB.
+start to its end: ours puts the set through `lora_trainer.storage` as a bundle is published and fetched, with the default
+settings; theirs is `aws s3 cp --recursive`, with its own. Ours knows the SHA-256 of what it sends, as a bundle's manifest has it,
+hashes what it received and syncs what it wrote. The two take turns, and so does who begins; the medians make the ratio. Peak
+memory is measured for a small set, too, which shows that it does not depend on the size. What was downloaded is compared with what
+was uploaded. Exits with 1 if a ratio is below 1 or memory grows by more than 32 MiB.
 
 The server (tools/dev_s3.py) is written in Python and shares the machine's cores: on a small machine it bounds both. Free disk of
 four times the set is needed under --scratch.
@@ -55,8 +54,7 @@ def transfer(direction: str, folder: Path, uri: str) -> None:
             storage.delete(item.key)
     elif direction == "up":
         known = json.loads((folder.parent / f"{folder.name}.json").read_text(encoding="utf-8"))
-        for path in sorted(folder.iterdir()):
-            storage.upload(path, path.name, sha256=known[path.name])
+        storage.upload_all(folder, "", known)
     else:
         for item in storage.list(""):
             storage.download(item.key, folder / item.key)

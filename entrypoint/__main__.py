@@ -18,8 +18,11 @@ def main() -> None:
         from entrypoint.cli import run_cli
 
         code = run_cli(sys.argv[1:])
-    except Interrupted as interruption:
-        sys.stderr.write(f"interrupted by {interruption.signal_name} before the job began\n")
+    except (Interrupted, ImportError) as error:
+        meaning = INTERRUPTION.meaning_of(error)
+        if not isinstance(meaning, Interrupted):
+            raise
+        sys.stderr.write(f"interrupted by {meaning.signal_name} before the job began\n")
         code = ExitCode.INTERRUPTED
     except StepDown as step_down:
         start_again(step_down.limit)

@@ -791,8 +791,10 @@ def run_cli(arguments: Sequence[str]) -> int:
         return ExitCode.DONE
     except Interrupted:
         return ExitCode.INTERRUPTED
-    except Exception as error:  # the edge: what comes here is a bug
+    except Exception as error:  # the edge: what comes here is a bug, unless a library made it of an interruption
         ending = ending_of(error) or Ending(ExitCode.BUG)
+        if ending.exit_code is ExitCode.INTERRUPTED:
+            return ExitCode.INTERRUPTED
         for line in (*(f"error: a bug, please report it: {said}" for said in ending.problems), *ending.frames):
             click.echo(line, err=True)
         return ExitCode.BUG

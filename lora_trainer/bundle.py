@@ -319,8 +319,7 @@ def publish(folder: Path, storage: Storage, prefix: str, lease: Lease | None = N
     if lease:
         storage = storage.adapted(guard=lease.check)
         lease.confirm()
-    for name, file in json.loads(data)["files"].items():
-        storage.upload(folder / name, prefix + name, sha256=file["sha256"])
+    storage.upload_all(folder, prefix, {name: file["sha256"] for name, file in json.loads(data)["files"].items()})
     if lease:
         lease.confirm()
     try:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Final
 
 from lora_trainer.errors import ExitCode, Interrupted, LoraTrainerError
+from lora_trainer.interruption import INTERRUPTION
 from lora_trainer.redaction import redacted
 from lora_trainer.restart import StepDown
 
@@ -41,6 +42,7 @@ def ending_of(error: BaseException | None, folder: Path | None = None) -> Ending
 
     What a bug's message may quote of the data goes to a file in `folder`, or in the system's for such.
     """
+    error = INTERRUPTION.meaning_of(error)
     if error is None:
         return Ending()
     if isinstance(error, LoraTrainerError):

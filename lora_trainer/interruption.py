@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from lora_trainer.errors import ExitCode, Interrupted
+from lora_trainer.errors import ExitCode, Interrupted, StorageError
 
 
 class Interruption:
@@ -51,6 +51,30 @@ class Interruption:
         """A safe point. Raises `Interrupted` if a signal has come."""
         if self._signal_name is not None:
             raise Interrupted(self._signal_name)
+
+    def meaning_of(self, error: BaseException | None) -> BaseException | None:
+        """`error`, or the interruption if a signal has come.
+
+        What a signal raises inside an import that a library's C code asked for comes out of it as an `ImportError`: neither a bug
+        nor a missing package. An interrupted run is begun again, and meets an error that was there in earnest once more. A store
+        that fails stays one: something did not get there.
+        """
+        if self._signal_name is None or isinstance(error, StorageError) or not isinstance(error, Exception):
+            return error
+        interrupted = Interrupted(self._signal_name)
+        interrupted.__cause__ = error
+        return interrupted
+
+    @contextmanager
+    def recognised(self) -> Iterator[None]:
+        """What comes out of the block is what it means. Raises `Interrupted` instead of what a library made of it."""
+        try:
+            yield
+        except Exception as error:
+            meaning = self.meaning_of(error)
+            if meaning is error or meaning is None:
+                raise
+            raise meaning from error
 
     @property
     def seconds_ago(self) -> float:

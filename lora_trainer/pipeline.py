@@ -29,6 +29,7 @@ from lora_trainer.errors import ConfigError, DataError, Interrupted, LoraTrainer
 from lora_trainer.evaluation import JudgedReply
 from lora_trainer.evaluation_prompts import evaluation_prompts
 from lora_trainer.identity import run_id, run_ingredients
+from lora_trainer.interruption import INTERRUPTION
 from lora_trainer.judge import check_judge, judge_replies
 from lora_trainer.lease import Lease, LeaseLostError, hold, is_left_over, lease_key, run_prefix
 from lora_trainer.logs import get_logger
@@ -119,7 +120,7 @@ def story(job: Job, console: Console | None, *, fresh: bool) -> Generator[Turn, 
     with hold_lease(job, identity) as lease:
         if finished := find_finished(job, identity, lease):
             return finished
-        with open_checkpoints(job, identity, lease, fresh=fresh) as checkpoints:
+        with open_checkpoints(job, identity, lease, fresh=fresh) as checkpoints, INTERRUPTION.recognised():
             with stepping_down(job, backend, prepared, plan):
                 trained = train(job, backend, identity, prepared, plan, checkpoints, progress)
             folder = save(job, backend, identity, prepared, progress)

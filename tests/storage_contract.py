@@ -33,6 +33,22 @@ class StorageContract:
         assert (fetched.size_bytes, fetched.sha256) == (size_bytes, hashlib.sha256(data).hexdigest())
         assert [path.name for path in target.parent.iterdir()] == ["target"]
 
+    def test_a_folder_is_uploaded_by_what_is_named(self, storage: Storage, tmp_path: Path) -> None:
+        files = {"a.bin": os.urandom(100_000), "empty": b"", "b/c.json": b"{}", "not-named": b"x"}
+        for name, data in files.items():
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            (tmp_path / name).write_bytes(data)
+        named = {name: hashlib.sha256(data).hexdigest() for name, data in files.items() if name != "not-named"}
+        storage.upload_all(tmp_path, "runs/A/", named)
+        assert keys(storage, "runs/A/") == ["runs/A/a.bin", "runs/A/b/c.json", "runs/A/empty"]
+        for name in named:
+            assert storage.download(f"runs/A/{name}", tmp_path / "target").sha256 == named[name]
+
+    def test_a_folder_without_a_file_that_is_named(self, storage: Storage, tmp_path: Path) -> None:
+        (tmp_path / "there").write_bytes(b"x")
+        with pytest.raises(NotFound, match="missing"):
+            storage.upload_all(tmp_path, "", dict.fromkeys(("missing", "there"), "0" * 64))
+
     def test_download_and_upload_replace(self, storage: Storage, tmp_path: Path) -> None:
         source, target = tmp_path / "source", tmp_path / "target"
         target.write_text("old")

@@ -657,9 +657,15 @@ class TransformersBackend:
         try:
             yield
         except torch.OutOfMemoryError as error:
-            at = f"at {self._row_tokens} tokens a micro-batch" if self._row_tokens else "while the base was loaded"
+            peak = f"peak {self.peak_memory_gib():.1f} GiB"
+            if not self._row_tokens:
+                # no plan makes the base itself smaller
+                raise HardwareError(
+                    f"GPU memory ran out while the base was loaded, {peak}: expected a GPU that nobody else uses and that holds "
+                    "it; use a larger one, a smaller base.model, or training.quantization=nf4"
+                ) from error
             raise OutOfMemoryError(
-                f"GPU memory ran out {at}, peak {self.peak_memory_gib():.1f} GiB: use a larger GPU, lower "
+                f"GPU memory ran out at {self._row_tokens} tokens a micro-batch, {peak}: use a larger GPU, lower "
                 "training.max_length_tokens, or let 'auto' decide about memory.micro_batch_tokens and memory.gradient_checkpointing"
             ) from error
         except torch.AcceleratorError as error:

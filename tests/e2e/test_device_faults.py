@@ -25,10 +25,12 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 STEPS = 6
 
 JOB = """
-import os, sys
+import os, signal, sys
 import torch
 from entrypoint.__main__ import main
+from lora_trainer import pipeline
 from lora_trainer.backends.trainer import StepTrainer
+from lora_trainer.backends.transformers import TransformersBackend
 
 fault, true_step = os.environ.get("FAULT"), StepTrainer.training_step
 
@@ -46,7 +48,21 @@ def training_step(self, model, inputs, num_items_in_batch=None):
 StepTrainer.is_gradient_checkpointing_on = lambda self: any(
     getattr(module, "gradient_checkpointing", False) for module in self.model.modules()
 )
+def no_room(self, base):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+def swallow(*_):
+    try:
+        os.kill(os.getpid(), signal.SIGTERM)
+    except BaseException as error:
+        # as an import that C code asks for does
+        raise ImportError("numpy failed to import") from error
+
 StepTrainer.training_step = training_step
+if fault == "swallowed":
+    pipeline.save = swallow
+if fault == "base":
+    TransformersBackend._load_base = no_room
 main()
 """
 
@@ -91,6 +107,15 @@ def test_memory_that_runs_out_steps_the_plan_down_and_the_optimizer_batch_stays(
     assert events(log, "training_finished")[0]["steps"] == STEPS
 
 
+def test_a_base_that_does_not_fit_is_said_at_once(tmp_path: Path) -> None:
+    code, log = run(tmp_path, fault="base")
+    assert code == 5, log[-1]
+    # no smaller plan makes room for it
+    assert not events(log, "memory_stepped_down")
+    (problem,) = log[-1]["problems"]
+    assert "while the base was loaded" in problem
+
+
 def test_what_was_set_by_hand_is_not_stepped_down(tmp_path: Path) -> None:
     by_hand = ("--set", "memory.gradient_checkpointing=off", "--set", "memory.micro_batch_tokens=2048")
     code, log = run(tmp_path, *by_hand, fault="memory")
@@ -114,3 +139,10 @@ def test_the_last_good_checkpoint_is_named_and_gone_on_from(tmp_path: Path, faul
     found, log = run(tmp_path)
     assert found == 0, log[-1]
     assert events(log, "resumed")[0]["step"] == 4
+
+
+def test_a_signal_that_a_library_makes_another_error_of_is_an_interruption_all_the_same(tmp_path: Path) -> None:
+    code, log = run(tmp_path, fault="swallowed")
+    assert code == 143, log[-1]
+    assert log[-1]["outcome"] == "interrupted"
+    assert f"the checkpoint of step {STEPS} is safe" in log[-1]["problems"][0]

@@ -225,6 +225,78 @@ def test_an_interrupted_run_ends_with_the_adapter_of_an_undisturbed_one(small_ba
     assert difference / size < 1e-3
 
 
+FAULTY = """
+import os, sys
+import torch
+memory_gib = float(os.environ.get("GPU_MEMORY_GIB", "0"))
+if memory_gib:
+    torch.cuda.set_per_process_memory_fraction(memory_gib * 2**30 / torch.cuda.get_device_properties(0).total_memory)
+from entrypoint.__main__ import main
+from lora_trainer.backends.trainer import StepTrainer
+true_step = StepTrainer.training_step
+def training_step(self, *arguments, **named):
+    loss = true_step(self, *arguments, **named)
+    if os.environ.get("GPU_LOST_AT") == str(self.state.global_step):
+        # an index out of bounds trips an assertion on the device, and the driver gives the whole context up
+        torch.zeros(1, device="cuda")[torch.tensor([2**20], device="cuda")].sum().item()
+    return loss
+StepTrainer.training_step = training_step
+main()
+"""
+
+
+def run_faulty(base: Path, output: Path, *arguments: str, **environment: str) -> tuple[int, list[dict[str, Any]]]:
+    """The job on a GPU with less memory, or one that is lost in mid-training. Gives its exit code and log."""
+    script = output.parent / "job.py"
+    script.write_text(FAULTY)
+    command = job_command(base, output, *arguments)
+    done = subprocess.run(
+        [command[0], str(script), *command[3:]], cwd=REPOSITORY, capture_output=True, text=True, timeout=400, check=False,
+        env={**os.environ, "PYTHONPATH": f"{REPOSITORY}:{os.environ.get('PYTHONPATH', '')}", **environment},
+    )  # fmt: skip
+    lines = done.stderr.splitlines()
+    # what the device itself prints when an assertion fails is no event
+    return done.returncode, [json.loads(line) for line in lines if line.startswith("{")]
+
+
+def test_memory_that_runs_out_on_the_gpu_steps_the_plan_down(small_base: Path, tmp_path: Path) -> None:
+    """The allocator is kept to less than the first plan takes, so that it runs out by itself."""
+    short = ("--max-steps", "2", "--sequences-per-step", "96")
+    (tmp_path / "whole").mkdir()
+    peak_gib = run_job(small_base, tmp_path / "whole" / "out", *short)["training_finished"]["peak_memory_gib"]
+    code, log = run_faulty(small_base, tmp_path / "out", *short, GPU_MEMORY_GIB=str(0.75 * peak_gib))
+    assert code == 0, log[-1]
+    plans = [line for line in log if line["event"] == "plan_chosen"]
+    stepped_down = [line for line in log if line["event"] == "memory_stepped_down"]
+    assert len(plans) == len(stepped_down) + 1 > 1
+    assert (plans[0]["gradient_checkpointing"], plans[1]["gradient_checkpointing"]) == ("off", "unsloth")
+    assert all("GPU memory ran out" in line["problem"] and line["sequences_per_step"] == 96 for line in stepped_down)
+    finished = [line for line in log if line["event"] == "training_finished"]
+    assert [line["steps"] for line in finished] == [2]
+    assert finished[0]["peak_memory_gib"] <= 0.75 * peak_gib
+
+
+def test_a_base_that_does_not_fit_is_said_at_once(small_base: Path, tmp_path: Path) -> None:
+    code, log = run_faulty(small_base, tmp_path / "out", "--max-steps", "2", GPU_MEMORY_GIB="0.01")
+    assert code == 5, log[-1]
+    assert log[-1]["event"] == "run_finished"
+    assert "GPU memory ran out while the base was loaded" in log[-1]["problems"][0]
+    assert not [line for line in log if line["event"] == "memory_stepped_down"]
+    assert "frames" not in log[-1]
+
+
+def test_a_lost_gpu_leaves_the_checkpoint_that_the_next_attempt_goes_on_from(small_base: Path, tmp_path: Path) -> None:
+    arguments = ("--max-steps", "6", "--set", "checkpoints.every_steps=2")
+    code, log = run_faulty(small_base, tmp_path / "out", *arguments, GPU_LOST_AT="4")
+    assert code == 1, log[-1]
+    problem, kept = log[-1]["problems"]
+    assert "the device failed" in problem
+    assert "is kept" in kept
+    resumed = run_job(small_base, tmp_path / "out", *arguments)
+    assert resumed["resumed"]["step"] in (2, 4)
+    assert resumed["training_finished"]["steps"] == 6
+
+
 @pytest.mark.parametrize("checkpointing", ["off", "unsloth"])
 def test_the_second_of_two_personas_learns_as_it_does_alone(small_base: Path, tmp_path: Path, checkpointing: str) -> None:
     """On one base in one process: its generation, its KV caches and its modes are the first one's no more."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import random
 import shutil
@@ -75,6 +76,13 @@ def upload(storage: Storage, direct: Storage, source: Path) -> None:
     assert read.data == DATA
 
 
+def upload_all(storage: Storage, direct: Storage, source: Path) -> None:
+    storage.upload_all(source.parent, "runs/", {source.name: hashlib.sha256(DATA).hexdigest()})
+    read = direct.read_bytes(f"runs/{source.name}")
+    assert read is not None
+    assert read.data == DATA
+
+
 def download(storage: Storage, direct: Storage, source: Path) -> None:
     direct.upload(source, KEY)
     target = source.with_name("target")
@@ -138,8 +146,8 @@ def delete(storage: Storage, direct: Storage, source: Path) -> None:
     assert direct.read_bytes(KEY) is None
 
 
-OPERATIONS = [upload, download, read_bytes, write_bytes, write_if_absent, write_if_match, list_objects, exists, delete]
-CARRY_BYTES = [upload, download, read_bytes, write_bytes, write_if_absent, write_if_match]
+OPERATIONS = [upload, upload_all, download, read_bytes, write_bytes, write_if_absent, write_if_match, list_objects, exists, delete]
+CARRY_BYTES = [upload, upload_all, download, read_bytes, write_bytes, write_if_absent, write_if_match]
 
 
 @pytest.mark.parametrize("operation", OPERATIONS, ids=lambda operation: operation.__name__)
@@ -217,6 +225,12 @@ def test_a_fifth_of_all_requests(proxied: Proxied, direct: Storage, tmp_path: Pa
                     storage.delete(key)
                     expected.pop(key, None)
             assert [found.key for found in storage.list("k/")] == sorted(expected)
+        folder = tmp_path / "folder"
+        folder.mkdir()
+        for number in range(24):
+            (folder / f"{number}").write_bytes(drawn.randbytes(1000))
+            expected[f"k/all/{number}"] = (folder / f"{number}").read_bytes()
+        storage.upload_all(folder, "k/all/", {path.name: sha256_of(path) for path in folder.iterdir()})
     assert {found.key: found.size_bytes for found in direct.list("k/")} == {key: len(data) for key, data in expected.items()}
     assert proxy.faults.total() > proxy.requests / 10
     assert set(proxy.faults) == set(Fault)
@@ -346,9 +360,13 @@ def sigterm_raises() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-@pytest.mark.parametrize("way", ["download", "upload"])
+@pytest.mark.parametrize("operation", [download, upload, upload_all], ids=lambda operation: operation.__name__)
 def test_a_silent_store_does_not_hold_sigterm(
-    proxied: Proxied, direct: Storage, source: Path, aws_environment: pytest.MonkeyPatch, way: str
+    proxied: Proxied,
+    direct: Storage,
+    source: Path,
+    aws_environment: pytest.MonkeyPatch,
+    operation: Callable[[Storage, Storage, Path], None],
 ) -> None:
     """The connection's own timeout is a minute here: whoever waited for the transfer's threads would wait as long."""
     aws_environment.setenv("LORA_TRAINER_STORAGE__STALL_TIMEOUT_S", "60")
@@ -367,7 +385,7 @@ def test_a_silent_store_does_not_hold_sigterm(
     sender.start()
     started_s = time.monotonic()
     with sigterm_raises(), pytest.raises(Interrupted):
-        _ = storage.download(KEY, source.with_name("target")) if way == "download" else storage.upload(source, KEY)
+        operation(storage, direct, source)
     sender.join()
     assert time.monotonic() - started_s < 30
     assert [path.name for path in source.parent.iterdir()] == ["source"]

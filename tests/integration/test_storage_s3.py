@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import os
 import re
 import signal
@@ -41,7 +42,7 @@ class TestS3Storage(StorageContract):
         storage.upload(source, "adapter_model.safetensors")
         head = boto3.client("s3").head_object(Bucket=bucket, Key="prefix/adapter_model.safetensors", ChecksumMode="ENABLED")
         assert head["ETag"].endswith('-2"'), "parts of 16 MiB"
-        assert head["ChecksumSHA256"], "each part was sent with its SHA-256"
+        assert head["ChecksumCRC32"], "each part was sent with its CRC-32"
         fetched = storage.download("adapter_model.safetensors", target)
         assert fetched.size_bytes == 17 * 2**20
         assert fetched.sha256 == sha256_of(source) == sha256_of(target)
@@ -408,11 +409,12 @@ def test_uploads_carry_checksum_and_length(bad_day: BadDay, aws_environment: pyt
     (tmp_path / "x").write_bytes(b"data")
     open_storage(STORE).upload(tmp_path / "x", "x")
     request = bad_day.requests.pop()
-    assert request.headers["x-amz-checksum-sha256"] == "Om6weQ85rIfJTzhWst0sXREOaBFgImGpqSPTuyOtyLc="
+    assert request.headers["x-amz-checksum-crc32"] == base64.b64encode(zlib.crc32(b"data").to_bytes(4, "big")).decode()
+    assert request.headers["x-amz-meta-lora-trainer-sha256"] == hashlib.sha256(b"data").hexdigest()
     assert request.headers["content-length"] == "4"
     aws_environment.setenv("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required")
     open_storage(STORE).upload(tmp_path / "x", "x")
-    assert "x-amz-checksum-sha256" not in bad_day.requests.pop().headers
+    assert "x-amz-checksum-crc32" not in bad_day.requests.pop().headers
 
 
 def test_addressing_and_region(bad_day: BadDay, aws_environment: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import signal
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -215,3 +216,27 @@ def test_outside_a_deferred_block_it_is_raised_at_once() -> None:
     assert interruption.seconds_ago == 0
     with pytest.raises(Interrupted, match="SIGINT"):
         interruption._handle(signal.SIGINT, None)
+
+
+def swallow(interruption: Interruption) -> None:
+    """As an import that C code asks for does."""
+    try:
+        interruption._handle(signal.SIGTERM, None)
+    except BaseException as error:
+        raise ImportError("numpy failed to import") from error
+
+
+def test_what_a_library_makes_of_a_signal_is_taken_for_the_signal() -> None:
+    interruption = Interruption()
+    with pytest.raises(Interrupted, match="SIGTERM"), interruption.recognised():
+        swallow(interruption)
+
+
+def test_what_has_no_signal_or_says_what_is_lost_stays_what_it_is() -> None:
+    interruption = Interruption()
+    with pytest.raises(ImportError), interruption.recognised():
+        raise ImportError("numpy failed to import")
+    with suppress(Interrupted):
+        interruption._handle(signal.SIGTERM, None)
+    with pytest.raises(StorageError, match="is not uploaded"), interruption.recognised():
+        raise StorageError("the checkpoint is not uploaded")
