@@ -10,8 +10,9 @@ hashes what it received and syncs what it wrote. The two take turns, and so does
 memory is measured for a small set, too, which shows that it does not depend on the size. What was downloaded is compared with what
 was uploaded. Exits with 1 if a ratio is below 1 or memory grows by more than 32 MiB.
 
-The server (tools/dev_s3.py) is written in Python and shares the machine's cores: on a small machine it bounds both. Free disk of
-four times the set is needed under --scratch.
+The server (tools/dev_s3.py) is written in Python and shares the machine's cores: on a small machine it bounds both. It reads a
+whole object for each range that is asked for, which favours whoever asks for larger ones. Room for four sets is needed under
+--scratch.
 """
 
 from __future__ import annotations
