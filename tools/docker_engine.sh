@@ -84,6 +84,8 @@ stop() {
   pid=$(<"$folder/dockerd.pid")
   kill "$pid" 2>/dev/null || return 0
   while kill -0 "$pid" 2>/dev/null; do sleep 0.2; done
+  # it leaves its network namespace mounted
+  awk -v folder="$folder/" 'index($2, folder) == 1 { print $2 }' /proc/mounts | sort -r | xargs -r -n 1 umount
 }
 
 base() {
