@@ -22,7 +22,8 @@ PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-gpu lint typecheck format lock chart-lint chart-test chart-package install clean
+.PHONY: help setup demo test test-gpu lint typecheck format lock chart-lint chart-test chart-package install clean \
+	image image-cpu image-test train-local
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -41,7 +42,8 @@ test-gpu: ## The tests that need a CUDA GPU, in the environment that is active
 lint: $(VENV)/.installed ## Style of the code, of the shell scripts and of the workflows
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/shellcheck .ci/run
+	$(BIN)/shellcheck .ci/run tools/*.sh
+	$(BIN)/hadolint Dockerfile
 	$(BIN)/zizmor --quiet --offline .github/workflows
 
 typecheck: $(VENV)/.installed ## mypy --strict on both packages
@@ -67,6 +69,19 @@ install: ## helm: train BLOOD_TYPE on your cluster, such as make install BLOOD_T
 	@command -v helm >/dev/null || { echo "helm is not installed: see its install page, helm.sh/docs/intro/install" >&2; exit 1; }
 	helm upgrade --install $(RELEASE) charts/persona-train $(if $(BLOOD_TYPE),--set bloodType=$(BLOOD_TYPE)) $(HELM_ARGS)
 
+# What these take from the environment and the command line stands at the top of each script.
+image: ## The image for an NVIDIA GPU (IMAGE=, BASE_IMAGE=, CA=)
+	tools/build_image.sh gpu
+
+image-cpu: ## The same without CUDA, for tests and demos (PIP_EXTRA_INDEX_URL= or PIP_FIND_LINKS= with torch's CPU build)
+	tools/build_image.sh cpu
+
+image-test: setup ## Run the images that were built: structure, a whole run, SIGTERM
+	$(BIN)/python -m pytest tests/image $(ARGS)
+
+train-local: ## Train in the image: BLOOD_TYPE=A [DEVICE=cpu] [DATA=] [OUTPUT=] [GPUS=] [ARGS=] [DRY_RUN=1]
+	@tools/train_local.sh
+
 # Pins that still fit are kept; `make lock UPGRADE=--upgrade` moves everything. Only metadata is downloaded.
 COMPILE := $(UV) pip compile pyproject.toml --quiet $(UPGRADE) --no-python-downloads --no-emit-index-url --no-annotate \
 	--custom-compile-command 'make lock' --constraints locks/pins.txt --overrides locks/overrides.txt
@@ -77,6 +92,8 @@ lock: ## Write locks/ again from pyproject.toml (needs uv)
 		--excludes locks/cpu-excludes.txt --output-file locks/unsloth-cpu.txt >/dev/null
 	$(COMPILE) --python-version 3.12 --python-platform x86_64-manylinux_2_31 --only-binary :all: --no-binary kiwipiepy-model --extra cpu --extra gpu \
 		--generate-hashes --output-file locks/gpu.txt >/dev/null
+	$(PYTHON) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"], sep="\n")' | \
+		$(subst pyproject.toml,-,$(COMPILE)) --universal --python-version 3.11 --generate-hashes --output-file locks/build.txt >/dev/null
 
 clean: ## Remove the environments, the caches and what the demo left
 	rm -rf $(VENV) $(VENV_S3) $(VENV_CHART) $(VENV_CHECKOV) .demo build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage .coverage.*

@@ -1,0 +1,47 @@
+"""Docker for the tests: the engine that tools/docker_engine.sh finds, and images that were built before."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from dataclasses import dataclass
+
+import pytest
+from conftest import REPOSITORY
+
+
+@dataclass(frozen=True)
+class Docker:
+    """A client and its engine."""
+
+    client: str
+    environment: dict[str, str]
+
+    def __call__(self, *arguments: str, timeout_s: float = 300) -> subprocess.CompletedProcess[str]:
+        """One command, to its end."""
+        return subprocess.run(
+            [self.client, *arguments], env=self.environment, capture_output=True, text=True, timeout=timeout_s, check=False
+        )
+
+    def start(self, *arguments: str) -> subprocess.Popen[str]:
+        """One command whose standard error is read while it runs."""
+        return subprocess.Popen(
+            [self.client, *arguments],
+            env=self.environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+
+def docker_with(image: str, target: str) -> Docker:
+    """An engine that has the image; skips, with what to do, where there is none."""
+    found = subprocess.run([REPOSITORY / "tools" / "docker_engine.sh", "find"], capture_output=True, text=True, check=False)
+    if found.returncode:
+        pytest.skip(found.stderr.strip())
+    exports = dict(re.findall(r"(\w+)=(\S+)", found.stdout))
+    docker = Docker(exports["DOCKER"], os.environ | exports)
+    if docker("image", "inspect", image).returncode:
+        pytest.skip(f"no image {image}: make {target}")
+    return docker
