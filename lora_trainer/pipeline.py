@@ -298,7 +298,14 @@ def data_key(storage: Storage, blood_type: BloodType) -> str:
 def read(job: Job, data: DataFile) -> list[TrainingRecord]:
     """Step 3: schema and lint. Raises `DataError` with every bad line before anything costs money."""
     with job.timed("read"):
-        records, report = read_records(data.path, job.config.blood_type, limits=job.config.limits, strict=job.config.strict)
+        records, report = read_records(
+            data.path,
+            job.config.blood_type,
+            limits=job.config.limits,
+            strict=job.config.strict,
+            # the copy that is read is nobody's to mend
+            name=data.uri.removeprefix("file://"),
+        )
     job.log.info(
         "data_read", records=len(records), warnings=report.warnings, warnings_by_code=dict(report.counts[Severity.WARNING])
     )

@@ -292,12 +292,16 @@ class FileReport:
         """Whether a run would train on this file."""
         return not self.errors and not (strict and self.warnings)
 
-    def lines_of_problems(self, severities: Container[Severity] = tuple(Severity)) -> list[str]:
-        """The problems held, one a line, and a last line that counts all there are. Only those of `severities` are shown."""
-        shown = [problem.render(self.file) for problem in self.problems if problem.severity in severities]
+    def lines_of_problems(self, severities: Container[Severity] = tuple(Severity), name: str = "") -> list[str]:
+        """The problems held, one a line, and a last line that counts all there are. Only those of `severities` are shown.
+
+        `name` is what the user calls the file, if that is not its path.
+        """
+        name = name or str(self.file)
+        shown = [problem.render(name) for problem in self.problems if problem.severity in severities]
         hidden = self.errors + self.warnings - len(shown)
         more = f" ({hidden:,} of them not shown here; 'validate --json' lists all)" if hidden else ""
-        return [*shown, f"{self.file}: {_plural(self.errors, 'error')}, {_plural(self.warnings, 'warning')}{more}"]
+        return [*shown, f"{name}: {_plural(self.errors, 'error')}, {_plural(self.warnings, 'warning')}{more}"]
 
     def as_json(self, *, with_problems: bool = True) -> dict[str, object]:
         """Plain values. `with_problems` adds those held in full; `write_json` streams all of them instead."""
@@ -458,9 +462,14 @@ def check_prompts(path: Path, *, limits: LimitsConfig = DEFAULT_LIMITS, on_probl
 
 
 def read_records(
-    path: Path, blood_type: BloodType | None = None, *, limits: LimitsConfig = DEFAULT_LIMITS, strict: bool = False
+    path: Path,
+    blood_type: BloodType | None = None,
+    *,
+    limits: LimitsConfig = DEFAULT_LIMITS,
+    strict: bool = False,
+    name: str = "",
 ) -> tuple[list[TrainingRecord], FileReport]:
-    """All records of `path`, in order, for training.
+    """All records of `path`, in order, for training; `name` is what the user calls the file, if that is not its path.
 
     Raises `DataError` when there are errors, or warnings under `strict`: its problems are the first 50,
     one `file:line: field: got ..., expected ...; fix` each, and a last line that counts all of them.
@@ -469,7 +478,7 @@ def read_records(
     report = check_file(path, blood_type, limits=limits, on_record=records.append)
     if not report.is_accepted(strict=strict):
         # warnings stop nothing unless strict, and would hide among them what does
-        raise DataError(report.lines_of_problems(tuple(Severity) if strict else (Severity.ERROR,)))
+        raise DataError(report.lines_of_problems(tuple(Severity) if strict else (Severity.ERROR,), name))
     return records, report
 
 

@@ -332,7 +332,8 @@ class Story:
         ended = terminated(self.cluster.pods("train-o")[0])
         expect(ended["exitCode"] == 3, f"got exit {ended['exitCode']}, expected 3")
         word = json.loads(ended["message"])
-        expect(word["exit_code"] == 3 and word["problems"], f"the termination message says {word}")
+        expect(word["exit_code"] == 3, f"the termination message says {word}")
+        expect(word["problems"][0].startswith(f"s3://{BUCKET}/data/train_data_type_O.jsonl:1: "), word["problems"])
         return f"exit 3: {word['problems'][0][:120]}"
 
     def interrupted(self) -> str:

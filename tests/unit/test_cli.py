@@ -347,7 +347,8 @@ def test_run_stops_at_warnings_under_strict(capsys: pytest.CaptureFixture[str], 
     data = write(tmp_path / "data" / "train_data_type_A.jsonl", record() + record(output=formal, input="둘"))
     code, _, err = called(capsys, *run_arguments(tmp_path, data), "--strict")
     assert code == 3
-    assert "train_data_type_A.jsonl:2: " in last_event(err)["problems"][0]
+    # the user's own file, not the copy in the work folder
+    assert last_event(err)["problems"][0].startswith(f"{tmp_path}/data/train_data_type_A.jsonl:2: ")
     assert PLANTED not in err
 
 
