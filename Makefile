@@ -50,7 +50,7 @@ format: $(VENV)/.installed ## Format the code, and fix what ruff can fix
 	$(BIN)/ruff format .
 
 chart-lint: $(VENV)/.installed $(VENV_CHART)/.installed ## The chart: helm lint --strict with its examples, its YAML, its schema and its README
-	$(BIN)/python tools/chart.py --check
+	$(BIN)/python tools/chart_files.py --check
 	$(VENV_CHART)/bin/yamllint --strict --config-file charts/.yamllint charts
 	$(VENV_CHART)/bin/python tools/chart_package.py lint
 

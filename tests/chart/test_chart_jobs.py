@@ -7,7 +7,8 @@ import re
 from typing import Any, Final
 
 import pytest
-from chart_helm import REPOSITORY, Helm, Manifests, Values, merged, whole
+
+from chart.chart_helm import REPOSITORY, Helm, Manifests, Values, merged, whole
 
 A: Final[Values] = {"bloodType": "A"}
 ALL: Final = ["A", "B", "O", "AB"]
@@ -91,6 +92,48 @@ def test_another_setting_is_another_job_with_a_settings_file_of_its_own(helm: He
 def test_one_persona_more_leaves_the_others_alone(helm: Helm) -> None:
     assert render(helm, {"bloodTypes": ["A", "B"]}).jobs.items() <= render(helm, {"bloodTypes": ["A", "B", "O"]}).jobs.items()
     assert render(helm, A).jobs.items() <= render(helm, {"bloodTypes": ["A", "B"]}).jobs.items()
+
+
+def test_names_of_digits_alone_are_names(helm: Helm) -> None:
+    """In YAML they are numbers."""
+    import kubernetes_validate
+
+    claims = {name: {"existingClaim": "123"} for name in ("workVolume", "modelCache", "compileCache")}
+    values = merged(
+        A,
+        claims,
+        {
+            "image": {"pullSecrets": ["1"], "tag": "20"},
+            "s3": {"existingSecret": "2", "region": "3"},
+            "caBundle": {"configMap": "4", "key": "5"},
+            "baseModel": {"existingClaim": "6", "path": "7"},
+            "kueue": {"queueName": "8"},
+            "priorityClassName": "9",
+            "runtimeClassName": "10",
+        },
+    )
+    for more in (
+        {},
+        {
+            "caBundle": {"configMap": "", "secret": "11"},
+            "modelCache": {"createClaim": True, "existingClaim": "", "storageClassName": "12"},
+        },
+    ):
+        rendered = render(helm, merged(values, more), release="123", namespace="456")
+        for item in [
+            *rendered.objects,
+            *Manifests(whole(merged(values, more), release="123", namespace="456")["tests/check-storage.yaml"]).objects,
+        ]:
+            kubernetes_validate.validate(item, "1.37", strict=True)
+
+
+def test_labels_of_ones_own_do_not_take_a_pod_out_of_its_policy(helm: Helm) -> None:
+    own = {"app.kubernetes.io/instance": "other", "app.kubernetes.io/name": "other", "team": "voice"}
+    labels = render(helm, merged(A, {"podLabels": own, "jobLabels": own})).one("Job")["spec"]["template"]["metadata"]["labels"]
+    assert (
+        labels.items()
+        >= {"app.kubernetes.io/instance": "persona-train", "app.kubernetes.io/name": "persona-train", "team": "voice"}.items()
+    )
 
 
 def test_a_new_version_of_the_chart_alone_makes_no_new_job(helm: Helm) -> None:

@@ -13,8 +13,9 @@ from typing import Any, Final
 
 import pytest
 import yaml
-from chart_helm import CHART, Helm, Manifests, Refused, Values, examples, whole
-from combinations import COMBINATIONS
+
+from chart.chart_helm import CHART, Helm, Manifests, Refused, Values, examples, whole
+from chart.combinations import COMBINATIONS
 
 VERSIONS: Final = ("1.32", "1.33", "1.34", "1.35", "1.36", "1.37")
 # the policy of failures came with 1.26; kubernetes-validate knows 1.25 and newer

@@ -7,7 +7,8 @@ from typing import Any, Final
 
 import pytest
 import yaml
-from chart_helm import CHART, Helm, Manifests, Refused, Values, merged, nested, whole
+
+from chart.chart_helm import CHART, Helm, Manifests, Refused, Values, merged, nested, whole
 
 A: Final[Values] = {"bloodType": "A"}
 
@@ -41,6 +42,7 @@ BY_THE_SCHEMA: Final[tuple[tuple[str, Any], ...]] = (
     ("gpu.resource", "gpu"),
     ("resources.limits.memory", "32 GB"),
     ("sharedMemory.size", ""),
+    ("tmp.size", 1000000000),
     ("workVolume.accessMode", "ReadOnlyMany"),
     ("modelCache.size", "lots"),
     ("backoffLimit", -1),
@@ -142,6 +144,7 @@ def test_a_typing_error(helm: Helm, dotted: str, helm_version: Any) -> None:
             {"config": {"checkpoints": {"grace_s": 120}}},
             "config.checkpoints.grace_s: got 120, expected less than terminationGracePeriodSeconds, 120",
         ),
+        ({"extraVolumes": [{"name": "work", "emptyDir": {}}]}, "extraVolumes work: the chart has a volume of that name"),
         ({"cronJob": {"timeZone": "Asia/Seoul"}}, "cronJob.timeZone: is of no use without cronJob.schedule"),
         (
             {"extraEnv": [{"name": "AWS_SECRET_ACCESS_KEY", "value": "x"}]},

@@ -14,14 +14,14 @@ from conftest import REPOSITORY, load_tool
 
 from lora_trainer.config import RunConfig, setting_names
 
-tool: Any = load_tool("chart")
+tool: Any = load_tool("chart_files")
 CHART: Final = REPOSITORY / "charts" / "persona-train"
 SCHEMA: Final[dict[str, Any]] = json.loads((CHART / "values.schema.json").read_text(encoding="utf-8"))
 
 
 @pytest.mark.parametrize(("path", "text"), list(tool.wanted()), ids=lambda value: value.name if isinstance(value, Path) else "")
 def test_what_is_generated_is_what_is_there(path: Path, text: str) -> None:
-    assert path.read_text(encoding="utf-8") == text, "python tools/chart.py --write"
+    assert path.read_text(encoding="utf-8") == text, "python tools/chart_files.py --write"
 
 
 def test_the_chart_is_of_this_version() -> None:

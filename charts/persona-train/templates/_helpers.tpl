@@ -22,7 +22,7 @@
 
 {{- define "persona-train.selectorLabels" -}}
 app.kubernetes.io/name: {{ .Chart.Name }}
-app.kubernetes.io/instance: {{ .Release.Name }}
+app.kubernetes.io/instance: {{ .Release.Name | quote }}
 {{- end -}}
 
 {{/* For objects, not for pods: a new version of the chart must not be a new pod template. */}}
@@ -139,26 +139,26 @@ true
 - name: {{ .name }}
 {{- if .value.existingClaim }}
   persistentVolumeClaim:
-    claimName: {{ .value.existingClaim }}
+    claimName: {{ .value.existingClaim | quote }}
 {{- else if .value.createClaim }}
   persistentVolumeClaim:
     claimName: {{ include "persona-train.base" .root }}-{{ .name }}
 {{- else }}
   emptyDir:
-    sizeLimit: {{ .value.size }}
+    sizeLimit: {{ .value.size | quote }}
 {{- end }}
 {{- end -}}
 
 {{/* What the trainer's pod and the pod of `helm test` share, so that the second one tells of the first. */}}
 {{- define "persona-train.identity" -}}
-serviceAccountName: {{ include "persona-train.serviceAccountName" . }}
+serviceAccountName: {{ include "persona-train.serviceAccountName" . | quote }}
 automountServiceAccountToken: false
 enableServiceLinks: false
 restartPolicy: Never
 {{- with .Values.image.pullSecrets }}
 imagePullSecrets:
 {{- range . }}
-  - name: {{ . }}
+  - name: {{ . | quote }}
 {{- end }}
 {{- end }}
 {{- with .Values.podSecurityContext }}
@@ -175,22 +175,22 @@ securityContext:
 {{- if .configMap }}
 - name: ca
   configMap:
-    name: {{ .configMap }}
+    name: {{ .configMap | quote }}
     items:
-      - key: {{ .key }}
+      - key: {{ .key | quote }}
         path: ca.crt
 {{- else if .secret }}
 - name: ca
   secret:
-    secretName: {{ .secret }}
+    secretName: {{ .secret | quote }}
     items:
-      - key: {{ .key }}
+      - key: {{ .key | quote }}
         path: ca.crt
 {{- end }}
 {{- end }}
 - name: tmp
   emptyDir:
-    sizeLimit: {{ .Values.tmp.size }}
+    sizeLimit: {{ .Values.tmp.size | quote }}
 {{- end -}}
 
 {{- define "persona-train.settingsMounts" -}}
@@ -225,10 +225,10 @@ spec:
   {{- include "persona-train.identity" $root | nindent 2 }}
   terminationGracePeriodSeconds: {{ int64 $values.terminationGracePeriodSeconds }}
   {{- with $values.priorityClassName }}
-  priorityClassName: {{ . }}
+  priorityClassName: {{ . | quote }}
   {{- end }}
   {{- with $values.runtimeClassName }}
-  runtimeClassName: {{ . }}
+  runtimeClassName: {{ . | quote }}
   {{- end }}
   {{- with $values.nodeSelector }}
   nodeSelector:
@@ -318,11 +318,11 @@ spec:
     - name: shm
       emptyDir:
         medium: Memory
-        sizeLimit: {{ $values.sharedMemory.size }}
+        sizeLimit: {{ $values.sharedMemory.size | quote }}
     {{- if $values.baseModel.existingClaim }}
     - name: base
       persistentVolumeClaim:
-        claimName: {{ $values.baseModel.existingClaim }}
+        claimName: {{ $values.baseModel.existingClaim | quote }}
         readOnly: true
     {{- end }}
     {{- with $values.extraVolumes }}
@@ -445,6 +445,12 @@ Kueue. So a change is another Job. At most 43 + 1 + 8 + 1 + 10 characters, which
 {{- end -}}
 {{- if and .cronJob.timeZone (not .cronJob.schedule) -}}
 {{- $problems = append $problems "cronJob.timeZone: is of no use without cronJob.schedule" -}}
+{{- end -}}
+{{- $own := list "config" "ca" "tmp" "work" "cache" "models" "compiled" "shm" "base" -}}
+{{- range .extraVolumes -}}
+{{- if has .name $own -}}
+{{- $problems = append $problems (printf "extraVolumes %s: the chart has a volume of that name" .name) -}}
+{{- end -}}
 {{- end -}}
 {{- $secrets := dict "AWS_SECRET_ACCESS_KEY" "s3.existingSecret" "AWS_SESSION_TOKEN" "s3.existingSecret" "HF_TOKEN" "hfToken.existingSecret" "OPENAI_API_KEY" "valueFrom" "WANDB_API_KEY" "valueFrom" -}}
 {{- range .extraEnv -}}

@@ -1,7 +1,7 @@
 """What the chart takes from elsewhere: its README from values.yaml, the schema of `config` from `lora_trainer.config`, versions.
 
-    python tools/chart.py --write    update charts/persona-train
-    python tools/chart.py --check    exit 1 if something there is out of date
+    python tools/chart_files.py --write    update charts/persona-train
+    python tools/chart_files.py --check    exit 1 if something there is out of date
 
 tests/unit/test_chart_files.py holds the chart to it as well.
 """
@@ -173,7 +173,9 @@ def main() -> int:
         outdated += 1
         if arguments.write:
             path.write_text(text, encoding="utf-8")
-        print(f"{path.relative_to(ROOT)}: {'written' if arguments.write else 'out of date; run python tools/chart.py --write'}")
+        print(
+            f"{path.relative_to(ROOT)}: {'written' if arguments.write else 'out of date; run python tools/chart_files.py --write'}"
+        )
     return 1 if outdated and arguments.check else 0
 
 
