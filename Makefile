@@ -22,8 +22,8 @@ PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-gpu lint typecheck format lock chart-lint chart-test chart-package install clean \
-	image image-cpu image-test train-local
+.PHONY: help setup demo test test-gpu lint workflow-lint typecheck format lock chart-lint chart-test chart-package \
+	k8s-rendered install image image-cpu image-test train-local cluster-test clean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -46,6 +46,9 @@ lint: $(VENV)/.installed ## Style of the code, of the shell scripts and of the w
 	$(BIN)/hadolint Dockerfile
 	$(BIN)/zizmor --quiet --offline .github/workflows
 
+workflow-lint: $(VENV)/.installed $(VENV_CHART)/.installed ## The workflows by actionlint, and their scripts by shellcheck
+	$(VENV_CHART)/bin/actionlint -shellcheck $(BIN)/shellcheck -pyflakes= .github/workflows/*.yml
+
 typecheck: $(VENV)/.installed ## mypy --strict on both packages
 	$(BIN)/mypy
 
@@ -53,17 +56,21 @@ format: $(VENV)/.installed ## Format the code, and fix what ruff can fix
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-chart-lint: $(VENV)/.installed $(VENV_CHART)/.installed ## The chart: helm lint --strict with its examples, its YAML, its schema and its README
+chart-lint: $(VENV)/.installed $(VENV_CHART)/.installed ## The chart and k8s/: helm lint --strict with its examples, YAML, and what is generated
 	$(BIN)/python tools/chart_files.py --check
-	$(VENV_CHART)/bin/yamllint --strict --config-file charts/.yamllint charts
+	$(VENV_CHART)/bin/python tools/k8s_rendered.py --check
+	$(VENV_CHART)/bin/yamllint --strict --config-file charts/.yamllint charts k8s
 	$(VENV_CHART)/bin/python tools/chart_package.py lint
 
-chart-test: $(VENV)/.installed $(VENV_CHART)/.installed $(VENV_CHECKOV)/.installed ## The chart's tests: every value, both Helms, Kubernetes 1.20 to 1.37, checkov
+chart-test: $(VENV)/.installed $(VENV_CHART)/.installed $(VENV_CHECKOV)/.installed ## Tests of the chart and of k8s/: every value, both Helms, Kubernetes 1.20 to 1.37, checkov
 	PROJECT_PYTHON=$(abspath $(BIN)/python) CHECKOV=$(abspath $(VENV_CHECKOV)/bin/checkov) \
 		$(VENV_CHART)/bin/python -m pytest --confcutdir=tests/chart tests/chart $(ARGS)
 
 chart-package: $(VENV_CHART)/.installed ## The chart as DIST/persona-train-<version>.tgz
 	$(VENV_CHART)/bin/python tools/chart_package.py package $(DIST)
+
+k8s-rendered: $(VENV_CHART)/.installed ## Write k8s/rendered again: the chart's examples as plain manifests
+	$(VENV_CHART)/bin/python tools/k8s_rendered.py --write
 
 install: ## helm: train BLOOD_TYPE on your cluster, such as make install BLOOD_TYPE=A HELM_ARGS='--values mine.yaml'
 	@command -v helm >/dev/null || { echo "helm is not installed: see its install page, helm.sh/docs/intro/install" >&2; exit 1; }
@@ -78,6 +85,9 @@ image-cpu: ## The same without CUDA, for tests and demos (PIP_EXTRA_INDEX_URL= o
 
 image-test: setup ## Run the images that were built: structure, a whole run, SIGTERM
 	$(BIN)/python -m pytest tests/image $(ARGS)
+
+cluster-test: setup ## Install, interrupt, upgrade and uninstall on the cluster of KUBECONFIG: IMAGE= S3_HOST= (tests/e2e/cluster.py)
+	$(BIN)/python tests/e2e/cluster.py --image $(IMAGE) --s3-host $(S3_HOST) $(ARGS)
 
 train-local: ## Train in the image: BLOOD_TYPE=A [DEVICE=cpu] [DATA=] [OUTPUT=] [GPUS=] [ARGS=] [DRY_RUN=1]
 	@tools/train_local.sh

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,3 +30,11 @@ def helm() -> Iterator[Helm]:
     running = Helm()
     yield running
     running.close()
+
+
+@pytest.fixture(scope="session")
+def schemas() -> None:
+    """Each version's schema is read once and not for each object."""
+    from kubernetes_validate import utils
+
+    utils.schema_contents = functools.cache(utils.schema_contents)

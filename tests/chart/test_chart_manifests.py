@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import io
 import json
 import os
@@ -24,14 +23,6 @@ OLDER: Final = ("1.25", "1.26", "1.27", "1.28", "1.29", "1.30", "1.31")
 
 def test_there_are_thirty() -> None:
     assert len(COMBINATIONS) >= 30
-
-
-@pytest.fixture(scope="session")
-def schemas() -> None:
-    """Each version's schema is read once and not for each object."""
-    from kubernetes_validate import utils
-
-    utils.schema_contents = functools.cache(utils.schema_contents)
 
 
 def hooks(values: Values) -> str:

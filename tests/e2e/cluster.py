@@ -457,6 +457,7 @@ def main() -> int:
         storage = open_storage(f"s3://{BUCKET}/")
         put_files(storage, broken="O")
         cluster.run("create", "namespace", arguments.namespace)
+        cluster.run("label", "namespace", arguments.namespace, "pod-security.kubernetes.io/enforce=restricted")
         try:
             keys = [f"--from-literal={name}={server.environment[name]}" for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")]
             cluster.run("create", "secret", "generic", S3_KEYS, *keys)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,6 +38,7 @@ DOCUMENTS: Final = sorted(
         "locks/*.md",
         "charts/**/*.md",
         "docs/**/*.md",
+        "k8s/*.md",
         "examples/*/*.md",
         "benchmarks/**/*.md",
     )
@@ -263,7 +265,7 @@ def test_troubleshooting_quotes_real_messages(name: str) -> None:
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_make_targets_exist(name: str) -> None:
     targets = set(re.findall(r"^([a-z0-9-]+):", (REPOSITORY / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
-    in_code = re.findall(r"^make ((?:[a-z-]+ ?)+)|`make ([a-z][a-z -]*)", document(name), re.MULTILINE)
+    in_code = re.findall(r"^make ((?:[a-z0-9-]+ ?)+)|`make ([a-z][a-z0-9 -]*)", document(name), re.MULTILINE)
     used = {target for found in in_code for text in found for target in text.split()}
     # named by the design for a later part
     assert used - targets - ({"train-local"} if name == "ROADMAP.md" else set()) == set()
@@ -293,3 +295,90 @@ def test_the_documents_are_there() -> None:
     expected = {"README.md", "README.ko.md", "SDS.md", "ROADMAP.md", "CHANGELOG.md", "CONTRIBUTING.md", "data/README.md"}
     assert expected <= set(DOCUMENTS)
     assert "Apache License" in document("LICENSE")
+
+
+# --- docs/kubernetes.md ----------------------------------------------------------------------------------
+# its values and its helm commands go through Helm: tests/chart/test_kubernetes_page.py
+
+CLUSTER_PAGES: Final = ("docs/kubernetes.md", "k8s/README.md")
+
+
+def tables(name: str) -> Iterator[list[str]]:
+    """The cells of every line of every table."""
+    for line in document(name).splitlines():
+        if line.startswith("| "):
+            yield [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
+
+
+@pytest.mark.parametrize("name", CLUSTER_PAGES)
+def test_commands_of_the_cluster_pages_exist(name: str) -> None:
+    used = re.findall(r"lora-trainer ([a-z][a-z-]*)((?: --[a-z-]+)*)", document(name))
+    # names of images and of the project are followed by something else
+    calls = [(command, options.split()) for command, options in used if command in cli.commands or options]
+    assert calls
+    for command, options in calls:
+        assert set(options) <= option_names(cli.commands[command]), command
+
+
+def test_exit_codes_of_the_cluster_page_are_the_codes() -> None:
+    text = document("docs/kubernetes.md")
+    for code in re.findall(r"\bexit (\d+)", text):
+        assert int(code) in set(ExitCode), code
+    (never,) = (
+        cells[0]
+        for cells in tables("docs/kubernetes.md")
+        if cells[2] == "fails at once, reason `PodFailurePolicy`: the same pod would end the same way"
+    )
+    assert {int(code) for code in re.findall(r"\d+", never)} == {
+        ExitCode.CONFIG, ExitCode.DATA, ExitCode.GATE, ExitCode.HARDWARE, ExitCode.DIVERGED,
+    }  # fmt: skip
+
+
+def test_messages_of_the_cluster_page_are_the_jobs_own() -> None:
+    literals = [
+        str(part.value)
+        for module in sources()
+        for part in ast.walk(module)
+        if isinstance(part, ast.Constant) and isinstance(part.value, str)
+    ]
+    quoted = [match[1] for cells in tables("docs/kubernetes.md") if (match := re.match(r"exit \d, `([^`]+)`", cells[0]))]
+    assert len(quoted) >= 4
+    for message in quoted:
+        assert any(message in literal for literal in literals), message
+
+
+def test_events_of_the_cluster_page_are_logged() -> None:
+    events = {cells[0] for cells in rows("SDS.md", "events")}
+    # in backticks, with an underscore and nothing else
+    named = set(re.findall(r"`([a-z]+(?:_[a-z]+)+)`", document("docs/kubernetes.md")))
+    fields = {"exit_code", "eta_s"}
+    assert named - fields <= events
+    assert len(named & events) > 12
+
+
+def test_seconds_of_the_cluster_page_were_measured() -> None:
+    """The numbers of its table on cost are those of the results that it names."""
+
+    def result(name: str) -> Any:
+        return json.loads(document(f"benchmarks/results/{name}"))
+
+    run, evaluation = (
+        result("run-7b-defaults-h200.json"),
+        result("evaluation-speed-h100.json")["cases"]["unsloth"]["replies"]["120"],
+    )
+    (steps,) = (
+        case["cases"]["throughput"] for case in result("checkpoint-cost-h200.json")["measurements"] if "throughput" in case["cases"]
+    )
+    in_table = [(cells[0], float(cells[1])) for cells in tables("docs/kubernetes.md") if re.fullmatch(r"\d+\.\d+", cells[1])]
+    assert [seconds for _, seconds in in_table] == [
+        round(run["timings_s"]["import"], 1),
+        round(run["timings_s"]["identify"], 1),
+        round(run["timings_s"]["load"], 1),
+        round(max(steps["seconds_with"]) / steps["block_steps"], 2),
+        round(evaluation["adapter_generate_s"], 1),
+        round(evaluation["base_generate_s"], 1),
+        4.0,
+    ]
+    assert "ended after 4.0 s, already done" in run["what"]
+    # adapter and base, greedy and sampled, 480 each
+    assert round(8 * (evaluation["adapter_generate_s"] + evaluation["base_generate_s"])) == 145
