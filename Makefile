@@ -16,6 +16,8 @@ RELEASE ?= persona-train
 BLOOD_TYPE ?= A
 # where packages go
 DIST ?= dist
+# make benchmark
+NAME ?=
 
 BIN := $(VENV)/bin
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
@@ -23,7 +25,7 @@ PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help setup demo test test-gpu lint workflow-lint typecheck format lock chart-lint chart-test chart-package \
-	k8s-rendered install image image-cpu image-test train-local cluster-test clean
+	k8s-rendered install image image-cpu image-test train-local cluster-test benchmark clean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -85,6 +87,10 @@ image-cpu: ## The same without CUDA, for tests and demos (PIP_EXTRA_INDEX_URL= o
 
 image-test: setup ## Run the images that were built: structure, a whole run, SIGTERM
 	$(BIN)/python -m pytest tests/image $(ARGS)
+
+benchmark: setup ## One of benchmarks/: make benchmark NAME=validate_million [ARGS=]; without NAME, what there is
+	@if [ -n "$(NAME)" ]; then $(BIN)/python benchmarks/$(NAME).py $(ARGS); else \
+		for file in benchmarks/*.py; do printf '%-22s %s\n' "$$(basename "$$file" .py)" "$$(head -n 1 "$$file" | tr -d '"')"; done; fi
 
 cluster-test: setup ## Install, interrupt, upgrade and uninstall on the cluster of KUBECONFIG: IMAGE= S3_HOST= (tests/e2e/cluster.py)
 	$(BIN)/python tests/e2e/cluster.py --image $(IMAGE) --s3-host $(S3_HOST) $(ARGS)
