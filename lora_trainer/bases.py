@@ -142,14 +142,16 @@ def tokenizer_folder(config: BaseModelConfig) -> Path:
 
 
 def require_base(config: BaseModelConfig) -> str:
-    """Says what is there of a base in a folder or an `s3://` prefix, after a look at the names alone. A hub is not asked.
+    """Says what is there of a base in a folder or an `s3://` prefix, by the names and by one small file. A hub is not asked.
 
-    Raises `ConfigError` where it holds no model, `StorageError` if it can't be listed.
+    Raises `ConfigError` where it holds no model, `StorageError` if it can't be listed or read.
     """
     if config.model.startswith("s3://"):
         storage = open_storage(config.model.rstrip("/") + "/")
         names = [item.key for item in storage.list("") if "/" not in item.key and _is_model_file(item.key)]
         _check_complete(storage.uri, names)
+        # a store may let list what it does not let read
+        storage.read_bytes("config.json")
     elif _is_folder(config.model):
         names = [path.name for path in _model_files(_local_folder(config.model))]
     else:

@@ -183,8 +183,9 @@ def test_an_upload_in_parts_that_fails_is_cleared_away(
     assert "Uploads" not in boto3.client("s3").list_multipart_uploads(Bucket=filled)
 
 
-# of a base it lists the files and reads none
-@pytest.mark.parametrize("missing", ["TellMissingFromForbidden", "ReadData", "KeepCheckpointsAndLease", "PublishAdapters"])
+@pytest.mark.parametrize(
+    "missing", ["TellMissingFromForbidden", "ReadData", "ReadBase", "KeepCheckpointsAndLease", "PublishAdapters"]
+)
 def test_the_storage_check_misses_what_is_taken_away(
     missing: str, filled: str, s3_server: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
