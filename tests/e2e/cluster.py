@@ -72,7 +72,12 @@ class Helm:
         if self._binary:
             self.version = self._run("version", "--short").strip()
             return
-        library = importlib.import_module("helm_python")
+        # behind everything else: the chart's environment has other versions of what this process has
+        sys.path.extend(map(str, REPOSITORY.glob(".venv-chart/lib/python3*/site-packages")))
+        try:
+            library = importlib.import_module("helm_python")
+        except ImportError:
+            raise Wrong("neither helm nor its library is there: install Helm, or run make chart-lint once") from None
         # a release for each namespace is what its storage is for
         self._library = library.Config(kubeconfig_path=os.environ.get("KUBECONFIG"), namespace=namespace)
         self._error: type[Exception] = library.HelmError
@@ -326,6 +331,16 @@ class Story:
         expect(finished.get("already_done"), f"the same run was done again: {finished}")
         return f"{before['name']}, then {other['metadata']['name']}, which found its run done"
 
+    def shared_pod(self) -> str:
+        config = {"training": {**self.common["config"]["training"], "max_steps": 4}}
+        self.helm.install("train-both", self.values(bloodTypes=["A", "B"], jobs="shared", config=config))
+        expect(self.cluster.wait_for_job("train-both") == "Complete", self.last_words("train-both"))
+        expect(len(self.cluster.pods("train-both")) == 1, "got several pods")
+        personas = self.event("train-both", "run_finished").get("personas", [])
+        expect([persona["outcome"] for persona in personas] == ["done", "done"], f"the last word was {personas}")
+        expect(self.event("train-both", "base_reused"), "the base was loaded twice")
+        return ", ".join(f"{persona['blood_type']}: {persona['bundle']}" for persona in personas)
+
     def broken_data(self) -> str:
         self.helm.install("train-o", self.values(bloodType="O", backoffLimit=0))
         expect(self.cluster.wait_for_job("train-o") == "Failed", "a Job with broken data completed")
@@ -370,7 +385,7 @@ class Story:
         return f"143 at step {safe['step']} of {steps} (kubectl: {sorted(codes) or 'gone too soon'}), resumed there, done"
 
     def nothing_left(self) -> str:
-        releases = ("train-a", "train-b", "train-o", "train-ab")
+        releases = ("train-a", "train-b", "train-both", "train-o", "train-ab")
         for release in releases:
             self.helm.uninstall(release)
         kinds = "jobs,cronjobs,pods,configmaps,secrets,serviceaccounts,networkpolicies,persistentvolumeclaims"
@@ -446,6 +461,8 @@ def main() -> int:
     parser.add_argument("--keep", action="store_true", help="leave the namespace")
     parser.add_argument("--out", type=Path, help="JSON with what was seen")
     arguments = parser.parse_args()
+    if shutil.which("kubectl") is None:
+        parser.error("kubectl is not installed")
     dev_s3 = importlib.import_module("dev_s3")
     cluster = Cluster(arguments.namespace)
     server_version = json.loads(cluster.run("version", "--output", "json"))["serverVersion"]["gitVersion"]
@@ -469,6 +486,7 @@ def main() -> int:
             story.tell("Both adapters are in S3, and every file is what its manifest says", story.adapters)
             story.tell("helm test reads the data and tries the output with the job's identity", story.storage_check)
             story.tell("An upgrade without a change does nothing, one with a change makes a new Job", story.upgrades)
+            story.tell("One pod trains two personas on one base", story.shared_pod)
             story.tell("Broken data ends with exit 3 and a termination message", story.broken_data)
             story.tell("A pod deleted in mid-training ends with 143, the next one goes on", story.interrupted)
             story.tell("Uninstalling leaves nothing", story.nothing_left)
