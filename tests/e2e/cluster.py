@@ -160,6 +160,9 @@ class Cluster:
         ]
         return sorted(pods, key=lambda pod: str(pod["metadata"]["creationTimestamp"]))
 
+    def names(self, release: str) -> list[str]:
+        return [pod["metadata"]["name"] for pod in self.pods(release)]
+
     def log(self, pod: str) -> list[dict[str, Any]]:
         """A pod's events; what is no JSON is none of ours."""
         events = []
@@ -168,9 +171,9 @@ class Cluster:
                 events.append(json.loads(line))
         return events
 
-    def follow(self, pod: str) -> subprocess.Popen[str]:
-        """Its log on a pipe, until it ends."""
-        return subprocess.Popen([*self._kubectl, "logs", "--follow", pod], stdout=subprocess.PIPE, text=True)
+    def follow(self, *arguments: str) -> subprocess.Popen[str]:
+        """What kubectl says as it comes, on a pipe."""
+        return subprocess.Popen([*self._kubectl, *arguments], stdout=subprocess.PIPE, text=True)
 
     def wait(self, what: str, is_so: Callable[[], Any], limit_s: float = 300) -> Any:
         """What `is_so` gives as soon as that is something."""
@@ -362,27 +365,24 @@ class Story:
         self.cluster.wait("AB has a pod", lambda: self.cluster.pods("train-ab"))
         first = self.cluster.pods("train-ab")[0]["metadata"]["name"]
         self.cluster.wait("there is a checkpoint", lambda: self.event("train-ab", "checkpoint_uploaded"), 400)
-        # whoever deletes a pod takes its log away with it
-        follower = self.cluster.follow(first)
-        codes: set[int] = set()
+        # whoever deletes a pod takes its log and its end away with it
+        log = self.cluster.follow("logs", "--follow", first)
+        exit_code = "{.status.containerStatuses[0].state.terminated.exitCode}"
+        states = self.cluster.follow("get", "pod", first, "--watch", "--output", f"jsonpath={exit_code}{{'\\n'}}")
         self.cluster.run("delete", "pod", first, "--wait=false")
-
-        def is_gone() -> bool:
-            pods = [pod for pod in self.cluster.pods("train-ab") if pod["metadata"]["name"] == first]
-            codes.update(ended["exitCode"] for pod in pods if (ended := terminated(pod)))
-            return not pods
-
-        self.cluster.wait("the deleted pod is gone", is_gone, 120)
-        log = [json.loads(line) for line in follower.communicate()[0].splitlines() if line.startswith("{")]
-        words = {line["event"]: line for line in log}
-        expect(words.get("run_finished", {}).get("exit_code") == 143, f"the last word was {log[-1:]}")
-        expect(codes <= {143}, f"kubectl showed exit {codes}")
+        self.cluster.wait("the deleted pod is gone", lambda: first not in self.cluster.names("train-ab"), 120)
+        states.terminate()
+        codes = set(states.communicate()[0].split())
+        expect(codes == {"143"}, f"kubectl showed exit {codes}")
+        events = [json.loads(line) for line in log.communicate()[0].splitlines() if line.startswith("{")]
+        words = {line["event"]: line for line in events}
+        expect(words.get("run_finished", {}).get("exit_code") == 143, f"the last word was {events[-1:]}")
         safe = words["interrupted_safely"]
         expect(self.cluster.wait_for_job("train-ab") == "Complete", self.last_words("train-ab"))
         resumed = self.event("train-ab", "resumed")
         expect(resumed.get("step") == safe["step"], f"got {resumed}, expected to go on from step {safe['step']}")
         expect(self.event("train-ab", "training_finished")["steps"] == steps, "not all steps were trained")
-        return f"143 at step {safe['step']} of {steps} (kubectl: {sorted(codes) or 'gone too soon'}), resumed there, done"
+        return f"143 at step {safe['step']} of {steps} (so says kubectl, and the last word), resumed there, done"
 
     def nothing_left(self) -> str:
         releases = ("train-a", "train-b", "train-both", "train-o", "train-ab")
