@@ -21,7 +21,7 @@ Values = dict[str, Any]
 HelmVersion = Literal["v3", "v4"]
 
 
-class Refused(Exception):  # noqa: N818  it is what Helm says, and no fault of ours
+class RefusedError(Exception):
     """Helm does not take the values; the message is what a user reads."""
 
 
@@ -56,7 +56,7 @@ class Helm:
     def template(
         self, values: Values, *, helm: HelmVersion = "v4", kube: str = NEWEST, release: str = RELEASE, namespace: str = NAMESPACE
     ) -> str:
-        """`helm template`: the manifests as text, hooks left out. Raises `Refused`."""
+        """`helm template`: the manifests as text, hooks left out. Raises `RefusedError`."""
         return self._call(
             "helm_template",
             {
@@ -70,7 +70,7 @@ class Helm:
         )
 
     def lint(self, values: Values, *, helm: HelmVersion) -> list[str]:
-        """`helm lint --strict`: what it says beside. Raises `Refused`."""
+        """`helm lint --strict`: what it says beside. Raises `RefusedError`."""
         report = json.loads(
             self._call(
                 "helm_lint", {"paths": [str(CHART)], "values": values, "strict": True, "helm_version": helm, "namespace": NAMESPACE}
@@ -78,14 +78,14 @@ class Helm:
         )
         said = [f"{message['severity']}: {message['path']}: {message['message']}" for message in report["messages"]]
         if not report["passed"]:
-            raise Refused("\n".join(said))
+            raise RefusedError("\n".join(said))
         return said
 
     def _call(self, tool: str, arguments: dict[str, object]) -> str:
         answer = self._ask("tools/call", {"name": tool, "arguments": arguments})
         text = "".join(part["text"] for part in answer["content"])
         if answer.get("isError"):
-            raise Refused(text)
+            raise RefusedError(text)
         return text
 
     def _ask(self, method: str, params: dict[str, object]) -> Any:
@@ -154,14 +154,14 @@ class Manifests:
 
 def whole(values: Values, *, release: str = RELEASE, namespace: str = NAMESPACE) -> dict[str, str]:
     """Every template by its path below templates/, hooks and notes included, by the newest Helm and the version of Kubernetes
-    that it takes for current. Raises `Refused`.
+    that it takes for current. Raises `RefusedError`.
     """
     import helm_python
 
     try:
         rendered = _chart().render(values, name=release, namespace=namespace)
     except helm_python.HelmError as error:
-        raise Refused(str(error)) from error
+        raise RefusedError(str(error)) from error
     return {path.removeprefix("persona-train/templates/"): text for path, text in rendered.items()}
 
 

@@ -13,7 +13,7 @@ from typing import Any, Final
 import pytest
 import yaml
 
-from chart.chart_helm import CHART, Helm, Manifests, Refused, Values, examples, whole
+from chart.chart_helm import CHART, Helm, Manifests, RefusedError, Values, examples, whole
 from chart.combinations import COMBINATIONS
 
 VERSIONS: Final = ("1.32", "1.33", "1.34", "1.35", "1.36", "1.37")
@@ -57,7 +57,7 @@ def test_helm_lint_is_strict_and_content(helm: Helm, version: Any, name: str) ->
 
 @pytest.mark.parametrize("version", ["v3", "v4"])
 def test_helm_lint_refuses_the_bare_defaults(helm: Helm, version: Any) -> None:
-    with pytest.raises(Refused, match="bloodType"):
+    with pytest.raises(RefusedError, match="bloodType"):
         helm.lint({}, helm=version)
 
 

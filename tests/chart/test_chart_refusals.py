@@ -8,7 +8,7 @@ from typing import Any, Final
 import pytest
 import yaml
 
-from chart.chart_helm import CHART, Helm, Manifests, Refused, Values, merged, nested, whole
+from chart.chart_helm import CHART, Helm, Manifests, RefusedError, Values, merged, nested, whole
 
 A: Final[Values] = {"bloodType": "A"}
 
@@ -84,7 +84,7 @@ BY_THE_SCHEMA: Final[tuple[tuple[str, Any], ...]] = (
 @pytest.mark.parametrize("helm_version", ["v3", "v4"])
 @pytest.mark.parametrize(("dotted", "value"), BY_THE_SCHEMA)
 def test_a_value_out_of_bounds(helm: Helm, dotted: str, value: object, helm_version: Any) -> None:
-    with pytest.raises(Refused) as refused:
+    with pytest.raises(RefusedError) as refused:
         helm.template(merged(A, nested(dotted, value)), helm=helm_version)
     assert f"'/{dotted.replace('.', '/')}" in str(refused.value)
 
@@ -105,7 +105,7 @@ TYPOS: Final = (
 @pytest.mark.parametrize("helm_version", ["v3", "v4"])
 @pytest.mark.parametrize("dotted", TYPOS)
 def test_a_typing_error(helm: Helm, dotted: str, helm_version: Any) -> None:
-    with pytest.raises(Refused) as refused:
+    with pytest.raises(RefusedError) as refused:
         helm.template(merged(A, nested(dotted, {})), helm=helm_version)
     *sections, typo = dotted.split(".")
     assert f"at '{''.join(f'/{section}' for section in sections)}'" in str(refused.value)
@@ -153,13 +153,13 @@ def test_a_typing_error(helm: Helm, dotted: str, helm_version: Any) -> None:
     ],
 )
 def test_what_does_not_go_together(values: Values, said: str) -> None:
-    with pytest.raises(Refused) as refused:
+    with pytest.raises(RefusedError) as refused:
         whole(merged(A, values))
     assert said in str(refused.value)
 
 
 def test_all_problems_are_said_together() -> None:
-    with pytest.raises(Refused) as refused:
+    with pytest.raises(RefusedError) as refused:
         whole(
             {"bloodType": "A", "bloodTypes": ["B"], "config": {"data": "x", "output": "y"}, "cronJob": {"timeZone": "Asia/Seoul"}}
         )
@@ -170,7 +170,7 @@ def test_all_problems_are_said_together() -> None:
 @pytest.mark.parametrize("helm_version", ["v3", "v4"])
 @pytest.mark.parametrize("values", [{}, {"bloodTypes": []}, {"bloodType": ""}, {"data": "s3://b/d/"}])
 def test_no_persona_is_no_default(helm: Helm, values: Values, helm_version: Any) -> None:
-    with pytest.raises(Refused, match="at '/bloodType': value must be one of 'A', 'B', 'O', 'AB'"):
+    with pytest.raises(RefusedError, match="at '/bloodType': value must be one of 'A', 'B', 'O', 'AB'"):
         helm.template(values, helm=helm_version)
 
 
@@ -191,7 +191,7 @@ def test_a_value_that_is_taken_away_is_missed_or_not_needed(helm: Helm, dotted: 
     text, said = "", ""
     try:
         text = helm.template(merged(values, nested(dotted, None)))
-    except Refused as refused:
+    except RefusedError as refused:
         said = str(refused)
     if said:
         where = "".join(f"/{section}" for section in sections)

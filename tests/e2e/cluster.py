@@ -42,7 +42,7 @@ sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tools")]
 Values = dict[str, Any]
 
 
-class Wrong(Exception):  # noqa: N818  it reads as what it says
+class WrongError(Exception):
     """Something is not as it should be."""
 
 
@@ -52,18 +52,18 @@ def say(line: str) -> None:
 
 
 def expect(is_so: object, otherwise: object) -> None:
-    """Raises `Wrong`, which names what was found."""
+    """Raises `WrongError`, which names what was found."""
     if not is_so:
-        raise Wrong(otherwise)
+        raise WrongError(otherwise)
 
 
 # -- helm -------------------------------------------------------------------------------------------------
 
 
 class Helm:
-    """Install, upgrade, test and uninstall. What Helm refuses is a `Refused` with its words."""
+    """Install, upgrade, test and uninstall. What Helm refuses is a `RefusedError` with its words."""
 
-    class Refused(Exception):  # noqa: N818  it is what Helm says, and no fault of ours
+    class RefusedError(Exception):
         pass
 
     def __init__(self, namespace: str) -> None:
@@ -77,7 +77,7 @@ class Helm:
         try:
             library = importlib.import_module("helm_python")
         except ImportError:
-            raise Wrong("neither helm nor its library is there: install Helm, or run make chart-lint once") from None
+            raise WrongError("neither helm nor its library is there: install Helm, or run make chart-lint once") from None
         # a release for each namespace is what its storage is for
         self._library = library.Config(kubeconfig_path=os.environ.get("KUBECONFIG"), namespace=namespace)
         self._error: type[Exception] = library.HelmError
@@ -116,14 +116,14 @@ class Helm:
     def _run(self, *arguments: str) -> str:
         done = subprocess.run([str(self._binary), *arguments], capture_output=True, text=True, check=False)
         if done.returncode:
-            raise self.Refused(done.stderr)
+            raise self.RefusedError(done.stderr)
         return done.stdout
 
     def _call(self, ask: Callable[[], object]) -> None:
         try:
             ask()
         except self._error as error:
-            raise self.Refused(str(error)) from error
+            raise self.RefusedError(str(error)) from error
 
 
 # -- kubectl ----------------------------------------------------------------------------------------------
@@ -180,7 +180,7 @@ class Cluster:
         ends_s = time.monotonic() + limit_s
         while not (found := is_so()):
             if time.monotonic() > ends_s:
-                raise Wrong(
+                raise WrongError(
                     f"{what}: not within {limit_s:g} s\n{self.run('get', 'jobs,pods', '--output', 'wide', is_checked=False)}"
                 )
             time.sleep(0.5)
@@ -273,11 +273,11 @@ class Story:
         """Helm takes none of `values`, and its message has `named`."""
         try:
             self.helm.install("refused", values)
-        except Helm.Refused as error:
+        except Helm.RefusedError as error:
             expect(named in str(error), f"refused without a word of {named}: {error}")
             expect(not self.cluster.objects("jobs,configmaps,serviceaccounts", "refused"), "something was installed all the same")
             return next(line.strip() for line in str(error).splitlines() if named in line)
-        raise Wrong(f"Helm took values that it should refuse for {named}")
+        raise WrongError(f"Helm took values that it should refuse for {named}")
 
     def bad_values(self) -> str:
         seen = [
@@ -490,7 +490,7 @@ def main() -> int:
             story.tell("Broken data ends with exit 3 and a termination message", story.broken_data)
             story.tell("A pod deleted in mid-training ends with 143, the next one goes on", story.interrupted)
             story.tell("Uninstalling leaves nothing", story.nothing_left)
-        except (Wrong, Helm.Refused) as wrong:
+        except (WrongError, Helm.RefusedError) as wrong:
             say(f"WRONG: {wrong}")
             return 1
         finally:
