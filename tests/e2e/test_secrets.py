@@ -107,8 +107,8 @@ def needles(texts: dict[str, str]) -> dict[bytes, str]:
         for spelled in (text, json.dumps(text)[1:-1], quote(text), quote(text, safe="")):
             found[spelled.encode()] = text
         for offset in range(3):
-            # in the middle of something longer: a group of four at either end may depend on its neighbours. What is left is at least
-            # eight characters; four of them turn up by chance in the megabytes of a checkpoint
+            # in the middle of something longer: a group of four at either end may depend on its neighbours. What is left is at
+            # least eight characters; four of them turn up by chance in the megabytes of a checkpoint
             shifted = b" " * offset + text.encode()
             spelled_base64 = base64.b64encode(shifted)[4 if offset else 0 :]
             found[spelled_base64[:-4] if len(shifted) % 3 else spelled_base64] = text
