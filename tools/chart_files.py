@@ -9,6 +9,7 @@ tests/unit/test_chart_files.py holds the chart to it as well.
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import re
 import sys
@@ -23,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # a checkout need not be installed
 sys.path.insert(0, str(ROOT))
 
-from lora_trainer.config import RunConfig, config_table  # noqa: E402
+config = importlib.import_module("lora_trainer.config")
 
 CHART: Final = ROOT / "charts" / "persona-train"
 BEGIN: Final = "<!-- values:begin -->"
@@ -98,8 +99,8 @@ def with_table(readme: str, table: str) -> str:
 
 def config_schema() -> dict[str, Any]:
     """JSON Schema, draft 7, of a settings file: `RunConfig` with nothing required and nothing unknown."""
-    schema = RunConfig.model_json_schema()
-    return _plain(schema, schema["$defs"], {name: meaning for name, _, _, meaning in config_table()}, "")
+    schema = config.RunConfig.model_json_schema()
+    return _plain(schema, schema["$defs"], {name: meaning for name, _, _, meaning in config.config_table()}, "")
 
 
 def _plain(schema: dict[str, Any], definitions: dict[str, Any], meanings: dict[str, str], dotted: str) -> dict[str, Any]:
@@ -145,7 +146,7 @@ def app_version(text: str) -> str:
 
 def base_model(text: str) -> str:
     """values.yaml with the base of `RunConfig`."""
-    base = RunConfig.model_fields["base"].default
+    base = config.RunConfig.model_fields["base"].default
     text = re.sub(r"(?m)^  id: .*$", f"  id: {base.model}", text)
     return re.sub(r"(?m)^  revision: .*$", f"  revision: {base.revision}", text)
 

@@ -23,7 +23,8 @@ find_engine() { # HOST...: DOCKER_HOST first, then docker's own default, then th
   local host client
   for host in "${DOCKER_HOST:-}" unix:///var/run/docker.sock "$@"; do
     [[ -n $host ]] || continue
-    for client in "${DOCKER:-docker}" /usr/bin/docker; do
+    # who names a client means that one
+    for client in ${DOCKER:-docker /usr/bin/docker}; do
       if usable "$client" "$host"; then
         printf 'export DOCKER_HOST=%q DOCKER=%q DOCKER_BUILDKIT=1\n' "$host" "$client"
         return

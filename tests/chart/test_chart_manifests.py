@@ -127,8 +127,7 @@ def test_the_check_of_the_standard_can_fail() -> None:
 
 def test_checkov_has_no_failed_check(helm: Helm, tmp_path: Path) -> None:
     checkov = Path(os.environ.get("CHECKOV", CHART.parents[1] / ".venv-checkov" / "bin" / "checkov"))
-    if not checkov.exists():
-        pytest.skip(f"no checkov at {checkov}; make chart-test installs it")
+    assert checkov.exists(), f"no checkov at {checkov}; make chart-test installs it"
     for number, values in enumerate(COMBINATIONS.values()):
         (tmp_path / f"{number:02}.yaml").write_text(f"{helm.template(values)}\n---\n{hooks(values)}")
     done = subprocess.run(
@@ -181,8 +180,7 @@ print(json.dumps(answers))
 def settle(arguments: list[list[str]]) -> list[tuple[int, str, str]]:
     """Exit code, output and errors of `show-config --json` with each of `arguments`, by the project's own code."""
     python = Path(os.environ.get("PROJECT_PYTHON", CHART.parents[1] / ".venv" / "bin" / "python"))
-    if not python.exists():
-        pytest.skip(f"no environment of the project at {python}: make setup")
+    assert python.exists(), f"no environment of the project at {python}: make setup"
     done = subprocess.run(
         [python, "-c", _SETTLE],
         input=json.dumps(arguments),

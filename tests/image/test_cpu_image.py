@@ -69,8 +69,7 @@ def python_in(engine: Docker, code: str) -> subprocess.CompletedProcess[str]:
 
 def test_structure(engine: Docker) -> None:
     program = shutil.which("container-structure-test", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
-    if program is None:
-        pytest.skip("container-structure-test is not installed: make setup")
+    assert program, "container-structure-test is not installed: make setup"
     config = REPOSITORY / "tests" / "image" / "structure.yaml"
     done = subprocess.run(
         [program, "test", "--image", IMAGE, "--config", config, "--no-color"],

@@ -253,7 +253,5 @@ def test_what_is_missing_is_named(tmp_path: Path, scripts: dict[str, str], said:
     done = train_local(
         BLOOD_TYPE="A", PATH=only(path, **scripts), OUTPUT=str(tmp_path), DOCKER_HOST="unix:///not/there", DOCKER="docker"
     )
-    if said == "Docker does not answer" and not done.returncode:
-        pytest.skip("another client of this machine has an engine")
     assert done.returncode != 0
     assert said in done.stderr
