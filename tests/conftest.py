@@ -21,10 +21,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
-def load_tool(name: str) -> ModuleType:
-    """`tools/<name>.py` as a module: tools are scripts, not part of the package."""
+def load_tool(name: str, folder: str = "tools") -> ModuleType:
+    """Import the script `<folder>/<name>.py`: scripts belong to no package."""
     if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, REPOSITORY / "tools" / f"{name}.py")
+        spec = importlib.util.spec_from_file_location(name, REPOSITORY / folder / f"{name}.py")
         assert spec is not None
         assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)

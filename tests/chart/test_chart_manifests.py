@@ -6,7 +6,6 @@ import io
 import json
 import os
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -15,8 +14,8 @@ import yaml
 
 from chart.chart_helm import CHART, Helm, Manifests, RefusedError, Values, examples, whole
 from chart.combinations import COMBINATIONS
+from chart.kubernetes_rules import VERSIONS, violations
 
-VERSIONS: Final = ("1.32", "1.33", "1.34", "1.35", "1.36", "1.37")
 # the policy of failures came with 1.26; kubernetes-validate knows 1.25 and newer
 OLDER: Final = ("1.25", "1.26", "1.27", "1.28", "1.29", "1.30", "1.31")
 
@@ -62,38 +61,6 @@ def test_helm_lint_refuses_the_bare_defaults(helm: Helm, version: Any) -> None:
 
 
 # -- Pod Security "restricted" ---------------------------------------------------------------------------
-
-VOLUMES: Final = {"configMap", "csi", "downwardAPI", "emptyDir", "ephemeral", "persistentVolumeClaim", "projected", "secret"}
-
-
-def violations(pod: dict[str, Any]) -> Iterator[str]:
-    """What the standard's controls say of a pod's spec (Kubernetes, Pod Security Standards, "restricted")."""
-    spec = pod["spec"]
-    own = spec.get("securityContext", {})
-    for name in ("hostNetwork", "hostPID", "hostIPC"):
-        if spec.get(name):
-            yield name
-    yield from (f"volume {volume['name']}" for volume in spec["volumes"] if set(volume) - {"name"} - VOLUMES)
-    if "windowsOptions" in own or own.get("sysctls"):
-        yield "windows or sysctls"
-    for container in [*spec.get("initContainers", []), *spec["containers"]]:
-        context = container.get("securityContext", {})
-        both = {**own, **context}
-        yield from (
-            f"{container['name']}: {problem}"
-            for problem, holds in {
-                "allowPrivilegeEscalation": context.get("allowPrivilegeEscalation") is False,
-                "privileged": not context.get("privileged"),
-                "capabilities.drop": "ALL" in context.get("capabilities", {}).get("drop", []),
-                "capabilities.add": set(context.get("capabilities", {}).get("add", [])) <= {"NET_BIND_SERVICE"},
-                "runAsNonRoot": both.get("runAsNonRoot") is True,
-                "runAsUser": both.get("runAsUser") != 0,
-                "seccompProfile": both.get("seccompProfile", {}).get("type") in ("RuntimeDefault", "Localhost"),
-                "hostPort": not any(port.get("hostPort") for port in container.get("ports", [])),
-                "procMount": context.get("procMount", "Default") == "Default",
-            }.items()
-            if not holds
-        )
 
 
 @pytest.mark.parametrize("name", COMBINATIONS)

@@ -16,7 +16,7 @@ import yaml
 
 from chart.chart_helm import CHART, REPOSITORY, Helm, Manifests, examples, merged, whole
 from chart.combinations import ALL
-from chart.test_chart_manifests import VERSIONS, violations
+from chart.kubernetes_rules import VERSIONS, violations
 
 FOLDER: Final = REPOSITORY / "k8s"
 RENDERED: Final = sorted((FOLDER / "rendered").glob("*.yaml"))

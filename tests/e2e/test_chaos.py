@@ -2,38 +2,24 @@
 
 from __future__ import annotations
 
-import importlib.util
 import random
-import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
-from conftest import REPOSITORY
+from conftest import load_tool
+from jobs import require_training_stack
 
 pytestmark = pytest.mark.e2e
-for needed in ("torch", "transformers", "trl", "peft", "datasets"):
-    pytest.importorskip(needed, reason=f"{needed} is not installed: pip install '.[cpu]'")
+require_training_stack()
 
+chaos: Any = load_tool("chaos", "benchmarks")
 RUNS = 2
 
 
-@pytest.fixture(scope="module")
-def chaos() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("chaos", REPOSITORY / "benchmarks" / "chaos.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    # dataclasses look their module up
-    sys.modules["chaos"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_what_is_killed_again_and_again_ends_as_if_nothing_was(chaos: ModuleType, s3_server: Any, tmp_path: Path) -> None:
+def test_what_is_killed_again_and_again_ends_as_if_nothing_was(s3_server: Any, tmp_path: Path) -> None:
     settings = chaos.Settings(steps=6, every_steps=1)
     stop = threading.Event()
     reference = chaos.undisturbed(s3_server, settings, tmp_path, stop)

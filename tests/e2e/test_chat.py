@@ -9,7 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_run import REPOSITORY, SHORT, job
+from conftest import REPOSITORY
+from jobs import SHORT, job
 
 from lora_trainer.evaluation import read_exact
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
+from jobs import BASE
 
 from lora_trainer.bundle import response_schema
 from lora_trainer.constrained import ReplyGrammar, most_tokens
@@ -19,7 +19,6 @@ pytestmark = pytest.mark.e2e
 for needed in ("torch", "transformers", "llguidance"):
     pytest.importorskip(needed, reason=f"{needed} is not installed: pip install '.[cpu]'")
 
-TINY_BASE = Path(__file__).resolve().parents[2] / "examples" / "tiny-base"
 SCHEMA: Any = response_schema()
 REPLIES = 1000
 
@@ -28,7 +27,7 @@ REPLIES = 1000
 def tokenizer() -> Any:
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(TINY_BASE, local_files_only=True)
+    return AutoTokenizer.from_pretrained(BASE, local_files_only=True)
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +36,7 @@ def untrained() -> Any:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    settings = AutoConfig.from_pretrained(TINY_BASE, local_files_only=True, num_hidden_layers=1, vocab_size=4160)
+    settings = AutoConfig.from_pretrained(BASE, local_files_only=True, num_hidden_layers=1, vocab_size=4160)
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(settings).float().eval()
 
@@ -101,7 +100,7 @@ def test_a_trained_base_says_the_same_with_and_without_the_grammar(tokenizer: An
 
     from lora_trainer.backends.generation import generate
 
-    base = AutoModelForCausalLM.from_pretrained(TINY_BASE, local_files_only=True, dtype=torch.float32).eval()
+    base = AutoModelForCausalLM.from_pretrained(BASE, local_files_only=True, dtype=torch.float32).eval()
     grammar = ReplyGrammar(tokenizer, SCHEMA)
     decoding = Decoding("greedy", 120)
     asked = prompts(tokenizer)

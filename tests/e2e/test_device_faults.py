@@ -14,14 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-from lora_trainer.config import GatesConfig
+from conftest import REPOSITORY
+from jobs import DEMO, NO_GATES, few_questions, require_training_stack
 
 pytestmark = pytest.mark.e2e
-for needed in ("torch", "transformers", "trl", "peft", "datasets"):
-    pytest.importorskip(needed, reason=f"{needed} is not installed: pip install '.[cpu]'")
+require_training_stack()
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 STEPS = 6
 
 JOB = """
@@ -71,12 +69,10 @@ def run(folder: Path, *more: str, fault: str = "") -> tuple[int, list[dict[str, 
     """The job with a faulty device. Gives its exit code and log."""
     (folder / "job.py").write_text(JOB)
     command = [
-        sys.executable, str(folder / "job.py"), "run", "--config", str(REPOSITORY / "examples" / "demo.yaml"), "--blood-type", "A",
+        sys.executable, str(folder / "job.py"), "run", *DEMO, "--blood-type", "A",
         "--data", str(REPOSITORY / "data"), "--output", str(folder / "out"), "--work-dir", str(folder / "work"),
         "--max-steps", str(STEPS), "--sequences-per-step", "24", "--log-format", "json", "--set", "checkpoints.every_steps=2",
-        "--set", f"evaluation.prompts={REPOSITORY / 'tests' / 'assets' / 'few_prompts.jsonl'}",
-        "--set", "evaluation.temperature=0", "--set", "evaluation.max_new_tokens=16", "--set", "evaluation.intensities=0.5",
-        *(argument for name in GatesConfig.model_fields for argument in ("--set", f"gates.{name}=none")), *more,
+        *few_questions(16, "0.5"), *NO_GATES, *more,
     ]  # fmt: skip
     done = subprocess.run(
         command,

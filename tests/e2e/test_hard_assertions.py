@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import REPOSITORY
+from jobs import BASE, require_training_stack
 
 from lora_trainer.backends import Backend, open_backend
 from lora_trainer.config import settle
@@ -16,11 +18,8 @@ from lora_trainer.records import JsonlReader
 from lora_trainer.tokenization import TokenSequence, tokenize
 
 pytestmark = pytest.mark.e2e
-for needed in ("torch", "transformers", "trl", "peft", "datasets"):
-    pytest.importorskip(needed, reason=f"{needed} is not installed: pip install '.[cpu]'")
+require_training_stack()
 
-REPOSITORY = Path(__file__).resolve().parents[2]
-BASE = REPOSITORY / "examples" / "tiny-base"
 RECORDS = 24
 
 

@@ -7,56 +7,33 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import REPOSITORY
+from jobs import DEMO, NO_GATES, Log, Until, few_questions, require_training_stack, watched_job
 
 from lora_trainer.bundle import MANIFEST_NAME
-from lora_trainer.config import GatesConfig
 from lora_trainer.storage import Storage, open_storage
 
 pytestmark = pytest.mark.e2e
-for needed in ("torch", "transformers", "trl", "peft", "datasets"):
-    pytest.importorskip(needed, reason=f"{needed} is not installed: pip install '.[cpu]'")
+require_training_stack()
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 STEPS = 12
 # dropout, so that a resumed run has to have the random numbers, too
 RUN = (
-    "run", "--config", str(REPOSITORY / "examples" / "demo.yaml"), "--blood-type", "A", "--data", str(REPOSITORY / "data"),
+    "run", *DEMO, "--blood-type", "A", "--data", str(REPOSITORY / "data"),
     "--max-steps", str(STEPS), "--log-format", "json", "--set", "lora.dropout=0.1", "--set", "memory.micro_batch_tokens=512",
     "--set", "logging.log_every_steps=1", "--set", "checkpoints.every_steps=2",
-    "--set", f"evaluation.prompts={REPOSITORY / 'tests' / 'assets' / 'few_prompts.jsonl'}", "--set", "evaluation.temperature=0",
-    "--set", "evaluation.max_new_tokens=32", "--set", "evaluation.intensities=0.2,0.9",
-    *(argument for name in GatesConfig.model_fields for argument in ("--set", f"gates.{name}=none")),
+    *few_questions(), *NO_GATES,
 )  # fmt: skip
 
-Log = list[dict[str, Any]]
-Until = Callable[[dict[str, Any]], bool]
 
-
-def attempt(output: str, work_dir: Path, *more: str, until: Until | None = None, kill: int = 0) -> tuple[int, Log]:
-    """One process; `until` says at which event it gets the signal `kill`. Gives its exit code and log."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "entrypoint", *RUN, "--output", output, "--work-dir", str(work_dir), *more],
-        cwd=REPOSITORY,
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stderr is not None
-    log: Log = []
-    for line in process.stderr:
-        assert line.startswith("{"), line
-        log.append(json.loads(line))
-        if until is not None and until(log[-1]):
-            process.send_signal(kill)
-            until = None
-    assert until is None, "the event never came"
-    return process.wait(300), log
+def attempt(output: str, work_dir: Path, *more: str, until: Until | None = None, kill: int = signal.SIGTERM) -> tuple[int, Log]:
+    """Run the job once; return its exit code and log."""
+    code, _, log = watched_job(*RUN, "--output", output, "--work-dir", str(work_dir), *more, until=until, kill=kill)
+    return code, log
 
 
 def event(log: Log, name: str) -> dict[str, Any]:

@@ -4,55 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import REPOSITORY
 from fault_proxy import FaultProxy
+from jobs import SHORT, events, job, require_training_stack
 
 from lora_trainer import bundle
-from lora_trainer.config import GatesConfig
 from lora_trainer.formatter import prompt_messages
 from lora_trainer.personas import BloodType, persona_spec
 from lora_trainer.storage import open_storage
 
 pytestmark = pytest.mark.e2e
-for needed in ("torch", "transformers", "trl", "peft", "datasets"):
-    pytest.importorskip(needed, reason=f"{needed} is not installed: pip install '.[cpu]'")
-
-REPOSITORY = Path(__file__).resolve().parents[2]
-DEMO = ("--config", str(REPOSITORY / "examples" / "demo.yaml"))
-# as the demo, shortened: enough steps to move every weight, several records a row, more than one row a step; few questions
-# afterwards, and no gate, since six steps make no friend
-NO_GATES = tuple(argument for name in GatesConfig.model_fields for argument in ("--set", f"gates.{name}=none"))
-FEW_QUESTIONS = (
-    "--set", f"evaluation.prompts={REPOSITORY / 'tests' / 'assets' / 'few_prompts.jsonl'}", "--set", "evaluation.temperature=0",
-    "--set", "evaluation.max_new_tokens=32", "--set", "evaluation.intensities=0.2,0.9",
-)  # fmt: skip
-SHORT = (*DEMO, "--max-steps", "6", "--set", "memory.micro_batch_tokens=512", *FEW_QUESTIONS, *NO_GATES)
-
-
-def job(*arguments: str, work_dir: Path, cwd: Path = REPOSITORY, **environment: str) -> subprocess.CompletedProcess[str]:
-    """`python -m entrypoint` in a process of its own, as the container runs it."""
-    return subprocess.run(
-        [sys.executable, "-m", "entrypoint", *arguments, "--work-dir", str(work_dir)],
-        cwd=cwd,
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY), **environment},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-
-
-def events(done: subprocess.CompletedProcess[str]) -> dict[str, dict[str, Any]]:
-    """The log by event name; every line has to be JSON."""
-    lines = [json.loads(line) for line in done.stderr.splitlines()]
-    return {line["event"]: line for line in lines}
+require_training_stack()
 
 
 @pytest.fixture

@@ -16,18 +16,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_run import DEMO, NO_GATES, REPOSITORY, events, job
+from conftest import REPOSITORY
+from jobs import BASE, DEMO, FEW_PROMPTS, NO_GATES, events, job, require_training_stack
 
 from lora_trainer import bundle
 from lora_trainer.personas import BloodType, persona_spec
 from lora_trainer.storage import open_storage
 
 pytestmark = pytest.mark.e2e
-for needed in ("torch", "transformers", "trl", "peft", "datasets"):
-    pytest.importorskip(needed, reason=f"{needed} is not installed: pip install '.[cpu]'")
+require_training_stack()
 
-BASE = REPOSITORY / "examples" / "tiny-base"
-FEW_PROMPTS = REPOSITORY / "tests" / "assets" / "few_prompts.jsonl"
 RECORDS = 128
 """The shortest of a persona's: few enough to be learnt in a minute."""
 

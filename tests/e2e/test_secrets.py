@@ -22,15 +22,14 @@ from typing import Any
 from urllib.parse import quote, urlsplit
 
 import pytest
+from conftest import REPOSITORY
+from jobs import DEMO, NO_GATES, few_questions, require_training_stack
 
-from lora_trainer.config import GatesConfig
 from lora_trainer.storage import open_storage
 
 pytestmark = pytest.mark.e2e
-for needed in ("torch", "transformers", "trl", "peft", "datasets"):
-    pytest.importorskip(needed, reason=f"{needed} is not installed: pip install '.[cpu]'")
+require_training_stack()
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 DATA = REPOSITORY / "data" / "train_data_type_A.jsonl"
 RECORDS = 60
 
@@ -187,12 +186,10 @@ def run(
         environment["AWS_PROFILE"] = "planted"
     process = subprocess.Popen(
         [sys.executable, "-c", PROGRAM, str(folder / "termination-log"), breakage, "run",
-         "--config", str(REPOSITORY / "examples" / "demo.yaml"), "--blood-type", "A", "--data", str(data), "--output", output,
+         *DEMO, "--blood-type", "A", "--data", str(data), "--output", output,
          "--work-dir", str(folder / "work"), "--log-format", log_format, "--max-steps", "4",
          "--set", "memory.micro_batch_tokens=512", "--set", "checkpoints.every_steps=1", "--set", "logging.log_every_steps=1",
-         "--set", f"evaluation.prompts={REPOSITORY / 'tests' / 'assets' / 'few_prompts.jsonl'}",
-         "--set", "evaluation.temperature=0", "--set", "evaluation.max_new_tokens=32", "--set", "evaluation.intensities=0.5",
-         *(argument for name in GatesConfig.model_fields for argument in ("--set", f"gates.{name}=none")), *more],
+         *few_questions(intensities="0.5"), *NO_GATES, *more],
         cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8",
     )  # fmt: skip
     assert process.stdout is not None

@@ -11,13 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_run import REPOSITORY, SHORT, job
+from conftest import REPOSITORY
+from jobs import BASE, SHORT, job, require_training_stack
 
 pytestmark = pytest.mark.e2e
-for needed in ("torch", "transformers", "trl", "peft", "datasets"):
-    pytest.importorskip(needed, reason=f"{needed} is not installed: pip install '.[cpu]'")
-
-BASE = REPOSITORY / "examples" / "tiny-base"
+require_training_stack()
 
 # what somebody would write who has the bundle and nothing of this project
 SERVER = """

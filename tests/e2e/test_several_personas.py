@@ -3,69 +3,40 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import REPOSITORY
+from jobs import DEMO, NO_GATES, Log, Until, few_questions, require_training_stack, watched_job
 
 from lora_trainer import bundle
-from lora_trainer.config import GatesConfig
 from lora_trainer.personas import BloodType
 from lora_trainer.storage import Storage, open_storage
 
 pytestmark = pytest.mark.e2e
-for needed in ("torch", "transformers", "trl", "peft", "datasets"):
-    pytest.importorskip(needed, reason=f"{needed} is not installed: pip install '.[cpu]'")
+require_training_stack()
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 STEPS = 4
 RECORDS = 120
 # what one persona could leave to the next: random numbers (dropout), mixed precision that accelerate puts on a model once,
 # checkpointing that the evaluation switches off and on
 RUN = (
-    "run", "--config", str(REPOSITORY / "examples" / "demo.yaml"), "--max-steps", str(STEPS), "--log-format", "json",
+    "run", *DEMO, "--max-steps", str(STEPS), "--log-format", "json",
     "--set", "lora.dropout=0.1", "--set", "training.compute_dtype=bfloat16", "--set", "memory.gradient_checkpointing=on",
     "--set", "memory.micro_batch_tokens=512", "--set", "logging.log_every_steps=1", "--set", "checkpoints.every_steps=1",
-    "--set", f"evaluation.prompts={REPOSITORY / 'tests' / 'assets' / 'few_prompts.jsonl'}", "--set", "evaluation.temperature=0",
-    "--set", "evaluation.max_new_tokens=16", "--set", "evaluation.intensities=0.9",
-    *(argument for name in GatesConfig.model_fields for argument in ("--set", f"gates.{name}=none")),
+    *few_questions(16, "0.9"), *NO_GATES,
 )  # fmt: skip
-
-Log = list[dict[str, Any]]
 
 
 def job(
-    blood_types: str, data: Path, output: str, work_dir: Path, *more: str, until: Callable[[dict[str, Any]], bool] | None = None
+    blood_types: str, data: Path, output: str, work_dir: Path, *more: str, until: Until | None = None
 ) -> tuple[int, list[str], Log]:
-    """One process, which gets SIGTERM at the event `until`; gives its exit code, what it printed, and its log."""
-    process = subprocess.Popen(
-        [
-            sys.executable, "-m", "entrypoint", *RUN, "--blood-type", blood_types, "--data", str(data),
-            "--output", output, "--work-dir", str(work_dir), *more,
-        ],
-        cwd=REPOSITORY,
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )  # fmt: skip
-    assert process.stderr is not None
-    assert process.stdout is not None
-    log: Log = []
-    for line in process.stderr:
-        assert line.startswith("{"), line
-        log.append(json.loads(line))
-        if until is not None and until(log[-1]):
-            process.send_signal(signal.SIGTERM)
-            until = None
-    assert until is None, "the event never came"
-    return process.wait(300), process.stdout.read().splitlines(), log
+    """Run the job once, with SIGTERM at the event `until`; return exit code, standard output and log."""
+    return watched_job(
+        *RUN, "--blood-type", blood_types, "--data", str(data), "--output", output, "--work-dir", str(work_dir), *more, until=until
+    )
 
 
 def events(log: Log, name: str, blood_type: str | None = None) -> Log:

@@ -22,26 +22,23 @@ import boto3
 import pytest
 from conftest import REPOSITORY
 from fault_proxy import Answer, Asked, FaultProxy
+from jobs import DEMO, NO_GATES, few_questions, require_training_stack
 
-from lora_trainer.config import GatesConfig
 from lora_trainer.errors import StorageError
 from lora_trainer.storage import open_storage
 
 pytestmark = pytest.mark.e2e
-for needed in ("torch", "transformers", "trl", "peft", "datasets"):
-    pytest.importorskip(needed, reason=f"{needed} is not installed: pip install '.[cpu]'")
+require_training_stack()
 
 POLICY: Final = REPOSITORY / "k8s" / "aws" / "storage-policy.json"
 OBJECT_ACTIONS: Final = {"GET": "s3:GetObject", "HEAD": "s3:GetObject", "PUT": "s3:PutObject", "POST": "s3:PutObject"}
 RUN: Final = (
-    "--config", str(REPOSITORY / "examples" / "demo.yaml"), "--blood-type", "A", "--set", "memory.micro_batch_tokens=512",
+    *DEMO, "--blood-type", "A", "--set", "memory.micro_batch_tokens=512",
     "--set", "base.canonical_id=example/tiny-base", "--set", "storage.object_budget_s=0",
 )  # fmt: skip
 SHORT: Final = (
     "--max-steps", "8", "--log-format", "json", "--set", "checkpoints.every_steps=2", "--set", "checkpoints.keep=1",
-    "--set", f"evaluation.prompts={REPOSITORY / 'tests' / 'assets' / 'few_prompts.jsonl'}", "--set", "evaluation.temperature=0",
-    "--set", "evaluation.max_new_tokens=16", "--set", "evaluation.intensities=0.9",
-    *(argument for name in GatesConfig.model_fields for argument in ("--set", f"gates.{name}=none")),
+    *few_questions(16, "0.9"), *NO_GATES,
 )  # fmt: skip
 
 

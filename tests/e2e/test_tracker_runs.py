@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import REPOSITORY
+from jobs import BASE, require_training_stack
 
 from lora_trainer.backends import open_backend
 from lora_trainer.config import settle
@@ -23,13 +25,10 @@ from lora_trainer.tokenization import tokenize
 from lora_trainer.training import OnStep, StepLog, TrainingLog
 
 pytestmark = pytest.mark.e2e
-for needed in ("torch", "transformers", "trl", "peft", "datasets"):
-    pytest.importorskip(needed, reason=f"{needed} is not installed: pip install '.[cpu]'")
+require_training_stack()
 for needed in ("tensorboard", "mlflow", "sqlalchemy", "alembic", "wandb"):
     pytest.importorskip(needed, reason=f"{needed} is not installed: pip install '.[trackers]'")
 
-REPOSITORY = Path(__file__).resolve().parents[2]
-BASE = REPOSITORY / "examples" / "tiny-base"
 STEPS = 3
 RECORDS_PER_STEP = 4
 SECRET = "0123456789abcdef" * 2 + "5ec2e700"

@@ -14,22 +14,21 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_run import FEW_QUESTIONS, NO_GATES
+from conftest import REPOSITORY
+from jobs import DEMO, NO_GATES, few_questions
 
 pytestmark = pytest.mark.e2e
 for needed in ("unsloth", "bitsandbytes"):
     if importlib.util.find_spec(needed) is None:
         pytest.skip(f"{needed} is not installed: pip install --no-deps -r locks/unsloth-cpu.txt", allow_module_level=True)
 
-REPOSITORY = Path(__file__).resolve().parents[2]
-
 
 @pytest.mark.parametrize("quantization", ["nf4", "none"])
 def test_the_whole_job_in_unsloths_cpu_mode(quantization: str, tmp_path: Path) -> None:
     done = subprocess.run(
         [
-            sys.executable, "-m", "entrypoint", "run", "--config", str(REPOSITORY / "examples" / "demo.yaml"),
-            "--blood-type", "A", "--backend", "unsloth", "--max-steps", "4", *FEW_QUESTIONS, *NO_GATES,
+            sys.executable, "-m", "entrypoint", "run", *DEMO,
+            "--blood-type", "A", "--backend", "unsloth", "--max-steps", "4", *few_questions(), *NO_GATES,
             "--set", f"training.quantization={quantization}",
             "--data", str(REPOSITORY / "data"), "--output", str(tmp_path / "out"), "--work-dir", str(tmp_path / "work"),
         ],
@@ -67,11 +66,10 @@ def test_the_second_of_two_personas_gets_the_adapter_that_it_gets_alone(tmp_path
         output = tmp_path / blood_types
         done = subprocess.run(
             [
-                sys.executable, "-m", "entrypoint", "run", "--config", str(REPOSITORY / "examples" / "demo.yaml"),
-                "--blood-type", blood_types, "--backend", "unsloth", "--max-steps", "2", *FEW_QUESTIONS, *NO_GATES,
+                sys.executable, "-m", "entrypoint", "run", *DEMO,
+                "--blood-type", blood_types, "--backend", "unsloth", "--max-steps", "2", *few_questions(8, "0.9"), *NO_GATES,
                 "--set", "training.quantization=nf4", "--set", "training.compute_dtype=bfloat16",
                 "--set", "memory.gradient_checkpointing=unsloth", "--set", "memory.micro_batch_tokens=512",
-                "--set", "evaluation.intensities=0.9", "--set", "evaluation.max_new_tokens=8",
                 "--data", str(data), "--output", str(output), "--work-dir", str(tmp_path / f"work-{blood_types}"),
             ],
             cwd=tmp_path,
