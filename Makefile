@@ -47,6 +47,7 @@ lint: $(VENV)/.installed ## Style of the code, of the shell scripts and of the w
 	$(BIN)/shellcheck .ci/run tools/*.sh
 	$(BIN)/hadolint Dockerfile
 	$(BIN)/zizmor --quiet --offline .github/workflows
+	$(BIN)/pre-commit validate-config
 
 workflow-lint: $(VENV)/.installed $(VENV_CHART)/.installed ## The workflows by actionlint, and their scripts by shellcheck
 	$(VENV_CHART)/bin/actionlint -shellcheck $(BIN)/shellcheck -pyflakes= .github/workflows/*.yml

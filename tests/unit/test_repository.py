@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
-from conftest import REPOSITORY
+import yaml
+from conftest import REPOSITORY, load_tool
 
+tool: Any = load_tool("commit_subject")
 TESTS = REPOSITORY / "tests"
 
 
@@ -22,3 +26,33 @@ def test_no_module_imports_a_test_module(path: Path) -> None:
             imported |= {alias.name for alias in node.names}
     test_modules = {test.stem for test in TESTS.rglob("test_*.py")}
     assert {name for name in imported if name.rpartition(".")[2] in test_modules} == set()
+
+
+@pytest.mark.parametrize(
+    ("message", "got"),
+    [
+        ("x" * 72, None),
+        ("x" * 73 + "\n\nbody", 73),
+        ("한" * 72 + "\n", None),
+        ("\n# a comment of git's that is much longer than seventy-two characters, and no subject\nsubject\n" + "y" * 200, None),
+        ("", None),
+    ],
+)
+def test_a_commit_subject_has_at_most_72_characters(message: str, got: int | None) -> None:
+    problem = tool.problem(message)
+    assert (problem is None) if got is None else (f"got {got} characters, expected at most 72" in problem)
+
+
+def test_pre_commit_runs_programs_of_the_locked_environment() -> None:
+    """`make lint` checks the form of the file; here: that every hook is local, and what it names exists."""
+    config = yaml.safe_load((REPOSITORY / ".pre-commit-config.yaml").read_text(encoding="utf-8"))
+    assert [repo["repo"] for repo in config["repos"]] == ["local"]
+    makefile = (REPOSITORY / "Makefile").read_text(encoding="utf-8")
+    for hook in config["repos"][0]["hooks"]:
+        program, *arguments = hook["entry"].split()
+        assert program == "make" or program.startswith(".venv/bin/"), hook["id"]
+        for argument in arguments:
+            if argument.startswith("tools/"):
+                assert (REPOSITORY / argument).is_file(), hook["id"]
+            elif program == "make" and not argument.startswith("-"):
+                assert re.search(rf"(?m)^{argument}:", makefile), hook["id"]
