@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -56,3 +57,26 @@ def test_pre_commit_runs_programs_of_the_locked_environment() -> None:
                 assert (REPOSITORY / argument).is_file(), hook["id"]
             elif program == "make" and not argument.startswith("-"):
                 assert re.search(rf"(?m)^{argument}:", makefile), hook["id"]
+
+
+def test_renovate_finds_what_is_pinned() -> None:
+    config = json.loads((REPOSITORY / "renovate.json").read_text(encoding="utf-8"))
+    names = [str(path.relative_to(REPOSITORY)) for path in REPOSITORY.iterdir()]
+    names += [str(path.relative_to(REPOSITORY)) for folder in ("locks", "tools") for path in (REPOSITORY / folder).iterdir()]
+
+    def files(manager: dict[str, Any]) -> list[str]:
+        return sorted(name for pattern in manager["managerFilePatterns"] for name in names if re.search(pattern.strip("/"), name))
+
+    assert files(config["pip_requirements"]) == ["locks/chart.txt", "locks/checkov.txt", "locks/dev-s3.txt"]
+    (images,) = config["customManagers"]
+    (pattern,) = images["matchStrings"]
+    matches = {
+        name: re.findall(pattern.replace("(?<", "(?P<"), (REPOSITORY / name).read_text(encoding="utf-8")) for name in files(images)
+    }
+    assert {name: [image for image, _, _ in found] for name, found in matches.items()} == {
+        "Dockerfile": ["nvidia/cuda"], "tools/build_image.sh": ["ubuntu"],
+    }  # fmt: skip
+    rules = [rule for rule in config["packageRules"] if "allowedVersions" in rule]
+    allowed = {rule["matchPackageNames"][0]: rule["allowedVersions"].strip("/") for rule in rules}
+    for ((image, tag, _),) in matches.values():
+        assert re.search(allowed[image], tag), f"{image}:{tag}"
