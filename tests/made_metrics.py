@@ -34,9 +34,8 @@ from lora_trainer.evaluation import (
 from lora_trainer.evaluation_prompts import evaluation_prompts
 from lora_trainer.metrics import DecodingMetrics, Estimate, HeldOutMetrics, JudgeMetrics, RunMetrics, TrainingMetrics
 from lora_trainer.personas import BloodType, IntensityThird, persona_spec
-from lora_trainer.records import EvaluationPrompt, TrainingRecord
+from lora_trainer.records import EvaluationPrompt, JsonlReader, TrainingRecord
 from lora_trainer.training import StepLog, learning_rate_factor
-from lora_trainer.validation import read_records
 
 RUN_ID = "3f9c2a7be14d5068"
 BASE_ANSWERS = (
@@ -65,7 +64,8 @@ class MadeRun:
 
 @cache
 def _records(blood_type: BloodType) -> tuple[TrainingRecord, ...]:
-    return tuple(read_records(REPOSITORY / "data" / f"train_data_type_{blood_type}.jsonl", blood_type)[0])
+    lines = JsonlReader(REPOSITORY / "data" / f"train_data_type_{blood_type}.jsonl")
+    return tuple(line.record for line in lines if line.record)
 
 
 def _generation(text: str, *, stopped: bool = True) -> Generation:

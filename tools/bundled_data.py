@@ -13,6 +13,7 @@ import argparse
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from statistics import mean
 from typing import Annotated, Final
@@ -72,14 +73,15 @@ class HandwrittenFile(_Part):
     families: tuple[Family, ...]
 
 
-def handwritten_families() -> list[Family]:
-    """All that was written by hand, file by file."""
-    found = []
+@cache  # parsing the YAML takes half a second
+def handwritten_families() -> tuple[Family, ...]:
+    """Return the hand-written families, file by file."""
+    found: list[Family] = []
     for path in sorted((DATA / "handwritten").glob("*.yaml")):
         found += HandwrittenFile.model_validate(yaml.safe_load(path.read_text(encoding="utf-8"))).families
     if unknown := {family.family for family in found} - set(families()):
         raise ValueError(f"families that families.yaml does not list: {', '.join(sorted(unknown))}")
-    return found
+    return tuple(found)
 
 
 def handwritten_records(blood_type: BloodType) -> list[TrainingRecord]:

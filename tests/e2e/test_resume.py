@@ -117,6 +117,7 @@ def test_sigterm_keeps_the_last_whole_step_and_another_machine_goes_on_from_it(
     assert [json.loads(line)["step"] for line in lines.data.splitlines()] == list(range(1, STEPS + 1))
 
 
+@pytest.mark.slow  # test_chaos.py kills a run at a random moment after its first checkpoint
 def test_sigkill_again_and_again_costs_the_steps_since_the_last_checkpoint(undisturbed: bytes, tmp_path: Path) -> None:
     out = tmp_path / "out"
     output = open_storage(f"file://{out}")

@@ -58,7 +58,9 @@ def replies(folder: Path, blood_type: BloodType) -> tuple[list[str], list[str]]:
     return before, [reply(said) for said in prompts]
 
 
-@pytest.mark.parametrize("blood_type", list(BloodType))
+@pytest.mark.parametrize(
+    "blood_type", [BloodType.A, *(pytest.param(name, marks=pytest.mark.slow) for name in BloodType if name != BloodType.A)]
+)
 def test_jsonl_in_s3_becomes_an_adapter_in_s3(blood_type: BloodType, bucket: str, data_uri: str, tmp_path: Path) -> None:
     output_uri = f"s3://{bucket}/lora/"
     done = job("run", *SHORT, "--blood-type", blood_type, "--data", data_uri, "--output", output_uri, work_dir=tmp_path / "work")
@@ -153,6 +155,7 @@ def test_a_store_that_fails_a_fifth_of_all_requests(s3_server: Any, bucket: str,
     assert list(open_storage(output_uri).list("runs/")) == []
 
 
+@pytest.mark.slow  # test_resume.py and test_several_personas.py compare the bytes of two runs, too
 def test_two_runs_give_byte_identical_adapters(tmp_path: Path) -> None:
     digests = set()
     for name in ("one", "two"):
@@ -245,6 +248,7 @@ def test_a_run_that_diverges_is_exit_7_and_publishes_nothing(tmp_path: Path) -> 
     assert not (tmp_path / "out" / "adapters").exists()
 
 
+@pytest.mark.slow  # tests/unit/test_bundle.py tampers with a bundle that no run had to make
 def test_a_tampered_bundle_does_not_verify(bucket: str, data_uri: str, tmp_path: Path) -> None:
     output_uri = f"s3://{bucket}/lora/"
     done = job("run", *SHORT, "--blood-type", "O", "--data", data_uri, "--output", output_uri, work_dir=tmp_path / "work")

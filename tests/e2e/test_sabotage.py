@@ -214,6 +214,7 @@ def test_an_adapter_that_is_saved_as_nothing_is_the_read_backs(
 # --- the verdict ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow  # below, the persona gate also refuses a run of one step
 def test_another_personas_data_is_the_persona_gates(asking: tuple[str, ...], tmp_path: Path) -> None:
     # the line that the reader knows a persona by is A's, the rest is B's
     instruction = persona_spec(BloodType.A).instruction
@@ -282,6 +283,7 @@ def never_stops(folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow  # test_hard_assertions.py checks that the end of turn is in the loss, tests/unit/test_gates.py the stop gate
 def test_an_end_of_turn_outside_the_loss_is_the_stop_gates(spoiled: Callable[[str], dict[str, str]], tmp_path: Path) -> None:
     data = write_as_a(tmp_path / "data", shortest_records(BloodType.A))
     base = never_stops(tmp_path / "base")

@@ -25,7 +25,7 @@ from lora_trainer.personas import BloodType, Feeling, IntensityThird, persona_sp
 from lora_trainer.records import JsonlReader, TrainingRecord
 
 each_persona = pytest.mark.parametrize("blood_type", list(BloodType))
-SAMPLE = 600
+SAMPLE = 300
 
 
 @cache
