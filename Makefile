@@ -5,6 +5,7 @@ VENV ?= .venv
 VENV_S3 ?= .venv-s3
 VENV_CHART ?= .venv-chart
 VENV_CHECKOV ?= .venv-checkov
+VENV_POETRY ?= .venv-poetry
 UV ?= uv
 # extra arguments for pytest: make test ARGS='-k packing --no-cov'
 ARGS ?=
@@ -24,7 +25,7 @@ PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-fast test-slow test-gpu lint workflow-lint typecheck format lock \
+.PHONY: help setup demo test test-fast test-slow test-gpu lint workflow-lint typecheck format lock poetry-check \
 	chart-lint chart-test chart-package k8s-rendered install image image-cpu image-test train-local cluster-test benchmark clean
 
 help: ## List the targets
@@ -121,8 +122,11 @@ lock: ## Regenerate locks/ from pyproject.toml (needs uv)
 	$(PYTHON) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"], sep="\n")' | \
 		$(subst pyproject.toml,-,$(COMPILE)) --universal --python-version 3.11 --generate-hashes --output-file locks/build.txt >/dev/null
 
+poetry-check: $(VENV_POETRY)/.installed ## Check that `poetry install` finds a solution, in minutes, without installing it (POETRY_SOURCE=)
+	tools/poetry_check.sh $(VENV_POETRY)
+
 clean: ## Remove environments, caches and the demo's output
-	rm -rf $(VENV) $(VENV_S3) $(VENV_CHART) $(VENV_CHECKOV) .demo build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage .coverage.*
+	rm -rf $(VENV) $(VENV_S3) $(VENV_CHART) $(VENV_CHECKOV) $(VENV_POETRY) .demo build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage .coverage.*
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamp is newer than its sources, so a second `make setup` does nothing.
@@ -159,4 +163,10 @@ $(VENV_CHECKOV)/.installed: locks/checkov.txt | $(VENV)/.installed
 	@$(PYTHON) -m venv $(VENV_CHECKOV)
 	@$(VENV_CHECKOV)/bin/python $(PIP_INSTALL) --requirement locks/checkov.txt || \
 		{ echo "Installing checkov into $(VENV_CHECKOV) failed; see pip's messages above." >&2; exit 1; }
+	@touch $@
+
+$(VENV_POETRY)/.installed:
+	@$(PYTHON) -m venv $(VENV_POETRY)
+	@$(VENV_POETRY)/bin/python $(PIP_INSTALL) 'poetry>=2.2,<3' || \
+		{ echo "Installing poetry into $(VENV_POETRY) failed; see pip's messages above." >&2; exit 1; }
 	@touch $@
