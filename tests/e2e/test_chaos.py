@@ -1,4 +1,4 @@
-"""The short version of `benchmarks/chaos.py`: killed at random moments, against a store of whose requests a fifth fails."""
+"""The short version of `benchmarks/chaos.py`: kill runs at random moments while a fifth of all S3 requests fail."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ chaos: Any = load_tool("chaos", "benchmarks")
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[Any]:
-    """An empty store: `chaos` names its buckets itself."""
+    """Start an empty store: `chaos` chooses the bucket names itself."""
     dev_s3 = load_tool("dev_s3")
     if missing := dev_s3.why_not():
         pytest.skip(missing)
@@ -37,8 +37,8 @@ def test_what_is_killed_again_and_again_ends_as_if_nothing_was(server: Any, tmp_
     draw = random.Random()
 
     def one(number: int) -> dict[str, Any]:
-        # the first one when there is something to go on from, soon enough on a machine that was slow before and is not now; the
-        # other one at any moment
+        # Kill the first process once it has a checkpoint to resume from, early enough even if the machine has become faster
+        # since the undisturbed run. Kill the second one at any moment.
         kills = [chaos.Kill("SIGKILL", "resumable", draw.uniform(0, 0.2)), chaos.Kill("SIGTERM", "any", draw.uniform(0.2, 1.2))]
         run: dict[str, Any] = chaos.run_one(server, settings, number, reference, tmp_path, stop, kills)
         return run

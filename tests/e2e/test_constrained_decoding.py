@@ -31,7 +31,7 @@ def tokenizer() -> Any:
 
 @pytest.fixture(scope="module")
 def untrained() -> Any:
-    """The tiny base before any training, shallower, with logits for more tokens than the tokenizer has."""
+    """The untrained tiny base with one layer, and with logits for more tokens than the tokenizer has."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -41,7 +41,7 @@ def untrained() -> Any:
 
 
 def prompts(tokenizer: Any) -> list[str]:
-    """Whole prompts of several lengths, so that a batch is padded."""
+    """Prompts of several lengths, so that batches are padded."""
     said = ("응", "나 오늘 시험 망했어ㅠㅠ", "주말에 뭐 할까? 영화 보러 갈래?")
     return [
         tokenizer.apply_chat_template(
@@ -60,7 +60,7 @@ def test_every_reply_of_an_untrained_base_is_exact(untrained: Any, tokenizer: An
 
     grammar = ReplyGrammar(tokenizer, SCHEMA)
     decoding = Decoding("sampled", most_tokens(SCHEMA), temperature=1.5, seed=1)
-    # short, because a longer prompt costs time and tells such a model nothing; of several lengths, so that they are padded
+    # Short, because a long prompt costs time and this model ignores it; of several lengths, so that batches are padded.
     asked = [("응", "나 오늘", "주말에 뭐 할까?")[at % 3] for at in range(count)]
     replies = generate(untrained, tokenizer, asked, decoding, batch_size=250, processors=lambda: [grammar.processor()])
 
@@ -79,7 +79,7 @@ def test_every_reply_of_an_untrained_base_is_exact(untrained: Any, tokenizer: An
         assert reply.text == json.dumps(found, ensure_ascii=False, separators=(",", ":"))
         lengths.append(len(found["text"]))
         seen.add(found["emotion"])
-    # the model does wander: it uses the bound, ends before it, and knows no favourite
+    # The model varies: replies end before the bound and at it, and every emotion occurs.
     assert min(lengths) < bounds["maxLength"] == max(lengths)
     assert seen == set(emotions)
     assert len({reply.text for reply in replies}) > count // 2
@@ -94,7 +94,7 @@ def test_without_the_grammar_it_answers_in_none(untrained: Any, tokenizer: Any) 
 
 
 def test_a_trained_base_says_the_same_with_and_without_the_grammar(tokenizer: Any) -> None:
-    """Where it would have written the contract's JSON anyway, nothing is changed: greedily, token by token."""
+    """The grammar does not change greedy replies that are valid without it, token by token."""
     import torch
     from transformers import AutoModelForCausalLM
 

@@ -1,7 +1,8 @@
-"""What a GPU does to a run: its memory runs out, it is lost, the loss is no number any more.
+"""GPU faults during a run: out of memory, a lost device, a loss that is NaN.
 
-No GPU here, so the fault is raised where the driver's would surface, in the forward pass, with the class that torch gives it;
-everything around it is the real job.
+Without a GPU the tests raise torch's own exception in the forward pass, where the driver's error would surface; everything else
+is the real job.
+
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ main()
 
 
 def run(folder: Path, *more: str, fault: str = "") -> tuple[int, list[dict[str, Any]]]:
-    """The job with a faulty device. Gives its exit code and log."""
+    """Run the job on a faulty device; return exit code and log."""
     (folder / "job.py").write_text(JOB)
     command = [
         sys.executable, str(folder / "job.py"), "run", *DEMO, "--blood-type", "A",
@@ -97,7 +98,7 @@ def test_memory_that_runs_out_steps_the_plan_down_and_the_optimizer_batch_stays(
     assert plans == [("off", 2048), ("on", 2048), ("on", 1024)]
     assert len(events(log, "memory_stepped_down")) == 2
     assert all("ran out" in line["problem"] for line in events(log, "memory_stepped_down"))
-    # one job to whoever watches: one last word, of one run
+    # The three attempts look like one job: one run id, one final line.
     assert len(events(log, "run_finished")) == 1
     assert len({line["run_id"] for line in events(log, "run_identified")}) == 1
     assert events(log, "training_finished")[0]["steps"] == STEPS
@@ -106,7 +107,7 @@ def test_memory_that_runs_out_steps_the_plan_down_and_the_optimizer_batch_stays(
 def test_a_base_that_does_not_fit_is_said_at_once(tmp_path: Path) -> None:
     code, log = run(tmp_path, fault="base")
     assert code == 5, log[-1]
-    # no smaller plan makes room for it
+    # A smaller plan would not help.
     assert not events(log, "memory_stepped_down")
     (problem,) = log[-1]["problems"]
     assert "while the base was loaded" in problem

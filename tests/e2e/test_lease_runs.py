@@ -25,7 +25,7 @@ Start = Callable[..., Any]
 
 @pytest.fixture
 def start(s3_server: Any, bucket: str, tmp_path: Path) -> Iterator[Start]:
-    """Starts the same run again and again, each time with another work folder, as on another machine."""
+    """Start the same run repeatedly, each time with a new work folder, as on another machine."""
     chaos.make_bucket(s3_server, chaos.Settings(), bucket)
     started: list[Any] = []
 
@@ -85,7 +85,7 @@ def test_a_paused_one_finds_itself_replaced_and_writes_nothing_more(start: Start
     second = start(lease__duration_s=3)
     assert ended(second) == 0
     assert until(second, "lease_taken")["because"] == "expired"
-    # from where the first one was
+    # resumed from the first run's checkpoint
     assert until(second, "resumed")["step"] >= 1
     before = objects(storage)
 
@@ -110,7 +110,7 @@ def test_a_killed_one_is_not_waited_for_and_a_signal_ends_the_wait(start: Start,
 
     first.send("SIGKILL")
     assert ended(first) == -signal.SIGKILL
-    # what it has left behind says that it is at work
+    # its lease still looks held
     assert any(name.endswith("/lease.json") for name in objects(open_storage(f"s3://{bucket}/lora/")))
     third = start()
     assert ended(third) == 0
