@@ -1,7 +1,8 @@
-"""The unsloth backend's wiring, in Unsloth's own CPU mode: it tells of a changed API, nothing of kernels or speed.
+"""The unsloth backend's wiring in Unsloth's CPU mode: it detects API changes, but says nothing about kernels or speed.
 
-`.ci/run` runs it in an environment of its own (locks/unsloth-cpu.txt). Each run is a process of its own, since
-Unsloth patches its libraries for good.
+`.ci/run` runs it in a separate environment (locks/unsloth-cpu.txt). Each run is a separate process, because Unsloth patches its
+libraries permanently.
+
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def test_the_whole_job_in_unsloths_cpu_mode(quantization: str, tmp_path: Path) -
         timeout=400,
         check=False,
     )  # fmt: skip
-    # one event a line, whatever Unsloth prints of itself
+    # one event a line, whatever Unsloth prints
     log = {line["event"]: line for line in map(json.loads, done.stderr.splitlines())}
     assert done.returncode == 0, log
     assert done.stdout.strip().startswith("file://")
@@ -55,7 +56,7 @@ def test_the_whole_job_in_unsloths_cpu_mode(quantization: str, tmp_path: Path) -
 
 
 def test_the_second_of_two_personas_gets_the_adapter_that_it_gets_alone(tmp_path: Path) -> None:
-    """Unsloth's own generation, trainer and checkpointing leave nothing of the first one on the base that both share."""
+    """Unsloth's generation, trainer and checkpointing leave no state of the first persona on the shared base."""
     data = tmp_path / "data"
     data.mkdir()
     for blood_type in "AB":
