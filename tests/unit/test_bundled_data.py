@@ -123,6 +123,7 @@ def test_no_reply_is_nearly_another(blood_type: BloodType) -> None:
 # --- where it comes from ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow  # make data-check, a stage of .ci/run, does the same
 def test_the_files_are_what_the_sources_build(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["bundled_data.py", "--check"])
     assert tool.main() == 0, "run: python tools/bundled_data.py"

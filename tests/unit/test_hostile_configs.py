@@ -45,7 +45,7 @@ def show_config(content: bytes) -> tuple[int, str]:
     return code, out.getvalue()
 
 
-@settings(max_examples=drawn(600, 50), deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=drawn(600, 25), deadline=None, suppress_health_check=list(HealthCheck))
 @given(configs)
 def test_a_hostile_configuration_is_settings_or_one_message_each_and_exit_2(content: bytes) -> None:
     count("configs")

@@ -595,7 +595,7 @@ def test_what_is_no_finished_bundle_is_not_published(tmp_path: Path, made: MadeR
     assert not finished.output.exists()
 
 
-@pytest.mark.parametrize("name", ["replies.jsonl", "adapter_model.safetensors"])
+@pytest.mark.parametrize("name", ["replies.jsonl", pytest.param("adapter_model.safetensors", marks=pytest.mark.slow)])
 def test_a_bundle_that_was_changed_is_not_judged_again(tmp_path: Path, made: MadeRun, name: str) -> None:
     finished = Finished(tmp_path, made, threshold=0.97)
     with (finished.bundle / name).open("ab") as file:

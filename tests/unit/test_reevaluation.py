@@ -6,10 +6,12 @@ import json
 import logging
 import os
 import shutil
+import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
+from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -74,9 +76,23 @@ def no_settings_around(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, aws_envi
     monkeypatch.chdir(tmp_path)
 
 
+@cache
+def made_here() -> MadeRun:
+    return made_run(prompts=6, sampled=False, steps=3)
+
+
+@cache
+def evaluation_files() -> dict[str, bytes]:
+    """Write the evaluation of `made_here` once: the report's plots take half a second."""
+    made = made_here()
+    with tempfile.TemporaryDirectory() as folder:
+        bundle.write_evaluation(Path(folder), made.metrics, made.steps, made.replies, made.facts)
+        return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+
+
 @pytest.fixture(scope="module")
 def made() -> MadeRun:
-    return made_run(prompts=6, sampled=False, steps=3)
+    return made_here()
 
 
 @pytest.fixture
@@ -89,7 +105,8 @@ def publish(output: Storage, made: MadeRun, scratch: Path, run_id: str = RUN_ID,
     folder = bundle.fresh_folder(scratch / "bundle")
     (folder / "adapter_config.json").write_text("{}")
     (folder / "adapter_model.safetensors").write_bytes(b"weights")
-    bundle.write_evaluation(folder, made.metrics, made.steps, made.replies, made.facts)
+    for name, content in evaluation_files().items():
+        (folder / name).write_bytes(content)
     config = settle(TOLD, {})
     whole = {
         **made.facts,
