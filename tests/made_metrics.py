@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import tempfile
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -273,6 +274,22 @@ def _facts(config: RunConfig, run_id: str, blood_type: BloodType, records: int, 
             "read_back": 8.8,
         },
     }
+
+
+_WRITTEN: dict[int, dict[str, bytes]] = {}
+
+
+def write_evaluation(made: MadeRun, folder: Path) -> None:
+    """Write what `bundle.write_evaluation` writes, but render a run's report once: its plots take half a second.
+
+    Only for runs of `made_run`, which keeps them.
+    """
+    if id(made) not in _WRITTEN:
+        with tempfile.TemporaryDirectory() as scratch:
+            bundle.write_evaluation(Path(scratch), made.metrics, made.steps, made.replies, made.facts)
+            _WRITTEN[id(made)] = {path.name: path.read_bytes() for path in Path(scratch).iterdir()}
+    for name, content in _WRITTEN[id(made)].items():
+        (folder / name).write_bytes(content)
 
 
 def write_bundle(made: MadeRun, folder: Path) -> Path:

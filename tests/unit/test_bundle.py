@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import yaml
-from made_metrics import MadeRun, made_run
+from made_metrics import MadeRun, made_run, write_evaluation
 
 from lora_trainer import bundle
 from lora_trainer.bases import Base
@@ -444,7 +444,7 @@ def test_the_card_says_what_was_measured(folder: Path, made: MadeRun) -> None:
 
 
 def publish_made(folder: Path, made: MadeRun, storage: Storage) -> dict[str, Any]:
-    bundle.write_evaluation(folder, made.metrics, made.steps, made.replies, made.facts)
+    write_evaluation(made, folder)
     verdict = made.metrics.verdict
     manifest = bundle.write_manifest(folder, {**facts(), "gate_id": verdict.gate_id, "verdict": verdict.model_dump(mode="json")})
     bundle.publish(folder, storage, PREFIX)
@@ -492,7 +492,7 @@ def test_a_bundle_from_before_there_were_evaluations_comes_back_without(
     folder: Path, made: MadeRun, storage: Storage, tmp_path: Path
 ) -> None:
     """The adapter is good, so it is evaluated again and not trained again."""
-    bundle.write_evaluation(folder, made.metrics, made.steps, made.replies, made.facts)
+    write_evaluation(made, folder)
     old = {name: value for name, value in made.metrics.as_json().items() if name not in ("evaluation", "verdict", "schema")}
     (folder / "metrics.json").write_text(json.dumps(old), encoding="utf-8")
     for name in ("replies.jsonl", "report.html", "metrics.schema.json"):
@@ -507,7 +507,7 @@ def test_a_bundle_from_before_there_were_evaluations_comes_back_without(
 
 @pytest.mark.parametrize("metrics", ["", "[]", "{}", '{"training": 5}', "null"])
 def test_metrics_that_are_none(folder: Path, made: MadeRun, storage: Storage, tmp_path: Path, metrics: str) -> None:
-    bundle.write_evaluation(folder, made.metrics, made.steps, made.replies, made.facts)
+    write_evaluation(made, folder)
     (folder / "metrics.json").write_text(metrics)
     manifest = bundle.write_manifest(folder, facts())
     bundle.publish(folder, storage, PREFIX)

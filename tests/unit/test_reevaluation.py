@@ -6,12 +6,10 @@ import json
 import logging
 import os
 import shutil
-import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
-from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,7 @@ from typing import Any
 import pytest
 import structlog
 from conftest import REPOSITORY
-from made_metrics import MadeRun, made_run
+from made_metrics import MadeRun, made_run, write_evaluation
 from structlog.testing import capture_logs
 
 from entrypoint.cli import run_cli
@@ -76,23 +74,9 @@ def no_settings_around(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, aws_envi
     monkeypatch.chdir(tmp_path)
 
 
-@cache
-def made_here() -> MadeRun:
-    return made_run(prompts=6, sampled=False, steps=3)
-
-
-@cache
-def evaluation_files() -> dict[str, bytes]:
-    """Write the evaluation of `made_here` once: the report's plots take half a second."""
-    made = made_here()
-    with tempfile.TemporaryDirectory() as folder:
-        bundle.write_evaluation(Path(folder), made.metrics, made.steps, made.replies, made.facts)
-        return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
-
-
 @pytest.fixture(scope="module")
 def made() -> MadeRun:
-    return made_here()
+    return made_run(prompts=6, sampled=False, steps=3)
 
 
 @pytest.fixture
@@ -105,8 +89,7 @@ def publish(output: Storage, made: MadeRun, scratch: Path, run_id: str = RUN_ID,
     folder = bundle.fresh_folder(scratch / "bundle")
     (folder / "adapter_config.json").write_text("{}")
     (folder / "adapter_model.safetensors").write_bytes(b"weights")
-    for name, content in evaluation_files().items():
-        (folder / name).write_bytes(content)
+    write_evaluation(made, folder)
     config = settle(TOLD, {})
     whole = {
         **made.facts,
@@ -434,7 +417,7 @@ def test_a_changed_bundle_is_refused(adapter: Adapter, tmp_path: Path) -> None:
 
 def test_an_evaluation_has_no_adapter(adapter: Adapter, made: MadeRun, output: Storage, tmp_path: Path) -> None:
     later = bundle.fresh_folder(tmp_path / "later")
-    bundle.write_evaluation(later, made.metrics, made.steps, made.replies, made.facts)
+    write_evaluation(made, later)
     bundle.write_manifest(later, {name: value for name, value in adapter.manifest.items() if name not in ("files", "schema")})
     prefix = bundle.evaluation_prefix(bundle.bundle_prefix(BloodType.A, RUN_ID), "f" * 16)
     bundle.publish(later, output, prefix)
