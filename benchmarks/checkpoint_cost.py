@@ -34,14 +34,14 @@ CASES = ("throughput", "sigterm")
 
 def throughput(arguments: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     """Alternating blocks of one training."""
-    from lora_trainer.backends import open_backend
-    from lora_trainer.checkpoints import Checkpoints
-    from lora_trainer.config import settle
-    from lora_trainer.packing import plan_steps
-    from lora_trainer.planning import plan_memory
-    from lora_trainer.records import JsonlReader
-    from lora_trainer.tokenization import tokenize
-    from lora_trainer.training import StepLog
+    from lora_trainer.config_sources import settle
+    from lora_trainer.data.jsonl import JsonlReader
+    from lora_trainer.store.checkpoints import Checkpoints
+    from lora_trainer.train.backends import open_backend
+    from lora_trainer.train.memory_plan import plan_memory
+    from lora_trainer.train.packing import plan_steps
+    from lora_trainer.train.step_log import StepLog
+    from lora_trainer.train.tokenization import tokenize
 
     config = settle({"blood_type": "A", "work_dir": str(scratch), "device": arguments.device, **settings(arguments)}, {})
     records = [line.record for line in JsonlReader(ROOT / "data" / "train_data_type_A.jsonl") if line.record]

@@ -33,11 +33,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from lora_trainer.bundle import response_schema
-from lora_trainer.constrained import most_tokens, strict_schema
-from lora_trainer.formatter import reply_json
-from lora_trainer.personas import BloodType
-from lora_trainer.records import JsonlReader, Reply
+from lora_trainer.data.jsonl import JsonlReader
+from lora_trainer.data.records import Reply
+from lora_trainer.persona.prompt import reply_json
+from lora_trainer.persona.reply_schema import response_schema
+from lora_trainer.persona.vocabulary import BloodType
+from lora_trainer.train.constrained_decoding import most_tokens, strict_schema
 
 ROOT = Path(__file__).resolve().parent.parent
 LIBRARIES = ("xgrammar", "llguidance", "outlines")
@@ -130,7 +131,7 @@ def xgrammar(tokenizer: Any, schema: dict[str, Any]) -> Compiled:
 
 
 def llguidance(tokenizer: Any, schema: dict[str, Any]) -> Compiled:
-    """A lexer of regular-expression derivatives and an Earley parser, masks as they are needed; as `lora_trainer.constrained`."""
+    """The product's own (`lora_trainer.train.constrained_decoding`): masks are computed as they are needed."""
     import numpy as np
     import torch
     from llguidance import LLMatcher

@@ -30,13 +30,15 @@ ROUNDS: tuple[tuple[float, ...], ...] = ((0.5,), (0.1, 0.4, 0.7, 1.0))
 
 def measure(case: str, base: Path, scratch: Path, rounds: Sequence[tuple[float, ...]]) -> dict[str, Any]:
     """One backend's evaluation."""
-    from lora_trainer import evaluation
-    from lora_trainer.backends import open_backend, open_reference_backend
-    from lora_trainer.config import settle
-    from lora_trainer.evaluation_prompts import evaluation_prompts
-    from lora_trainer.personas import BloodType
-    from lora_trainer.planning import plan_memory
-    from lora_trainer.records import JsonlReader
+    from lora_trainer.config_sources import settle
+    from lora_trainer.data.evaluation_prompts import evaluation_prompts
+    from lora_trainer.data.jsonl import JsonlReader
+    from lora_trainer.evaluate.decoding import Decoding
+    from lora_trainer.evaluate.questions import instruction_of, questions
+    from lora_trainer.evaluate.rules import MODELS, TrainingData, judge_by_rules
+    from lora_trainer.persona.vocabulary import BloodType
+    from lora_trainer.train.backends import open_backend, open_reference_backend
+    from lora_trainer.train.memory_plan import plan_memory
 
     config = settle({"blood_type": "A", "work_dir": str(scratch)}, {})
     clock = time.perf_counter()
@@ -61,14 +63,14 @@ def measure(case: str, base: Path, scratch: Path, rounds: Sequence[tuple[float, 
         backend.load_adapter(base, adapter)
     load_s = time.perf_counter() - clock
     records = [line.record for line in JsonlReader(ROOT / "data" / "train_data_type_A.jsonl") if line.record]
-    data = evaluation.TrainingData(records)
-    decoding = evaluation.Decoding("greedy", NEW_TOKENS)
+    data = TrainingData(records)
+    decoding = Decoding("greedy", NEW_TOKENS)
     result: dict[str, Any] = {"import_s": import_s, "load_s": load_s, "replies": {}}
     texts: dict[str, list[str]] = {}
     for intensities in rounds:
-        asked = evaluation.questions(evaluation_prompts(), intensities, evaluation.instruction_of(BloodType.A))
+        asked = questions(evaluation_prompts(), intensities, instruction_of(BloodType.A))
         found: dict[str, Any] = {}
-        for model in evaluation.MODELS:
+        for model in MODELS:
             torch.cuda.synchronize()
             clock = time.perf_counter()
             generations = backend.generate(
@@ -80,7 +82,7 @@ def measure(case: str, base: Path, scratch: Path, rounds: Sequence[tuple[float, 
             torch.cuda.synchronize()
             found[f"{model}_generate_s"] = time.perf_counter() - clock
             clock = time.perf_counter()
-            evaluation.judge(asked, generations, model=model, decoding="greedy", blood_type=BloodType.A, data=data)
+            judge_by_rules(asked, generations, model=model, decoding="greedy", blood_type=BloodType.A, data=data)
             found[f"{model}_judge_s"] = time.perf_counter() - clock
             found[f"{model}_tokens"] = sum(len(generation.token_ids) for generation in generations)
             if len(intensities) == 1:

@@ -23,8 +23,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from lora_trainer.duplicates import NEAR_JACCARD, jaccard, shingles
-from lora_trainer.personas import BloodType
+from lora_trainer.data.duplicates import NEAR_JACCARD, jaccard, shingles
+from lora_trainer.persona.vocabulary import BloodType
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -4,7 +4,7 @@
     python benchmarks/storage_throughput.py --aws /tmp/venv-aws/bin/aws
 
 A set is up to four large files, 98 % of it, and 32 small ones, all random. Each measurement is a process of its own, from its
-start to its end: ours puts the set through `lora_trainer.storage` as a bundle is published and fetched, with the default
+start to its end: ours puts the set through `lora_trainer.store` as a bundle is published and fetched, with the default
 settings; theirs is `aws s3 cp --recursive`, with its own. Ours knows the SHA-256 of what it sends, as a bundle's manifest has it,
 hashes what it received and syncs what it wrote. The two take turns, and so does who begins; the medians make the ratio. Peak
 memory is measured for a small set, too, which shows that it does not depend on the size. What was downloaded is compared with what
@@ -47,7 +47,7 @@ TOOLS = ("ours", "aws")
 
 def transfer(direction: str, folder: Path, uri: str) -> None:
     """Ours, in a process of its own: the peak that a process is said to have is at least the memory of the one that started it."""
-    from lora_trainer.storage import open_storage
+    from lora_trainer.store.opening import open_storage
 
     storage = open_storage(uri)
     if direction == "clear":
@@ -173,7 +173,7 @@ def load_dev_s3() -> ModuleType:
 
 def main() -> int:
     """Measure both sizes and write the result."""
-    parser = argparse.ArgumentParser(description="Throughput and peak memory of lora_trainer.storage beside the AWS CLI.")
+    parser = argparse.ArgumentParser(description="Throughput and peak memory of lora_trainer.store beside the AWS CLI.")
     parser.add_argument("--aws", default="aws", help="the AWS CLI's command")
     parser.add_argument("--size-mib", type=int, default=2048)
     parser.add_argument("--small-mib", type=int, default=128, help="the set that peak memory is compared with")

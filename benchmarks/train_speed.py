@@ -59,11 +59,11 @@ def samples(count: int, vocabulary: int) -> list[tuple[list[int], int]]:
 def ours(name: str, base: Path, scratch: Path) -> dict[str, Any]:
     """One case through the project's own backend, as `lora-trainer run` calls it."""
     backend_name, row_tokens, checkpointing, varlen = OURS[name]
-    from lora_trainer.backends import open_backend
-    from lora_trainer.config import settle
-    from lora_trainer.packing import plan_steps
-    from lora_trainer.planning import plan_memory
-    from lora_trainer.tokenization import TokenSequence
+    from lora_trainer.config_sources import settle
+    from lora_trainer.train.backends import open_backend
+    from lora_trainer.train.memory_plan import plan_memory
+    from lora_trainer.train.packing import plan_steps
+    from lora_trainer.train.tokenization import TokenSequence
 
     per_step = int(ROWS_PER_STEP * row_tokens * FILL / MEAN_TOKENS)
     config = settle(

@@ -30,7 +30,8 @@ CHECK = """
 import sys
 from functools import partial
 from pathlib import Path
-from lora_trainer.validation import TokenCounter, chatml_overhead_tokens, check_file, write_json
+from lora_trainer.data.prompt_cost import TokenCounter, chatml_overhead_tokens
+from lora_trainer.data.validation import check_file, write_json
 counter = TokenCounter(Path(sys.argv[2]))
 check = partial(check_file, template_overhead_tokens=chatml_overhead_tokens(counter))
 write_json(sys.stdout, [Path(sys.argv[1])], lambda path, on_problem: check(path, None, counter, on_problem=on_problem))

@@ -6,15 +6,15 @@ import os
 import sys
 
 from lora_trainer.errors import ExitCode, Interrupted
-from lora_trainer.interruption import INTERRUPTION
-from lora_trainer.restart import StepDown, ready, start_again
+from lora_trainer.run.reexec import StepDown, reexec, unblock_signals
+from lora_trainer.signals import INTERRUPTION
 
 
 def main() -> None:
     """Run the command line and exit with its code."""
     try:
         INTERRUPTION.install()
-        ready()
+        unblock_signals()
         from entrypoint.cli import run_cli
 
         code = run_cli(sys.argv[1:])
@@ -25,7 +25,7 @@ def main() -> None:
         sys.stderr.write(f"interrupted by {meaning.signal_name} before the job began\n")
         code = ExitCode.INTERRUPTED
     except StepDown as step_down:
-        start_again(step_down.limit)
+        reexec(step_down.limit)
     # not sys.exit: libraries' threads and exit handlers have nothing left to save, and some of them hang
     sys.stdout.flush()
     sys.stderr.flush()

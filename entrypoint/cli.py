@@ -20,16 +20,17 @@ import yaml
 from pydantic import SecretStr
 
 from lora_trainer import __version__, logs
-from lora_trainer.config import RunConfig, config_table, parse_override, settle_each
-from lora_trainer.endings import Ending, ending_of
+from lora_trainer.config import RunConfig, config_table
+from lora_trainer.config_sources import parse_override, settle_each
 from lora_trainer.errors import ConfigError, ExitCode, GateError, Interrupted, LoraTrainerError, StorageError, worst
-from lora_trainer.personas import BloodType, named_blood_types
+from lora_trainer.persona.vocabulary import BloodType, named_blood_types
 from lora_trainer.redaction import redacted
+from lora_trainer.run.failure_report import FailureReport, failure_report
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from lora_trainer.several import Persona
+    from lora_trainer.run.several import Persona
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -154,8 +155,8 @@ def run(config_file: Path | None, overrides: Sequence[str], fresh: bool, **optio
 def _run_one(config: RunConfig, edge: _RunEdge, *, fresh: bool) -> None:
     structlog.contextvars.bind_contextvars(blood_type=str(config.blood_type))
     logs.get_logger().info("run_settled", data=config.data, output=config.output, backend=config.resolved_backend)
-    from lora_trainer.gates import missed
-    from lora_trainer.pipeline import run as run_job
+    from lora_trainer.evaluate.gates import missed
+    from lora_trainer.run.pipeline import run as run_job
 
     console = _progress_console(config)
     with logs.libraries_print_to_the_log():
@@ -172,7 +173,7 @@ def _run_one(config: RunConfig, edge: _RunEdge, *, fresh: bool) -> None:
 
 
 def _run_several(configs: Sequence[RunConfig], edge: _RunEdge, *, fresh: bool) -> None:
-    from lora_trainer import several
+    from lora_trainer.run import several
 
     console = _progress_console(configs[0])
     edge.personas, shared = several.gather(configs, console, fresh=fresh)
@@ -239,7 +240,9 @@ def evaluate(
     logs.configure("info", "auto")
     edge = _RunEdge()
     with edge:
-        from lora_trainer import gates, reevaluation, summary
+        from lora_trainer.evaluate import gates
+        from lora_trainer.report import metrics_table as summary
+        from lora_trainer.run import reevaluation
 
         opened = reevaluation.open_adapter(adapter)
         config = reevaluation.settle_for(opened, _given(options, overrides), config_file=config_file)
@@ -255,7 +258,7 @@ def evaluate(
         else:
             from rich.console import Console
 
-            Console().print(summary.render(found.metrics))
+            Console().print(summary.metrics_table(found.metrics))
             click.echo(f"report: {found.folder / 'report.html'}")
         if not verdict.passed:
             raise GateError(gates.missed(verdict))
@@ -315,9 +318,9 @@ def chat(
     """
     from rich.console import Console
 
-    from lora_trainer import chat as chatting
-    from lora_trainer import reevaluation
-    from lora_trainer.personas import Feeling
+    from lora_trainer.persona.vocabulary import Feeling
+    from lora_trainer.run import reevaluation
+    from lora_trainer.run import terminal_chat as chatting
 
     logs.configure("warning", "auto")
     if feeling not in tuple(Feeling):
@@ -371,8 +374,8 @@ def publish(folder: Path, output: str | None) -> None:
       lora-trainer publish .lora-trainer/runs/A/0123456789abcdef/bundle
       lora-trainer publish .lora-trainer/runs/A/0123456789abcdef/bundle --output s3://another-bucket/lora/
     """
-    from lora_trainer.gates import missed
-    from lora_trainer.pipeline import publish_folder
+    from lora_trainer.evaluate.gates import missed
+    from lora_trainer.run.pipeline import publish_folder
 
     logs.configure("info", "auto")
     outcome = publish_folder(folder, output)
@@ -393,16 +396,19 @@ def promote(adapter: str) -> None:
     Examples:
       lora-trainer promote s3://bucket/lora/adapters/A/0123456789abcdef/
     """
-    from lora_trainer import bundle, reevaluation
+    from lora_trainer.run import reevaluation
+    from lora_trainer.store.latest import link_newest, promote_latest
+    from lora_trainer.store.manifest import verify_files
+    from lora_trainer.store.prefixes import bundle_prefix, latest_key
 
     opened = reevaluation.open_adapter(adapter)
     blood_type = BloodType(opened.manifest["blood_type"])
     output = reevaluation.output_of(opened)
-    if problems := bundle.verify(output, bundle.bundle_prefix(blood_type, opened.run_id)):
+    if problems := verify_files(output, bundle_prefix(blood_type, opened.run_id)):
         raise StorageError([*problems, f"{opened.storage.uri}: not promoted; a bundle is only complete as its manifest has it"])
-    before = bundle.promote(output, blood_type, opened.manifest)
-    bundle.link_newest(output, blood_type, opened.run_id)
-    click.echo(f"{output.uri}{bundle.latest_key(blood_type)}: names run {opened.run_id} now; before: {before or 'none'}")
+    before = promote_latest(output, blood_type, opened.manifest)
+    link_newest(output, blood_type, opened.run_id)
+    click.echo(f"{output.uri}{latest_key(blood_type)}: names run {opened.run_id} now; before: {before or 'none'}")
 
 
 @cli.command()
@@ -423,8 +429,9 @@ def compare(runs: Sequence[str], html: str | None, as_json: bool) -> None:
     """
     from rich.console import Console
 
-    from lora_trainer import comparison
-    from lora_trainer.storage import open_storage, split_uri
+    from lora_trainer.report import comparison
+    from lora_trainer.store.keys import split_uri
+    from lora_trainer.store.opening import open_storage
 
     logs.configure("warning", "auto")
     folder, key = split_uri(html) if html else ("", "")
@@ -432,9 +439,9 @@ def compare(runs: Sequence[str], html: str | None, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(found.as_json(), indent=2, ensure_ascii=False))
     else:
-        Console().print(comparison.render(found))
+        Console().print(comparison.comparison_table(found))
     if html:
-        open_storage(folder).write_bytes(key, comparison.render_html(found).encode())
+        open_storage(folder).write_bytes(key, comparison.comparison_page(found).encode())
         click.echo(f"page: {html}", err=as_json)
 
 
@@ -496,10 +503,13 @@ def validate(
 
     Exits with 3 if there are errors, or warnings under --strict.
     """
-    from lora_trainer import validation
-    from lora_trainer.bases import tokenizer_folder
-    from lora_trainer.evaluation_prompts import FILE_NAME
-    from lora_trainer.storage import open_storage, split_uri
+    from lora_trainer.base_model import tokenizer_folder
+    from lora_trainer.data.evaluation_prompts import FILE_NAME
+    from lora_trainer.data.prompt_cost import TokenCounter, chatml_overhead_tokens
+    from lora_trainer.data.validation import FileReport, OnProblem, check_file, check_prompts, write_json
+    from lora_trainer.report.validation_table import validation_table
+    from lora_trainer.store.keys import split_uri
+    from lora_trainer.store.opening import open_storage
 
     options["blood_type"] = blood_type
     config, *more = settle_each(_given(options, overrides), config_file=config_file, fallback={"blood_type": "A"})
@@ -509,8 +519,8 @@ def validate(
     counter, overhead_tokens = None, 0
     if not no_tokens:
         try:
-            counter = validation.TokenCounter(tokenizer_folder(config.base))
-            overhead_tokens = validation.chatml_overhead_tokens(counter)
+            counter = TokenCounter(tokenizer_folder(config.base))
+            overhead_tokens = chatml_overhead_tokens(counter)
         except LoraTrainerError as error:
             click.echo(
                 f"tokens not counted: {error}\n(--no-tokens, or --base-model with a folder that holds tokenizer.json)", err=True
@@ -528,10 +538,10 @@ def validate(
                 raise ConfigError(f"{name}: {'a folder' if path.is_dir() else 'no such file'}; expected a JSONL file")
             paths.append(path)
 
-        def check(path: Path, on_problem: validation.OnProblem | None = None) -> validation.FileReport:
+        def check(path: Path, on_problem: OnProblem | None = None) -> FileReport:
             if path.name in (FILE_NAME, f"{FILE_NAME}.gz", f"{FILE_NAME}.zst"):
-                return validation.check_prompts(path, limits=config.limits, on_problem=on_problem)
-            return validation.check_file(
+                return check_prompts(path, limits=config.limits, on_problem=on_problem)
+            return check_file(
                 path,
                 persona,
                 counter,
@@ -542,14 +552,14 @@ def validate(
             )
 
         if as_json:
-            reports = validation.write_json(sys.stdout, paths, check)
+            reports = write_json(sys.stdout, paths, check)
         else:
             from rich.console import Console
 
             reports = []
             for path in paths:
                 reports.append(check(path))
-                Console().print(validation.render(reports[-1]))
+                Console().print(validation_table(reports[-1]))
     if not all(report.is_accepted(strict=strict) for report in reports):
         raise click.exceptions.Exit(ExitCode.DATA)
 
@@ -570,7 +580,7 @@ def check_storage(config_file: Path | None, overrides: Sequence[str], **options:
 
     Exits with the code that 'run' would end with: 2, 3 or 6.
     """
-    from lora_trainer.storage_check import check_storage as check
+    from lora_trainer.run.preflight import check_storage as check
 
     logs.configure("warning", "auto")
     codes = [ExitCode.DONE]
@@ -711,8 +721,9 @@ def generate(
     from rich.console import Console
     from rich.progress import Progress
 
-    from lora_trainer.generator import command, summary, teacher
-    from lora_trainer.storage import refuse_credentials
+    from lora_trainer.generator import dataset_summary, teacher
+    from lora_trainer.generator import generate as command
+    from lora_trainer.store.keys import refuse_credentials
 
     logs.configure("warning", "auto")
     # the report names it
@@ -746,7 +757,7 @@ def generate(
     try:
         with bar:
             for done in command.generate(settings, bar):
-                console.print(summary.render(done.summary, done.rejects))
+                console.print(dataset_summary.dataset_table(done.summary, done.rejects))
                 for name, value in done.notes:
                     console.print(f"{name}: {value}", highlight=False)
                 console.print(
@@ -792,7 +803,7 @@ def run_cli(arguments: Sequence[str]) -> int:
     except Interrupted:
         return ExitCode.INTERRUPTED
     except Exception as error:  # the edge: what comes here is a bug, unless a library made it of an interruption
-        ending = ending_of(error) or Ending(ExitCode.BUG)
+        ending = failure_report(error) or FailureReport(ExitCode.BUG)
         if ending.exit_code is ExitCode.INTERRUPTED:
             return ExitCode.INTERRUPTED
         for line in (*(f"error: a bug, please report it: {said}" for said in ending.problems), *ending.frames):
@@ -819,12 +830,12 @@ class _RunEdge:
         """Start the clock."""
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> bool:
-        ending = ending_of(error, self.work_dir)
+        ending = failure_report(error, self.work_dir)
         if ending is None:
             return False
         new_problems = ending.problems
         if self.personas:
-            from lora_trainer.several import together
+            from lora_trainer.run.several import together
 
             ending = together(ending, self.personas)
             self.facts["personas"] = [persona.summary for persona in self.personas]
@@ -848,7 +859,7 @@ class _RunEdge:
 
     def end_persona(self, persona: Persona) -> None:
         """One of several personas has ended, well or badly."""
-        ending = persona.ending or Ending()
+        ending = persona.ending or FailureReport()
         self._print(ending.problems, f"{persona.blood_type}: ")
         in_line = {} if self._is_terminal or not ending.problems else {"problems": list(ending.problems)}
         log = persona.log

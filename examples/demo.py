@@ -27,12 +27,15 @@ from dev_s3 import DevS3Error, serve  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
-from lora_trainer import bundle, summary  # noqa: E402
 from lora_trainer.errors import ExitCode  # noqa: E402
-from lora_trainer.formatter import prompt_messages  # noqa: E402
-from lora_trainer.metrics import RunMetrics  # noqa: E402
-from lora_trainer.personas import BloodType, persona_spec  # noqa: E402
-from lora_trainer.storage import open_storage  # noqa: E402
+from lora_trainer.evaluate.metrics import RunMetrics  # noqa: E402
+from lora_trainer.persona.prompt import prompt_messages  # noqa: E402
+from lora_trainer.persona.specs import persona_spec  # noqa: E402
+from lora_trainer.persona.vocabulary import BloodType  # noqa: E402
+from lora_trainer.report import metrics_table  # noqa: E402
+from lora_trainer.store.manifest import read_manifest, verify_files  # noqa: E402
+from lora_trainer.store.opening import open_storage  # noqa: E402
+from lora_trainer.store.prefixes import latest_key  # noqa: E402
 
 SCRATCH = ROOT / ".demo"
 BUCKET = "persona-demo"
@@ -73,7 +76,7 @@ def main() -> int:
             if code not in (ExitCode.DONE, ExitCode.GATE):
                 console.print(f"[red]The job ended with exit code {code}; its own words are above.[/red]")
                 return code
-            manifest = bundle.read_manifest(open_storage(OUTPUT_URI), uri.removeprefix(OUTPUT_URI))
+            manifest = read_manifest(open_storage(OUTPUT_URI), uri.removeprefix(OUTPUT_URI))
             if manifest and datetime.fromisoformat(manifest["finished_at"]) < started.replace(microsecond=0):
                 heading(f"3. Already done at {manifest['finished_at']}, nothing was trained again: {uri}")
             else:
@@ -82,7 +85,7 @@ def main() -> int:
             heading("4. Is it that friend? 120 held-out prompts at four intensities, adapter against base")
             folder = fetch_bundle(blood_type, uri)
             metrics = RunMetrics.model_validate_json((folder / "metrics.json").read_bytes())
-            console.print(summary.render(metrics))
+            console.print(metrics_table.metrics_table(metrics))
             console.print(f"   To look at: {folder / 'report.html'}", highlight=False, soft_wrap=True)
             heading("5. The same prompts, the base and the adapter")
             show_replies(blood_type, spec.instruction, folder)
@@ -129,12 +132,12 @@ def show_bundle(blood_type: BloodType, uri: str) -> None:
     prefix = uri.removeprefix(OUTPUT_URI)
     for item in output.list(prefix):
         console.print(f"   {item.key.removeprefix(prefix):28} {item.size_bytes:>10,} bytes", highlight=False)
-    problems = bundle.verify(output, prefix)
+    problems = verify_files(output, prefix)
     for problem in problems:
         console.print(f"[red]   {problem}[/red]")
     if not problems:
         console.print("   every file matches the manifest's SHA-256")
-    pointer = output.read_bytes(bundle.latest_key(blood_type))
+    pointer = output.read_bytes(latest_key(blood_type))
     if pointer:
         console.print(f"   latest.json names run {json.loads(pointer.data)['run_id']}", highlight=False)
 

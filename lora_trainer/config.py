@@ -7,34 +7,22 @@ problem names the place its value came from, and an unknown `LORA_TRAINER_*` var
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, TypeVar, get_args
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
-from lora_trainer.errors import ConfigError
-from lora_trainer.personas import BloodType, named_blood_types
-from lora_trainer.redaction import has_user_info, redacted
+from lora_trainer.persona.vocabulary import BloodType
+from lora_trainer.redaction import has_user_info
 
 ENVIRONMENT_PREFIX: Final = "LORA_TRAINER_"
-CONFIG_FILE_VARIABLE: Final = "LORA_TRAINER_CONFIG"
 
-_MOST_FILE_BYTES: Final = 2**20
-"""Of a configuration file. One with every setting and its comment has 10 KB."""
-_MOST_NODES: Final = 10_000
-_SHOWN_CHARACTERS: Final = 200
-_SHOWN_PROBLEMS: Final = 50
-
-# settings that hold a local path or a URI: a relative one in a file is taken from that file's folder
-_PATH_FIELDS: Final = ("data", "output", "work_dir", "base.model", "base.cache_dir", "evaluation.prompts")
 
 TargetModule = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
 ALL_LINEAR: Final[tuple[TargetModule, ...]] = get_args(TargetModule)
 
 
@@ -432,20 +420,6 @@ class RunConfig(_Section):
         return "unsloth" if self.device == "cuda" else "transformers"
 
 
-@dataclass(frozen=True, slots=True)
-class Source:
-    """Settings from one place, and how to name that place for a given setting."""
-
-    values: Mapping[str, Any]
-    """Nested like `RunConfig`."""
-    name: str
-    """`{key}` is replaced by the dotted setting, `{env}` by its environment variable."""
-
-    def place(self, dotted: str) -> str:
-        """Where the setting `dotted` came from, in the user's words."""
-        return self.name.format(key=dotted, env=environment_name(dotted))
-
-
 def environment_name(dotted: str) -> str:
     """`training.epochs` -> `LORA_TRAINER_TRAINING__EPOCHS`."""
     return ENVIRONMENT_PREFIX + dotted.replace(".", "__").upper()
@@ -458,70 +432,6 @@ def setting_names(model: type[BaseModel] = RunConfig, prefix: str = "") -> Itera
             yield from setting_names(field.annotation, f"{prefix}{name}.")
         else:
             yield prefix + name
-
-
-def settle(
-    cli: Mapping[str, Any],
-    environment: Mapping[str, str] | None = None,
-    config_file: Path | None = None,
-    fallback: Mapping[str, Any] | None = None,
-) -> RunConfig:
-    """Merge the sources into one `RunConfig`; see `settle_each`. Raises `ConfigError` if several personas are named."""
-    config, *more = settle_each(cli, environment, config_file, fallback)
-    if more:
-        named = ", ".join(each.blood_type for each in (config, *more))
-        raise ConfigError(f"blood_type: got {named}, expected one: only 'lora-trainer run' takes several")
-    return config
-
-
-def settle_each(
-    cli: Mapping[str, Any],
-    environment: Mapping[str, str] | None = None,
-    config_file: Path | None = None,
-    fallback: Mapping[str, Any] | None = None,
-) -> tuple[RunConfig, ...]:
-    """Merge the sources into one `RunConfig` for each persona that `blood_type` names, in its order; they differ in nothing else.
-
-    `cli` maps dotted settings to values (only those given), `fallback` likewise, for a command that can do
-    without a setting that `run` needs. `environment` is `os.environ` unless told.
-    Raises `ConfigError` with every problem of every source at once.
-    """
-    environment = os.environ if environment is None else environment
-    problems: list[str] = []
-    sources: list[Source] = []
-    named_file = config_file or (Path(environment[CONFIG_FILE_VARIABLE]) if environment.get(CONFIG_FILE_VARIABLE) else None)
-    if named_file is not None:
-        try:
-            # a file's name may hold braces of its own
-            escaped = str(named_file).replace("{", "{{").replace("}", "}}")
-            sources.append(Source(_read_file(named_file), f"{escaped}: {{key}}"))
-        except ConfigError as error:
-            problems.extend(error.problems)
-    from_environment, unknown = _read_environment(environment)
-    problems.extend(unknown)
-    sources.append(Source(from_environment, "{env}"))
-    sources.append(Source(_nest(cli), "command line: {key}"))
-    merged = _nest(fallback or {})
-    for source in sources:
-        merged = _merge(merged, source.values)
-    blood_types: tuple[BloodType, ...] = ()
-    if "blood_type" in merged:
-        try:
-            blood_types = named_blood_types(merged["blood_type"])
-        except ValueError as error:
-            problems.append(f"{_place(sources, ['blood_type'])}: {error}")
-        # any one: what is wrong with the other settings is said, too
-        merged["blood_type"] = next(iter(blood_types), BloodType.A)
-    try:
-        config = RunConfig.model_validate(merged)
-    except ValidationError as error:
-        problems.extend(_explain(error, sources))
-        if len(problems) > _SHOWN_PROBLEMS:
-            problems[_SHOWN_PROBLEMS:] = [f"and {len(problems) - _SHOWN_PROBLEMS:,} more problems: is this a file of settings?"]
-        raise ConfigError(problems) from None
-    if problems:
-        raise ConfigError(problems)
-    return tuple(config.model_copy(update={"blood_type": blood_type}) for blood_type in blood_types)
 
 
 def config_table() -> list[tuple[str, str, str, str]]:
@@ -570,204 +480,3 @@ def _range_of(schema: Mapping[str, Any], root: Mapping[str, Any]) -> str:
             else f"{'≤' if 'maximum' in schema else '<'} {high:g}"
         )
     return ", ".join(parts)
-
-
-def _read_file(path: Path) -> dict[str, Any]:
-    """The YAML mapping in `path`, its relative paths taken from the file's own folder."""
-    try:
-        with path.open("rb") as file:
-            raw = file.read(_MOST_FILE_BYTES + 1)
-    except (OSError, ValueError) as error:
-        # ValueError: a NUL in the path
-        said = (error.strerror if isinstance(error, OSError) else None) or str(error)
-        raise ConfigError(f"{path}: cannot read the configuration file: {said}; check the path given to --config") from None
-    if len(raw) > _MOST_FILE_BYTES:
-        raise ConfigError(f"{path}: got more than {_MOST_FILE_BYTES:,} bytes, expected a file of settings; check the path")
-    try:
-        loaded = _load_plain_yaml(raw.decode("utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"{path}:{mark.line + 1}" if mark else str(path)
-        kinds = {UnicodeDecodeError: "not UTF-8", RecursionError: "nested too deeply"}
-        said = getattr(error, "problem", None) or kinds.get(type(error)) or "a character that YAML does not allow"
-        raise ConfigError(f"{where}: not plain YAML: {said}; only mappings, lists and scalars are accepted") from None
-    if loaded is None:
-        return {}
-    if not isinstance(loaded, dict) or not all(isinstance(key, str) for key in loaded):
-        raise ConfigError(
-            f"{path}: got a {type(loaded).__name__}, expected a mapping of settings, such as 'training: {{epochs: 3}}'"
-        )
-    for dotted in _PATH_FIELDS:
-        section: Any = loaded
-        *parents, leaf = dotted.split(".")
-        for parent in parents:
-            section = section.get(parent) if isinstance(section, dict) else None
-        if isinstance(section, dict) and isinstance(value := section.get(leaf), str) and _is_relative_path(dotted, value):
-            trailing = "/" if value.endswith("/") else ""
-            section[leaf] = os.path.normpath(path.absolute().parent / value) + trailing
-    return loaded
-
-
-class _PlainLoader(yaml.SafeLoader):
-    """Plain values only, and each that cannot be read as what it says it is, with its line."""
-
-    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
-        try:
-            return super().construct_object(node, deep)
-        except yaml.YAMLError:
-            raise
-        # what PyYAML's own constructors stumble over: `2026-13-01`, a number of 5,000 digits, `!!bool maybe`
-        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
-            raise yaml.constructor.ConstructorError(None, None, "a value that is not what it says it is", node.start_mark) from None
-
-
-def _load_plain_yaml(text: str) -> Any:
-    """The one document in `text`. Raises `YAMLError`, or `RecursionError` for one that is nested too deeply."""
-    loader = _PlainLoader(text)
-    try:
-        root = loader.get_single_node()
-        if root is None:
-            return None
-        _check_nodes(root)
-        return loader.construct_document(root)
-    finally:
-        loader.dispose()
-
-
-def _check_nodes(root: yaml.Node) -> None:
-    """Refuse a key twice in a mapping, and aliases that would write the document out to many times its size, or without end."""
-    waiting, seen = [root], 0
-    while waiting:
-        node = waiting.pop()
-        seen += 1
-        if seen > _MOST_NODES:
-            # an alias is the node that it names: each use of it is counted, and one that holds itself has no end
-            problem = f"more than {_MOST_NODES:,} values, its aliases written out"
-            raise yaml.constructor.ConstructorError(None, None, problem, root.start_mark)
-        if isinstance(node, yaml.MappingNode):
-            keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-            if len(set(keys)) != len(keys):
-                raise yaml.constructor.ConstructorError(None, None, "a key twice in one mapping", node.start_mark)
-            waiting.extend(part for pair in node.value for part in pair)
-        elif isinstance(node, yaml.SequenceNode):
-            waiting.extend(node.value)
-
-
-def _is_relative_path(dotted: str, value: str) -> bool:
-    if not value or "://" in value or value.startswith(("/", "~")):
-        return False
-    # a bare "org/name" is a hub id
-    return dotted != "base.model" or value.startswith(("./", "../"))
-
-
-def _read_environment(environment: Mapping[str, str]) -> tuple[dict[str, Any], list[str]]:
-    known = {environment_name(dotted): dotted for dotted in setting_names()}
-    values: dict[str, Any] = {}
-    problems = []
-    for variable, text in sorted(environment.items()):
-        if not variable.startswith(ENVIRONMENT_PREFIX) or variable == CONFIG_FILE_VARIABLE:
-            continue
-        if variable not in known:
-            problems.append(f"{variable}: no such setting; {_nearest(variable, list(known), ENVIRONMENT_PREFIX)}")
-        elif text != "":
-            values[known[variable]] = _list_or_text(known[variable], text)
-    return _nest(values), problems
-
-
-def parse_override(text: str) -> tuple[str, Any]:
-    """`training.epochs=1` from `--set` as (setting, value). Raises `ConfigError`."""
-    dotted, equals, value = text.partition("=")
-    if not equals or dotted not in set(setting_names()):
-        # not the value: whoever takes a secret for a setting should not find it in a log
-        shown = f"{dotted}=…" if equals else dotted
-        raise ConfigError(f"--set {shown}: expected SETTING=VALUE; {_nearest(dotted, list(setting_names()))}")
-    return dotted, _list_or_text(dotted, value)
-
-
-_MAY_BE_UNSET: Final = frozenset(
-    ("base.revision", "base.canonical_id", "training.max_steps", "evaluation.prompts", "evaluation.judge_model")
-) | {f"gates.{name}" for name in GatesConfig.model_fields}
-
-
-def _list_or_text(dotted: str, text: str) -> Any:
-    """Text as pydantic should see it: lists as JSON or comma-separated, `none` for settings that may be unset."""
-    if dotted in ("lora.target_modules", "evaluation.intensities", "logging.report_to"):
-        if text.lstrip().startswith("["):
-            # what is not JSON goes on as a name, which the check of the names then refuses with its place
-            with suppress(json.JSONDecodeError):
-                return json.loads(text)
-        return [part.strip() for part in text.split(",")]
-    if text.lower() in ("none", "null") and dotted in _MAY_BE_UNSET:
-        return None
-    return text
-
-
-def _nest(flat: Mapping[str, Any]) -> dict[str, Any]:
-    nested: dict[str, Any] = {}
-    for dotted, value in flat.items():
-        section = nested
-        *parents, leaf = dotted.split(".")
-        for parent in parents:
-            section = section.setdefault(parent, {})
-        section[leaf] = value
-    return nested
-
-
-def _merge(low: Mapping[str, Any], high: Mapping[str, Any]) -> dict[str, Any]:
-    merged = dict(low)
-    for key, value in high.items():
-        below = merged.get(key)
-        merged[key] = _merge(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
-    return merged
-
-
-def _explain(error: ValidationError, sources: list[Source]) -> Iterator[str]:
-    names = list(setting_names())
-    found = error.errors(include_url=False)
-    for problem in found:
-        if problem["type"] == "too_short" and any(other["loc"][:-1] == problem["loc"] for other in found):
-            # a list is only too short for want of the elements that have a line of their own
-            continue
-        # a union adds the branch it tried ("auto", "int") behind the field: the field is enough
-        location = [str(part) for part in problem["loc"]]
-        dotted = ".".join(location)
-        while dotted not in names and len(location) > 1 and problem["type"] != "extra_forbidden":
-            location.pop()
-            dotted = ".".join(location)
-        place = _place(sources, location)
-        if problem["type"] == "extra_forbidden":
-            yield f"{place[-_SHOWN_CHARACTERS * 2 :]}: no such setting; {_nearest(dotted[:_SHOWN_CHARACTERS], names)}"
-        elif problem["type"] == "missing":
-            option = "--" + dotted.replace("_", "-")
-            yield f"{dotted}: not given; pass {option}, or set {environment_name(dotted)}, or '{dotted}:' in the configuration file"
-        else:
-            said = problem["msg"].removeprefix("Value error, ")
-            yield f"{place}: got {_shortened(problem['input'])}; {said[0].lower()}{said[1:]}"
-
-
-def _place(sources: list[Source], location: list[str]) -> str:
-    """The strongest of `sources` that gives the setting, in the user's words."""
-    dotted = ".".join(location)
-    return next((source.place(dotted) for source in reversed(sources) if _holds(source.values, location)), dotted)
-
-
-def _shortened(value: object) -> str:
-    text = redacted(repr(value))
-    return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}…"
-
-
-def _holds(values: Any, location: list[str]) -> bool:
-    for part in location:
-        if not isinstance(values, dict) or part not in values:
-            return False
-        values = values[part]
-    return True
-
-
-def _nearest(name: str, names: list[str], shared: str = "") -> str:
-    """`shared`: what all names begin with, which would make any two look alike."""
-    import difflib
-
-    bare = [known.removeprefix(shared) for known in names]
-    close = [shared + found for found in difflib.get_close_matches(name.removeprefix(shared), bare, n=2, cutoff=0.6)]
-    return f"did you mean {' or '.join(close)}?" if close else "see 'lora-trainer show-config' for all of them"

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from lora_trainer.patience import PATIENCE
+from lora_trainer.store.retry import RETRY_BUDGET
 
 # before torch is imported: threads that spin while they wait bring two busy processes on two cores to a stop
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -55,7 +55,7 @@ def aws_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> pytest.M
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "2")
     # what fails for good may say so at once
     monkeypatch.setenv("LORA_TRAINER_STORAGE__OBJECT_BUDGET_S", "0.2")
-    PATIENCE.begin(None)
+    RETRY_BUDGET.begin(None)
     return monkeypatch
 
 

@@ -17,26 +17,22 @@ from typing import Any
 
 from conftest import REPOSITORY
 
-from lora_trainer import bundle, gates
-from lora_trainer.config import RunConfig, settle
-from lora_trainer.evaluation import (
-    Decoding,
-    Generation,
-    JudgedReply,
-    Question,
-    TrainingData,
-    decoding_metrics,
-    decodings,
-    evaluation_metrics,
-    judge,
-    questions,
-)
-from lora_trainer.evaluation_prompts import evaluation_prompts
-from lora_trainer.metrics import DecodingMetrics, Estimate, HeldOutMetrics, JudgeMetrics, RunMetrics, TrainingMetrics
-from lora_trainer.personas import BloodType, IntensityThird, persona_spec
-from lora_trainer.records import EvaluationPrompt, TrainingRecord
-from lora_trainer.training import StepLog, learning_rate_factor
-from lora_trainer.validation import read_records
+from lora_trainer.config import RunConfig
+from lora_trainer.config_sources import settle
+from lora_trainer.data.evaluation_prompts import evaluation_prompts
+from lora_trainer.data.records import EvaluationPrompt, TrainingRecord
+from lora_trainer.data.validation import read_records
+from lora_trainer.evaluate import gates
+from lora_trainer.evaluate.decoding import Decoding, Generation, decodings
+from lora_trainer.evaluate.measures import decoding_metrics, evaluation_metrics
+from lora_trainer.evaluate.metrics import DecodingMetrics, Estimate, HeldOutMetrics, JudgeMetrics, RunMetrics, TrainingMetrics
+from lora_trainer.evaluate.questions import Question, questions
+from lora_trainer.evaluate.rules import JudgedReply, TrainingData, judge_by_rules
+from lora_trainer.persona.specs import persona_spec
+from lora_trainer.persona.vocabulary import BloodType, IntensityThird
+from lora_trainer.store.manifest import write_manifest
+from lora_trainer.train.schedule import learning_rate_factor
+from lora_trainer.train.step_log import StepLog
 
 RUN_ID = "3f9c2a7be14d5068"
 BASE_ANSWERS = (
@@ -200,7 +196,7 @@ def _judged(
     blood_type: BloodType,
     data: TrainingData,
 ) -> list[JudgedReply]:
-    return judge(asked, generations, model=model, decoding=decoding.name, blood_type=blood_type, data=data)
+    return judge_by_rules(asked, generations, model=model, decoding=decoding.name, blood_type=blood_type, data=data)
 
 
 def _judge_metrics() -> JudgeMetrics:
@@ -282,5 +278,5 @@ def write_bundle(made: MadeRun, folder: Path) -> Path:
         file.writelines(json.dumps(asdict(step)) + "\n" for step in made.steps)
     with (folder / "replies.jsonl").open("w", encoding="utf-8") as file:
         file.writelines(reply.model_dump_json() + "\n" for reply in made.replies)
-    bundle.write_manifest(folder, made.facts)
+    write_manifest(folder, made.facts)
     return folder

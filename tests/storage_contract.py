@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from lora_trainer.errors import ExitCode, StorageError
-from lora_trainer.storage import NotFound, PreconditionFailed, Storage
+from lora_trainer.store.interface import NotFound, PreconditionFailed, Storage
 
 KEY = "runs/A/manifest.json"
 UNSAFE = ["", "/etc/passwd", "a/../b", "..", "a//b", "a/", "./a", "a\\b", "a\0b", "a\nb", "\udcff"]

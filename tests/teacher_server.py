@@ -17,10 +17,10 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+from lora_trainer.data.records import TrainingRecord
 from lora_trainer.generator.compose import compose
 from lora_trainer.generator.intake import Intake
-from lora_trainer.personas import BloodType, Feeling, IntensityThird
-from lora_trainer.records import TrainingRecord
+from lora_trainer.persona.vocabulary import BloodType, Feeling, IntensityThird
 
 ORDER = re.compile(r"^(\d+)\. 주제: .*친구의 감정: (\w+) ([\d.]+)", re.MULTILINE)
 PERSONA = re.compile(r"'(AB|A|B|O)형")

@@ -20,13 +20,14 @@ from typing import Annotated, Final
 import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
-from lora_trainer.evaluation_prompts import evaluation_prompts
+from lora_trainer.data.evaluation_prompts import evaluation_prompts
+from lora_trainer.data.records import TrainingRecord
 from lora_trainer.generator.compose import compose
+from lora_trainer.generator.dataset_summary import summarise
 from lora_trainer.generator.intake import Intake, all_cells
-from lora_trainer.generator.summary import summarise
 from lora_trainer.generator.teacher import families
-from lora_trainer.personas import BloodType, Expression, Feeling, IntensityThird, persona_spec
-from lora_trainer.records import TrainingRecord
+from lora_trainer.persona.specs import persona_spec
+from lora_trainer.persona.vocabulary import BloodType, Expression, Feeling, IntensityThird
 
 REPOSITORY: Final = Path(__file__).resolve().parents[1]
 
@@ -156,7 +157,7 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="write nothing, and exit with 1 where a file differs")
     check = parser.parse_args().check
     differ = 0
-    prompts = (REPOSITORY / "lora_trainer/assets/eval_prompts.jsonl").read_text(encoding="utf-8")
+    prompts = (REPOSITORY / "lora_trainer/data/assets/eval_prompts.jsonl").read_text(encoding="utf-8")
     files = {DATA / "eval_prompts.jsonl": prompts}
     records = {blood_type: build(blood_type) for blood_type in BloodType}
     for blood_type, found in records.items():

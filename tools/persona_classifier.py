@@ -1,6 +1,6 @@
 """Train the persona classifier on the bundled data, and say how well it tells the four friends apart.
 
-    python tools/persona_classifier.py            train and write lora_trainer/assets/persona_classifier.npz
+    python tools/persona_classifier.py            train and write lora_trainer/evaluate/assets/persona_classifier.npz
     python tools/persona_classifier.py --check    only measure the one that is there; exit 1 where data/README.md says otherwise
 
 Measured on the replies that were held out of its training, and once more on the hand-written ones among them, which are
@@ -15,9 +15,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
-from lora_trainer.persona_classifier import PersonaClassifier, accuracy, confusion, is_held_out
-from lora_trainer.personas import BloodType
-from lora_trainer.records import JsonlReader, TrainingRecord
+from lora_trainer.data.jsonl import JsonlReader
+from lora_trainer.data.records import TrainingRecord
+from lora_trainer.evaluate.persona_classifier import PersonaClassifier, accuracy, confusion, is_held_out
+from lora_trainer.persona.vocabulary import BloodType
 
 REPOSITORY: Final = Path(__file__).resolve().parents[1]
 

@@ -7,10 +7,11 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
+from lora_trainer.data.records import TrainingRecord
 from lora_trainer.generator.grammar import Scene, Take, fill, load_reactions, load_scenes
 from lora_trainer.generator.intake import INTENSITIES, QUESTION_RATE, Cell, Intake
-from lora_trainer.personas import BloodType, Expression, Feeling, IntensityThird, persona_spec
-from lora_trainer.records import TrainingRecord
+from lora_trainer.persona.specs import persona_spec
+from lora_trainer.persona.vocabulary import BloodType, Expression, Feeling, IntensityThird
 
 GRAMMAR_ATTEMPTS: Final = 200
 """Drafts for one record before the grammar counts as used up for its feeling and intensity."""

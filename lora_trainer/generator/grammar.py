@@ -15,10 +15,10 @@ from typing import Annotated, Any, Final, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from lora_trainer.emoji import is_emoji
+from lora_trainer.data.korean import PARTICLES, with_particle
 from lora_trainer.errors import InvariantError
-from lora_trainer.korean import PARTICLES, with_particle
-from lora_trainer.personas import BloodType, Expression, Feeling, IntensityThird
+from lora_trainer.persona.emoji import is_emoji
+from lora_trainer.persona.vocabulary import BloodType, Expression, Feeling, IntensityThird
 
 _Text = Annotated[str, Field(min_length=1)]
 SlotValue = str | Mapping[str, str]

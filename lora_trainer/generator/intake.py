@@ -8,10 +8,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
-from lora_trainer.duplicates import NearDuplicateFinder
-from lora_trainer.lint import lint_reply
-from lora_trainer.personas import BloodType, Feeling, IntensityThird
-from lora_trainer.records import TrainingRecord
+from lora_trainer.data.duplicates import NearDuplicateFinder
+from lora_trainer.data.lint import lint_reply
+from lora_trainer.data.records import TrainingRecord
+from lora_trainer.persona.vocabulary import BloodType, Feeling, IntensityThird
 
 Cell = tuple[Feeling, IntensityThird]
 

@@ -27,10 +27,12 @@ from pydantic import BaseModel, ConfigDict, SecretStr, ValidationError
 
 from lora_trainer import logs
 from lora_trainer.config import DEFAULT_LIMITS
+from lora_trainer.data.jsonl import JsonlReader
+from lora_trainer.data.records import TrainingRecord
 from lora_trainer.errors import ConfigError, DataError, StorageError
 from lora_trainer.generator.intake import INTENSITIES, QUESTION_RATE, Cell, Intake, wanted_cells
-from lora_trainer.personas import BloodType, Expression, IntensityThird, PersonaSpec, persona_spec
-from lora_trainer.records import JsonlReader, TrainingRecord
+from lora_trainer.persona.specs import PersonaSpec, persona_spec
+from lora_trainer.persona.vocabulary import BloodType, Expression, IntensityThird
 
 if TYPE_CHECKING:
     from openai import OpenAI

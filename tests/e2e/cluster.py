@@ -300,7 +300,7 @@ class Story:
         return f"B: {condition}"
 
     def adapters(self) -> str:
-        from lora_trainer.bundle import verify
+        from lora_trainer.store.manifest import verify_files
 
         seen = []
         for persona in ("A", "B"):
@@ -308,7 +308,7 @@ class Story:
             expect(latest, f"{persona}: no latest.json")
             run_id = json.loads(latest.data)["run_id"]
             prefix = f"lora/adapters/{persona}/{run_id}/"
-            problems = verify(self.storage, prefix)
+            problems = verify_files(self.storage, prefix)
             expect(not problems, problems)
             seen.append(f"{prefix}: {len(list(self.storage.list(prefix)))} objects")
         left = [found.key for found in self.storage.list("lora/runs/")]
@@ -469,7 +469,7 @@ def main() -> int:
     with dev_s3.serve() as server, reachable(int(server.endpoint_url.rpartition(":")[2]), arguments.s3_host) as port:
         os.environ |= server.environment
         server.make_bucket(BUCKET)
-        from lora_trainer.storage import open_storage
+        from lora_trainer.store.opening import open_storage
 
         storage = open_storage(f"s3://{BUCKET}/")
         put_files(storage, broken="O")

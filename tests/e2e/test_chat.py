@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from test_run import REPOSITORY, SHORT, job
 
-from lora_trainer.evaluation import read_exact
+from lora_trainer.evaluate.rules import read_exact
 
 pytestmark = pytest.mark.e2e
 for needed in ("torch", "transformers", "trl", "peft", "llguidance"):

@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 
-from lora_trainer.bundle import response_schema
-from lora_trainer.constrained import ReplyGrammar, most_tokens
-from lora_trainer.evaluation import Decoding
-from lora_trainer.formatter import prompt_messages
-from lora_trainer.personas import BloodType, Feeling, persona_spec
-from lora_trainer.records import Reply
+from lora_trainer.data.records import Reply
+from lora_trainer.evaluate.decoding import Decoding
+from lora_trainer.persona.prompt import prompt_messages
+from lora_trainer.persona.reply_schema import response_schema
+from lora_trainer.persona.specs import persona_spec
+from lora_trainer.persona.vocabulary import BloodType, Feeling
+from lora_trainer.train.constrained_decoding import ReplyGrammar, most_tokens
 
 pytestmark = pytest.mark.e2e
 for needed in ("torch", "transformers", "llguidance"):
@@ -57,7 +58,7 @@ def prompts(tokenizer: Any) -> list[str]:
 
 
 def test_a_thousand_replies_of_an_untrained_base_are_exact(untrained: Any, tokenizer: Any) -> None:
-    from lora_trainer.backends.generation import generate
+    from lora_trainer.train.backends.generation import generate
 
     grammar = ReplyGrammar(tokenizer, SCHEMA)
     decoding = Decoding("sampled", most_tokens(SCHEMA), temperature=1.5, seed=1)
@@ -87,7 +88,7 @@ def test_a_thousand_replies_of_an_untrained_base_are_exact(untrained: Any, token
 
 
 def test_without_the_grammar_it_answers_in_none(untrained: Any, tokenizer: Any) -> None:
-    from lora_trainer.backends.generation import generate
+    from lora_trainer.train.backends.generation import generate
 
     decoding = Decoding("sampled", 48, temperature=1.5, seed=1)
     replies = generate(untrained, tokenizer, prompts(tokenizer), decoding, batch_size=30)
@@ -99,7 +100,7 @@ def test_a_trained_base_says_the_same_with_and_without_the_grammar(tokenizer: An
     import torch
     from transformers import AutoModelForCausalLM
 
-    from lora_trainer.backends.generation import generate
+    from lora_trainer.train.backends.generation import generate
 
     base = AutoModelForCausalLM.from_pretrained(TINY_BASE, local_files_only=True, dtype=torch.float32).eval()
     grammar = ReplyGrammar(tokenizer, SCHEMA)

@@ -28,9 +28,9 @@ JOB = """
 import os, signal, sys
 import torch
 from entrypoint.__main__ import main
-from lora_trainer import pipeline
-from lora_trainer.backends.trainer import StepTrainer
-from lora_trainer.backends.transformers import TransformersBackend
+from lora_trainer.run import pipeline
+from lora_trainer.train.backends.step_trainer import StepTrainer
+from lora_trainer.train.backends.transformers import TransformersBackend
 
 fault, true_step = os.environ.get("FAULT"), StepTrainer.training_step
 

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from lora_trainer.backends import Backend, open_backend
-from lora_trainer.config import settle
+from lora_trainer.config_sources import settle
+from lora_trainer.data.jsonl import JsonlReader
 from lora_trainer.errors import InvariantError
-from lora_trainer.planning import plan_memory
-from lora_trainer.records import JsonlReader
-from lora_trainer.tokenization import TokenSequence, tokenize
+from lora_trainer.train.backends import Backend, open_backend
+from lora_trainer.train.memory_plan import plan_memory
+from lora_trainer.train.tokenization import TokenSequence, tokenize
 
 pytestmark = pytest.mark.e2e
 for needed in ("torch", "transformers", "trl", "peft", "datasets"):
@@ -60,7 +60,7 @@ def loaded(tmp_path: Path) -> Loaded:
 
 
 def test_packed_records_are_isolated_and_a_leak_is_caught(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
-    import lora_trainer.backends.trainer as trainer
+    import lora_trainer.train.backends.step_trainer as trainer
 
     first, second = loaded.sequences[:2]
     assert loaded.backend.check_isolation(first, second) < 0.01
@@ -124,7 +124,7 @@ def test_an_adapter_that_does_not_move_is_caught(loaded: Loaded) -> None:
 
 
 def test_packing_that_is_off_is_caught(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
-    import lora_trainer.backends.trainer as trainer
+    import lora_trainer.train.backends.step_trainer as trainer
 
     monkeypatch.setattr(trainer, "pack", lambda lengths, row_tokens: [[position] for position in range(len(lengths))])
     with pytest.raises(InvariantError, match="packing is off"):
@@ -132,7 +132,7 @@ def test_packing_that_is_off_is_caught(loaded: Loaded, monkeypatch: pytest.Monke
 
 
 def test_a_row_without_a_token_in_the_loss_is_caught() -> None:
-    from lora_trainer.backends.trainer import make_row
+    from lora_trainer.train.backends.step_trainer import make_row
 
     with pytest.raises(InvariantError, match="all labels are -100"):
         make_row([TokenSequence((5, 6, 7), 3)])
@@ -158,7 +158,7 @@ def test_an_adapter_that_was_saved_as_nothing_is_caught(loaded: Loaded, tmp_path
 
 
 def test_every_reply_ends_in_one_end_of_turn_that_is_in_the_loss(loaded: Loaded) -> None:
-    from lora_trainer.backends.trainer import make_row
+    from lora_trainer.train.backends.step_trainer import make_row
 
     eos = loaded.backend.tokenizer.eos_token_id
     for sequence in loaded.sequences:

@@ -12,8 +12,9 @@ import boto3
 import pytest
 from test_chaos import chaos
 
-from lora_trainer import bundle
-from lora_trainer.storage import Storage, open_storage
+from lora_trainer.store.interface import Storage
+from lora_trainer.store.manifest import verify_files
+from lora_trainer.store.opening import open_storage
 
 pytestmark = pytest.mark.e2e
 
@@ -95,7 +96,7 @@ def test_a_paused_one_finds_itself_replaced_and_writes_nothing_more(start: Start
     assert objects(storage) == before
     assert not any(name.startswith("runs/") for name in before)
     run_id = until(second, "run_finished")["run_id"]
-    assert bundle.verify(storage, f"adapters/A/{run_id}/") == []
+    assert verify_files(storage, f"adapters/A/{run_id}/") == []
 
 
 def test_a_killed_one_is_not_waited_for_and_a_signal_ends_the_wait(start: Start, chaos: Any, bucket: str) -> None:

@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 
-from lora_trainer.bundle import MANIFEST_NAME
 from lora_trainer.config import GatesConfig
-from lora_trainer.storage import Storage, open_storage
+from lora_trainer.store.interface import Storage
+from lora_trainer.store.manifest import MANIFEST_NAME
+from lora_trainer.store.opening import open_storage
 
 pytestmark = pytest.mark.e2e
 for needed in ("torch", "transformers", "trl", "peft", "datasets"):

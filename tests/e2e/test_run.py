@@ -14,11 +14,13 @@ from typing import Any
 import pytest
 from fault_proxy import FaultProxy
 
-from lora_trainer import bundle
 from lora_trainer.config import GatesConfig
-from lora_trainer.formatter import prompt_messages
-from lora_trainer.personas import BloodType, persona_spec
-from lora_trainer.storage import open_storage
+from lora_trainer.persona.prompt import prompt_messages
+from lora_trainer.persona.specs import persona_spec
+from lora_trainer.persona.vocabulary import BloodType
+from lora_trainer.store.manifest import read_manifest, verify_files
+from lora_trainer.store.opening import open_storage
+from lora_trainer.store.prefixes import bundle_prefix, latest_key
 
 pytestmark = pytest.mark.e2e
 for needed in ("torch", "transformers", "trl", "peft", "datasets"):
@@ -100,21 +102,21 @@ def test_jsonl_in_s3_becomes_an_adapter_in_s3(blood_type: BloodType, bucket: str
     log = events(done)
     finished = log["run_finished"]
     assert (finished["outcome"], finished["exit_code"]) == ("done", 0)
-    prefix = bundle.bundle_prefix(blood_type, finished["run_id"])
+    prefix = bundle_prefix(blood_type, finished["run_id"])
     assert done.stdout.strip() == output_uri + prefix
     output = open_storage(output_uri)
-    assert bundle.verify(output, prefix) == []
+    assert verify_files(output, prefix) == []
     names = {item.key.removeprefix(prefix) for item in output.list(prefix)}
     assert names >= {
         "adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
         "prompt.json", "response_schema.json", "persona.yaml", "metrics.json", "metrics.schema.json", "replies.jsonl",
         "report.html", "train_log.jsonl", "README.md", "manifest.json",
     }  # fmt: skip
-    pointer = output.read_bytes(bundle.latest_key(blood_type))
+    pointer = output.read_bytes(latest_key(blood_type))
     assert pointer is not None
     assert json.loads(pointer.data)["run_id"] == finished["run_id"]
 
-    manifest = bundle.read_manifest(output, prefix)
+    manifest = read_manifest(output, prefix)
     assert manifest is not None
     data = (REPOSITORY / "data" / f"train_data_type_{blood_type}.jsonl").read_bytes()
     assert manifest["data"]["sha256"] == hashlib.sha256(data).hexdigest()
@@ -149,10 +151,10 @@ def test_the_same_command_again_is_already_done(bucket: str, data_uri: str, tmp_
     assert first.returncode == 0, first.stderr
     output = open_storage(f"s3://{bucket}/lora/")
     # what a crash between the manifest and the pointer leaves behind
-    pointer = output.read_bytes(bundle.latest_key(BloodType.A))
+    pointer = output.read_bytes(latest_key(BloodType.A))
     assert pointer is not None
     stale = {**json.loads(pointer.data), "run_id": "0" * 16, "started_at": "2020-01-01T00:00:00+00:00"}
-    output.write_bytes(bundle.latest_key(BloodType.A), json.dumps(stale).encode(), if_match=pointer.etag)
+    output.write_bytes(latest_key(BloodType.A), json.dumps(stale).encode(), if_match=pointer.etag)
 
     # another scratch folder, log level and memory layout: the same run all the same
     again = job(*command, "--log-level", "debug", "--set", "memory.micro_batch_tokens=512", work_dir=tmp_path / "two")
@@ -163,7 +165,7 @@ def test_the_same_command_again_is_already_done(bucket: str, data_uri: str, tmp_
     assert log["already_done"]["latest_moved"] is True
     assert "training_step" not in log
     assert again.stdout == first.stdout
-    mended = output.read_bytes(bundle.latest_key(BloodType.A))
+    mended = output.read_bytes(latest_key(BloodType.A))
     assert mended is not None
     assert json.loads(mended.data) == json.loads(pointer.data)
 
@@ -182,7 +184,7 @@ def test_a_store_that_fails_a_fifth_of_all_requests(s3_server: Any, bucket: str,
     assert done.returncode == 0, done.stderr
     assert proxy.faults.total() > proxy.requests / 20
     run_id = events(done)["run_finished"]["run_id"]
-    assert bundle.verify(open_storage(output_uri), bundle.bundle_prefix(BloodType.O, run_id)) == []
+    assert verify_files(open_storage(output_uri), bundle_prefix(BloodType.O, run_id)) == []
     assert list(open_storage(output_uri).list("runs/")) == []
 
 
@@ -289,7 +291,7 @@ def test_a_tampered_bundle_does_not_verify(bucket: str, data_uri: str, tmp_path:
     content[-1] ^= 1
     weights.write_bytes(content)
     output.upload(weights, prefix + "adapter_model.safetensors")
-    (problem,) = bundle.verify(output, prefix)
+    (problem,) = verify_files(output, prefix)
     assert "adapter_model.safetensors" in problem
 
 

@@ -18,9 +18,12 @@ from typing import Any
 import pytest
 from test_run import DEMO, NO_GATES, REPOSITORY, events, job
 
-from lora_trainer import bundle
-from lora_trainer.personas import BloodType, persona_spec
-from lora_trainer.storage import open_storage
+from lora_trainer.persona.specs import persona_spec
+from lora_trainer.persona.vocabulary import BloodType
+from lora_trainer.store.latest import move_latest
+from lora_trainer.store.manifest import verify_files
+from lora_trainer.store.opening import open_storage
+from lora_trainer.store.prefixes import bundle_prefix, latest_key
 
 pytestmark = pytest.mark.e2e
 for needed in ("torch", "transformers", "trl", "peft", "datasets"):
@@ -49,7 +52,7 @@ def spoiled(tmp_path: Path) -> Callable[[str], dict[str, str]]:
 
 
 ZEROED_WHEN_SAVED = """
-from lora_trainer.backends.transformers import TransformersBackend
+from lora_trainer.train.backends.transformers import TransformersBackend
 
 true_save = TransformersBackend.save
 
@@ -67,14 +70,14 @@ TransformersBackend.save = save
 
 # shifted once here and once more by the model: each token's target is the one after the next
 SHIFTED_LABELS = """
-from lora_trainer.tokenization import TokenSequence
+from lora_trainer.train.tokenization import TokenSequence
 
 true_labels = TokenSequence.labels.fget
 TokenSequence.labels = property(lambda sequence: [*true_labels(sequence)[1:], -100])
 """
 
 WITHOUT_END_OF_TURN = """
-from lora_trainer.tokenization import TokenSequence
+from lora_trainer.train.tokenization import TokenSequence
 
 true_labels = TokenSequence.labels.fget
 TokenSequence.labels = property(lambda sequence: [*true_labels(sequence)[:-1], -100])
@@ -157,9 +160,9 @@ def refused(done: subprocess.CompletedProcess[str], output: Path) -> Refused:
     log = events(done)
     finished = log["run_finished"]
     assert (finished["outcome"], finished["exit_code"], finished["passed"]) == ("GateError", 4, False)
-    prefix = bundle.bundle_prefix(BloodType.A, finished["run_id"])
-    assert bundle.verify(open_storage(str(output)), prefix) == []
-    assert not (output / bundle.latest_key(BloodType.A)).exists()
+    prefix = bundle_prefix(BloodType.A, finished["run_id"])
+    assert verify_files(open_storage(str(output)), prefix) == []
+    assert not (output / latest_key(BloodType.A)).exists()
     assert not (output / "adapter_A").exists()
     # of the newest verdict, wherever that lies
     report = Path(finished["report"].removeprefix("file://"))
@@ -195,8 +198,8 @@ def test_an_adapter_that_is_saved_as_nothing_is_the_read_backs(
 ) -> None:
     output = tmp_path / "out"
     storage = open_storage(str(output))
-    bundle.move_latest(storage, BloodType.A, {"run_id": "0" * 16, "started_at": "2020-01-01T00:00:00+00:00"})
-    pointer = storage.read_bytes(bundle.latest_key(BloodType.A))
+    move_latest(storage, BloodType.A, {"run_id": "0" * 16, "started_at": "2020-01-01T00:00:00+00:00"})
+    pointer = storage.read_bytes(latest_key(BloodType.A))
     data = write_as_a(tmp_path / "data", shortest_records(BloodType.A))
 
     # gates that would let anything through: it must not come to them
@@ -208,9 +211,9 @@ def test_an_adapter_that_is_saved_as_nothing_is_the_read_backs(
     assert "does not change the base's logits" in log["run_finished"]["problems"][0]
     assert "training_finished" in log
     assert "evaluation_finished" not in log
-    assert storage.read_bytes(bundle.latest_key(BloodType.A)) == pointer
+    assert storage.read_bytes(latest_key(BloodType.A)) == pointer
     # what was trained is not lost: its checkpoint stays, under runs/
-    assert [item.key for item in storage.list("adapters/")] == [bundle.latest_key(BloodType.A)]
+    assert [item.key for item in storage.list("adapters/")] == [latest_key(BloodType.A)]
 
 
 # --- the verdict ---------------------------------------------------------------------------------------------------
@@ -296,7 +299,7 @@ def test_an_end_of_turn_outside_the_loss_is_the_stop_gates(spoiled: Callable[[st
 
     control = run_a(data, tmp_path / "control", *arguments, work_dir=tmp_path / "work-control")
     assert control.returncode == 0, control.stderr[-2000:]
-    prefix = bundle.bundle_prefix(BloodType.A, events(control)["run_finished"]["run_id"])
+    prefix = bundle_prefix(BloodType.A, events(control)["run_finished"]["run_id"])
     lines = (tmp_path / "control" / prefix / "replies.jsonl").read_text(encoding="utf-8").splitlines()
     replies = [json.loads(line) for line in lines]
     assert {reply["tokens"] for reply in replies if reply["model"] == "base"} == {64}
@@ -340,8 +343,8 @@ def test_a_verdict_is_repeated_and_other_thresholds_need_no_training(
     found, folder, arguments = one_step
     output = tmp_path / "out"
     shutil.copytree(folder / "out", output)
-    pointer = output / bundle.latest_key(BloodType.A)
-    manifest = output / bundle.bundle_prefix(BloodType.A, found.run_id) / "manifest.json"
+    pointer = output / latest_key(BloodType.A)
+    manifest = output / bundle_prefix(BloodType.A, found.run_id) / "manifest.json"
     published = manifest.read_bytes()
     data, without_torch = str(folder / "data"), spoiled(NO_TORCH)
 

@@ -24,7 +24,7 @@ from urllib.parse import quote, urlsplit
 import pytest
 
 from lora_trainer.config import GatesConfig
-from lora_trainer.storage import open_storage
+from lora_trainer.store.opening import open_storage
 
 pytestmark = pytest.mark.e2e
 for needed in ("torch", "transformers", "trl", "peft", "datasets"):
@@ -60,7 +60,8 @@ SECRETS = (
 PROGRAM = """
 import logging, os, sys
 from pathlib import Path
-from lora_trainer import logs, pipeline
+from lora_trainer import logs
+from lora_trainer.run import pipeline
 
 termination_log, breakage = sys.argv[1:3]
 del sys.argv[1:3]

@@ -14,10 +14,12 @@ from typing import Any
 
 import pytest
 
-from lora_trainer import bundle
 from lora_trainer.config import GatesConfig
-from lora_trainer.personas import BloodType
-from lora_trainer.storage import Storage, open_storage
+from lora_trainer.persona.vocabulary import BloodType
+from lora_trainer.store.interface import Storage
+from lora_trainer.store.manifest import MANIFEST_NAME, verify_files
+from lora_trainer.store.opening import open_storage
+from lora_trainer.store.prefixes import bundle_prefix, latest_key
 
 pytestmark = pytest.mark.e2e
 for needed in ("torch", "transformers", "trl", "peft", "datasets"):
@@ -74,10 +76,10 @@ def events(log: Log, name: str, blood_type: str | None = None) -> Log:
 
 def adapter(output: Storage, blood_type: str) -> bytes:
     """The one that is published, by its pointer; its bundle is whole."""
-    pointer = output.read_bytes(bundle.latest_key(BloodType(blood_type)))
+    pointer = output.read_bytes(latest_key(BloodType(blood_type)))
     assert pointer is not None
-    prefix = bundle.bundle_prefix(BloodType(blood_type), json.loads(pointer.data)["run_id"])
-    assert bundle.verify(output, prefix) == []
+    prefix = bundle_prefix(BloodType(blood_type), json.loads(pointer.data)["run_id"])
+    assert verify_files(output, prefix) == []
     found = output.read_bytes(prefix + "adapter_model.safetensors", max_bytes=2**28)
     assert found is not None
     return found.data
@@ -119,7 +121,7 @@ def test_each_gets_what_it_gets_alone_from_a_base_that_is_loaded_once(
     finished = log[-1]
     assert (finished["event"], finished["outcome"], finished["exit_code"]) == ("run_finished", "done", 0)
     run_ids = {persona["blood_type"]: persona["run_id"] for persona in finished["personas"]}
-    assert printed == [uri + bundle.bundle_prefix(BloodType(name), run_ids[name]) for name in ("A", "B")]
+    assert printed == [uri + bundle_prefix(BloodType(name), run_ids[name]) for name in ("A", "B")]
     assert [persona["bundle"] for persona in finished["personas"]] == printed
     assert all(persona["passed"] and persona["exit_code"] == 0 for persona in finished["personas"])
     assert [line["run_id"] for line in events(log, "persona_finished")] == [run_ids["A"], run_ids["B"]]
@@ -159,7 +161,7 @@ def test_a_failure_is_its_own_and_bad_data_is_said_before_anyone_trains(alone: b
     # A had trained: what it left on the device is not trusted, and what it made is kept
     assert not events(log, "base_reused")
     assert [line["blood_type"] for line in events(log, "training_finished")] == ["A", "B"]
-    assert (next((tmp_path / "work").glob("runs/A/*/bundle")) / bundle.MANIFEST_NAME).is_file()
+    assert (next((tmp_path / "work").glob("runs/A/*/bundle")) / MANIFEST_NAME).is_file()
     assert {problem.split(":")[0] for problem in log[-1]["problems"]} == {"A", "O"}
 
 

@@ -25,7 +25,7 @@ from fault_proxy import Answer, Asked, FaultProxy
 
 from lora_trainer.config import GatesConfig
 from lora_trainer.errors import StorageError
-from lora_trainer.storage import open_storage
+from lora_trainer.store.opening import open_storage
 
 pytestmark = pytest.mark.e2e
 for needed in ("torch", "transformers", "trl", "peft", "datasets"):

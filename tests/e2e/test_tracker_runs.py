@@ -14,13 +14,14 @@ from typing import Any
 
 import pytest
 
-from lora_trainer.backends import open_backend
-from lora_trainer.config import settle
+from lora_trainer.config_sources import settle
+from lora_trainer.data.jsonl import JsonlReader
+from lora_trainer.data.records import TrainingRecord
 from lora_trainer.errors import ConfigError, Interrupted
-from lora_trainer.planning import plan_memory
-from lora_trainer.records import JsonlReader, TrainingRecord
-from lora_trainer.tokenization import tokenize
-from lora_trainer.training import OnStep, StepLog, TrainingLog
+from lora_trainer.train.backends import open_backend
+from lora_trainer.train.memory_plan import plan_memory
+from lora_trainer.train.step_log import OnStep, StepLog, TrainingLog
+from lora_trainer.train.tokenization import tokenize
 
 pytestmark = pytest.mark.e2e
 for needed in ("torch", "transformers", "trl", "peft", "datasets"):
@@ -283,18 +284,18 @@ def test_without_a_tracker_a_step_is_still_reported_one_late(
     tracked: Tracked, environment: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """And the numbers are the same."""
-    from lora_trainer.backends import trainer
+    from lora_trainer.train.backends import step_trainer
 
     reported: list[tuple[int, int]] = []
     at = 0
-    true_end = trainer.StepTrainer.end_step
+    true_end = step_trainer.StepTrainer.end_step
 
     def end_step(self: Any, number: int) -> None:
         nonlocal at
         at = number
         true_end(self, number)
 
-    environment.setattr(trainer.StepTrainer, "end_step", end_step)
+    environment.setattr(step_trainer.StepTrainer, "end_step", end_step)
     log = train(tmp_path / "run", "A", "none", lambda step, of: reported.append((step.step, at)))
     assert reported == [(1, 2), (2, 3), (3, 3)]
     assert not (tmp_path / "run" / "trackers").exists()

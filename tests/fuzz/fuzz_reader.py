@@ -19,7 +19,8 @@ import atheris
 
 with atheris.instrument_imports(include=["lora_trainer", "json", "gzip"]):
     from lora_trainer.config import LimitsConfig
-    from lora_trainer.records import EvaluationPrompt, JsonlReader, TrainingRecord
+    from lora_trainer.data.jsonl import JsonlReader
+    from lora_trainer.data.records import EvaluationPrompt, TrainingRecord
 
 from backports import zstd
 

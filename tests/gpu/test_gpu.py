@@ -147,12 +147,12 @@ def test_both_backends_learn_alike(small_base: Path, tmp_path: Path) -> None:
 ISOLATION = """
 import json, sys
 from pathlib import Path
-from lora_trainer.backends import open_backend
-from lora_trainer.config import settle
+from lora_trainer.train.backends import open_backend
+from lora_trainer.config_sources import settle
 from lora_trainer.errors import InvariantError
-from lora_trainer.planning import plan_memory
-from lora_trainer.records import JsonlReader
-from lora_trainer.tokenization import tokenize
+from lora_trainer.train.memory_plan import plan_memory
+from lora_trainer.data.jsonl import JsonlReader
+from lora_trainer.train.tokenization import tokenize
 base, data, work = map(Path, sys.argv[1:])
 memory = {"memory.micro_batch_tokens": 2048, "memory.gradient_checkpointing": "off"}
 config = settle({"blood_type": "A", "work_dir": str(work), **memory}, {})
@@ -165,7 +165,7 @@ backend.load(base, plan, 1024)
 backend.prepare_training(sequences, [list(range(len(sequences)))], plan, work, lambda step, of: None)
 print("packed", backend.check_isolation(sequences[0], sequences[1]))
 # what a forward without boundaries would do must be caught
-import lora_trainer.backends.trainer as trainer
+import lora_trainer.train.backends.step_trainer as trainer
 true_row = trainer.make_row
 def joined(sequences):
     row = true_row(sequences)
@@ -232,7 +232,7 @@ memory_gib = float(os.environ.get("GPU_MEMORY_GIB", "0"))
 if memory_gib:
     torch.cuda.set_per_process_memory_fraction(memory_gib * 2**30 / torch.cuda.get_device_properties(0).total_memory)
 from entrypoint.__main__ import main
-from lora_trainer.backends.trainer import StepTrainer
+from lora_trainer.train.backends.step_trainer import StepTrainer
 true_step = StepTrainer.training_step
 def training_step(self, *arguments, **named):
     loss = true_step(self, *arguments, **named)

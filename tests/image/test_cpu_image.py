@@ -16,10 +16,11 @@ import pytest
 from conftest import REPOSITORY
 from docker_cli import Docker, docker_with
 
-from lora_trainer import bundle
 from lora_trainer.config import GatesConfig
-from lora_trainer.personas import BloodType
-from lora_trainer.storage import open_storage
+from lora_trainer.persona.vocabulary import BloodType
+from lora_trainer.store.manifest import read_manifest, verify_files
+from lora_trainer.store.opening import open_storage
+from lora_trainer.store.prefixes import bundle_prefix, latest_key
 
 pytestmark = pytest.mark.image
 
@@ -90,15 +91,15 @@ def test_a_whole_run_of_a_user_whom_nobody_knows(docker: Docker, bucket: str) ->
     assert done.returncode == 0, done.stderr
     log = [json.loads(line) for line in done.stderr.splitlines()]
     run_id = log[-1]["run_id"]
-    prefix = bundle.bundle_prefix(BloodType.A, run_id)
+    prefix = bundle_prefix(BloodType.A, run_id)
     assert done.stdout.strip() == output.uri + prefix
-    assert bundle.verify(output, prefix) == []
-    manifest = bundle.read_manifest(output, prefix)
+    assert verify_files(output, prefix) == []
+    manifest = read_manifest(output, prefix)
     assert manifest is not None
     revision = docker("image", "inspect", "--format", '{{index .Config.Labels "org.opencontainers.image.revision"}}', IMAGE)
     assert manifest["environment"]["git_revision"] == revision.stdout.strip()
     assert manifest["environment"]["image_digest"] == "sha256:feed"
-    latest = output.read_bytes(bundle.latest_key(BloodType.A))
+    latest = output.read_bytes(latest_key(BloodType.A))
     assert latest is not None
     assert json.loads(latest.data)["run_id"] == run_id
 

@@ -7,10 +7,11 @@ from pathlib import Path
 import boto3
 import pytest
 
-from lora_trainer.bases import fetch_base, identify_base, tokenizer_folder
+from lora_trainer.base_model import fetch_base, identify_base, tokenizer_folder
 from lora_trainer.config import BaseModelConfig
 from lora_trainer.errors import ConfigError
-from lora_trainer.storage import NotFound, open_storage
+from lora_trainer.store.interface import NotFound
+from lora_trainer.store.opening import open_storage
 
 pytestmark = pytest.mark.integration
 

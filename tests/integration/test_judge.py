@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 from made_metrics import made_run
 
-from lora_trainer import judge
 from lora_trainer.config import EvaluationConfig
 from lora_trainer.errors import ConfigError
-from lora_trainer.evaluation import JudgedReply
-from lora_trainer.metrics import JudgeMetrics
-from lora_trainer.personas import BloodType
+from lora_trainer.evaluate import llm_judge as judge
+from lora_trainer.evaluate.metrics import JudgeMetrics
+from lora_trainer.evaluate.rules import JudgedReply
+from lora_trainer.persona.vocabulary import BloodType
 
 pytestmark = pytest.mark.integration
 

@@ -14,13 +14,16 @@ import pytest
 from fault_proxy import Answer, Asked, Fault, FaultProxy
 from structlog.testing import capture_logs
 
-from lora_trainer import bundle
-from lora_trainer.checkpoints import Checkpoints
 from lora_trainer.config import CheckpointConfig, LeaseConfig
 from lora_trainer.errors import StorageError
-from lora_trainer.lease import Lease, LeaseLostError, hold, lease_key, parse_record, run_prefix
-from lora_trainer.personas import BloodType
-from lora_trainer.storage import Storage, open_storage
+from lora_trainer.persona.vocabulary import BloodType
+from lora_trainer.store.bundle import publish_bundle
+from lora_trainer.store.checkpoints import Checkpoints
+from lora_trainer.store.interface import Storage
+from lora_trainer.store.lease import Lease, LeaseLostError, hold, parse_record
+from lora_trainer.store.manifest import read_local_manifest, read_manifest, verify_files, write_manifest
+from lora_trainer.store.opening import open_storage
+from lora_trainer.store.prefixes import lease_key, run_prefix
 
 pytestmark = pytest.mark.integration
 
@@ -50,7 +53,7 @@ def made_bundle(folder: Path, weights: bytes) -> Path:
     for name in ("adapter_config.json", "tokenizer.json"):
         (folder / name).write_text("{}")
     (folder / "adapter_model.safetensors").write_bytes(weights)
-    bundle.write_manifest(folder, {"run_id": RUN_ID})
+    write_manifest(folder, {"run_id": RUN_ID})
     return folder
 
 
@@ -114,22 +117,22 @@ def test_a_publisher_that_was_overtaken_writes_nothing(storage: Storage, tmp_pat
     with hold(LONG, storage, KEY) as lease:
         taken_over(storage, lease)
         with pytest.raises(LeaseLostError):
-            bundle.publish(mine, storage, PREFIX, lease)
+            publish_bundle(mine, storage, PREFIX, lease)
         assert list(storage.list("adapters/")) == []
-        bundle.publish(theirs, storage, PREFIX)
+        publish_bundle(theirs, storage, PREFIX)
         with pytest.raises(LeaseLostError):
-            bundle.publish(mine, storage, PREFIX, lease)
-    assert bundle.verify(storage, PREFIX) == []
+            publish_bundle(mine, storage, PREFIX, lease)
+    assert verify_files(storage, PREFIX) == []
 
 
 def test_a_manifest_is_never_replaced(storage: Storage, tmp_path: Path) -> None:
     mine, theirs = made_bundle(tmp_path / "mine", b"same"), made_bundle(tmp_path / "theirs", b"same")
-    bundle.write_manifest(theirs, {"run_id": RUN_ID, "started_at": "another time"})
-    bundle.publish(theirs, storage, PREFIX)
-    bundle.publish(theirs, storage, PREFIX)
+    write_manifest(theirs, {"run_id": RUN_ID, "started_at": "another time"})
+    publish_bundle(theirs, storage, PREFIX)
+    publish_bundle(theirs, storage, PREFIX)
     with pytest.raises(StorageError, match=r"manifest\.json: another attempt at this run has published a bundle in the meantime"):
-        bundle.publish(mine, storage, PREFIX)
-    assert bundle.read_manifest(storage, PREFIX) == bundle.read_local_manifest(theirs)
+        publish_bundle(mine, storage, PREFIX)
+    assert read_manifest(storage, PREFIX) == read_local_manifest(theirs)
 
 
 def test_the_lease_is_looked_at_before_each_try(
@@ -243,8 +246,8 @@ def test_a_bundle_that_two_wrote_at_once_is_withdrawn(
     mine, theirs = made_bundle(tmp_path / "mine", b"mine"), made_bundle(tmp_path / "theirs", b"theirs")
     storage = old_store()
     with hold(LONG, storage, KEY) as lease:
-        bundle.publish(mine, storage, PREFIX, lease)
-        assert bundle.verify(storage, PREFIX) == []
+        publish_bundle(mine, storage, PREFIX, lease)
+        assert verify_files(storage, PREFIX) == []
         storage.delete(f"{PREFIX}manifest.json")
 
         write_bytes = type(storage).write_bytes
@@ -257,8 +260,8 @@ def test_a_bundle_that_two_wrote_at_once_is_withdrawn(
 
         monkeypatch.setattr(type(storage), "write_bytes", late)
         with pytest.raises(StorageError, match="withdrawn; run the same command again"):
-            bundle.publish(mine, storage, PREFIX, lease)
-    assert bundle.read_manifest(storage, PREFIX) is None
+            publish_bundle(mine, storage, PREFIX, lease)
+    assert read_manifest(storage, PREFIX) is None
 
 
 def test_the_record_is_what_the_documentation_says(storage: Storage) -> None:

@@ -13,10 +13,10 @@ from chromium import Browser, Page, chromium, open_browser
 from made_metrics import RAMBLING, made_run, write_bundle
 
 from entrypoint.cli import run_cli
-from lora_trainer.comparison import compare, render_html
 from lora_trainer.errors import ExitCode
-from lora_trainer.personas import BloodType
-from lora_trainer.report import render_report
+from lora_trainer.persona.vocabulary import BloodType
+from lora_trainer.report.comparison import compare, comparison_page
+from lora_trainer.report.run_page import run_page
 
 pytestmark = pytest.mark.integration
 
@@ -45,11 +45,11 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> Path:
     long = {"reply": RAMBLING.replace(" ", ""), "input": "ㅋ" * 500, "summary": "w" * 500, "score": -1.0}
     replies = [reply.model_copy(update=long) if reply.prompt == 3 else reply for reply in failed.replies]
     facts = {**failed.facts, "data": {**failed.facts["data"], "uri": f"s3://{'bucket' * 20}/{'x' * 200}.jsonl"}}
-    (folder / "passed.html").write_text(render_report(passed.metrics, passed.facts, passed.steps, passed.replies), encoding="utf-8")
-    (folder / "failed.html").write_text(render_report(failed.metrics, facts, failed.steps, replies), encoding="utf-8")
+    (folder / "passed.html").write_text(run_page(passed.metrics, passed.facts, passed.steps, passed.replies), encoding="utf-8")
+    (folder / "failed.html").write_text(run_page(failed.metrics, facts, failed.steps, replies), encoding="utf-8")
     runs = [passed, failed, made_run(BloodType.B, flaws=0.1), made_run(BloodType.O, settings=(("lora.r", 32),))]
     uris = [str(write_bundle(made, folder / "runs" / str(number))) for number, made in enumerate(runs)]
-    (folder / "comparison.html").write_text(render_html(compare(uris)), encoding="utf-8")
+    (folder / "comparison.html").write_text(comparison_page(compare(uris)), encoding="utf-8")
     return folder
 
 

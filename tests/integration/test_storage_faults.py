@@ -24,8 +24,10 @@ from structlog.testing import capture_logs
 
 from lora_trainer.config import StorageConfig
 from lora_trainer.errors import ExitCode, Interrupted, StorageError
-from lora_trainer.patience import PATIENCE, PassingError, Patience, Trying
-from lora_trainer.storage import NotFound, PreconditionFailed, Storage, open_storage, sha256_of
+from lora_trainer.store.interface import NotFound, PreconditionFailed, Storage
+from lora_trainer.store.local import sha256_of
+from lora_trainer.store.opening import open_storage
+from lora_trainer.store.retry import RETRY_BUDGET, Retries, RetryBudget, TransientError
 
 pytestmark = pytest.mark.integration
 
@@ -277,7 +279,7 @@ def test_what_lasts_is_said(proxied: Proxied, direct: Storage, source: Path, aws
             call()
         message = str(caught.value)
         assert caught.value.exit_code == ExitCode.STORAGE
-        assert not isinstance(caught.value, PassingError), "what was given up is not tried again by anybody"
+        assert not isinstance(caught.value, TransientError), "what was given up is not tried again by anybody"
         assert f"{proxy.url} answered HTTP 503 " in message
         assert "storage.object_budget_s=0.6 is used up" in message
         assert message.endswith(kept)
@@ -289,7 +291,7 @@ def test_what_lasts_is_said(proxied: Proxied, direct: Storage, source: Path, aws
 
 def test_all_objects_share_one_budget(proxied: Proxied, direct: Storage) -> None:
     """A store that fails each object for a while must not cost its budget for each of a thousand objects."""
-    PATIENCE.begin(StorageConfig(object_budget_s=60, total_budget_s=1, stall_timeout_s=1))
+    RETRY_BUDGET.begin(StorageConfig(object_budget_s=60, total_budget_s=1, stall_timeout_s=1))
     proxied(share=1, kinds=[Fault.THROTTLED])
     storage = open_storage(direct.uri)
     with pytest.raises(StorageError, match=r"storage.total_budget_s=1, for all objects together, is used up"):
@@ -297,18 +299,18 @@ def test_all_objects_share_one_budget(proxied: Proxied, direct: Storage) -> None
     with capture_logs() as logs, pytest.raises(StorageError, match=r"tried once in 0 s: storage.total_budget_s"):
         storage.read_bytes(KEY)
     assert logs == [], "nothing is left to wait with"
-    PATIENCE.begin(None)
+    RETRY_BUDGET.begin(None)
     proxied(share=1, kinds=[Fault.THROTTLED], at_most=1)
     assert open_storage(direct.uri).read_bytes(KEY) is None
 
 
 def test_pauses_grow_with_jitter_and_end_with_the_budget() -> None:
-    patience = Patience()
+    patience = RetryBudget()
     patience.begin(StorageConfig(object_budget_s=1000, total_budget_s=50, stall_timeout_s=1))
-    fault = PassingError("x")
+    fault = TransientError("x")
     drawn = []
     for _ in range(50):
-        trying = Trying(patience)
+        trying = Retries(patience)
         drawn.append([pause_s for _ in range(8) if (pause_s := trying.failed(fault)) is not None])
     for number in range(8):
         pauses_s = [pauses_s[number] for pauses_s in drawn]
@@ -317,9 +319,9 @@ def test_pauses_grow_with_jitter_and_end_with_the_budget() -> None:
         assert max(pauses_s) > longest_s / 3, "50 draws"
         assert min(pauses_s) < longest_s / 3
     assert patience.lose(49) < 1
-    assert (Trying(patience).failed(fault) or 0) <= 1
+    assert (Retries(patience).failed(fault) or 0) <= 1
     patience.lose(1)
-    assert Trying(patience).failed(fault) is None
+    assert Retries(patience).failed(fault) is None
 
 
 def test_what_cannot_pass_is_not_tried_again(proxied: Proxied, direct: Storage, source: Path) -> None:
@@ -409,7 +411,7 @@ MOUNTED = """
     import resource, subprocess, sys
     from pathlib import Path
     from lora_trainer.errors import StorageError
-    from lora_trainer.storage import open_storage
+    from lora_trainer.store.opening import open_storage
 
     folder = Path(sys.argv[1])
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(folder)], check=True)

@@ -23,7 +23,9 @@ from storage_contract import KEY, StorageContract, keys
 from structlog.testing import capture_logs
 
 from lora_trainer.errors import ConfigError, ExitCode, Interrupted, StorageError
-from lora_trainer.storage import NotFound, PreconditionFailed, Storage, open_storage, sha256_of
+from lora_trainer.store.interface import NotFound, PreconditionFailed, Storage
+from lora_trainer.store.local import sha256_of
+from lora_trainer.store.opening import open_storage
 
 pytestmark = pytest.mark.integration
 

@@ -17,11 +17,13 @@ import pytest
 from teacher_server import SLIPS, Teacher, serve
 
 from entrypoint.cli import run_cli
-from lora_trainer.duplicates import NearDuplicateFinder
+from lora_trainer.data.duplicates import NearDuplicateFinder
+from lora_trainer.data.jsonl import JsonlReader
+from lora_trainer.data.records import TrainingRecord
+from lora_trainer.data.validation import check_file
 from lora_trainer.errors import ExitCode
-from lora_trainer.personas import BloodType, Feeling, IntensityThird, persona_spec
-from lora_trainer.records import JsonlReader, TrainingRecord
-from lora_trainer.validation import check_file
+from lora_trainer.persona.specs import persona_spec
+from lora_trainer.persona.vocabulary import BloodType, Feeling, IntensityThird
 
 pytestmark = pytest.mark.integration
 

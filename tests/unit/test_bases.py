@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from lora_trainer.bases import Base, fetch_base, identify_base, tokenizer_folder
+from lora_trainer.base_model import Base, fetch_base, identify_base, tokenizer_folder
 from lora_trainer.config import BaseModelConfig
 from lora_trainer.errors import ConfigError, StorageError
 
@@ -165,7 +165,7 @@ def test_an_id_that_only_the_hub_library_refuses() -> None:
 
 HUB = """
 import sys
-from lora_trainer.bases import fetch_base, identify_base, tokenizer_folder
+from lora_trainer.base_model import fetch_base, identify_base, tokenizer_folder
 from lora_trainer.config import BaseModelConfig
 from lora_trainer.errors import LoraTrainerError
 config = BaseModelConfig()

@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 from conftest import REPOSITORY, load_tool
 
-from lora_trainer.duplicates import NearDuplicateFinder, jaccard, normalized, shingles
-from lora_trainer.evaluation_prompts import evaluation_prompts
-from lora_trainer.personas import BloodType, Feeling, IntensityThird, persona_spec
-from lora_trainer.records import TrainingRecord
-from lora_trainer.validation import FileReport, check_file
+from lora_trainer.data.duplicates import NearDuplicateFinder, jaccard, normalized, shingles
+from lora_trainer.data.evaluation_prompts import evaluation_prompts
+from lora_trainer.data.records import TrainingRecord
+from lora_trainer.data.validation import FileReport, check_file
+from lora_trainer.persona.specs import persona_spec
+from lora_trainer.persona.vocabulary import BloodType, Feeling, IntensityThird
 
 DATA = REPOSITORY / "data"
 tool: Any = load_tool("bundled_data")

@@ -11,15 +11,17 @@ from pathlib import Path
 
 import pytest
 
-from lora_trainer import checkpoints as module
-from lora_trainer.bundle import MANIFEST_NAME
-from lora_trainer.checkpoints import Checkpoints, checkpoint_name
 from lora_trainer.config import CheckpointConfig
 from lora_trainer.errors import Interrupted, StorageError
-from lora_trainer.interruption import Interruption
-from lora_trainer.lease import run_prefix
-from lora_trainer.personas import BloodType
-from lora_trainer.storage import FileStorage, Storage, open_storage
+from lora_trainer.persona.vocabulary import BloodType
+from lora_trainer.signals import Interruption
+from lora_trainer.store import checkpoints as module
+from lora_trainer.store.checkpoints import Checkpoints, checkpoint_name
+from lora_trainer.store.interface import Storage
+from lora_trainer.store.local import FileStorage
+from lora_trainer.store.manifest import MANIFEST_NAME
+from lora_trainer.store.opening import open_storage
+from lora_trainer.store.prefixes import run_prefix
 
 RUN = run_prefix(BloodType.A, "0123456789abcdef")
 PREFIX = f"{RUN}checkpoints/"

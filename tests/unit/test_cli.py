@@ -20,15 +20,18 @@ import structlog
 from click.testing import CliRunner, Result
 
 from entrypoint.cli import cli, run_cli
-from lora_trainer import bundle, logs
-from lora_trainer.bases import identify_base
-from lora_trainer.config import settle
-from lora_trainer.evaluation import evaluation_id, prompts_digest
-from lora_trainer.evaluation_prompts import evaluation_prompts
-from lora_trainer.gates import gate_id
-from lora_trainer.identity import run_id, run_ingredients
-from lora_trainer.metrics import GateResult, Verdict
-from lora_trainer.storage import open_storage, sha256_of
+from lora_trainer import logs
+from lora_trainer.base_model import identify_base
+from lora_trainer.config_sources import settle
+from lora_trainer.data.evaluation_prompts import evaluation_prompts
+from lora_trainer.evaluate.gates import gate_id
+from lora_trainer.evaluate.metrics import GateResult, Verdict
+from lora_trainer.evaluate.questions import evaluation_id, prompts_digest
+from lora_trainer.run.identity import run_id, run_ingredients
+from lora_trainer.store.bundle import publish_bundle
+from lora_trainer.store.local import sha256_of
+from lora_trainer.store.manifest import write_manifest
+from lora_trainer.store.opening import open_storage
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TINY_BASE = REPOSITORY / "examples" / "tiny-base"
@@ -388,8 +391,8 @@ def finished(tmp_path: Path, *, passed: bool = True, blood_type: str = "A") -> t
         "gate_id": verdict.gate_id,
         "verdict": verdict.model_dump(mode="json"),
     }
-    bundle.write_manifest(folder, facts)
-    bundle.publish(folder, open_storage(str(tmp_path / "out")), f"adapters/{blood_type}/{identity}/")
+    write_manifest(folder, facts)
+    publish_bundle(folder, open_storage(str(tmp_path / "out")), f"adapters/{blood_type}/{identity}/")
     return run_arguments(tmp_path, str(data)), identity
 
 
@@ -570,7 +573,7 @@ def test_a_bug_is_exit_1_with_its_place_and_no_text_of_the_datas(
     def broken(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr("lora_trainer.pipeline.run", broken)
+    monkeypatch.setattr("lora_trainer.run.pipeline.run", broken)
     code, _, err = called(capsys, *run_arguments(tmp_path, "data/"))
     event = last_event(err)
     assert (code, event["outcome"]) == (1, "bug")

@@ -12,10 +12,10 @@ import pytest
 from made_metrics import made_run, write_bundle
 
 from entrypoint.cli import run_cli
-from lora_trainer.comparison import compare
 from lora_trainer.errors import ExitCode
-from lora_trainer.metrics import METRICS_SCHEMA
-from lora_trainer.personas import BloodType
+from lora_trainer.evaluate.metrics import METRICS_SCHEMA
+from lora_trainer.persona.vocabulary import BloodType
+from lora_trainer.report.comparison import compare
 
 EXPECTED = f"expected metrics of schema {METRICS_SCHEMA}"
 FIRST, SECOND, THIRD = "0123456789abcdef", "1111222233334444", "fedcba9876543210"

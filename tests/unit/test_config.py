@@ -12,7 +12,8 @@ from click.testing import CliRunner
 from pydantic import ValidationError
 
 from entrypoint.cli import cli
-from lora_trainer.config import ALL_LINEAR, RunConfig, config_table, environment_name, parse_override, setting_names, settle
+from lora_trainer.config import ALL_LINEAR, RunConfig, config_table, environment_name, setting_names
+from lora_trainer.config_sources import parse_override, settle
 from lora_trainer.errors import ConfigError, ExitCode
 
 A = {"blood_type": "A"}

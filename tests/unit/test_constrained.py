@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from lora_trainer.bundle import MAX_REPLY_CHARACTERS, response_schema
-from lora_trainer.constrained import ReplyGrammar, most_tokens, strict_schema
+from lora_trainer.data.records import Reply
 from lora_trainer.errors import ConfigError, InvariantError
-from lora_trainer.formatter import reply_json
-from lora_trainer.personas import Expression
-from lora_trainer.records import Reply
+from lora_trainer.persona.prompt import reply_json
+from lora_trainer.persona.reply_schema import MAX_REPLY_CHARACTERS, response_schema
+from lora_trainer.persona.vocabulary import Expression
+from lora_trainer.train.constrained_decoding import ReplyGrammar, most_tokens, strict_schema
 
 ROOT = Path(__file__).resolve().parents[2]
 SCHEMA = response_schema()

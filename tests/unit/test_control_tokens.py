@@ -14,15 +14,16 @@ from conftest import REPOSITORY
 from hostile import QWEN_TOKENS, count, drawn, forged
 from hypothesis import HealthCheck, given, settings
 
-from lora_trainer.chat import ChatState
 from lora_trainer.config import EvaluationConfig
+from lora_trainer.data.records import Context, CurrentEmotion, EvaluationPrompt, Reply, TrainingRecord
 from lora_trainer.errors import DataError
-from lora_trainer.evaluation import JudgedReply, questions
-from lora_trainer.formatter import defused, prompt_messages, spells_control_token
-from lora_trainer.judge import user_prompt
-from lora_trainer.personas import BloodType, Expression, Feeling
-from lora_trainer.records import Context, CurrentEmotion, EvaluationPrompt, Reply, TrainingRecord
-from lora_trainer.tokenization import control_tokens, record_messages, render_prompts, tokenize
+from lora_trainer.evaluate.llm_judge import user_prompt
+from lora_trainer.evaluate.questions import questions
+from lora_trainer.evaluate.rules import JudgedReply
+from lora_trainer.persona.prompt import defused, prompt_messages, spells_control_token
+from lora_trainer.persona.vocabulary import BloodType, Expression, Feeling
+from lora_trainer.run.terminal_chat import ChatState
+from lora_trainer.train.tokenization import control_tokens, record_messages, render_prompts, tokenize
 
 TINY_BASE = REPOSITORY / "examples" / "tiny-base"
 

@@ -17,12 +17,12 @@ from conftest import REPOSITORY, load_tool
 
 from entrypoint.cli import cli
 from lora_trainer.config import ALL_LINEAR, MemoryConfig, TrainingConfig, config_table
+from lora_trainer.data.jsonl import Line, parse_record
 from lora_trainer.errors import ExitCode, HardwareError
-from lora_trainer.identity import run_ingredients
-from lora_trainer.personas import Expression, Feeling
-from lora_trainer.planning import GIB, MemoryPlan, ModelShape, plan_memory
-from lora_trainer.records import Line, parse_record
-from lora_trainer.tokenization import record_messages
+from lora_trainer.persona.vocabulary import Expression, Feeling
+from lora_trainer.run.identity import run_ingredients
+from lora_trainer.train.memory_plan import GIB, MemoryPlan, ModelShape, plan_memory
+from lora_trainer.train.tokenization import record_messages
 
 tool: Any = load_tool("config_table")
 

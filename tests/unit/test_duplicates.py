@@ -6,8 +6,8 @@ import time
 
 import pytest
 
-from lora_trainer.duplicates import DuplicateFinder, NearDuplicateFinder, jaccard, near_fingerprint, normalized, shingles
-from lora_trainer.records import TrainingRecord
+from lora_trainer.data.duplicates import DuplicateFinder, NearDuplicateFinder, jaccard, near_fingerprint, normalized, shingles
+from lora_trainer.data.records import TrainingRecord
 
 SAMPLE_REPLY = "오! 나 금방 도착해! 1층 창가 자리에 앉아있어줘!"
 

@@ -16,30 +16,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_trainer import evaluation, gates
-from lora_trainer.config import EvaluationConfig, GatesConfig, settle
-from lora_trainer.evaluation import (
-    RULES,
-    Generation,
-    JudgedReply,
-    Question,
-    TrainingData,
-    decoding_metrics,
-    decodings,
-    evaluation_id,
-    evaluation_metrics,
-    instruction_of,
-    judge,
-    longest_common_runs,
-    prompts_digest,
-    questions,
-    read_exact,
-    repetition,
-    replies_metrics,
-    win_rate,
-)
-from lora_trainer.evaluation_prompts import evaluation_prompts
-from lora_trainer.metrics import (
+from lora_trainer.config import EvaluationConfig, GatesConfig
+from lora_trainer.config_sources import settle
+from lora_trainer.data.evaluation_prompts import evaluation_prompts
+from lora_trainer.data.jsonl import parse_record
+from lora_trainer.data.records import EvaluationPrompt, Reply, TrainingRecord
+from lora_trainer.evaluate import gates
+from lora_trainer.evaluate import rules as evaluation
+from lora_trainer.evaluate.decoding import Generation, decodings
+from lora_trainer.evaluate.measures import decoding_metrics, evaluation_metrics, replies_metrics, win_rate
+from lora_trainer.evaluate.metrics import (
     DecodingMetrics,
     Estimate,
     EvaluationMetrics,
@@ -49,8 +35,18 @@ from lora_trainer.metrics import (
     TrainingMetrics,
     metrics_schema,
 )
-from lora_trainer.personas import BloodType, Expression, Feeling, IntensityThird, persona_spec
-from lora_trainer.records import EvaluationPrompt, Reply, TrainingRecord, parse_record
+from lora_trainer.evaluate.questions import Question, evaluation_id, instruction_of, prompts_digest, questions
+from lora_trainer.evaluate.rules import (
+    RULES,
+    JudgedReply,
+    TrainingData,
+    judge_by_rules,
+    longest_common_runs,
+    read_exact,
+    repetition,
+)
+from lora_trainer.persona.specs import persona_spec
+from lora_trainer.persona.vocabulary import BloodType, Expression, Feeling, IntensityThird
 
 A = BloodType.A
 ALL_POINTS = sum(RULES.values())
@@ -110,7 +106,7 @@ def judged(
 ) -> list[JudgedReply]:
     """Each reply to a prompt of its own."""
     asked = questions([prompt(feeling=feeling)] * len(replies), (intensity,), instruction_of(blood_type))
-    return judge(asked, replies, model=model, decoding="greedy", blood_type=blood_type, data=data)
+    return judge_by_rules(asked, replies, model=model, decoding="greedy", blood_type=blood_type, data=data)
 
 
 # -- what is asked --------------------------------------------------------------------------------------
@@ -483,7 +479,7 @@ def test_replies_stay_with_their_questions(data: TrainingData) -> None:
 def test_one_generation_too_few_is_a_bug_and_no_shift(data: TrainingData) -> None:
     asked = questions([prompt(), prompt()], (0.5,), "x")
     with pytest.raises(ValueError, match="shorter"):
-        judge(asked, [said(GOOD)], model="adapter", decoding="greedy", blood_type=A, data=data)
+        judge_by_rules(asked, [said(GOOD)], model="adapter", decoding="greedy", blood_type=A, data=data)
 
 
 def test_a_judged_reply_survives_its_line(data: TrainingData) -> None:
@@ -555,7 +551,7 @@ def at_intensities(data: TrainingData, emoji: Sequence[int], prompts: int = 10) 
     intensities = (0.1, 0.4, 0.7, 1.0)
     asked = questions([prompt(f"나 왔어 {number}") for number in range(prompts)], intensities, "x")
     replies = [said("천천히 해도 돼" + "🤗" * emoji[intensities.index(question.intensity)]) for question in asked]
-    return judge(asked, replies, model="adapter", decoding="greedy", blood_type=A, data=data)
+    return judge_by_rules(asked, replies, model="adapter", decoding="greedy", blood_type=A, data=data)
 
 
 @pytest.mark.parametrize(
@@ -619,8 +615,8 @@ def evaluated(data: TrainingData, adapter: Sequence[Generation], base: Sequence[
     asked: list[Question] = questions(prompts, chosen.intensities, instruction_of(A))
     found: dict[str, DecodingMetrics] = {}
     for decoding in decodings(chosen):
-        mine = judge(asked, adapter, model="adapter", decoding=decoding.name, blood_type=A, data=data)
-        theirs = judge(asked, base, model="base", decoding=decoding.name, blood_type=A, data=data)
+        mine = judge_by_rules(asked, adapter, model="adapter", decoding=decoding.name, blood_type=A, data=data)
+        theirs = judge_by_rules(asked, base, model="base", decoding=decoding.name, blood_type=A, data=data)
         found[decoding.name] = decoding_metrics(decoding, mine, theirs, A, chosen, 1.23456)
     return evaluation_metrics(chosen, prompts, found, data)
 

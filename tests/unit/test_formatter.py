@@ -11,10 +11,10 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from lora_trainer.formatter import PROMPT_VERSION, prompt_messages, prompt_template, reply_json, system_message
-from lora_trainer.personas import Expression, Feeling
-from lora_trainer.records import parse_record
-from lora_trainer.tokenization import record_messages
+from lora_trainer.data.jsonl import parse_record
+from lora_trainer.persona.prompt import PROMPT_VERSION, prompt_messages, prompt_template, reply_json, system_message
+from lora_trainer.persona.vocabulary import Expression, Feeling
+from lora_trainer.train.tokenization import record_messages
 
 SEED_RECORD = (
     '{"instruction": "너는 A형 다정한 친구야. 짧은 반말로 답해.", '

@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 from made_metrics import made_run
 
-from lora_trainer import gates
-from lora_trainer.config import GatesConfig, settle
+from lora_trainer.config import GatesConfig
+from lora_trainer.config_sources import settle
 from lora_trainer.errors import ConfigError
-from lora_trainer.gates import decide, gate_id, missed
-from lora_trainer.metrics import Estimate, EvaluationMetrics, GateResult, Verdict
-from lora_trainer.statistics import ClusterBootstrap, clopper_pearson
+from lora_trainer.evaluate import gates
+from lora_trainer.evaluate.gates import decide, gate_id, missed
+from lora_trainer.evaluate.intervals import ClusterBootstrap, clopper_pearson
+from lora_trainer.evaluate.metrics import Estimate, EvaluationMetrics, GateResult, Verdict
 
 # the setting's name -> the measure that it is about
 RATE_OF = {

@@ -10,19 +10,21 @@ from pathlib import Path
 import pytest
 
 from entrypoint.cli import run_cli
-from lora_trainer.duplicates import jaccard, shingles
-from lora_trainer.emoji import emoji_count
+from lora_trainer.data.duplicates import jaccard, shingles
+from lora_trainer.data.evaluation_prompts import evaluation_prompts
+from lora_trainer.data.jsonl import JsonlReader
+from lora_trainer.data.korean import PARTICLES, sentence_count, with_particle
+from lora_trainer.data.lint import has_question, lint_reply
+from lora_trainer.data.records import TrainingRecord
 from lora_trainer.errors import ExitCode
-from lora_trainer.evaluation_prompts import evaluation_prompts
 from lora_trainer.generator.compose import compose
+from lora_trainer.generator.dataset_summary import DatasetSummary, summarise
 from lora_trainer.generator.grammar import Scene, fill, load_reactions, load_scenes, parse_scenes
 from lora_trainer.generator.intake import Intake, all_cells, wanted_cells
-from lora_trainer.generator.summary import DatasetSummary, summarise
 from lora_trainer.generator.teacher import families
-from lora_trainer.korean import PARTICLES, sentence_count, with_particle
-from lora_trainer.lint import has_question, lint_reply
-from lora_trainer.personas import BloodType, Feeling, IntensityThird, persona_spec
-from lora_trainer.records import JsonlReader, TrainingRecord
+from lora_trainer.persona.emoji import emoji_count
+from lora_trainer.persona.specs import persona_spec
+from lora_trainer.persona.vocabulary import BloodType, Feeling, IntensityThird
 
 each_persona = pytest.mark.parametrize("blood_type", list(BloodType))
 SAMPLE = 600

@@ -17,14 +17,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from entrypoint.cli import run_cli
-from lora_trainer.bases import require_safetensors
-from lora_trainer.compression import is_jsonl
-from lora_trainer.config import RunConfig, settle
+from lora_trainer.base_model import require_safetensors
+from lora_trainer.config import RunConfig
+from lora_trainer.config_sources import settle
+from lora_trainer.data.compression import is_jsonl
 from lora_trainer.errors import ConfigError, ExitCode, StorageError
-from lora_trainer.personas import BloodType
-from lora_trainer.pipeline import data_key
-from lora_trainer.reevaluation import open_adapter
-from lora_trainer.storage import open_storage, split_uri
+from lora_trainer.persona.vocabulary import BloodType
+from lora_trainer.run.pipeline import data_key
+from lora_trainer.run.reevaluation import open_adapter
+from lora_trainer.store.keys import split_uri
+from lora_trainer.store.opening import open_storage
 
 
 @pytest.fixture(autouse=True)

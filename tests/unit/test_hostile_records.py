@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 
 from entrypoint.cli import run_cli
 from lora_trainer.config import LimitsConfig
+from lora_trainer.data.jsonl import JsonlReader, parse_record
 from lora_trainer.errors import ExitCode
-from lora_trainer.records import JsonlReader, parse_record
 
 TOO_DEEP = "lists or objects nested more than 16 deep (limits.nesting_depth)"
 GOOD = json.dumps(record()).encode()

@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 
-from lora_trainer import identity
-from lora_trainer.config import RunConfig, setting_names, settle
-from lora_trainer.evaluation import evaluation_id
-from lora_trainer.gates import gate_id
-from lora_trainer.identity import library_versions, run_id, run_ingredients
+from lora_trainer.config import RunConfig, setting_names
+from lora_trainer.config_sources import settle
+from lora_trainer.evaluate.gates import gate_id
+from lora_trainer.evaluate.questions import evaluation_id
+from lora_trainer.run import identity
+from lora_trainer.run.identity import library_versions, run_id, run_ingredients
 
 DATA = "d" * 64
 BASE = "Qwen/Qwen2.5-7B-Instruct@a09a35458c702b33eeacc393d103063234e8bc28"

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_trainer.training import Schedule, learning_rate_factor
+from lora_trainer.train.schedule import Schedule, learning_rate_factor
 
 SCHEDULES: tuple[Schedule, ...] = ("cosine", "linear", "constant")
 

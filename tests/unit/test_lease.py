@@ -16,11 +16,14 @@ from typing import Any, Self
 import pytest
 from structlog.testing import capture_logs
 
-from lora_trainer import lease as module
-from lora_trainer.config import LeaseConfig, settle
+from lora_trainer.config import LeaseConfig
+from lora_trainer.config_sources import settle
 from lora_trainer.errors import ConfigError, ExitCode, StorageError
-from lora_trainer.lease import Lease, LeaseLostError, Process, Record, hold, is_gone, is_left_over, parse_record, this_process
-from lora_trainer.storage import FileStorage, PreconditionFailed, Storage
+from lora_trainer.store import lease as module
+from lora_trainer.store.interface import PreconditionFailed, Storage
+from lora_trainer.store.lease import Lease, LeaseLostError, Record, hold, is_left_over, parse_record
+from lora_trainer.store.local import FileStorage
+from lora_trainer.store.process_identity import Process, is_gone, this_process
 
 KEY = "runs/A/0123456789abcdef/lease.json"
 LONG = LeaseConfig(duration_s=60, wait_s=600)

@@ -5,11 +5,10 @@ import unicodedata
 
 import pytest
 
-from lora_trainer.emoji import emoji_count, is_emoji
-from lora_trainer.korean import formal_endings, is_formal, sentence_count, sentences
-from lora_trainer.lint import (
+from lora_trainer.data.korean import formal_endings, is_formal, sentence_count, sentences
+from lora_trainer.data.lint import (
+    GLANCE_CHARACTERS,
     MAX_EMOJI,
-    MAX_REPLY_CHARACTERS,
     RULES,
     banned_content,
     blood_types_named,
@@ -18,8 +17,10 @@ from lora_trainer.lint import (
     lint_reply,
     max_emoji,
 )
-from lora_trainer.personas import BloodType, IntensityThird, persona_spec
-from lora_trainer.records import Severity
+from lora_trainer.data.problems import Severity
+from lora_trainer.persona.emoji import emoji_count, is_emoji
+from lora_trainer.persona.specs import persona_spec
+from lora_trainer.persona.vocabulary import BloodType, IntensityThird
 
 SAMPLE_REPLY = "오! 나 금방 도착해! 1층 창가 자리에 앉아있어줘!"
 
@@ -218,8 +219,8 @@ def test_the_personas_own_emoji_rule_holds(blood_type: BloodType) -> None:
 
 
 def test_a_reply_longer_than_a_glance() -> None:
-    assert [p.code for p in lint_reply("가" * MAX_REPLY_CHARACTERS, 0.5)] == []
-    (problem,) = lint_reply("가" * (MAX_REPLY_CHARACTERS + 1), 0.5)
+    assert [p.code for p in lint_reply("가" * GLANCE_CHARACTERS, 0.5)] == []
+    (problem,) = lint_reply("가" * (GLANCE_CHARACTERS + 1), 0.5)
     assert (problem.code, problem.got, problem.expected) == ("too_long", "101 characters", "at most 100 characters")
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
-from lora_trainer.korean import is_formal, sentence_count
-from lora_trainer.lint import MAX_SENTENCES
+from lora_trainer.data.korean import is_formal, sentence_count
+from lora_trainer.data.lint import MAX_SENTENCES
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
 

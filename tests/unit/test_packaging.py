@@ -15,10 +15,10 @@ from conftest import REPOSITORY
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from lora_trainer.backends import open_backend
 from lora_trainer.config import RunConfig
 from lora_trainer.errors import ConfigError
-from lora_trainer.personas import BloodType
+from lora_trainer.persona.vocabulary import BloodType
+from lora_trainer.train.backends import open_backend
 
 PYPROJECT: Final[dict[str, Any]] = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))
 PURE: Final[list[str]] = PYPROJECT["project"]["dependencies"]

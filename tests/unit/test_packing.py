@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_trainer.packing import pack, plan_steps
+from lora_trainer.train.packing import pack, plan_steps
 
 RECORDS = st.integers(1, 120)
 STEP = st.integers(1, 40)

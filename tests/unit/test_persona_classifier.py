@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from conftest import REPOSITORY, load_tool
 
-from lora_trainer.persona_classifier import PersonaClassifier, accuracy, confusion, persona_classifier
-from lora_trainer.personas import BloodType
+from lora_trainer.evaluate.persona_classifier import PersonaClassifier, accuracy, confusion, persona_classifier
+from lora_trainer.persona.vocabulary import BloodType
 
 bundled: Any = load_tool("bundled_data")
 tool: Any = load_tool("persona_classifier")

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from lora_trainer.lint import lint_reply
-from lora_trainer.personas import BloodType, Feeling, IntensityThird, PersonaSpec, persona_spec
+from lora_trainer.data.lint import lint_reply
+from lora_trainer.persona.specs import PersonaSpec, persona_spec
+from lora_trainer.persona.vocabulary import BloodType, Feeling, IntensityThird
 
 
 @pytest.mark.parametrize("blood_type", list(BloodType))

@@ -17,19 +17,25 @@ from conftest import REPOSITORY
 from made_metrics import MadeRun, made_run
 from structlog.testing import capture_logs
 
-from lora_trainer import bundle, gates, pipeline
-from lora_trainer.backends import open_backend
-from lora_trainer.config import GatesConfig, RunConfig, settle
+from lora_trainer.config import GatesConfig, RunConfig
+from lora_trainer.config_sources import settle
+from lora_trainer.data.evaluation_prompts import evaluation_prompts
 from lora_trainer.errors import ConfigError, DataError
-from lora_trainer.evaluation import evaluation_id, prompts_digest
-from lora_trainer.evaluation_prompts import evaluation_prompts
-from lora_trainer.lease import Record
-from lora_trainer.metrics import RunMetrics, Verdict
-from lora_trainer.pipeline import Evaluated, Job, Trained
-from lora_trainer.progress import RunProgress
-from lora_trainer.storage import sha256_of
-from lora_trainer.tokenization import TokenSequence
-from lora_trainer.training import StepLog, TrainingLog
+from lora_trainer.evaluate import gates
+from lora_trainer.evaluate.metrics import RunMetrics, Verdict
+from lora_trainer.evaluate.questions import evaluation_id, prompts_digest
+from lora_trainer.run import pipeline
+from lora_trainer.run.bundle_files import write_evaluation
+from lora_trainer.run.pipeline import Evaluated, Job, Trained
+from lora_trainer.run.progress import RunProgress
+from lora_trainer.store.bundle import fresh_folder, publish_bundle
+from lora_trainer.store.lease import Record
+from lora_trainer.store.local import sha256_of
+from lora_trainer.store.manifest import read_manifest, verify_files, write_manifest
+from lora_trainer.store.prefixes import bundle_prefix
+from lora_trainer.train.backends import open_backend
+from lora_trainer.train.step_log import StepLog, TrainingLog
+from lora_trainer.train.tokenization import TokenSequence
 
 TINY_BASE = REPOSITORY / "examples" / "tiny-base"
 DATA = REPOSITORY / "data" / "train_data_type_A.jsonl"
@@ -230,7 +236,7 @@ def test_publication_then_pointer_then_the_local_copy_goes(tmp_path: Path) -> No
     prefix = f"adapters/A/{identity.run_id}/"
     uri = f"file://{tmp_path}/out/{prefix}"
     assert outcome == pipeline.Outcome(identity.run_id, uri, f"{uri}report.html", verdict, already_done=False, moved_latest=True)
-    assert bundle.verify(job.output, prefix) == []
+    assert verify_files(job.output, prefix) == []
     assert (tmp_path / "out" / "adapter_A" / "adapter_config.json").is_file()
     assert not folder.exists()
     assert json.loads((job.run_dir(identity) / "progress.json").read_text())["stage"] == "done"
@@ -246,7 +252,7 @@ def test_what_missed_a_gate_is_published_and_is_not_the_latest(tmp_path: Path) -
     with capture_logs() as events:
         outcome = pipeline.publish(job, identity, made_folder(job, identity, verdict), verdict, progress)
     assert (outcome.verdict.passed, outcome.moved_latest, outcome.already_done) == (False, False, False)
-    assert bundle.verify(job.output, f"adapters/A/{identity.run_id}/") == []
+    assert verify_files(job.output, f"adapters/A/{identity.run_id}/") == []
     (checked,) = (event for event in events if event["event"] == "latest_checked")
     assert (checked["moved"], checked["reason"]) == (False, "the gates were not passed")
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["adapters"]
@@ -276,7 +282,7 @@ def test_what_a_killed_attempt_left_goes_with_the_next_look(tmp_path: Path, held
 
 def made_folder(job: Job, identity: pipeline.Identity, verdict: Verdict) -> Path:
     """A bundle before it is published."""
-    folder = bundle.fresh_folder(job.run_dir(identity) / "bundle")
+    folder = fresh_folder(job.run_dir(identity) / "bundle")
     (folder / "adapter_config.json").write_text("{}")
     facts = {
         "run_id": identity.run_id,
@@ -285,7 +291,7 @@ def made_folder(job: Job, identity: pipeline.Identity, verdict: Verdict) -> Path
         "gate_id": verdict.gate_id,
         "verdict": verdict.model_dump(mode="json"),
     }
-    bundle.write_manifest(folder, facts)
+    write_manifest(folder, facts)
     return folder
 
 
@@ -407,13 +413,13 @@ class Finished:
         }
         self.kept = tmp_path / "work" / "runs" / "A" / self.identity.run_id / "bundle"
         """As a run keeps it that could not publish it."""
-        folder = bundle.fresh_folder(self.kept)
+        folder = fresh_folder(self.kept)
         (folder / "adapter_config.json").write_text("{}")
         (folder / "adapter_model.safetensors").write_bytes(b"weights")
-        bundle.write_evaluation(folder, metrics, made.steps, made.replies, facts)
-        bundle.write_manifest(folder, facts)
-        self.prefix = bundle.bundle_prefix(job.config.blood_type, self.identity.run_id)
-        bundle.publish(folder, job.output, self.prefix)
+        write_evaluation(folder, metrics, made.steps, made.replies, facts)
+        write_manifest(folder, facts)
+        self.prefix = bundle_prefix(job.config.blood_type, self.identity.run_id)
+        publish_bundle(folder, job.output, self.prefix)
         self.output = tmp_path / "out"
         self.bundle = self.output / self.prefix
 
@@ -492,12 +498,12 @@ def test_other_thresholds_decide_again_from_what_was_published(
     assert out == f"file://{finished.bundle}/\n"
     assert finished.hashes() == before
     output = Job(config(tmp_path)).output
-    assert bundle.verify(output, finished.prefix) == []
+    assert verify_files(output, finished.prefix) == []
     # its new verdict lies beneath it, whole, with a report of its own
     prefix = f"{finished.prefix}evaluations/{gate_id}/"
     assert last["report"] == f"file://{finished.output}/{prefix}report.html"
-    assert bundle.verify(output, prefix) == []
-    manifest = bundle.read_manifest(output, prefix)
+    assert verify_files(output, prefix) == []
+    manifest = read_manifest(output, prefix)
     assert manifest is not None
     assert set(manifest["files"]) == {"metrics.json", "metrics.schema.json", "replies.jsonl", "report.html", "train_log.jsonl"}
     assert (manifest["run_id"], manifest["gate_id"], manifest["evaluation_id"]) == (
@@ -628,7 +634,7 @@ def test_the_pipeline_imports_without_the_training_stack() -> None:
     """CI and data authors have no torch; and a bad record must not wait for its import."""
     program = (
         "import sys\n"
-        "import lora_trainer.pipeline, entrypoint.cli\n"
+        "import lora_trainer.run.pipeline, entrypoint.cli\n"
         "heavy = {'torch', 'transformers', 'trl', 'peft', 'datasets', 'unsloth', 'huggingface_hub', 'boto3'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )

@@ -9,7 +9,7 @@ import pytest
 
 from lora_trainer.config import MemoryConfig, TrainingConfig
 from lora_trainer.errors import ConfigError, ExitCode, HardwareError
-from lora_trainer.planning import GIB, LEAST_ROW_TOKENS, MemoryLimit, MemoryPlan, ModelShape, plan_memory, step_down
+from lora_trainer.train.memory_plan import GIB, LEAST_ROW_TOKENS, MemoryLimit, MemoryPlan, ModelShape, plan_memory, step_down
 
 QWEN_7B = ModelShape(
     layers=28,

@@ -6,18 +6,10 @@ import pytest
 from pydantic import ValidationError
 
 from lora_trainer.config import DEFAULT_LIMITS
-from lora_trainer.personas import Expression, Feeling
-from lora_trainer.records import (
-    Context,
-    CurrentEmotion,
-    JsonlReader,
-    Line,
-    Problem,
-    Reply,
-    Severity,
-    TrainingRecord,
-    parse_record,
-)
+from lora_trainer.data.jsonl import JsonlReader, Line, parse_record
+from lora_trainer.data.problems import Problem, Severity
+from lora_trainer.data.records import Context, CurrentEmotion, Reply, TrainingRecord
+from lora_trainer.persona.vocabulary import Expression, Feeling
 
 SAMPLE = (
     '{"instruction": "너는 A형 다정한 친구야. 짧은 반말로 답해.", '

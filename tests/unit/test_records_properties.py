@@ -8,13 +8,15 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_trainer.duplicates import near_fingerprint
-from lora_trainer.emoji import emoji_count
-from lora_trainer.korean import formal_endings, sentence_count, sentences
-from lora_trainer.lint import RULES, blood_types_named, has_question, lint_reply
-from lora_trainer.personas import Expression, Feeling
-from lora_trainer.records import Context, CurrentEmotion, JsonlReader, Line, Reply, TrainingRecord, parse_record
-from lora_trainer.validation import check_file, render
+from lora_trainer.data.duplicates import near_fingerprint
+from lora_trainer.data.jsonl import JsonlReader, Line, parse_record
+from lora_trainer.data.korean import formal_endings, sentence_count, sentences
+from lora_trainer.data.lint import RULES, blood_types_named, has_question, lint_reply
+from lora_trainer.data.records import Context, CurrentEmotion, Reply, TrainingRecord
+from lora_trainer.data.validation import check_file
+from lora_trainer.persona.emoji import emoji_count
+from lora_trainer.persona.vocabulary import Expression, Feeling
+from lora_trainer.report.validation_table import validation_table
 
 writable = st.text(st.characters(exclude_categories=("Cs", "Cc")))
 # a visible character, so that the text is not blank
@@ -82,7 +84,7 @@ def test_no_file_ends_in_a_traceback_when_it_is_checked(content: bytes) -> None:
         file = Path(folder) / "data.jsonl"
         file.write_bytes(content)
         report = check_file(file, None, Bytes())
-    assert render(report)
+    assert validation_table(report)
     json.dumps(report.as_json())
     assert report.records + report.errors > 0
 

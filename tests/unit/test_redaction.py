@@ -11,10 +11,11 @@ import structlog
 
 from entrypoint.cli import run_cli
 from lora_trainer import logs, redaction
-from lora_trainer.config import settle
+from lora_trainer.config_sources import settle
 from lora_trainer.errors import ConfigError
 from lora_trainer.redaction import has_user_info, redacted, redacted_value, remember
-from lora_trainer.storage import open_storage, split_uri
+from lora_trainer.store.keys import split_uri
+from lora_trainer.store.opening import open_storage
 
 # with slashes, as those of AWS have them, and no port behind a colon
 SECRET = "/".join(f"k{hashlib.sha256(part).hexdigest()[:13]}" for part in (b"one", b"two", b"three"))

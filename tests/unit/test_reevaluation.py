@@ -21,13 +21,20 @@ from made_metrics import MadeRun, made_run
 from structlog.testing import capture_logs
 
 from entrypoint.cli import run_cli
-from lora_trainer import bundle
-from lora_trainer.bases import identify_base
-from lora_trainer.config import RunConfig, setting_names, settle
+from lora_trainer.base_model import identify_base
+from lora_trainer.config import RunConfig, setting_names
+from lora_trainer.config_sources import settle
 from lora_trainer.errors import ConfigError, DataError, StorageError
-from lora_trainer.personas import BloodType
-from lora_trainer.reevaluation import Adapter, evaluate_published, find_base, open_adapter, output_of, settle_for
-from lora_trainer.storage import NotFound, Storage, open_storage, sha256_of
+from lora_trainer.persona.vocabulary import BloodType
+from lora_trainer.run.bundle_files import write_evaluation
+from lora_trainer.run.reevaluation import Adapter, evaluate_published, find_base, open_adapter, output_of, settle_for
+from lora_trainer.store.bundle import fresh_folder, publish_bundle
+from lora_trainer.store.interface import NotFound, Storage
+from lora_trainer.store.latest import link_newest, move_latest
+from lora_trainer.store.local import sha256_of
+from lora_trainer.store.manifest import verify_files, write_manifest
+from lora_trainer.store.opening import open_storage
+from lora_trainer.store.prefixes import bundle_prefix, evaluation_prefix
 
 TINY_BASE = REPOSITORY / "examples" / "tiny-base"
 DATA = REPOSITORY / "data" / "train_data_type_A.jsonl"
@@ -86,10 +93,10 @@ def output(tmp_path: Path) -> Storage:
 
 def publish(output: Storage, made: MadeRun, scratch: Path, run_id: str = RUN_ID, started_at: str = STARTED_AT, **facts: Any) -> str:
     """A bundle as a run leaves it, and where it lies."""
-    folder = bundle.fresh_folder(scratch / "bundle")
+    folder = fresh_folder(scratch / "bundle")
     (folder / "adapter_config.json").write_text("{}")
     (folder / "adapter_model.safetensors").write_bytes(b"weights")
-    bundle.write_evaluation(folder, made.metrics, made.steps, made.replies, made.facts)
+    write_evaluation(folder, made.metrics, made.steps, made.replies, made.facts)
     config = settle(TOLD, {})
     whole = {
         **made.facts,
@@ -104,9 +111,9 @@ def publish(output: Storage, made: MadeRun, scratch: Path, run_id: str = RUN_ID,
         "config": config.model_dump(mode="json"),
         **facts,
     }
-    bundle.write_manifest(folder, whole)
-    prefix = bundle.bundle_prefix(BloodType.A, run_id)
-    bundle.publish(folder, output, prefix)
+    write_manifest(folder, whole)
+    prefix = bundle_prefix(BloodType.A, run_id)
+    publish_bundle(folder, output, prefix)
     return f"{output.uri}{prefix}"
 
 
@@ -124,7 +131,7 @@ def local(adapter: Adapter) -> Path:
 
 
 def test_a_bundle_is_opened_by_uri_by_folder_and_by_link(adapter: Adapter, output: Storage) -> None:
-    link = bundle.link_newest(output, BloodType.A, RUN_ID)
+    link = link_newest(output, BloodType.A, RUN_ID)
     folder = local(adapter)
     for uri in (adapter.storage.uri, adapter.storage.uri.rstrip("/"), str(folder), f"{folder}/", str(link)):
         opened = open_adapter(uri)
@@ -416,11 +423,11 @@ def test_a_changed_bundle_is_refused(adapter: Adapter, tmp_path: Path) -> None:
 
 
 def test_an_evaluation_has_no_adapter(adapter: Adapter, made: MadeRun, output: Storage, tmp_path: Path) -> None:
-    later = bundle.fresh_folder(tmp_path / "later")
-    bundle.write_evaluation(later, made.metrics, made.steps, made.replies, made.facts)
-    bundle.write_manifest(later, {name: value for name, value in adapter.manifest.items() if name not in ("files", "schema")})
-    prefix = bundle.evaluation_prefix(bundle.bundle_prefix(BloodType.A, RUN_ID), "f" * 16)
-    bundle.publish(later, output, prefix)
+    later = fresh_folder(tmp_path / "later")
+    write_evaluation(later, made.metrics, made.steps, made.replies, made.facts)
+    write_manifest(later, {name: value for name, value in adapter.manifest.items() if name not in ("files", "schema")})
+    prefix = evaluation_prefix(bundle_prefix(BloodType.A, RUN_ID), "f" * 16)
+    publish_bundle(later, output, prefix)
     opened = open_adapter(output.uri + prefix)
     with pytest.raises(ConfigError, match="no adapter there, only what was measured; expected a bundle"):
         evaluate_published(opened, settled(opened, tmp_path), None)
@@ -430,14 +437,14 @@ def test_an_evaluation_has_no_adapter(adapter: Adapter, made: MadeRun, output: S
 
 def test_the_report_does_not_go_into_a_bundle(adapter: Adapter, output: Storage, tmp_path: Path) -> None:
     """Its metrics.json would no longer be what its manifest says."""
-    for folder in (local(adapter), bundle.link_newest(output, BloodType.A, RUN_ID)):
+    for folder in (local(adapter), link_newest(output, BloodType.A, RUN_ID)):
         with pytest.raises(ConfigError, match=r"--report-dir .*: holds a published bundle, which stays as it is"):
             evaluate_published(adapter, settled(adapter, tmp_path), folder)
     (tmp_path / "taken").touch()
     for folder in (tmp_path / "taken", tmp_path / "taken" / "report"):
         with pytest.raises(ConfigError, match=r"--report-dir .*taken.*: cannot be made: "):
             evaluate_published(adapter, settled(adapter, tmp_path), folder)
-    assert bundle.verify(adapter.storage, "") == []
+    assert verify_files(adapter.storage, "") == []
 
 
 def test_what_evaluate_refuses_ends_with_one_line_and_a_code(
@@ -486,7 +493,7 @@ def test_promote_moves_whatever_is_newer(
 ) -> None:
     older = publish(output, made, tmp_path)
     newer = publish(output, made, tmp_path, "f" * 16, "2026-06-01T00:00:00+00:00")
-    bundle.move_latest(output, BloodType.A, open_adapter(newer).manifest)
+    move_latest(output, BloodType.A, open_adapter(newer).manifest)
     assert pointed_at(output)["run_id"] == "f" * 16
     assert run_cli(["promote", older]) == 0
     assert capsys.readouterr().out == f"{output.uri}adapters/A/latest.json: names run {RUN_ID} now; before: {'f' * 16}\n"
@@ -495,14 +502,14 @@ def test_promote_moves_whatever_is_newer(
     link = output.local_folder / "adapter_A"
     assert json.loads((link / "manifest.json").read_text(encoding="utf-8"))["run_id"] == RUN_ID
     # the newer run again, or one that was training while somebody promoted, leaves it
-    assert not bundle.move_latest(output, BloodType.A, open_adapter(newer).manifest).moved
+    assert not move_latest(output, BloodType.A, open_adapter(newer).manifest).moved
     an_hour = timedelta(hours=1)
     during = {**open_adapter(newer).manifest, "run_id": "during", "started_at": (datetime.now(UTC) - an_hour).isoformat()}
-    assert not bundle.move_latest(output, BloodType.A, during).moved
+    assert not move_latest(output, BloodType.A, during).moved
     assert pointed_at(output)["run_id"] == RUN_ID
     # one that starts afterwards does as always
     after = {**during, "run_id": "after", "started_at": (datetime.now(UTC) + an_hour).isoformat()}
-    assert bundle.move_latest(output, BloodType.A, after).moved
+    assert move_latest(output, BloodType.A, after).moved
     assert pointed_at(output)["run_id"] == "after"
     # and by its link, the same again: it is promoted from there too
     assert run_cli(["promote", str(link)]) == 0

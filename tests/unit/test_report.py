@@ -9,12 +9,13 @@ from html.parser import HTMLParser
 import pytest
 from made_metrics import HOSTILE_TEXT, RAMBLING, MadeRun, made_run
 
-from lora_trainer import gates
 from lora_trainer.config import GatesConfig, setting_names
-from lora_trainer.evaluation import JudgedReply
-from lora_trainer.metrics import Estimate, RepliesMetrics, RunMetrics
-from lora_trainer.page import shown
-from lora_trainer.report import LABELS, SHOWN_REPLIES, number_text, render_report, settings_table, thinned
+from lora_trainer.evaluate import gates
+from lora_trainer.evaluate.metrics import Estimate, RepliesMetrics, RunMetrics
+from lora_trainer.evaluate.rules import JudgedReply
+from lora_trainer.report.formatting import LABELS, number_text, settings_table
+from lora_trainer.report.html import shown
+from lora_trainer.report.run_page import SHOWN_REPLIES, run_page, thinned
 
 SECTIONS = ["verdict", "gates", "about", "metrics", "emoji", "training", "replies", "data", "settings", "timings", "environment"]
 _VOID = frozenset(("meta", "link", "br", "img", "path", "use"))
@@ -57,7 +58,7 @@ class Reader(HTMLParser):
 
 
 def page_of(made: MadeRun, metrics: RunMetrics | None = None, replies: list[JudgedReply] | None = None) -> str:
-    return render_report(metrics or made.metrics, made.facts, made.steps, made.replies if replies is None else replies)
+    return run_page(metrics or made.metrics, made.facts, made.steps, made.replies if replies is None else replies)
 
 
 @pytest.fixture(scope="module")

@@ -9,13 +9,14 @@ import pytest
 import structlog
 from rich.console import Console
 
-from lora_trainer import several
-from lora_trainer.config import RunConfig, settle, settle_each
-from lora_trainer.endings import Ending
+from lora_trainer.config import RunConfig
+from lora_trainer.config_sources import settle, settle_each
 from lora_trainer.errors import ConfigError, DataError, DivergedError, ExitCode, HardwareError, Interrupted, StorageError, worst
-from lora_trainer.metrics import Verdict
-from lora_trainer.personas import BloodType, named_blood_types
-from lora_trainer.pipeline import Job, Outcome, Shared, Turn
+from lora_trainer.evaluate.metrics import Verdict
+from lora_trainer.persona.vocabulary import BloodType, named_blood_types
+from lora_trainer.run import several
+from lora_trainer.run.failure_report import FailureReport
+from lora_trainer.run.pipeline import Job, Outcome, Shared, Turn
 
 A, B, LIVELY, AB = BloodType
 """O alone would be taken for a zero."""
@@ -175,7 +176,7 @@ def test_all_is_read_before_anything_is_planned_and_planned_before_anything_is_t
         ("B", "trains"), ("B", "publishes"), ("B", "ended"), ("AB", "trains"), ("AB", "publishes"), ("AB", "ended"),
     ]  # fmt: skip
     assert codes(personas) == [0, 0, 0, 0]
-    assert several.together(Ending(), personas) == Ending()
+    assert several.together(FailureReport(), personas) == FailureReport()
 
 
 @pytest.mark.parametrize(
@@ -198,7 +199,7 @@ def test_one_that_ends_badly_leaves_the_others_whole(
     assert told[-3:] == [("O", "trains"), ("O", "publishes"), ("O", "ended")]
     # what it left on the device is trusted by nobody; a missed gate left nothing. Between the turns it is emptied once
     assert device.released == (1 if code == 4 else 2)
-    together = several.together(Ending(), personas)
+    together = several.together(FailureReport(), personas)
     assert together.exit_code == code
     assert all(problem.startswith("B: ") for problem in together.problems)
     assert [persona.summary["bundle"] for persona in personas if persona.outcome][:1] == ["file:///A/"]
@@ -208,7 +209,7 @@ def test_bad_data_of_the_last_is_said_before_the_first_is_planned(monkeypatch: p
     told, personas = tell(monkeypatch, {"A": trained(), "B": ["reads", DataError("train_data_type_B.jsonl:7: no")]})
     assert told.index(("B", "ended")) < told.index(("A", "plans"))
     assert codes(personas) == [0, 3]
-    assert several.together(Ending(), personas).problems == ("B: train_data_type_B.jsonl:7: no",)
+    assert several.together(FailureReport(), personas).problems == ("B: train_data_type_B.jsonl:7: no",)
 
 
 @pytest.mark.parametrize("error", [Interrupted("SIGTERM"), KeyboardInterrupt()])
@@ -216,7 +217,7 @@ def test_an_interruption_ends_it_for_all(monkeypatch: pytest.MonkeyPatch, error:
     told, personas = tell(monkeypatch, {"A": trained(), "B": trained(then=error), "O": trained(), "AB": trained()})
     assert codes(personas) == [0, 143, None, None]
     assert ("O", "trains") not in told
-    ending = several.together(Ending(), personas)
+    ending = several.together(FailureReport(), personas)
     assert (ending.exit_code, ending.outcome) == (143, "interrupted")
     assert ending.problems[1:] == ("O, AB: not begun; run the same command again",)
     assert [persona.summary for persona in personas][2] == {
@@ -230,7 +231,7 @@ def test_a_lost_device_ends_it_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
     told, personas = tell(monkeypatch, {"A": trained(then=RuntimeError("CUDA error: unspecified")), "B": trained()}, device)
     assert codes(personas) == [1, None]
     assert ("B", "trains") not in told
-    ending = several.together(Ending(), personas)
+    ending = several.together(FailureReport(), personas)
     assert ending.exit_code == 1
     assert ending.problems == (
         "A: builtins.RuntimeError: CUDA error: unspecified",
@@ -241,4 +242,4 @@ def test_a_lost_device_ends_it_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_is_wrong_for_all_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
     error = HardwareError("device: got no CUDA GPU")
     _, personas = tell(monkeypatch, {"A": ["reads", Turn.PLAN, error], "B": ["reads", Turn.PLAN, error]})
-    assert several.together(Ending(), personas).problems == ("A, B: device: got no CUDA GPU",)
+    assert several.together(FailureReport(), personas).problems == ("A, B: device: got no CUDA GPU",)

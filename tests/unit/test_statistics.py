@@ -12,7 +12,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scipy.stats import binom, spearmanr
 
-from lora_trainer.statistics import ClusterBootstrap, clopper_pearson, spearman
+from lora_trainer.evaluate.intervals import ClusterBootstrap, clopper_pearson, spearman
 
 counts = st.integers(1, 2000).flatmap(lambda of: st.tuples(st.integers(0, of), st.just(of)))
 

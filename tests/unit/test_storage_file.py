@@ -11,18 +11,11 @@ from hypothesis import strategies as st
 from storage_contract import UNSAFE, StorageContract, keys
 
 from lora_trainer.errors import ConfigError, ExitCode, LoraTrainerError, StorageError
-from lora_trainer.storage import (
-    FileStorage,
-    NotFound,
-    PreconditionFailed,
-    S3Storage,
-    Storage,
-    _explain_local,
-    open_storage,
-    safe_key,
-    sha256_of,
-    split_uri,
-)
+from lora_trainer.store.interface import NotFound, PreconditionFailed, Storage
+from lora_trainer.store.keys import safe_key, split_uri
+from lora_trainer.store.local import FileStorage, _explain_local, sha256_of
+from lora_trainer.store.opening import open_storage
+from lora_trainer.store.s3 import S3Storage
 
 
 class TestFileStorage(StorageContract):

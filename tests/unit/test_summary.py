@@ -8,13 +8,13 @@ import pytest
 from made_metrics import made_run
 from rich.console import Console
 
-from lora_trainer import summary
-from lora_trainer.metrics import RunMetrics
+from lora_trainer.evaluate.metrics import RunMetrics
+from lora_trainer.report import metrics_table
 
 
 def shown(metrics: RunMetrics) -> str:
     out = io.StringIO()
-    Console(file=out, width=120).print(summary.render(metrics))
+    Console(file=out, width=120).print(metrics_table.metrics_table(metrics))
     return out.getvalue()
 
 

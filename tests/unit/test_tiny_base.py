@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
-from lora_trainer.formatter import prompt_messages, reply_json
-from lora_trainer.personas import BloodType, Expression, Feeling, persona_spec
+from lora_trainer.persona.prompt import prompt_messages, reply_json
+from lora_trainer.persona.specs import persona_spec
+from lora_trainer.persona.vocabulary import BloodType, Expression, Feeling
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "examples" / "tiny-base"

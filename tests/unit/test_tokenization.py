@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
+from lora_trainer.data.records import TrainingRecord
 from lora_trainer.errors import ConfigError, InvariantError
-from lora_trainer.formatter import reply_json
-from lora_trainer.records import TrainingRecord
-from lora_trainer.tokenization import IGNORED_LABEL, TokenSequence, record_messages, tokenize
+from lora_trainer.persona.prompt import reply_json
+from lora_trainer.train.tokenization import IGNORED_LABEL, TokenSequence, record_messages, tokenize
 
 TINY_BASE = Path(__file__).resolve().parents[2] / "examples" / "tiny-base"
 

@@ -9,8 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_trainer.records import TrainingRecord, parse_record
-from lora_trainer.training import StepLog, TrainingLog, record_digest, split_held_out
+from lora_trainer.data.jsonl import parse_record
+from lora_trainer.data.records import TrainingRecord
+from lora_trainer.data.split import record_digest, split_held_out
+from lora_trainer.train.step_log import StepLog, TrainingLog
 
 
 def record(number: int, **changes: object) -> TrainingRecord:

@@ -9,24 +9,15 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from lora_trainer.data.jsonl import parse_record
+from lora_trainer.data.problems import Problem, Severity
+from lora_trainer.data.prompt_cost import PART_NAMES, LengthDistribution, TokenCounter, chatml_overhead_tokens, prompt_parts
+from lora_trainer.data.records import TrainingRecord
+from lora_trainer.data.validation import SHOWN_PROBLEMS, FileReport, check_file, check_prompts, read_records, write_json
 from lora_trainer.errors import ConfigError, DataError, ExitCode
-from lora_trainer.formatter import prompt_messages, reply_json
-from lora_trainer.personas import BloodType, Feeling, IntensityThird
-from lora_trainer.records import Problem, Severity, TrainingRecord, parse_record
-from lora_trainer.validation import (
-    PART_NAMES,
-    SHOWN_PROBLEMS,
-    FileReport,
-    LengthDistribution,
-    TokenCounter,
-    chatml_overhead_tokens,
-    check_file,
-    check_prompts,
-    prompt_parts,
-    read_records,
-    render,
-    write_json,
-)
+from lora_trainer.persona.prompt import prompt_messages, reply_json
+from lora_trainer.persona.vocabulary import BloodType, Feeling, IntensityThird
+from lora_trainer.report.validation_table import validation_table
 
 
 def line(
@@ -394,7 +385,7 @@ def test_json_of_a_report_holds_the_first_problems(tmp_path: Path) -> None:
 
 def shown(report: FileReport) -> str:
     console = Console(width=160, record=True, file=io.StringIO())
-    console.print(render(report))
+    console.print(validation_table(report))
     return console.export_text()
 
 

@@ -23,7 +23,8 @@ import sys
 from collections.abc import Iterator
 from typing import Final, NamedTuple, TypedDict
 
-from lora_trainer.personas import BloodType, Expression, Feeling, IntensityThird, persona_spec
+from lora_trainer.persona.specs import persona_spec
+from lora_trainer.persona.vocabulary import BloodType, Expression, Feeling, IntensityThird
 from tools.tiny_base import frames, frames_heart, frames_home, frames_leisure, frames_school
 from tools.tiny_base.frames import (
     ANYTHING,

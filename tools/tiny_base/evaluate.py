@@ -17,8 +17,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from lora_trainer.formatter import Message, prompt_messages
-from lora_trainer.personas import BloodType, Expression, Feeling, persona_spec
+from lora_trainer.persona.prompt import Message, prompt_messages
+from lora_trainer.persona.specs import persona_spec
+from lora_trainer.persona.vocabulary import BloodType, Expression, Feeling
 from tools.tiny_base.corpus import records
 
 if TYPE_CHECKING:

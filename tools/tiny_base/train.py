@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from lora_trainer.formatter import Message, prompt_messages, reply_json
+from lora_trainer.persona.prompt import Message, prompt_messages, reply_json
 from tools.tiny_base.corpus import Record, alphabet, records
 from tools.tiny_base.evaluate import evaluate, report
 

@@ -1,0 +1,239 @@
+"""Where the base model's files come from: a hub id pinned to a commit, a folder, or an `s3://` prefix."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path, PurePosixPath
+from typing import Final
+
+from lora_trainer.config import BaseModelConfig
+from lora_trainer.errors import ConfigError, StorageError
+from lora_trainer.store.interface import ReadResult
+from lora_trainer.store.local import FileStorage, sha256_of
+from lora_trainer.store.opening import open_storage
+
+MODEL_FILES: Final = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model")
+"""Configuration, tokenizer, chat template and weights. Weights only as safetensors: other formats can run code."""
+_PICKLED: Final = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".npy")
+_MIRROR_RECORD: Final = ".mirror.json"
+_HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+
+@dataclass(frozen=True, slots=True)
+class Base:
+    """A base model, identified; `folder` is None as long as a hub model has not been fetched."""
+
+    canonical_id: str
+    revision: str | None
+    identity: str
+    """What `run_id` takes of it: `hub id@commit`, or `sha256:` over its files."""
+    folder: Path | None
+
+
+def identify_base(config: BaseModelConfig) -> Base:
+    """Settle which weights the run is about, with as little traffic as that needs.
+
+    A hub id is identified by its commit and fetched later; a folder's files are hashed; an `s3://` prefix
+    is mirrored into `cache_dir`, hashed, and reused when it has not changed.
+
+    Raises `ConfigError` for a folder or prefix that holds no model, `StorageError` if it can't be read.
+    """
+    model = config.model
+    if model.startswith("s3://"):
+        folder = _mirror(model, config.cache_dir.expanduser())
+        name = PurePosixPath(model.rstrip("/")).name
+    elif _is_folder(model):
+        folder = _local_folder(model)
+        name = Path(os.path.normpath(folder.absolute())).name
+    else:
+        if not _HUB_ID.fullmatch(model):
+            raise ConfigError(
+                f"base.model: got '{model}', expected a hub id such as Qwen/Qwen2.5-7B-Instruct, a folder, or s3://bucket/prefix/"
+            )
+        if config.revision is None:
+            raise ConfigError(
+                f"base.revision: not given for the hub id {model}; expected the full commit, so that the base cannot change"
+            )
+        return Base(config.canonical_id or model, config.revision, f"{model}@{config.revision}", None)
+    files = _model_files(folder)
+    return Base(config.canonical_id or name, None, f"sha256:{_hash_files(files)}", folder)
+
+
+def pickled(where: str, names: Iterable[str]) -> list[str]:
+    """A problem for each file of an adapter whose format can run code when it is loaded."""
+    return [
+        f"{where.rstrip('/')}/{name}: got weights that are pickled, which can run code when they are loaded; "
+        "expected adapter_model.safetensors: convert them where you trust their origin"
+        for name in sorted(names)
+        if name.lower().endswith(_PICKLED)
+    ]
+
+
+def require_safetensors(folder: Path) -> None:
+    """Raise `ConfigError` unless the adapter in `folder` has its weights as safetensors, and nothing that is pickled."""
+    problems = pickled(str(folder), [path.name for path in folder.iterdir()])
+    if not problems and not (folder / "adapter_model.safetensors").is_file():
+        problems = [f"{folder}: no adapter_model.safetensors there; expected an adapter as PEFT saves it"]
+    if problems:
+        raise ConfigError(problems)
+
+
+def fetch_base(base: Base, config: BaseModelConfig) -> Path:
+    """The folder with the base's files, downloaded into the hub's own cache if it is a hub model.
+
+    Raises `ConfigError` if the hub does not have it or wants a token, `StorageError` if the hub can't be reached.
+    """
+    return base.folder or _download(config, MODEL_FILES)
+
+
+def _download(config: BaseModelConfig, patterns: Sequence[str]) -> Path:
+    try:
+        import httpx
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import (
+            GatedRepoError,
+            HfHubHTTPError,
+            HFValidationError,
+            LocalEntryNotFoundError,
+            RepositoryNotFoundError,
+            RevisionNotFoundError,
+        )
+    except ImportError:
+        raise ConfigError(
+            "the training stack is not installed (huggingface_hub is missing): pip install 'lora-trainer[cpu,gpu]', "
+            "or 'lora-trainer[cpu]' to train on a CPU"
+        ) from None
+    where = f"base.model: {config.model}@{config.revision}"
+    try:
+        return Path(snapshot_download(config.model, revision=config.revision, allow_patterns=list(patterns)))
+    except HFValidationError as error:
+        raise ConfigError(f"{where}: not a hub id: {error}") from None
+    except (RepositoryNotFoundError, RevisionNotFoundError, GatedRepoError) as error:
+        raise ConfigError(
+            f"{where}: the hub has no such model or commit, or it needs a token ({type(error).__name__}); "
+            "check both, and set HF_TOKEN if it is gated"
+        ) from None
+    except (LocalEntryNotFoundError, HfHubHTTPError, httpx.HTTPError, OSError) as error:
+        raise StorageError(
+            f"{where}: the hub cannot be reached and the model is not in its cache ({type(error).__name__}); "
+            "check the network, or point base.model at a folder or an s3:// prefix with the model's files"
+        ) from None
+
+
+def tokenizer_folder(config: BaseModelConfig) -> Path:
+    """A folder with the base's `tokenizer.json`, fetched without the weights. Raises as `fetch_base` does."""
+    if config.model.startswith("s3://"):
+        storage = open_storage(config.model.rstrip("/") + "/")
+        folder = config.cache_dir.expanduser() / "tokenizers" / hashlib.sha256(storage.uri.encode()).hexdigest()[:16]
+        storage.download("tokenizer.json", folder / "tokenizer.json")
+        return folder
+    if _is_folder(config.model):
+        folder = _local_folder(config.model)
+        if not (folder / "tokenizer.json").is_file():
+            raise ConfigError(f"base.model: {folder}: no tokenizer.json there; expected a folder as save_pretrained writes it")
+        return folder
+    return _download(config, ("tokenizer*.json",))
+
+
+def require_base(config: BaseModelConfig) -> str:
+    """Says what is there of a base in a folder or an `s3://` prefix, by the names and by one small file. A hub is not asked.
+
+    Raises `ConfigError` where it holds no model, `StorageError` if it can't be listed or read.
+    """
+    if config.model.startswith("s3://"):
+        storage = open_storage(config.model.rstrip("/") + "/")
+        names = [item.key for item in storage.list("") if "/" not in item.key and _is_model_file(item.key)]
+        _check_complete(storage.uri, names)
+        # a store may let list what it does not let read
+        storage.read_bytes("config.json")
+    elif _is_folder(config.model):
+        names = [path.name for path in _model_files(_local_folder(config.model))]
+    else:
+        return "a hub id, which was not asked for"
+    return f"{len(names)} files of a model"
+
+
+def _is_folder(model: str) -> bool:
+    return model.startswith(("/", "./", "../", "~", "file://"))
+
+
+def _local_folder(model: str) -> Path:
+    folder = open_storage(model).local_folder
+    assert folder is not None  # noqa: S101  only an s3:// URI has none
+    return folder
+
+
+def _model_files(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        raise ConfigError(f"base.model: {folder}: no such folder; expected one with config.json and *.safetensors")
+    files = sorted(path for path in folder.iterdir() if path.is_file() and _is_model_file(path.name))
+    _check_complete(str(folder), [path.name for path in files])
+    return files
+
+
+def _is_model_file(name: str) -> bool:
+    # not a dot file: neither the mirror's record nor what a platform leaves behind is part of a model
+    return not name.startswith(".") and any(fnmatch(name, pattern) for pattern in MODEL_FILES)
+
+
+def _check_complete(where: str, names: Iterable[str]) -> None:
+    names = set(names)
+    missing = [name for name in ("config.json", "tokenizer.json") if name not in names]
+    if not any(name.endswith(".safetensors") for name in names):
+        missing.append("*.safetensors")
+    if missing:
+        raise ConfigError(
+            f"base.model: {where}: not a model: {', '.join(missing)} missing; expected a folder as save_pretrained writes it"
+        )
+
+
+def _hash_files(files: list[Path]) -> str:
+    # hashlib lets other threads run: four shards of a 7B model take the time of one
+    with ThreadPoolExecutor(max_workers=4) as pool:
+        digests = list(pool.map(sha256_of, files))
+    return hashlib.sha256(
+        "".join(f"{path.name}\0{digest}\n" for path, digest in zip(files, digests, strict=True)).encode()
+    ).hexdigest()
+
+
+def _mirror(uri: str, cache_dir: Path) -> Path:
+    """Copy of an `s3://` prefix under `cache_dir`, brought up to date; objects that did not change are not fetched again."""
+    storage = open_storage(uri if uri.endswith("/") else uri + "/")
+    folder = cache_dir / "bases" / hashlib.sha256(storage.uri.encode()).hexdigest()[:16]
+    wanted = {item.key: item for item in storage.list("") if "/" not in item.key and _is_model_file(item.key)}
+    _check_complete(storage.uri, wanted)
+    local_storage = FileStorage(folder)
+    known = _mirrored(local_storage.read_bytes(_MIRROR_RECORD))
+    for item in local_storage.list(""):
+        if item.key not in wanted and item.key != _MIRROR_RECORD:
+            (folder / item.key).unlink(missing_ok=True)
+    for key, item in wanted.items():
+        local = folder / key
+        if (
+            local.exists()
+            and known.get(key) == {"size": item.size_bytes, "etag": item.etag}
+            and local.stat().st_size == item.size_bytes
+        ):
+            continue
+        storage.download(key, local)
+        known[key] = {"size": item.size_bytes, "etag": item.etag}
+        kept = {name: known[name] for name in sorted(known) if name in wanted}
+        # replaced as a whole: a pod that dies here must not leave half a record for the next one
+        local_storage.write_bytes(_MIRROR_RECORD, json.dumps(kept).encode())
+    return folder
+
+
+def _mirrored(record: ReadResult | None) -> dict[str, dict[str, object]]:
+    """What the mirror holds, by its own record; nothing is known of a mirror whose record is damaged."""
+    with suppress(ValueError):
+        if record is not None and isinstance(known := json.loads(record.data), dict):
+            return known
+    return {}

@@ -1,0 +1,331 @@
+"""Stream records out of JSONL and name what is wrong with each line.
+
+No message here quotes an instruction, a summary, an input or a reply: problems end up in logs, and training text
+must not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, BinaryIO, Final, Generic, NamedTuple, TypeVar, overload
+
+from pydantic import BaseModel, ValidationError
+
+from lora_trainer.config import DEFAULT_LIMITS, LimitsConfig
+from lora_trainer.data.compression import CorruptStreamError, DecompressedTooLargeError, compressed_by, open_data
+from lora_trainer.data.problems import IncompleteJsonError, Problem, RecordError, Severity
+from lora_trainer.data.records import EXPECTED_BY_FIELD, VOCABULARIES, Contract, EvaluationPrompt, TrainingRecord, lone_surrogate
+from lora_trainer.data.strict_json import QUOTED_CHARACTERS, RECORD_SHAPE, decode_json, is_name, short_key
+from lora_trainer.persona.prompt import spells_control_token
+
+_SKIP_CHUNK_BYTES: Final = 64 * 1024
+
+
+_BOM: Final = b"\xef\xbb\xbf"
+
+
+_UTF16_BOMS: Final = (b"\xff\xfe", b"\xfe\xff")
+
+
+Record = TypeVar("Record", bound=Contract)
+
+
+class Line(NamedTuple, Generic[Record]):
+    """One line that is not blank: a record, or the problems that keep it from being one.
+
+    A record may come with warnings about its line (a byte-order mark, CRLF).
+    """
+
+    number: int
+    """Counted from 1 over all lines, blank ones too; 0: the problems are about the file as a whole."""
+    record: Record | None
+    problems: tuple[Problem, ...]
+
+
+class JsonlReader(Generic[Record]):
+    """The lines of one JSONL file, in order, one at a time; at most `limits.line_bytes` of it is held.
+
+    A file that ends in `.gz` or `.zst` is decompressed as it is read. Iterate once. Nothing in the file raises: what cannot
+    be read is a `Problem`, and so is a file that cannot be opened. `lines_read` and `blank_lines` count as the iteration goes.
+    """
+
+    @overload
+    def __init__(self: JsonlReader[TrainingRecord], path: Path, *, limits: LimitsConfig = ...) -> None: ...
+    @overload
+    def __init__(self, path: Path, schema: type[Record], *, limits: LimitsConfig = ...) -> None: ...
+    def __init__(self, path: Path, schema: Any = TrainingRecord, *, limits: LimitsConfig = DEFAULT_LIMITS) -> None:
+        self.path = path
+        self._schema = schema
+        self._limits = limits
+        self.lines_read = 0
+        self.blank_lines = 0
+
+    def __iter__(self) -> Iterator[Line[Record]]:
+        try:
+            file = open_data(self.path, self._limits.decompressed_bytes, self._limits.compression_ratio)
+        # ValueError: a NUL in the path
+        except (OSError, ValueError) as error:
+            yield _unreadable(error)
+            return
+        with file:
+            try:
+                yield from self._lines(file)
+            except CorruptStreamError as error:
+                yield _about_file(
+                    RecordError(
+                        "corrupt_stream",
+                        f"{error}, after {self.lines_read:,} whole line{'' if self.lines_read == 1 else 's'}",
+                        "what the file's name says it is compressed by",
+                        "copy or compress it again",
+                    )
+                )
+            except DecompressedTooLargeError as error:
+                setting = "compression_ratio" if error.is_ratio else "decompressed_bytes"
+                yield _about_file(
+                    RecordError(
+                        "decompressed_too_large",
+                        f"more than {error.most_bytes:,} bytes out of a file of {error.size_bytes:,}",
+                        f"no more than limits.{setting} allows",
+                        f"check what the file is; if it is your data, raise limits.{setting}",
+                    )
+                )
+            except OSError as error:
+                yield _unreadable(error)
+
+    def _lines(self, file: BinaryIO) -> Iterator[Line[Record]]:
+        offset = 0
+        crlf_seen = False
+        most_bytes = self._limits.line_bytes
+        while raw := file.readline(most_bytes + 1):
+            self.lines_read += 1
+            number = self.lines_read
+            start, offset = offset, offset + len(raw)
+            if number == 1 and raw.startswith(_UTF16_BOMS):
+                # each line break is two bytes there, so no line of it would make sense
+                yield _about_file(RecordError("utf16", "a UTF-16 byte-order mark", "UTF-8", "save the file as UTF-8"))
+                return
+            if number == 1 and (compression := compressed_by(raw)):
+                yield _about_file(
+                    RecordError(
+                        "compressed",
+                        f"{compression} under a name that does not say so",
+                        "JSONL, or .jsonl.gz and .jsonl.zst by their names",
+                        "rename it to .jsonl.gz or .jsonl.zst" if compression in ("gzip", "zstd") else "unpack it",
+                    )
+                )
+                return
+            if len(raw) > most_bytes and not raw.endswith(b"\n"):
+                while not raw.endswith(b"\n") and (raw := file.readline(_SKIP_CHUNK_BYTES)):
+                    offset += len(raw)
+                yield _failed(
+                    number,
+                    RecordError(
+                        "line_too_long",
+                        f"a line of {offset - start:,} bytes",
+                        f"at most {most_bytes:,} bytes (limits.line_bytes)",
+                        "put one record on a line, and shorten the text",
+                    ),
+                )
+                continue
+            notes: list[Problem] = []
+            if raw.startswith(_BOM):
+                raw = raw[len(_BOM) :]
+                start += len(_BOM)
+                notes.append(
+                    _warning(number, "bom", "a byte-order mark before the line", "plain UTF-8", "save it as UTF-8 without BOM")
+                )
+            if not raw.strip():
+                self.blank_lines += 1
+                if notes:
+                    yield Line(number, None, tuple(notes))
+                continue
+            if raw.endswith(b"\r\n") and not crlf_seen:
+                crlf_seen = True
+                notes.append(_warning(number, "crlf", "lines that end in CRLF", "lines that end in LF", "convert the line ends"))
+            line: Line[Record] | None = _read_line(raw, number, start, self._schema, self._limits)
+            if line is None:
+                self.blank_lines += 1
+            elif notes:
+                yield Line(number, line.record, (*notes, *line.problems))
+            else:
+                yield line
+        if self.lines_read == self.blank_lines:
+            got = f"only blank lines ({self.lines_read:,})" if self.lines_read else "an empty file"
+            yield _about_file(
+                RecordError("empty_file", got, "one record a line", "check that the right file was written and copied whole")
+            )
+
+
+def parse_record(text: str, number: int = 1) -> Line[TrainingRecord]:
+    """One record out of one line of JSON; the problems call it line `number`. Never raises."""
+    try:
+        return _read_text(text, number, TrainingRecord, DEFAULT_LIMITS)
+    except RecordError as fault:
+        return _failed(number, fault)
+
+
+def _read_line(raw: bytes, number: int, start: int, schema: type[Record], limits: LimitsConfig) -> Line[Record] | None:
+    """Line `number`, which begins at byte `start` of the file; `None` when it is blank."""
+    is_last = not raw.endswith(b"\n")
+    try:
+        text = raw.decode("utf-8")
+        return _read_text(text, number, schema, limits) if text.strip() else None
+    except UnicodeDecodeError as error:
+        if is_last and error.reason == "unexpected end of data":
+            return _failed(number, _cut_off(len(raw)))
+        return _failed(
+            number,
+            RecordError(
+                "invalid_utf8",
+                f"byte 0x{raw[error.start]:02x} at byte {error.start + 1} of the line (byte {start + error.start + 1} of the file)",
+                "UTF-8",
+                "save the file as UTF-8; Korean text from Windows is often CP949",
+            ),
+        )
+    except IncompleteJsonError as fault:
+        return _failed(number, _cut_off(len(raw)) if is_last else fault)
+    except RecordError as fault:
+        return _failed(number, fault)
+
+
+def _read_text(text: str, number: int, schema: type[Record], limits: LimitsConfig) -> Line[Record]:
+    data = decode_json(text, limits)
+    if not isinstance(data, dict):
+        raise RecordError("not_an_object", _described(data), RECORD_SHAPE, "write one record a line, with no list around them")
+    try:
+        # by the file's names only: `reply` is a word of this module
+        record = schema.model_validate(data, by_alias=True, by_name=False, context=limits)
+    except ValidationError as error:
+        return Line(number, None, tuple(_explain(error, number, schema)))
+    texts = list(_texts(record))
+    if too_long := [_text_too_long(number, field, said, limits) for field, said in texts if len(said) > limits.text_characters]:
+        return Line(number, None, tuple(too_long))
+    return Line(number, record, tuple(_spelled(number, field) for field, said in texts if spells_control_token(said)))
+
+
+def _texts(record: Contract) -> Iterator[tuple[str, str]]:
+    """What people wrote in a record, by field."""
+    if isinstance(record, TrainingRecord):
+        yield "instruction", record.instruction
+        yield "output.text", record.reply.text
+    if isinstance(record, TrainingRecord | EvaluationPrompt):
+        yield "context.summary", record.context.summary
+        yield "input", record.input
+
+
+def _text_too_long(number: int, field: str, text: str, limits: LimitsConfig) -> Problem:
+    fault = RecordError(
+        "text_too_long",
+        f"text of {len(text):,} characters",
+        f"at most {limits.text_characters:,} (limits.text_characters)",
+        "shorten it",
+    )
+    return _error(number, field, fault)
+
+
+def _spelled(number: int, field: str) -> Problem:
+    return Problem(
+        number,
+        field,
+        Severity.WARNING,
+        "control_token",
+        "text that spells a control token, such as <|im_end|> or <tool_call>",
+        "words",
+        "remove it; the prompt shows it with a space inside, as text",
+    )
+
+
+def _explain(error: ValidationError, number: int, schema: type[BaseModel]) -> Iterator[Problem]:
+    for detail in error.errors(include_url=False):
+        path = [str(part) for part in detail["loc"]]
+        field = ".".join(path)
+        if detail["type"] == "extra_forbidden":
+            yield _unknown_field(path, number, schema)
+            continue
+        raised = detail.get("ctx", {}).get("error")
+        yield _error(
+            number, field, raised if isinstance(raised, RecordError) else _fault_of(detail["type"], field, detail["input"])
+        )
+
+
+def _fault_of(kind: str, field: str, value: object) -> RecordError:
+    """`kind` is pydantic's name of what is wrong with `field`."""
+    expected = EXPECTED_BY_FIELD[field]
+    if kind == "missing":
+        return RecordError("missing_field", "nothing", expected, f"add '{field.rsplit('.', 1)[-1]}'")
+    if kind == "enum":
+        got = f"'{value}'" if isinstance(value, str) and is_name(value) else _described(value)
+        return RecordError("unknown_value", got, expected, _nearest(value, VOCABULARIES[field], "choose the nearest of them"))
+    if kind in ("greater_than_equal", "less_than_equal", "finite_number"):
+        return RecordError("out_of_range", _described(value), expected, "0 is hardly, 1 is fully")
+    if kind == "string_unicode":
+        return lone_surrogate("half of a surrogate pair")
+    return RecordError("wrong_type", _described(value), expected, "write it as that")
+
+
+def _unknown_field(path: list[str], number: int, schema: type[BaseModel]) -> Problem:
+    *parents, key = path
+    siblings = [name.rsplit(".", 1)[-1] for name in EXPECTED_BY_FIELD if name and name.split(".")[:-1] == parents]
+    if not parents and schema is EvaluationPrompt:
+        siblings = list(EvaluationPrompt.model_fields)
+    # what is no name is probably text that lost its quotes
+    field = ".".join([*parents, key if is_name(key) else "?"])
+    fault = RecordError(
+        "unknown_field", f"the key {short_key(key)}", "only " + ", ".join(siblings), _nearest(key, siblings, "remove it")
+    )
+    return _error(number, field, fault)
+
+
+def _nearest(value: object, names: Sequence[str], otherwise: str) -> str:
+    if isinstance(value, str) and len(value) <= QUOTED_CHARACTERS:
+        close = get_close_matches(value.strip().lower(), names, n=1, cutoff=0.7)
+        if close:
+            return f"did you mean '{close[0]}'?"
+    return otherwise
+
+
+def _described(value: object) -> str:
+    """The kind of a JSON value and its size, never a text itself."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, int):
+        return str(value) if abs(value) < 10**QUOTED_CHARACTERS else "a very large number"
+    if isinstance(value, float):
+        return repr(value)
+    if isinstance(value, str):
+        return f"text of {len(value)} character{'' if len(value) == 1 else 's'}"
+    return "a list" if isinstance(value, list) else "an object"
+
+
+def _cut_off(length_bytes: int) -> RecordError:
+    return RecordError(
+        "truncated",
+        f"a last line of {length_bytes:,} bytes that stops in the middle",
+        "a whole record and a line break",
+        "the file looks cut off: copy or write it again",
+    )
+
+
+def _error(number: int, field: str, fault: RecordError) -> Problem:
+    return Problem(number, field, Severity.ERROR, fault.code, fault.got, fault.expected, fault.fix)
+
+
+def _failed(number: int, fault: RecordError) -> Line[Any]:
+    return Line(number, None, (_error(number, "", fault),))
+
+
+def _about_file(fault: RecordError) -> Line[Any]:
+    return Line(0, None, (Problem(None, "", Severity.ERROR, fault.code, fault.got, fault.expected, fault.fix),))
+
+
+def _unreadable(error: OSError | ValueError) -> Line[Any]:
+    reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+    return _about_file(RecordError("unreadable", reason, "a file that can be read", "check the path and its permissions"))
+
+
+def _warning(number: int, code: str, got: str, expected: str, fix: str) -> Problem:
+    return Problem(number, "", Severity.WARNING, code, got, expected, fix)

@@ -1,0 +1,1 @@
+"""Measure whether an adapter behaves as its persona: questions, rules, bounds, gates."""

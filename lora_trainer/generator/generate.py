@@ -1,0 +1,208 @@
+"""`lora-trainer generate`, top to bottom: settle where things go, fill an intake by one of the engines, write, count, report."""
+
+from __future__ import annotations
+
+import random
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from lora_trainer import __version__, logs
+from lora_trainer.data.evaluation_prompts import evaluation_prompts
+from lora_trainer.data.jsonl import JsonlReader
+from lora_trainer.data.problems import Severity
+from lora_trainer.data.records import TrainingRecord
+from lora_trainer.errors import ConfigError, DataError
+from lora_trainer.evaluate.persona_classifier import persona_classifier
+from lora_trainer.generator.compose import compose
+from lora_trainer.generator.dataset_summary import DatasetSummary, summarise
+from lora_trainer.generator.html_report import PersonaSection, dataset_page, evenly
+from lora_trainer.generator.intake import Intake, wanted_cells
+from lora_trainer.generator.teacher import Checkpoint, Teacher, TeacherSettings
+from lora_trainer.persona.vocabulary import BloodType
+from lora_trainer.store.interface import Storage
+from lora_trainer.store.keys import split_uri
+from lora_trainer.store.local import sha256_of
+from lora_trainer.store.opening import open_storage
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+Engine = Literal["compose", "teacher"]
+
+
+@dataclass(frozen=True, slots=True)
+class GenerateSettings:
+    """What one call of `generate` is to do."""
+
+    blood_types: tuple[BloodType, ...]
+    count: int
+    """Records for each persona."""
+    output: str
+    """A folder, or for one persona a `.jsonl`: path, `file://` or `s3://`."""
+    seed: int = 1
+    engine: Engine = "compose"
+    against: tuple[str, ...] = ()
+    """JSONL files that the output must not repeat."""
+    report: Path | None = None
+    work_dir: Path = Path(".lora-trainer")
+    overwrite: bool = False
+    teacher: TeacherSettings | None = None
+    """For `engine="teacher"`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Generated:
+    """One persona's file."""
+
+    blood_type: BloodType
+    uri: str
+    is_new: bool
+    """Whether the file was written; one with the same content is left alone."""
+    summary: DatasetSummary
+    rejects: dict[str, int]
+    notes: list[tuple[str, str]]
+    duration_s: float
+
+
+def generate(settings: GenerateSettings, progress: Progress | None = None) -> Iterator[Generated]:
+    """Write the files one persona after the other, and the report last.
+
+    Raises `ConfigError` for a target that is already there with other content, `DataError` when the grammar or the model
+    gives too little or `against` has errors, `StorageError` when a store or the teacher fails for good.
+    """
+    targets = {blood_type: _target(settings, blood_type) for blood_type in settings.blood_types}
+    if settings.engine == "teacher":
+        for storage, key, uri in targets.values():
+            # asking costs money, so before anything is asked for
+            if not settings.overwrite and storage.exists(key):
+                raise _in_the_way(uri)
+    held_against = [record for uri in settings.against for record in _read(uri)]
+    sections = []
+    for blood_type, (storage, key, uri) in targets.items():
+        started_s = time.monotonic()
+        intake = Intake(blood_type)
+        intake.hold_out(prompt.input for prompt in evaluation_prompts())
+        intake.hold_against(held_against)
+        advance = _bar(progress, blood_type, settings.count)
+        notes, checkpoint = _fill(settings, intake, advance)
+        if len(intake.taken) < settings.count:
+            raise DataError(
+                f"{blood_type}: composed {len(intake.taken):,} records, expected {settings.count:,}: the grammar has no more that "
+                f"differ enough from each other and from --against; lower --count, or ask a model with --engine teacher"
+            )
+        is_new = _write(intake.taken, storage, key, uri, overwrite=settings.overwrite)
+        if checkpoint:
+            checkpoint.remove()
+        summary = summarise(blood_type, intake.taken)
+        done = Generated(blood_type, uri, is_new, summary, dict(intake.rejects), notes, round(time.monotonic() - started_s, 1))
+        logs.get_logger().info(
+            "data_generated",
+            blood_type=str(blood_type),
+            uri=uri,
+            records=len(intake.taken),
+            rejected=sum(intake.rejects.values()),
+            rejected_by_reason=dict(intake.rejects),
+            duration_s=done.duration_s,
+        )
+        if settings.report:
+            taken_for = Counter(persona_classifier().predict(record.reply.text for record in intake.taken))
+            sections.append(PersonaSection(summary, taken_for, intake.rejects, uri, evenly(intake.taken), notes))
+        yield done
+    if settings.report:
+        settings.report.parent.mkdir(parents=True, exist_ok=True)
+        settings.report.write_text(dataset_page("Generated persona data", _facts(settings), sections), encoding="utf-8")
+
+
+def _fill(
+    settings: GenerateSettings, intake: Intake, on_record: Callable[[TrainingRecord], None]
+) -> tuple[list[tuple[str, str]], Checkpoint | None]:
+    if settings.engine == "compose":
+        compose(intake, wanted_cells(settings.count, random.Random(settings.seed)), settings.seed, on_record)
+        return [], None
+    if settings.teacher is None:
+        raise ConfigError(
+            "--engine teacher: got no --model, expected the name of the model to ask; see 'lora-trainer generate --help'"
+        )
+    checkpoint = Checkpoint.of(settings.work_dir, intake.blood_type, settings.count, settings.seed, settings.teacher)
+    teacher = Teacher(settings.teacher, intake, checkpoint, settings.seed)
+    teacher.generate(settings.count, on_record)
+    usage = teacher.usage
+    return [
+        ("requests, retries included", f"{usage.requests:,}"),
+        ("prompt tokens", f"{usage.prompt_tokens:,}"),
+        ("completion tokens", f"{usage.completion_tokens:,}"),
+        ("taken over from an interrupted run", f"{usage.resumed_records:,}"),
+        *((f"requests failed: {kind}", f"{times:,}") for kind, times in usage.failures.most_common()),
+    ], checkpoint
+
+
+def _target(settings: GenerateSettings, blood_type: BloodType) -> tuple[Storage, str, str]:
+    output = settings.output
+    if output.endswith(".jsonl"):
+        if len(settings.blood_types) > 1:
+            raise ConfigError(f"--output: got one file ({output}) for {len(settings.blood_types)} personas, expected a folder")
+        folder, key = split_uri(output)
+    else:
+        folder, key = output, f"train_data_type_{blood_type}.jsonl"
+    storage = open_storage(folder)
+    return storage, key, storage.uri + key
+
+
+def _write(records: Sequence[TrainingRecord], storage: Storage, key: str, uri: str, *, overwrite: bool) -> bool:
+    """Put the records there, whole or not at all; gives whether anything was written."""
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / "new.jsonl"
+        with path.open("w", encoding="utf-8", newline="\n") as file:
+            file.writelines(record.to_json() + "\n" for record in records)
+        if storage.exists(key):
+            if storage.download(key, Path(scratch) / "old.jsonl").sha256 == sha256_of(path):
+                return False
+            if not overwrite:
+                raise _in_the_way(uri)
+        storage.upload(path, key)
+    return True
+
+
+def _in_the_way(uri: str) -> ConfigError:
+    return ConfigError(f"{uri}: got a file that is already there, expected none; choose another --output, or say --overwrite")
+
+
+def _read(uri: str) -> list[TrainingRecord]:
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(uri)
+        if "://" in uri:
+            folder, key = split_uri(uri)
+            # its end says how it is compressed
+            path = Path(scratch) / Path(key).name
+            open_storage(folder).download(key, path)
+        elif not path.is_file():
+            raise ConfigError(f"--against: {uri}: no such file; expected a JSONL file of training data")
+        lines = list(JsonlReader(path))
+        problems = [problem.render(uri) for line in lines for problem in line.problems if problem.severity is Severity.ERROR]
+        if problems:
+            raise DataError(problems[:50])
+        return [line.record for line in lines if line.record]
+
+
+def _bar(progress: Progress | None, blood_type: BloodType, count: int) -> Callable[[TrainingRecord], None]:
+    if progress is None:
+        return lambda _: None
+    task = progress.add_task(f"persona {blood_type}", total=count)
+    return lambda _: progress.advance(task)
+
+
+def _facts(settings: GenerateSettings) -> list[tuple[str, str]]:
+    facts = [
+        ("engine", settings.engine),
+        ("seed", str(settings.seed)),
+        ("records a persona", f"{settings.count:,}"),
+        ("lora-trainer", __version__),
+    ]
+    if settings.teacher and settings.engine == "teacher":
+        facts += [("model", settings.teacher.model), ("server", settings.teacher.base_url)]
+    return facts

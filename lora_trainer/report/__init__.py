@@ -1,0 +1,1 @@
+"""Show results: HTML pages, the model card and tables for the terminal."""

@@ -1,0 +1,158 @@
+"""The files of a bundle that this project writes beside the adapter, and how they are read back."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lora_trainer.base_model import Base
+from lora_trainer.config import RunConfig
+from lora_trainer.errors import ConfigError, StorageError
+from lora_trainer.evaluate.metrics import (
+    EvaluationMetrics,
+    HeldOutMetrics,
+    RunMetrics,
+    TrainingMetrics,
+    Verdict,
+    metrics_schema,
+)
+from lora_trainer.evaluate.rules import JudgedReply
+from lora_trainer.persona.prompt import prompt_template
+from lora_trainer.persona.reply_schema import response_schema
+from lora_trainer.persona.specs import persona_spec
+from lora_trainer.persona.vocabulary import BloodType
+from lora_trainer.report.model_card import model_card
+from lora_trainer.store.interface import Storage
+from lora_trainer.store.keys import safe_key
+from lora_trainer.store.local import sha256_of
+from lora_trainer.store.manifest import (
+    MANIFEST_NAME,
+    MANIFEST_SCHEMA,
+    DamagedError,
+    download_files,
+    read_local_manifest,
+    read_manifest,
+    write_json,
+)
+from lora_trainer.store.prefixes import evaluation_prefix
+from lora_trainer.train.step_log import StepLog
+
+
+def write_documents(folder: Path, config: RunConfig, base: Base, metrics: RunMetrics) -> None:
+    """Put the bundle's own files beside the adapter and tokenizer that the backend saved in `folder`."""
+    write_json(folder / "prompt.json", prompt_template())
+    write_json(folder / "response_schema.json", response_schema())
+    spec = persona_spec(config.blood_type)
+    (folder / "persona.yaml").write_text(
+        yaml.safe_dump(spec.model_dump(mode="json"), allow_unicode=True, sort_keys=False, width=1000), encoding="utf-8"
+    )
+    (folder / "README.md").write_text(model_card(config, base, metrics), encoding="utf-8")
+
+
+def write_evaluation(
+    folder: Path, metrics: RunMetrics, steps: Sequence[StepLog], replies: Sequence[JudgedReply], facts: Mapping[str, Any]
+) -> None:
+    """What was measured, in numbers and to look at. `facts` is what the manifest holds besides its files."""
+    from lora_trainer.report.run_page import run_page
+
+    write_json(folder / "metrics.json", metrics.as_json())
+    write_json(folder / "metrics.schema.json", metrics_schema())
+    with (folder / "replies.jsonl").open("w", encoding="utf-8") as file:
+        for reply in replies:
+            file.write(reply.model_dump_json() + "\n")
+    with (folder / "train_log.jsonl").open("w", encoding="utf-8") as file:
+        for step in steps:
+            file.write(json.dumps({name: getattr(step, name) for name in step.__slots__}) + "\n")
+    (folder / "report.html").write_text(run_page(metrics, facts, steps, replies), encoding="utf-8")
+
+
+@dataclass(frozen=True, slots=True)
+class Published:
+    """A bundle brought back to be judged again."""
+
+    folder: Path
+    training: TrainingMetrics
+    held_out: HeldOutMetrics
+    peak_memory_gib: float
+    steps: tuple[StepLog, ...]
+    evaluation: EvaluationMetrics | None
+    """None: published by a version that did not evaluate, or measured in another way."""
+    replies: list[JudgedReply]
+
+
+def read_published(storage: Storage, prefix: str, manifest: Mapping[str, Any], folder: Path) -> Published:
+    """As `download`, and what was measured, read. Raises `StorageError`."""
+    download_files(storage, prefix, manifest, folder)
+    try:
+        metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+        steps = tuple(
+            StepLog(**json.loads(line)) for line in (folder / "train_log.jsonl").read_text(encoding="utf-8").splitlines() if line
+        )
+        training = TrainingMetrics.model_validate(metrics["training"])
+        held_out = HeldOutMetrics.model_validate(metrics["held_out"])
+        peak_memory_gib = float(metrics["peak_memory_gib"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        raise StorageError(
+            f"{storage.uri}{prefix}: metrics.json or train_log.jsonl is not what this version reads; it was written by another "
+            "one: move that prefix away and run again"
+        ) from None
+    return Published(folder, training, held_out, peak_memory_gib, steps, *_evaluation_of(metrics, folder))
+
+
+def _evaluation_of(metrics: Mapping[str, Any], folder: Path) -> tuple[EvaluationMetrics | None, list[JudgedReply]]:
+    try:
+        evaluation = RunMetrics.model_validate(metrics).evaluation
+        lines = (folder / "replies.jsonl").read_text(encoding="utf-8").split("\n")
+        return evaluation, [JudgedReply.model_validate_json(line) for line in lines if line]
+    except (OSError, ValueError):
+        return None, []
+
+
+def read_verdict(storage: Storage, prefix: str, manifest: Mapping[str, Any], gate_id: str) -> tuple[Verdict, str] | None:
+    """The verdict by `gate_id` on the bundle under `prefix`, and the folder that holds its report; None: not judged by it yet."""
+    if manifest.get("gate_id") == gate_id:
+        return _verdict_of(manifest, f"{storage.uri}{prefix}"), prefix
+    folder = evaluation_prefix(prefix, gate_id)
+    later = read_manifest(storage, folder)
+    return (_verdict_of(later, f"{storage.uri}{folder}"), folder) if later else None
+
+
+def _verdict_of(manifest: Mapping[str, Any], where: str) -> Verdict:
+    try:
+        return Verdict.model_validate(manifest["verdict"])
+    except (KeyError, ValueError):
+        raise StorageError(
+            f"{where}{MANIFEST_NAME}: its verdict is not one; it was changed: move that prefix away and run again"
+        ) from None
+
+
+def open_local(folder: Path) -> dict[str, Any]:
+    """The manifest of the finished bundle in `folder`.
+
+    Raises `ConfigError` if there is none, `DamagedError` if its files are not what it says.
+    """
+    try:
+        manifest = read_local_manifest(folder)
+        has_all = "adapter_model.safetensors" in manifest["files"] and "verdict" in manifest
+        # names in it become keys of the output
+        names_fit = re.fullmatch("[0-9a-f]{16}", manifest["run_id"]) and manifest["blood_type"] in tuple(BloodType)
+        if manifest["schema"] != MANIFEST_SCHEMA or not has_all or not names_fit:
+            raise ValueError("another manifest")
+        hashes = {safe_key(name): file["sha256"] for name, file in manifest["files"].items()}
+        Verdict.model_validate(manifest["verdict"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise ConfigError(
+            f"{folder}: got no finished bundle of this version, expected a folder with the manifest.json that a run writes last: "
+            "<work_dir>/runs/<TYPE>/<run id>/bundle"
+        ) from None
+    for name, sha256 in hashes.items():
+        path = folder / name
+        if not path.is_file() or sha256_of(path) != sha256:
+            raise DamagedError(f"{path}: is not what the bundle's manifest says; run the same 'lora-trainer run' again instead")
+    return manifest

@@ -1,0 +1,77 @@
+"""How a run ended, in words: what its exception means to the log, to Kubernetes and to whoever is on call."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+import traceback
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from lora_trainer.errors import ExitCode, Interrupted, LoraTrainerError
+from lora_trainer.redaction import redacted
+from lora_trainer.run.reexec import StepDown
+from lora_trainer.signals import INTERRUPTION
+
+_SHOWN_FRAMES: Final = 12
+
+
+@dataclass(frozen=True, slots=True)
+class FailureReport:
+    """What is left of an exception: nothing that keeps its frames, and the tensors in them, alive."""
+
+    exit_code: ExitCode = ExitCode.DONE
+    outcome: str = "done"
+    """`done`, `interrupted`, `bug`, or the name of the error's class."""
+    problems: tuple[str, ...] = ()
+    frames: tuple[str, ...] = ()
+    """Where a bug came from, the innermost last."""
+
+
+# what says nothing about the data, and all about what has to be done: the device's own words, and Python's about names
+_KNOWN_MESSAGE: Final = re.compile(
+    r"(?:CUDA|cuDNN|CUBLAS|CUSPARSE|NCCL|NVML|Triton)\b.*|[\w.' ]+ has no attribute '\w+'|No module named '[\w.]+'",
+    re.ASCII,
+)
+
+
+def failure_report(error: BaseException | None, folder: Path | None = None) -> FailureReport | None:
+    """The ending that `error` means; None if it is neither a failure nor an interruption.
+
+    What a bug's message may quote of the data goes to a file in `folder`, or in the system's for such.
+    """
+    error = INTERRUPTION.meaning_of(error)
+    if error is None:
+        return FailureReport()
+    if isinstance(error, LoraTrainerError):
+        return FailureReport(error.exit_code, type(error).__name__, tuple(map(redacted, error.problems)))
+    if isinstance(error, Interrupted | KeyboardInterrupt):
+        kept = getattr(error, "kept", "") or "no half-published bundle is visible"
+        return FailureReport(ExitCode.INTERRUPTED, "interrupted", (f"interrupted: {kept}; run the same command again",))
+    if isinstance(error, SystemExit | GeneratorExit | StepDown):
+        return None
+    # not only an `Exception`: a panic in a library's Rust is none
+    frames = [f"{frame.filename}:{frame.lineno} {frame.name}" for frame in traceback.extract_tb(error.__traceback__)]
+    problem = f"{type(error).__module__}.{type(error).__name__}{_safe_message(error, folder)}"
+    return FailureReport(ExitCode.BUG, "bug", (redacted(problem),), tuple(frames[-_SHOWN_FRAMES:]))
+
+
+def _safe_message(error: BaseException, folder: Path | None) -> str:
+    """The first line of the message if it can't quote data. Else all goes to a file in `folder`, or in the system's for such."""
+    first_line = str(error).partition("\n")[0]
+    if _KNOWN_MESSAGE.fullmatch(first_line) or isinstance(error, MemoryError):
+        return f": {first_line[:1000]}"
+    if isinstance(error, OSError) and error.strerror:
+        return f": {error.strerror}" + (f": {error.filename}" if error.filename else "")
+    left_out = "its message is left out: it may quote training text"
+    with suppress(OSError):
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(
+            "w", prefix="bug-", suffix=".txt", dir=folder, delete=False, encoding="utf-8", errors="backslashreplace"
+        ) as file:
+            file.write(redacted("".join(traceback.format_exception(error))))
+        left_out += f"; {file.name} has it"
+    return f" ({left_out})"

@@ -1,0 +1,302 @@
+"""A local folder as a storage."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import os
+import secrets
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from copy import copy
+from io import BufferedRandom
+from itertools import islice
+from pathlib import Path
+from typing import Final, Self
+
+from lora_trainer.errors import ConfigError, LoraTrainerError, StorageError
+from lora_trainer.store.interface import (
+    MAX_DOCUMENT_BYTES,
+    Fetched,
+    NotFound,
+    ObjectInfo,
+    PreconditionFailed,
+    ReadResult,
+    check_one_condition,
+    listed_key,
+    no_guard,
+    not_found,
+    too_large,
+)
+from lora_trainer.store.keys import checked_prefix, safe_key
+from lora_trainer.store.retry import RetryBudget
+
+_OWN_PREFIX: Final = ".~lora-trainer."
+"""Names of our temporary and lock files in a folder storage. Listings leave them out."""
+
+
+_STALE_TEMPORARY_S: Final = 3600
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file, 64 lower-case hex digits. Raises `NotFound` or `StorageError`."""
+    with local_errors(path), path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# ---------------------------------------------------------------------------------------------- local disk
+
+
+@contextmanager
+def local_errors(path: Path) -> Iterator[None]:
+    """Says which file, and what to do about it, when the disk refuses."""
+    try:
+        yield
+    except OSError as error:
+        raise _explain_local(error, path) from error
+
+
+def _explain_local(error: OSError, path: Path) -> LoraTrainerError:
+    where = str(error.filename2 or error.filename or path)
+    if Path(where).name.startswith(_OWN_PREFIX):
+        where = str(path)
+    said = error.strerror or str(error)
+    match error.errno:
+        case errno.ENOENT:
+            return NotFound(f"{where}: no such file; check the path")
+        case errno.ENOTDIR | errno.EEXIST:
+            return ConfigError(f"{where}: got a file where a folder is expected; choose another folder or move the file away")
+        case errno.EISDIR:
+            return ConfigError(f"{where}: got a folder where a file is expected; choose another name or move the folder away")
+        case errno.ENAMETOOLONG:
+            return ConfigError(f"{where}: {said}; choose a shorter path")
+        case errno.ENOSPC | errno.EDQUOT:
+            return StorageError(f"{where}: {said}; free some space there, or use a folder on a larger volume")
+        case errno.EACCES | errno.EPERM | errno.EROFS:
+            return StorageError(f"{where}: {said}; expected to be allowed this as uid {os.geteuid()}: check owner, mode and mount")
+        case _:
+            return StorageError(f"{where}: {said}; check the disk or the mount")
+
+
+def _make_folder(folder: Path) -> None:
+    missing = []
+    while not folder.is_dir():
+        missing.append(folder)
+        folder = folder.parent
+    for new in reversed(missing):
+        new.mkdir(exist_ok=True)
+        _sync_folder(new.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Makes renames in `folder` survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # some network and FUSE mounts have no fsync for folders; they have nothing better to offer either
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def replacing(target: Path, *, is_new: bool = False) -> Iterator[BufferedRandom]:
+    """A file that becomes `target` when the block ends well, and leaves no trace when it does not.
+
+    `is_new`: raises `FileExistsError` if there is one by then.
+    """
+    _make_folder(target.parent)
+    _remove_stale_temporaries(target.parent)
+    temporary = target.parent / f"{_OWN_PREFIX}{secrets.token_hex(8)}.tmp"
+    try:
+        # "x": umask decides the mode, unlike tempfile's 0600, which nobody else could read once published
+        with temporary.open("x+b") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        if is_new:
+            # unlike a rename, a link replaces nothing
+            target.hardlink_to(temporary)
+            temporary.unlink()
+        else:
+            temporary.replace(target)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _sync_folder(target.parent)
+
+
+def _remove_stale_temporaries(folder: Path) -> None:
+    """What a killed process left: on a volume that outlives the pod, gigabytes a time."""
+    oldest_s = time.time() - _STALE_TEMPORARY_S
+    for temporary in folder.glob(f"{_OWN_PREFIX}*.tmp"):
+        with suppress(OSError):
+            # one that is being written was touched within the last read timeout
+            if temporary.stat().st_mtime < oldest_s:
+                temporary.unlink()
+
+
+@contextmanager
+def _exclusive(path: Path) -> Iterator[None]:
+    """Holds the lock file beside `path`. It stays: taking a lock file away safely is not possible on NFS."""
+    _make_folder(path.parent)
+    with (path.parent / f"{_OWN_PREFIX}{path.name}.lock").open("wb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+class FileStorage:
+    """A folder on this machine. It need not exist: like a prefix, it comes with its first object."""
+
+    def __init__(self, folder: Path) -> None:
+        """Raises `ConfigError` when `folder` is a file."""
+        self._folder = Path(os.path.normpath(folder.absolute()))
+        self._guard: Callable[[], None] = no_guard
+        with local_errors(self._folder):
+            if self._folder.exists() and not self._folder.is_dir():
+                raise ConfigError(f"{self._folder}: got a file, expected a folder")
+
+    @property
+    def uri(self) -> str:
+        path = str(self._folder).replace("%", "%25")
+        return "file://" + path if path == "/" else f"file://{path}/"
+
+    @property
+    def local_folder(self) -> Path | None:
+        return self._folder
+
+    @property
+    def conditional_writes(self) -> bool:
+        return True
+
+    def adapted(self, *, guard: Callable[[], None] | None = None, patience: RetryBudget | None = None) -> Self:
+        other = copy(self)
+        other._guard = guard or self._guard
+        return other
+
+    def download(self, key: str, target: Path) -> Fetched:
+        path = self._path(key)
+        if not self.exists(key):
+            raise self._not_found(key)
+        size_bytes, digest = 0, hashlib.sha256()
+        with local_errors(path), path.open("rb") as source, local_errors(target), replacing(target) as file:
+            while chunk := source.read(2**20):
+                digest.update(chunk)
+                size_bytes += file.write(chunk)
+        return Fetched(size_bytes, digest.hexdigest())
+
+    def upload(self, path: Path, key: str, *, sha256: str | None = None) -> None:
+        target = self._path(key)
+        with local_errors(path), path.open("rb") as source, local_errors(target), replacing(target) as file:
+            shutil.copyfileobj(source, file, 2**20)
+            self._guard()
+
+    def upload_all(self, folder: Path, prefix: str, sha256: Mapping[str, str]) -> None:
+        # one disk
+        for name in sha256:
+            self.upload(folder / name, prefix + name)
+
+    def read_bytes(self, key: str, *, max_bytes: int = MAX_DOCUMENT_BYTES) -> ReadResult | None:
+        path = self._path(key)
+        with local_errors(path):
+            try:
+                with path.open("rb") as file:
+                    data = file.read(max_bytes + 1)
+            except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+                # a folder of that name is no object, exactly as in S3
+                return None
+        if len(data) > max_bytes:
+            raise too_large(str(path), max_bytes)
+        return ReadResult(data, hashlib.sha256(data).hexdigest())
+
+    def write_bytes(self, key: str, data: bytes, *, if_match: str | None = None, if_absent: bool = False) -> None:
+        path = self._path(key)
+        check_one_condition(if_match, if_absent)
+        self._guard()
+        with local_errors(path):
+            if if_match is None and not if_absent:
+                self._replace(path, data)
+                return
+            if if_absent and self._is_created(path, data):
+                return
+            with _exclusive(path):
+                current = sha256_of(path) if path.is_file() else None
+                if current != if_match:
+                    raise PreconditionFailed(f"{path}: no longer what was last read")
+                self._replace(path, data)
+
+    def list(self, prefix: str) -> Iterator[ObjectInfo]:
+        prefix = checked_prefix(prefix)
+        return self._walk(self._folder / prefix, prefix)
+
+    def delete(self, key: str) -> None:
+        path = self._path(key)
+        self._guard()
+        with local_errors(path), suppress(FileNotFoundError, NotADirectoryError, IsADirectoryError):
+            path.unlink()
+
+    def exists(self, key: str) -> bool:
+        path = self._path(key)
+        with local_errors(path):
+            return path.is_file()
+
+    def _path(self, key: str) -> Path:
+        return self._folder / safe_key(key)
+
+    @staticmethod
+    def _replace(path: Path, data: bytes) -> None:
+        with replacing(path) as file:
+            file.write(data)
+
+    @staticmethod
+    def _is_created(path: Path, data: bytes) -> bool:
+        """Needs no lock file, which would stay in a published folder; False where the file system has no links."""
+        try:
+            with replacing(path, is_new=True) as file:
+                file.write(data)
+        except FileExistsError:
+            if path.is_dir():
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path)) from None
+            if not path.is_file():
+                raise
+            raise PreconditionFailed(f"{path}: no longer what was last read") from None
+        except OSError as error:
+            if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS):
+                raise
+            return False
+        return True
+
+    def _walk(self, folder: Path, prefix: str) -> Iterator[ObjectInfo]:
+        with local_errors(folder):
+            try:
+                with os.scandir(folder) as found:
+                    # a folder sorts as its name with "/", so that the walk as a whole is in the order of the keys
+                    entries = sorted(
+                        (os.fsencode(entry.name) + (b"/" if entry.is_dir(follow_symlinks=False) else b""), entry)
+                        for entry in found
+                        if not entry.name.startswith(_OWN_PREFIX)
+                    )
+            except (FileNotFoundError, NotADirectoryError):
+                return
+        for name, entry in entries:
+            key = prefix + entry.name
+            if name.endswith(b"/"):
+                yield from self._walk(Path(entry.path), key + "/")
+                continue
+            with local_errors(Path(entry.path)):
+                # a link to a folder is left out: what it shows has its own key already, or lies outside
+                status = entry.stat() if entry.is_file() else None
+            if status is not None:
+                yield ObjectInfo(listed_key(key, str(folder)), status.st_size, f"{status.st_mtime_ns}-{status.st_size}")
+
+    def _not_found(self, key: str) -> NotFound:
+        folder = self._path(key).parent
+        names: list[str] = []
+        with suppress(OSError), os.scandir(folder) as found:
+            names = [entry.name + ("/" if entry.is_dir() else "") for entry in islice(found, 1000)]
+        return not_found(str(self._path(key)), key, f"{folder}/", names)

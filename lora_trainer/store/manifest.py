@@ -1,0 +1,102 @@
+"""The manifest of a folder of files: their sizes and SHA-256, written last, and verified on the way back."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from lora_trainer.errors import StorageError
+from lora_trainer.store.interface import NotFound, Storage
+from lora_trainer.store.keys import safe_key
+from lora_trainer.store.local import sha256_of
+
+MANIFEST_NAME: Final = "manifest.json"
+
+
+MANIFEST_SCHEMA: Final = 1
+
+
+class DamagedError(StorageError):
+    """Files under a prefix that are not what its manifest says, or a manifest that is none."""
+
+
+def download_files(storage: Storage, prefix: str, manifest: Mapping[str, Any], folder: Path) -> None:
+    """The files of the bundle under `prefix` in `folder`, each as the manifest says. Raises `DamagedError`, `StorageError`."""
+    for name, expected in manifest["files"].items():
+        try:
+            got = storage.download(prefix + safe_key(name), folder / name)
+        except (NotFound, ValueError) as error:
+            raise DamagedError(
+                f"{storage.uri}{prefix}{name}: the manifest names it and it cannot be had ({error}); the bundle is damaged: "
+                "move that prefix away and run again"
+            ) from None
+        if (got.size_bytes, got.sha256) != (expected["size_bytes"], expected["sha256"]):
+            raise DamagedError(
+                f"{storage.uri}{prefix}{name}: got {got.size_bytes} bytes, SHA-256 {got.sha256}, expected {expected['size_bytes']} "
+                f"bytes, {expected['sha256']}; the bundle was changed: move that prefix away and run again"
+            )
+
+
+def write_manifest(folder: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Hash all files of `folder` and write `manifest.json` with `facts` beside them; gives the manifest."""
+    files = {
+        path.relative_to(folder).as_posix(): {"size_bytes": path.stat().st_size, "sha256": sha256_of(path)}
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path != folder / MANIFEST_NAME
+    }
+    manifest = {"schema": MANIFEST_SCHEMA, **facts, "files": files}
+    write_json(folder / MANIFEST_NAME, manifest)
+    return manifest
+
+
+def read_manifest(storage: Storage, prefix: str) -> dict[str, Any] | None:
+    """The manifest under `prefix`, or None: then there is no bundle. Raises `DamagedError` for one that is not a manifest."""
+    found = storage.read_bytes(prefix + MANIFEST_NAME)
+    if found is None:
+        return None
+    try:
+        manifest: dict[str, Any] = json.loads(found.data)
+        if manifest["schema"] != MANIFEST_SCHEMA or not isinstance(manifest["files"], dict):
+            raise ValueError("another schema")
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise DamagedError(
+            f"{storage.uri}{prefix}{MANIFEST_NAME}: not a manifest of schema {MANIFEST_SCHEMA}; "
+            "it was changed, or written by another version: move that prefix away and run again"
+        ) from None
+    return manifest
+
+
+def read_local_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest in `folder`. Raises `OSError`, `ValueError`."""
+    manifest: dict[str, Any] = json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8"))
+    return manifest
+
+
+def verify_files(storage: Storage, prefix: str) -> list[str]:
+    """Download a published bundle and compare every file with the manifest; gives one line for each that differs."""
+    manifest = read_manifest(storage, prefix)
+    if manifest is None:
+        return [f"{storage.uri}{prefix}: no manifest, so no bundle"]
+    problems = []
+    with tempfile.TemporaryDirectory() as scratch:
+        for name, expected in manifest["files"].items():
+            try:
+                got = storage.download(prefix + safe_key(name), Path(scratch) / "file")
+            except NotFound:
+                problems.append(f"{storage.uri}{prefix}{name}: not found; the manifest says {expected['size_bytes']} bytes")
+                continue
+            except ValueError as error:
+                problems.append(f"{storage.uri}{prefix}{MANIFEST_NAME}: {error}")
+                continue
+            if (got.size_bytes, got.sha256) != (expected["size_bytes"], expected["sha256"]):
+                problems.append(
+                    f"{storage.uri}{prefix}{name}: got {got.size_bytes} bytes, SHA-256 {got.sha256}; manifest says otherwise"
+                )
+    return problems
+
+
+def write_json(path: Path, value: object) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

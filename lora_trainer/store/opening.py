@@ -1,0 +1,33 @@
+"""Open the storage that a URI names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from urllib.parse import unquote
+
+from lora_trainer.errors import ConfigError
+from lora_trainer.store.interface import Storage
+from lora_trainer.store.keys import refuse_credentials
+from lora_trainer.store.local import FileStorage
+from lora_trainer.store.s3 import S3Storage
+
+
+def open_storage(uri: str) -> Storage:
+    """The storage that `uri` names: `s3://bucket/prefix/`, `file:///folder/` or a local folder.
+
+    Nothing is contacted or created. Percent-escapes are decoded in `file://` and nowhere else.
+    Raises `ConfigError` for a URI that names no folder, and for one with credentials in it.
+    """
+    refuse_credentials(uri)
+    scheme, separator, rest = uri.partition("://")
+    if not separator:
+        return FileStorage(Path(uri).expanduser())
+    if scheme == "file":
+        host, slash, path = rest.partition("/")
+        if not slash or host not in ("", "localhost"):
+            raise ConfigError(f"{uri}: got '{host}' where a host would be; expected file:/// with three slashes and a full path")
+        return FileStorage(Path("/" + unquote(path)))
+    if scheme == "s3":
+        bucket, _, prefix = rest.partition("/")
+        return S3Storage(bucket, prefix)
+    raise ConfigError(f"{uri}: unknown scheme '{scheme}://'; expected s3://bucket/prefix/, file:///folder/ or a local folder")

@@ -1,0 +1,451 @@
+"""TRL's `SFTTrainer`, fed one optimizer step at a time.
+
+The parent knows a fixed number of equally many rows a step. Ours differ: a step is a fixed number of
+*records*, packed into as few rows as the device's memory allows, so that the optimizer sees the same
+batches on every GPU. One item of the data loader is therefore a whole step, and `training_step` goes
+through its rows. Everything else (optimizer, schedule, clipping, state) is the parent's.
+
+Import this module only from a backend that has done its own imports first: unsloth has to come before
+trl, transformers and peft.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import PreTrainedTokenizerBase, TrainerCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from trl import SFTConfig, SFTTrainer
+
+from lora_trainer.config import TrainingConfig
+from lora_trainer.errors import DivergedError, InvariantError
+from lora_trainer.signals import INTERRUPTION
+from lora_trainer.train.backends.training_state import (
+    TrainingState,
+    random_state,
+    set_moments,
+    set_random_state,
+    set_weights,
+    state_of,
+)
+from lora_trainer.train.packing import pack
+from lora_trainer.train.schedule import Schedule, learning_rate_factor
+from lora_trainer.train.step_log import AfterStep, OnStep, StepLog, TrainingLog
+from lora_trainer.train.tokenization import IGNORED_LABEL, TokenSequence
+
+Row = dict[str, torch.Tensor]
+"""`input_ids`, `position_ids`, `labels`: [1, T]; `packed_seq_lengths`: [documents], int32."""
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One optimizer step's rows."""
+
+    rows: list[Row]
+    tokens: int
+    loss_tokens: int
+
+
+def make_row(sequences: Sequence[TokenSequence]) -> Row:
+    """Documents one after another in a row of their own length: no padding, positions restart at each."""
+    labels = [label for sequence in sequences for label in sequence.labels]
+    if all(label == IGNORED_LABEL for label in labels):
+        raise InvariantError("a row has no token in the loss: all labels are -100")
+    return {
+        "input_ids": torch.tensor([[token for sequence in sequences for token in sequence.input_ids]]),
+        "position_ids": torch.tensor([[position for sequence in sequences for position in range(len(sequence))]]),
+        "labels": torch.tensor([labels]),
+        "packed_seq_lengths": torch.tensor([len(sequence) for sequence in sequences], dtype=torch.int32),
+    }
+
+
+def make_step(sequences: Sequence[TokenSequence], row_tokens: int) -> Step:
+    """Pack the records of one optimizer step."""
+    rows = [
+        make_row([sequences[position] for position in positions])
+        for positions in pack([len(sequence) for sequence in sequences], row_tokens)
+    ]
+    # the model predicts token t + 1 at t, so a label on a document's first token is never in the loss
+    loss_tokens = sum(sequence.reply_tokens for sequence in sequences)
+    return Step(rows, sum(len(sequence) for sequence in sequences), loss_tokens)
+
+
+class StepTrainer(SFTTrainer):
+    """`SFTTrainer` whose batch is one optimizer step (`Step`)."""
+
+    train_dataset: Dataset
+
+    def __init__(
+        self,
+        *,
+        on_step: OnStep,
+        after_step: AfterStep,
+        schedule: Schedule,
+        model_takes_lengths: bool,
+        model_loss: bool,
+        **kwargs: Any,
+    ) -> None:
+        """`model_takes_lengths`: the forward takes `packed_seq_lengths`. `model_loss`: take the model's own loss
+        and not TRL's fused head, which needs Triton: on the CPU, and where Unsloth's forward has a fused loss of its own."""
+        self.recipe_schedule = schedule
+        super().__init__(**kwargs)
+        self.model_takes_lengths = model_takes_lengths
+        self.model_loss = model_loss
+        self.training_log = TrainingLog()
+        self._on_step = on_step
+        self._after_step = after_step
+        self.steps_before = 0
+        """Optimizer steps of the run that lie behind this process's first one."""
+        self._restored: TrainingState | None = None
+        self._step_end_random: dict[str, torch.Tensor] | None = None
+        self._whole_steps = 0
+        self._is_tracked = False
+        for printing in (PrinterCallback, ProgressCallback):
+            self.remove_callback(printing)
+        self.add_callback(_StepEnd(self))
+        self._unread: _UnreadStep | None = None
+        self._mark_s = 0.0
+
+    def track(self, trackers: Sequence[TrainerCallback]) -> None:
+        """Let trackers' callbacks have each step's numbers. They start before the clock does."""
+        step_end = self.pop_callback(_StepEnd)
+        for callback in (*trackers, step_end):
+            self.add_callback(callback)
+        self._is_tracked = bool(trackers)
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Step], num_batches: int, device: torch.device
+    ) -> tuple[list[Step], torch.Tensor]:
+        """One step, and the number of its loss tokens: the divisor that makes its loss a mean over tokens."""
+        step = next(epoch_iterator)
+        return [step], torch.tensor(step.loss_tokens, device=device)
+
+    def training_step(self, model: torch.nn.Module, inputs: Step, num_items_in_batch: torch.Tensor) -> torch.Tensor:
+        """Forward and backward over the step's rows; gives the step's mean loss, nats a token."""
+        model.train()
+        if self._restored is not None and self._whole_steps == self.steps_before:
+            set_random_state(self._restored.random, self.args.device)
+        total = torch.zeros((), device=self.args.device)
+        for row in inputs.rows:
+            # an unfinished step changes no weight: it can be dropped between any two rows
+            INTERRUPTION.check()
+            with self.compute_loss_context_manager():
+                loss = self.row_loss(model, row, num_items_in_batch)
+            self.accelerator.backward(loss)
+            total += loss.detach()
+        self._unread = _UnreadStep(inputs, total, self._unread)
+        return total
+
+    def row_loss(self, model: torch.nn.Module, row: Row, divisor: torch.Tensor) -> torch.Tensor:
+        """Sum of a row's token losses over `divisor`."""
+        inputs: dict[str, Any] = self._prepare_inputs(dict(row))
+        if not self.model_takes_lengths:
+            del inputs["packed_seq_lengths"]
+        loss: torch.Tensor
+        if self.model_loss:
+            loss = model(**inputs, use_cache=False, num_items_in_batch=divisor).loss
+        else:
+            loss = super().compute_loss(model, inputs, num_items_in_batch=divisor)
+        return loss
+
+    def mean_loss(self, sequences: Sequence[TokenSequence], row_tokens: int) -> float:
+        """Mean loss over all reply tokens of `sequences` without training, nats a token."""
+        step = make_step(sequences, row_tokens)
+        divisor = torch.tensor(step.loss_tokens, device=self.args.device)
+        self.model.eval()
+        if self.args.use_cpu:
+            keep_four_bit_layout(self.model)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            losses = [self.row_loss(self.model, row, divisor) for row in step.rows]
+        return float(torch.stack(losses).sum())
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LambdaLR:
+        """The recipe's schedule. Unlike transformers' own, no step has a learning rate of zero: theirs wastes the first
+        one on it whenever there is a warm-up, and runs of a few dozen steps are common here."""
+        self.lr_scheduler = LambdaLR(
+            optimizer or self.optimizer,
+            lambda step: learning_rate_factor(
+                step + self.steps_before, self.all_steps, self.args.warmup_steps, self.recipe_schedule
+            ),
+        )
+        self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    @property
+    def could_pack(self) -> bool:
+        """Whether some step has two records that fit one row together."""
+        collator: StepCollator = self.data_collator
+        for step in self.train_dataset["records"]:
+            lengths = sorted(len(collator.sequences[index]) for index in step)
+            if len(lengths) > 1 and lengths[0] + lengths[1] <= collator.row_tokens:
+                return True
+        return False
+
+    def floating_point_ops(self, inputs: Step) -> int:
+        """The parent counts by a key that a step does not have; nothing here uses the count."""
+        return 0
+
+    def _clip_grad_norm(self, model: torch.nn.Module) -> torch.Tensor:
+        norm: torch.Tensor = super()._clip_grad_norm(model)
+        if self._unread is not None:
+            self._unread.grad_norm = norm
+            self._unread.learning_rate = self.lr_scheduler.get_last_lr()[0]
+        return norm
+
+    @property
+    def all_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return self.steps_before + int(self.args.max_steps)
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """The parent's, with the moments of the checkpoint that training goes on from."""
+        optimizer: torch.optim.Optimizer = super().create_optimizer(*args, **kwargs)
+        if self._restored is not None:
+            set_moments(self.model, optimizer, self._restored.moments)
+        return optimizer
+
+    def restore(self, state: TrainingState) -> None:
+        """Go on behind `state.step`: weights now, moments and random numbers when training begins. Before `train`, once."""
+        set_weights(self.model, state.weights)
+        self._restored = state
+        self.steps_before = self._whole_steps = state.step
+        self.training_log = state.log
+        self.train_dataset = Dataset.from_dict({"records": self.train_dataset["records"][state.step :]})
+        self.args.max_steps -= state.step
+
+    def state_now(self) -> TrainingState:
+        """A copy as of the last whole step; from `after_step`, or once training was interrupted."""
+        self._report_unread()
+        if self._step_end_random is None or self.optimizer is None:
+            raise RuntimeError("no step is done yet")
+        log = TrainingLog(list(self.training_log.steps), self.training_log.packed_rows, self._train_s())
+        return state_of(self.model, self.optimizer, self._whole_steps, self._step_end_random, log)
+
+    @property
+    def has_stepped(self) -> bool:
+        """Whether this process has done a whole step."""
+        return self._whole_steps > self.steps_before
+
+    def begin_clock(self) -> None:
+        """Start of the first step."""
+        self._mark_s = self._began_s = time.perf_counter()
+
+    def _train_s(self) -> float:
+        before_s = self._restored.log.train_s if self._restored is not None else 0.0
+        return before_s + time.perf_counter() - self._began_s
+
+    def end_step(self, number: int) -> None:
+        """Note the step just done and report the one before it.
+
+        Its numbers are on the device: read at once, the host would wait for the device before it can
+        prepare the next step. A tracker has to have them at once, as its callback takes the step's
+        number from the trainer's state.
+        """
+        step = self._unread
+        if step is None:
+            raise InvariantError("a step ended that never began: the trainer's loop is not the one this class was written for")
+        if self._is_tracked:
+            # waits for the device, so that the seconds are this step's too
+            step.loss = step.loss.cpu()
+        self._step_end_random, self._whole_steps = random_state(self.args.device), number
+        now_s = time.perf_counter()
+        step.number, step.step_s, self._mark_s = number, now_s - self._mark_s, now_s
+        if self._is_tracked:
+            self._report(step)
+            self._unread = None
+        elif step.previous is not None:
+            self._report(step.previous)
+            step.previous = None
+        self._after_step(number)
+        INTERRUPTION.check()
+
+    def end_training(self) -> None:
+        """Report the last step and stop the clock."""
+        self._report_unread()
+        self.training_log.train_s = self._train_s()
+
+    def _report_unread(self) -> None:
+        """What was not read yet of whole steps; one that was broken off has no number."""
+        last = self._unread
+        self._unread = None
+        for step in (last.previous, last) if last is not None else ():
+            if step is not None and step.number:
+                self._report(step)
+
+    def _report(self, step: _UnreadStep) -> None:
+        log = StepLog(
+            step=step.number,
+            loss=float(step.loss),
+            learning_rate=step.learning_rate,
+            grad_norm=float(step.grad_norm),
+            tokens=step.step.tokens,
+            loss_tokens=step.step.loss_tokens,
+            rows=len(step.step.rows),
+            step_s=step.step_s,
+        )
+        if not (math.isfinite(log.loss) and math.isfinite(log.grad_norm)):
+            raise DivergedError(
+                f"training diverged at step {log.step} of {self.all_steps}: loss {log.loss}, gradient norm {log.grad_norm}; "
+                f"lower training.learning_rate (peak {self.args.learning_rate:g}), or look for broken records near this step"
+            )
+        self.training_log.steps.append(log)
+        self.training_log.packed_rows += sum(len(row["packed_seq_lengths"]) > 1 for row in step.step.rows)
+        self._on_step(log, self.all_steps)
+        if self._is_tracked:
+            numbers = {
+                "loss": log.loss,
+                "grad_norm": log.grad_norm,
+                "learning_rate": log.learning_rate,
+                "tokens_per_s": log.tokens / log.step_s,
+            }
+            # what is shown is the run's step; the loop counts its own
+            state = replace(self.state, global_step=log.step)
+            self.callback_handler.on_log(self.args, state, self.control, numbers)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Nothing: the parent would give trackers a summary at the end that counts a step as a sample."""
+
+
+def mean_loss(model: Any, sequences: Sequence[TokenSequence], row_tokens: int) -> float:
+    """As `StepTrainer.mean_loss`, for a model that no trainer was built for."""
+    step = make_step(sequences, row_tokens)
+    device = next(model.parameters()).device
+    divisor = torch.tensor(step.loss_tokens, device=device)
+    model.eval()
+    losses = []
+    with torch.no_grad():
+        for row in step.rows:
+            inputs = {name: value.to(device) for name, value in row.items() if name != "packed_seq_lengths"}
+            losses.append(model(**inputs, use_cache=False, num_items_in_batch=divisor).loss)
+    return float(torch.stack(losses).sum())
+
+
+def keep_four_bit_layout(model: torch.nn.Module) -> None:
+    """Stop bitsandbytes from repacking 4-bit weights on a CPU, which it does for good at the first forward in eval mode
+    (0.50.2, `Linear4bit.forward`) and which training does not survive. These layers have no dropout: nothing else changes."""
+    for module in model.modules():
+        if type(module).__module__ == "bitsandbytes.nn.modules":
+            module.training = True
+
+
+@dataclass(slots=True)
+class _UnreadStep:
+    """A step whose numbers are still on the device."""
+
+    step: Step
+    loss: torch.Tensor
+    previous: _UnreadStep | None
+    grad_norm: torch.Tensor | float = math.nan
+    learning_rate: float = math.nan
+    number: int = 0
+    step_s: float = 0.0
+
+
+class _StepEnd(TrainerCallback):
+    """Tells the trainer where its parent's loop is."""
+
+    def __init__(self, trainer: StepTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.trainer.begin_clock()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.trainer.end_step(state.global_step + self.trainer.steps_before)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.trainer.end_training()
+
+
+@dataclass(frozen=True, slots=True)
+class StepCollator:
+    """Data loader item (a step's record indices) -> `Step`."""
+
+    sequences: Sequence[TokenSequence]
+    row_tokens: int
+
+    def __call__(self, items: list[dict[str, Any]]) -> Step:
+        """`items` has one element: a step is a batch of its own."""
+        (item,) = items
+        return make_step([self.sequences[index] for index in item["records"]], self.row_tokens)
+
+
+def build_trainer(
+    *,
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    sequences: Sequence[TokenSequence],
+    steps: Sequence[Sequence[int]],
+    row_tokens: int,
+    recipe: TrainingConfig,
+    on_cuda: bool,
+    checkpointing: bool,
+    output_dir: Path,
+    on_step: OnStep,
+    after_step: AfterStep,
+    model_takes_lengths: bool,
+    model_loss: bool,
+) -> StepTrainer:
+    """A trainer for `steps` (record indices each). Every default that differs between TRL, Unsloth and us is set here."""
+    arguments = SFTConfig(
+        output_dir=str(output_dir),
+        max_steps=len(steps),
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=1,
+        # max_steps and create_scheduler decide; these two are what trackers show
+        num_train_epochs=recipe.epochs,
+        lr_scheduler_type=recipe.schedule,
+        learning_rate=recipe.learning_rate,
+        warmup_steps=round(recipe.warmup_fraction * len(steps)),
+        weight_decay=recipe.weight_decay,
+        max_grad_norm=recipe.max_grad_norm,
+        # full-precision AdamW: the adapter's states are small, 8-bit ones would save 0.2 GiB of 6
+        optim="adamw_torch_fused" if on_cuda else "adamw_torch",
+        adam_beta1=0.9,
+        adam_beta2=0.999,
+        adam_epsilon=1e-8,
+        seed=recipe.seed,
+        data_seed=recipe.seed,
+        bf16=recipe.compute_dtype == "bfloat16",
+        fp16=False,
+        tf32=None,
+        use_cpu=not on_cuda,
+        gradient_checkpointing=checkpointing,
+        # steps come planned, packed and labelled
+        train_sampling_strategy="sequential",
+        packing=False,
+        padding_free=False,
+        max_length=None,
+        remove_unused_columns=False,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        dataloader_num_workers=0,
+        dataloader_pin_memory=on_cuda,
+        # reports go through on_step; a NaN must not be averaged away
+        logging_nan_inf_filter=False,
+        logging_strategy="no",
+        save_strategy="no",
+        eval_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        push_to_hub=False,
+    )
+    return StepTrainer(
+        on_step=on_step,
+        after_step=after_step,
+        schedule=recipe.schedule,
+        model_takes_lengths=model_takes_lengths,
+        model_loss=model_loss,
+        model=model,
+        args=arguments,
+        processing_class=tokenizer,
+        data_collator=StepCollator(sequences, row_tokens),
+        train_dataset=Dataset.from_dict({"records": [list(step) for step in steps]}),
+    )

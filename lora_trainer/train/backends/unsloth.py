@@ -1,0 +1,121 @@
+"""Unsloth: fused kernels and varlen attention on CUDA, the default where there is a GPU."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+from lora_trainer.errors import ConfigError
+from lora_trainer.train.backends.transformers import TransformersBackend
+from lora_trainer.train.memory_plan import Checkpointing
+
+
+class UnslothBackend(TransformersBackend):
+    """As the reference, with Unsloth's loader, adapter and forward."""
+
+    name: Literal["transformers", "unsloth"] = "unsloth"
+
+    def _import_stack(self) -> str:
+        if self.config.device == "cuda":
+            # otherwise it trains on the CPU without a word when the driver is broken
+            os.environ["UNSLOTH_DISABLE_CPU_FALLBACK"] = "1"
+        # it downloads a file from the hub to be counted
+        os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
+        # generated code goes to the working folder unless told; that is read-only in the image
+        os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(self.config.work_dir.absolute() / "unsloth_compiled_cache"))
+        try:
+            # before trl, transformers and peft: it patches them as they are imported
+            import unsloth  # noqa: F401
+        except ImportError as error:
+            raise ConfigError(f"the unsloth backend is not installed ({error}): {self._install_command()}") from None
+        name = super()._import_stack()
+        return _varlen_attention() if self.config.device == "cuda" else name
+
+    def _load_for_training(self, base: Path, checkpointing: Checkpointing) -> None:
+        from unsloth import FastLanguageModel
+
+        use_gradient_checkpointing = "unsloth" if checkpointing == "unsloth" else checkpointing == "on"
+        training = self.config.training
+        model, _ = FastLanguageModel.from_pretrained(
+            # a folder: by its hub name Unsloth would take its own pre-quantized copy instead
+            model_name=str(base),
+            max_seq_length=self._reserved_tokens,
+            dtype=self._compute_dtype(),
+            load_in_4bit=training.quantization == "nf4",
+            load_in_16bit=training.quantization == "none",
+            quantization_config=self._quantization(),
+            use_gradient_checkpointing=use_gradient_checkpointing,
+            use_exact_model_name=True,
+            local_files_only=True,
+            random_state=training.seed,
+            max_lora_rank=self.config.lora.r,
+            trust_remote_code=False,
+        )
+        self._align_special_tokens(model)
+        lora = self.config.lora
+        self.model = FastLanguageModel.get_peft_model(
+            model,
+            r=lora.r,
+            lora_alpha=lora.alpha,
+            lora_dropout=lora.dropout,
+            target_modules=list(lora.target_modules),
+            bias="none",
+            use_gradient_checkpointing=use_gradient_checkpointing,
+            random_state=training.seed,
+        )
+
+    def _begin_anew(self) -> bool:
+        from unsloth import FastLanguageModel
+
+        if not super()._begin_anew():
+            return False
+        # its generate() and its trainer leave the model in one mode or the other; the checkpointing is that of get_peft_model
+        FastLanguageModel.for_training(self.model)
+        return True
+
+    @contextmanager
+    def _inference(self) -> Iterator[None]:
+        if self.config.device == "cuda":
+            # its own generate() switches checkpointing and mode off and on again
+            yield
+        else:
+            with super()._inference():
+                yield
+
+    def _model_takes_lengths(self) -> bool:
+        # Unsloth's own forward does; in its CPU mode the model is transformers' own
+        return self.config.device == "cuda"
+
+
+def _varlen_attention() -> str:
+    """The name of the kernel by which packed rows attend within their records.
+
+    Unsloth takes flash-attn where it is installed, and torch's own varlen function from torch 2.12 on,
+    when that took on grouped queries. On 2.11 it attends record by record, which costs more than the
+    arithmetic: 6,782 tokens a second against 17,165 with rows of 8,192 on one H200
+    (benchmarks/results/train-speed-h200.json). The flash kernel underneath takes grouped queries in 2.11
+    already, so there Unsloth's own autograd function around that kernel is switched on.
+    `UNSLOTH_TORCH_VARLEN=0` leaves it off, as on later versions.
+    """
+    import torch
+    import unsloth.utils.attention_dispatch as dispatch
+
+    if dispatch.HAS_FLASH_ATTENTION:
+        return "flash-attn varlen"
+    if dispatch._TORCH_VARLEN_ATTN is not None:
+        return "torch varlen"
+    if not torch.__version__.startswith("2.11.") or os.environ.get("UNSLOTH_TORCH_VARLEN", "1").lower() in (
+        "0",
+        "false",
+        "no",
+        "off",
+    ):
+        return "record by record"
+    dispatch._TORCH_VARLEN_ATTN = torch.ops.aten._flash_attention_forward
+    dispatch._LEAN_VARLEN = True
+    # torch 2.11 has no cuDNN varlen path to prefer
+    dispatch._varlen_can_use_cudnn = lambda *_, **__: False
+    return "torch 2.11 flash kernel varlen"
