@@ -18,11 +18,7 @@ from lora_trainer.persona.vocabulary import BloodType
 from lora_trainer.redaction import has_user_info
 
 ENVIRONMENT_PREFIX: Final = "LORA_TRAINER_"
-
-
 TargetModule = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-
-
 ALL_LINEAR: Final[tuple[TargetModule, ...]] = get_args(TargetModule)
 
 
@@ -321,8 +317,6 @@ class LimitsConfig(_Section):
 
 
 DEFAULT_LIMITS: Final = LimitsConfig()
-
-
 Tracker = Literal["tensorboard", "mlflow", "wandb"]
 
 

@@ -24,18 +24,10 @@ from lora_trainer.persona.vocabulary import BloodType, named_blood_types
 from lora_trainer.redaction import redacted
 
 CONFIG_FILE_VARIABLE: Final = "LORA_TRAINER_CONFIG"
-
-
 _MOST_FILE_BYTES: Final = 2**20
 """Of a configuration file. One with every setting and its comment has 10 KB."""
-
-
 _MOST_NODES: Final = 10_000
-
-
 _SHOWN_CHARACTERS: Final = 200
-
-
 _SHOWN_PROBLEMS: Final = 50
 
 

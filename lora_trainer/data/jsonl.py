@@ -21,14 +21,8 @@ from lora_trainer.data.strict_json import QUOTED_CHARACTERS, RECORD_SHAPE, decod
 from lora_trainer.persona.prompt import spells_control_token
 
 _SKIP_CHUNK_BYTES: Final = 64 * 1024
-
-
 _BOM: Final = b"\xef\xbb\xbf"
-
-
 _UTF16_BOMS: Final = (b"\xff\xfe", b"\xfe\xff")
-
-
 Record = TypeVar("Record", bound=Contract)
 
 

@@ -18,14 +18,8 @@ _SHOWN_LINES: Final = 20
 
 # what a batch and the cache may hold, so that records of a megabyte cost no gigabyte
 _BATCH_RECORDS: Final = 1024
-
-
 _BATCH_CHARACTERS: Final = 1024 * 1024
-
-
 _CACHED_TEXTS: Final = 4096
-
-
 _CACHED_CHARACTERS: Final = 512
 
 

@@ -76,11 +76,7 @@ def _visible_reply(text: str, info: ValidationInfo) -> str:
 
 
 _Text = Annotated[str, Strict(), AfterValidator(_visible)]
-
-
 _ReplyText = Annotated[str, Strict(), AfterValidator(_visible_reply)]
-
-
 _OptionalText = Annotated[str, Strict(), AfterValidator(lambda text: _writable(text))]
 
 
@@ -165,8 +161,6 @@ class EvaluationPrompt(Contract):
 
 
 _REPLY_SHAPE: Final = 'an object {"text": ..., "emotion": ...}'
-
-
 EXPECTED_BY_FIELD: Final[Mapping[str, str]] = {
     "": RECORD_SHAPE,
     "instruction": "text that says who the friend is",
@@ -180,8 +174,6 @@ EXPECTED_BY_FIELD: Final[Mapping[str, str]] = {
     "output.text": "what the friend says, as text",
     "output.emotion": "one of " + ", ".join(Expression),
 }
-
-
 VOCABULARIES: Final[Mapping[str, tuple[str, ...]]] = {
     "context.current_emotion.type": tuple(Feeling),
     "output.emotion": tuple(Expression),

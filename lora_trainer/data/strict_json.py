@@ -11,18 +11,10 @@ from lora_trainer.data.problems import IncompleteJsonError, RecordError
 
 QUOTED_CHARACTERS: Final = 24
 """A value or a key is shown only up to this length: what is longer is probably text, not a slip in a name."""
-
-
 _NAME: Final = re.compile(r"[A-Za-z0-9_-]+")
-
-
 _MOST_KEYS: Final = 64
 """Of one object. A record has four: beyond this there would be a problem for each of a megabyte's keys."""
-
-
 RECORD_SHAPE: Final = "one JSON object on the line: instruction, context, input, output"
-
-
 _STRUCTURE: Final = re.compile(r'"(?:[^"\\]++|\\.)*+"|["\[\]{}]', re.DOTALL)
 
 

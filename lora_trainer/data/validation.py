@@ -27,8 +27,6 @@ from lora_trainer.persona.vocabulary import BloodType, Feeling, IntensityThird
 
 SHOWN_PROBLEMS: Final = 50
 """Problems that a report holds in full; all are counted."""
-
-
 OnProblem = Callable[[Problem], None]
 
 

@@ -36,11 +36,7 @@ RULES: Final[Mapping[str, float]] = {
 }
 """Points of the rule score. `clean`: the linter finds nothing else (emoji, length, Korean, banned content). `persona`: times
 the classifier's probability. `emotion`: times how usual the emotion is in the data. `no_repetition`: less what is said twice."""
-
-
 MODELS: Final[tuple[Literal["adapter"], Literal["base"]]] = ("adapter", "base")
-
-
 _REPEATED_CHARACTERS: Final = 4
 
 

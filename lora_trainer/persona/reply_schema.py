@@ -8,8 +8,6 @@ from lora_trainer.persona.vocabulary import Expression
 
 REPLY_TOKENS: Final = 256
 """Room for a reply of `MAX_REPLY_CHARACTERS` Korean characters with Qwen2.5's tokenizer, and its JSON."""
-
-
 MAX_REPLY_CHARACTERS: Final = 200
 """Twice the longest reply of the bundled data: a bound that constrained decoding can hold to."""
 

@@ -14,8 +14,6 @@ from lora_trainer.persona.emoji import is_emoji
 from lora_trainer.persona.vocabulary import BloodType, Feeling, IntensityThird
 
 _Text = Annotated[str, Field(min_length=1)]
-
-
 _Texts = Annotated[tuple[_Text, ...], Field(min_length=3)]
 
 

@@ -83,6 +83,4 @@ class IntensityThird(StrEnum):
 
 
 LOW_INTENSITY_BELOW: Final = 0.34
-
-
 HIGH_INTENSITY_FROM: Final = 0.67

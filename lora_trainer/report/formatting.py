@@ -12,8 +12,6 @@ from lora_trainer.report.run_page import _CORRELATIONS, _COUNTS, MAX_CHARACTERS
 
 SPACE: Final = "\u00a0"
 """Keeps a number and its unit on one line."""
-
-
 LABELS: Final[Mapping[str, str]] = {
     "exact_json": "Exact JSON",
     "emotion_in_vocabulary": "Known emotion",

@@ -38,20 +38,12 @@ if TYPE_CHECKING:
 
 SHOWN_REPLIES: Final = 6
 """Best ones, and as many worst ones."""
-
-
 MAX_CHARACTERS: Final = 240
 """Of a text by a person or a model; a reply that rambles is shortened."""
-
-
 _MAX_POINTS: Final = 300
 """Of a curve: thousands of steps are averaged to so many."""
-
-
 _NOTEWORTHY: Final = 0.1
 """Share from which repetition is named as a reason."""
-
-
 _GROUPS: Final[tuple[tuple[str, tuple[str, ...]], ...]] = (
     ("Is it what the app can read?", ("exact_json", "emotion_in_vocabulary", "stop")),
     ("Does it talk like that friend?", ("one_or_two_sentences", "informal_speech", "persona")),
@@ -60,11 +52,7 @@ _GROUPS: Final[tuple[tuple[str, tuple[str, ...]], ...]] = (
     ("Does it say something of its own?", ("repetition", "copied_words", "verbatim_copies")),
     ("All rules together", ("rule_score", "win_rate")),
 )
-
-
 _COUNTS: Final = frozenset(("emoji", "characters"))
-
-
 _CORRELATIONS: Final = frozenset(("emoji_intensity",))
 
 

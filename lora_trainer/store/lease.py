@@ -30,28 +30,14 @@ from lora_trainer.store.retry import RetryBudget
 
 _RENEWALS: Final = 3
 """In the time that a lease is good for: two may fail."""
-
-
 _LONGEST_POLL_S: Final = 2.0
-
-
 _SAY_AGAIN_S: Final = 60.0
-
-
 _RELEASE_S: Final = 5.0
 """How long the end of a process waits for the release; one that does not get through expires."""
-
-
 _SETTLE_S: Final = 1.0
 """Longer than a write takes: without conditional writes, who wrote last is the holder."""
-
-
 _MOST_DURATION_S: Final = 86_400.0
-
-
 _WEEK_S: Final = 604_800.0
-
-
 _NO_ETAG: Final = f'"{"0" * 32}"'
 
 

@@ -36,8 +36,6 @@ from lora_trainer.store.retry import RetryBudget
 
 _OWN_PREFIX: Final = ".~lora-trainer."
 """Names of our temporary and lock files in a folder storage. Listings leave them out."""
-
-
 _STALE_TEMPORARY_S: Final = 3600
 
 

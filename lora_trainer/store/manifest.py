@@ -14,8 +14,6 @@ from lora_trainer.store.keys import safe_key
 from lora_trainer.store.local import sha256_of
 
 MANIFEST_NAME: Final = "manifest.json"
-
-
 MANIFEST_SCHEMA: Final = 1
 
 

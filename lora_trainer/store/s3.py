@@ -73,18 +73,12 @@ if TYPE_CHECKING:
     from s3transfer.manager import TransferManager
 
 _log = structlog.get_logger(__name__)
-
-
 _T = TypeVar("_T")
 
 
 # 16 MiB parts: 10,000 of them, S3's limit, make 156 GiB
 _PART_BYTES: Final = 16 * 2**20
-
-
 _CONNECTIONS: Final = 8
-
-
 _CONNECT_TIMEOUT_S: Final = 10
 
 
@@ -94,11 +88,7 @@ _ATTEMPTS: Final = 4
 
 # for the threads of a transfer that was stopped; those that a silent store holds longer end behind our back
 _STOP_WAIT_S: Final = 3.0
-
-
 _SHA256_METADATA: Final = "lora-trainer-sha256"
-
-
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,254}")
 
 
@@ -690,15 +680,9 @@ _PASSING: Final = frozenset(
         "NoSuchUpload",
     }
 )
-
-
 _EXPIRED: Final = frozenset({"ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "RequestExpired"})
-
-
 _WRITES: Final = ("PutObject", "CreateMultipartUpload", "UploadPart", "CompleteMultipartUpload", "DeleteObject")
 """Requests that change what others see. An upload in parts that is broken off may always be cleared away."""
-
-
 _ACTIONS: Final = {
     "HeadObject": "s3:GetObject",
     "HeadBucket": "s3:ListBucket",

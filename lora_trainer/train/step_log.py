@@ -44,7 +44,5 @@ class TrainingLog:
 
 OnStep = Callable[[StepLog, int], None]
 """Called after each optimizer step with its log and the number of all steps."""
-
-
 AfterStep = Callable[[int], None]
 """Called between two optimizer steps with the number of the one behind it: the place to checkpoint."""

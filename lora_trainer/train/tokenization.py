@@ -13,8 +13,6 @@ from lora_trainer.persona.prompt import Message, prompt_messages, reply_json
 
 IGNORED_LABEL = -100
 """Label of a token that the loss leaves out (PyTorch's `cross_entropy(ignore_index=-100)`)."""
-
-
 _MARKUP: Final = re.compile(r"<.+>|\[.+\]", re.DOTALL)
 _SHOWN_FORGERIES: Final = 50
 
