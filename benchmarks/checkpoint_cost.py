@@ -36,7 +36,9 @@ def throughput(arguments: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     """Alternating blocks of one training."""
     from lora_trainer.config_sources import settle
     from lora_trainer.data.jsonl import JsonlReader
+    from lora_trainer.signals import Interruption
     from lora_trainer.store.checkpoints import Checkpoints
+    from lora_trainer.store.local import FileStorage
     from lora_trainer.train.backends import open_backend
     from lora_trainer.train.memory_plan import plan_memory
     from lora_trainer.train.packing import plan_steps
@@ -56,7 +58,10 @@ def throughput(arguments: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     longest = max(map(len, sequences))
     plan = plan_memory(config.memory, config.training, backend.shape(arguments.base), backend.free_bytes(), longest, backend.name)
     backend.load(arguments.base, plan, longest)
-    checkpoints = Checkpoints(config.checkpoints, scratch / "checkpoints", f"file://{scratch}/output/", "checkpoints/", "benchmark")
+    output = FileStorage(scratch / "output")
+    checkpoints = Checkpoints(
+        config.checkpoints, scratch / "checkpoints", output, "checkpoints/", "benchmark", interruption=Interruption()
+    )
     marks: list[float] = []
     tokens: list[int] = []
     held_up_s: list[float] = []

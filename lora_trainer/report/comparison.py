@@ -17,6 +17,7 @@ from lora_trainer.report.html import render_page
 from lora_trainer.report.run_page import taken_for_row
 from lora_trainer.store.manifest import read_manifest
 from lora_trainer.store.opening import open_storage
+from lora_trainer.store.retry import RetryBudget
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -100,12 +101,12 @@ class Comparison:
         }
 
 
-def read_run(uri: str) -> ComparedRun:
+def read_run(uri: str, retry_budget: RetryBudget | None = None) -> ComparedRun:
     """The bundle, or the later evaluation of one, at `uri`: `s3://`, `file://` or a folder.
 
     Raises `ConfigError` where there is none, and `StorageError` for one that cannot be read.
     """
-    storage = open_storage(uri if uri.endswith("/") else f"{uri}/")
+    storage = open_storage(uri if uri.endswith("/") else f"{uri}/", retry_budget)
     manifest = read_manifest(storage, "")
     if manifest is None:
         raise ConfigError(
@@ -133,7 +134,7 @@ def read_run(uri: str) -> ComparedRun:
     return ComparedRun(storage.uri, manifest, metrics)
 
 
-def compare(uris: Sequence[str]) -> Comparison:
+def compare(uris: Sequence[str], retry_budget: RetryBudget | None = None) -> Comparison:
     """The bundles at `uris` side by side. Raises `ConfigError` or `StorageError` with what is wrong with each of them."""
     if len(uris) < 2:
         raise ConfigError(f"compare: got {len(uris)} run, expected at least two: lora-trainer compare RUN RUN...")
@@ -141,7 +142,7 @@ def compare(uris: Sequence[str]) -> Comparison:
     failures: list[LoraTrainerError] = []
     for uri in uris:
         try:
-            runs.append(read_run(uri))
+            runs.append(read_run(uri, retry_budget))
         except LoraTrainerError as error:
             failures.append(error)
     if failures:
