@@ -43,6 +43,7 @@ from lora_trainer.signals import Interruption
 @click.pass_obj
 def evaluate(
     interruption: Interruption,
+    /,
     adapter: str,
     report_dir: Path | None,
     as_json: bool,
@@ -122,6 +123,7 @@ def evaluate(
 @click.pass_obj
 def chat(
     interruption: Interruption,
+    /,
     adapter: str,
     raw: bool,
     beside_base: bool,
@@ -195,7 +197,7 @@ def _typed_lines(console: Any) -> Iterator[str]:
     help="Output to use instead of the run's own; required if FOLDER was moved or copied. s3:// or file://.",
 )
 @click.pass_obj
-def publish(interruption: Interruption, folder: Path, output: str | None) -> None:
+def publish(interruption: Interruption, /, folder: Path, output: str | None) -> None:
     """Publish the finished bundle in FOLDER that its run could not publish.
 
     A run whose storage fails at the end (exit 6) keeps its bundle and names the folder. Nothing is trained or judged

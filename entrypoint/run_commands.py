@@ -25,7 +25,7 @@ from lora_trainer.signals import Interruption
 @run_options
 @click.option("--fresh", is_flag=True, help="Discard the checkpoints of an interrupted attempt and train from the first step.")
 @click.pass_obj
-def run(interruption: Interruption, config_file: Path | None, overrides: Sequence[str], fresh: bool, **options: Any) -> None:
+def run(interruption: Interruption, /, config_file: Path | None, overrides: Sequence[str], fresh: bool, **options: Any) -> None:
     """Train one or several personas' adapters and publish them.
 
     \b

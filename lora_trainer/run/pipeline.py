@@ -55,9 +55,7 @@ def run(personas: Sequence[PersonaRun], process: ProcessContext) -> None:
     """
     try:
         prepared = [(persona, found) for persona in personas if (found := persona.attempt(prepare))]
-        planned = [
-            (persona, found) for persona, ready in prepared if not ready.published and (found := persona.attempt(plan, ready))
-        ]
+        planned = [(persona, work) for persona, ready in prepared if not ready.published and (work := persona.attempt(plan, ready))]
         for persona, ready in prepared:
             if ready.published:
                 persona.attempt(judge_published, ready, ready.published)
