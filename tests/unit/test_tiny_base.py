@@ -1,4 +1,4 @@
-"""The tiny base that ships: it loads offline, it is small, and it answers in the reply format."""
+"""The shipped tiny base loads offline, is small and answers in the reply format; its corpus is reproducible."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MAX_BYTES = 8 * 1000 * 1000
 
 @pytest.fixture
 def tool(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Imports a module of tools/tiny_base, which is no part of the installed package."""
+    """Import a module of tools/tiny_base, which is not part of the installed package."""
     monkeypatch.syspath_prepend(str(ROOT))
 
     def load(name: str) -> ModuleType:
@@ -65,10 +65,10 @@ def test_the_corpus_is_within_the_contract_and_says_nothing_of_a_persona(tool: A
         text = record["output"]["text"]
         assert text == unicodedata.normalize("NFC", text)
         assert json.loads(reply_json(**record["output"])) == record["output"]
-        # a slot or a mark of the grammar that was left standing
+        # no slot or mark of the grammar may remain
         assert not re.search(r"[{}\[\]|]", text)
 
-    # 반말 is what the instruction of a persona asks for, and the corpus obliges more often than not, whoever the persona is
+    # a persona's instruction asks for 반말; the corpus obeys more often than not, equally for all personas
     for blood_type in BloodType:
         texts = [r["output"]["text"] for r in records if r["instruction"] == persona_spec(blood_type).instruction]
         assert 0.2 < sum(bool(re.search(r"요[.?!]", text)) for text in texts) / len(texts) < 0.5
