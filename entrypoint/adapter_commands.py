@@ -200,7 +200,7 @@ def _typed_lines(console: Any) -> Iterator[str]:
 def publish(interruption: Interruption, /, folder: Path, output: str | None) -> None:
     """Publish the finished bundle in FOLDER that its run could not publish.
 
-    A run whose storage fails at the end (exit 6) keeps its bundle and names the folder. Nothing is trained or judged
+    FOLDER is the bundle that a run kept, and named, when its storage failed at the end (exit 6). Nothing is trained or judged
     again; latest.json moves if the gates passed, and the exit code is the one that the run would have had.
 
     \b
