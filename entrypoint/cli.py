@@ -155,7 +155,7 @@ def run(config_file: Path | None, overrides: Sequence[str], fresh: bool, **optio
 def _run_one(config: RunConfig, edge: _RunEdge, *, fresh: bool) -> None:
     structlog.contextvars.bind_contextvars(blood_type=str(config.blood_type))
     logs.get_logger().info("run_settled", data=config.data, output=config.output, backend=config.resolved_backend)
-    from lora_trainer.evaluate.gates import missed
+    from lora_trainer.evaluate.gates import missed_gate_messages
     from lora_trainer.run.pipeline import run as run_job
 
     console = _progress_console(config)
@@ -169,7 +169,7 @@ def _run_one(config: RunConfig, edge: _RunEdge, *, fresh: bool) -> None:
         passed=outcome.verdict.passed,
     )
     if not outcome.verdict.passed:
-        raise GateError(missed(outcome.verdict))
+        raise GateError(missed_gate_messages(outcome.verdict))
 
 
 def _run_several(configs: Sequence[RunConfig], edge: _RunEdge, *, fresh: bool) -> None:
@@ -261,7 +261,7 @@ def evaluate(
             Console().print(summary.metrics_table(found.metrics))
             click.echo(f"report: {found.folder / 'report.html'}")
         if not verdict.passed:
-            raise GateError(gates.missed(verdict))
+            raise GateError(gates.missed_gate_messages(verdict))
     edge.leave()
 
 
@@ -374,14 +374,14 @@ def publish(folder: Path, output: str | None) -> None:
       lora-trainer publish .lora-trainer/runs/A/0123456789abcdef/bundle
       lora-trainer publish .lora-trainer/runs/A/0123456789abcdef/bundle --output s3://another-bucket/lora/
     """
-    from lora_trainer.evaluate.gates import missed
+    from lora_trainer.evaluate.gates import missed_gate_messages
     from lora_trainer.run.pipeline import publish_folder
 
     logs.configure("info", "auto")
     outcome = publish_folder(folder, output)
     click.echo(outcome.bundle_uri)
     if not outcome.verdict.passed:
-        raise GateError(missed(outcome.verdict))
+        raise GateError(missed_gate_messages(outcome.verdict))
 
 
 @cli.command()

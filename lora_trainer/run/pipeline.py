@@ -35,7 +35,7 @@ from lora_trainer.evaluate.llm_judge import check_judge, judge_replies
 from lora_trainer.evaluate.measures import decoding_metrics, evaluation_metrics
 from lora_trainer.evaluate.metrics import DecodingMetrics, EvaluationMetrics, HeldOutMetrics, RunMetrics, TrainingMetrics, Verdict
 from lora_trainer.evaluate.questions import evaluation_id, instruction_of, prompts_digest, questions
-from lora_trainer.evaluate.rules import MODELS, JudgedReply, TrainingData, judge_by_rules
+from lora_trainer.evaluate.rules import MODELS, ScoredReply, TrainingData, score_by_rules
 from lora_trainer.logs import get_logger
 from lora_trainer.persona.vocabulary import BloodType
 from lora_trainer.run.bundle_files import open_local, read_published, read_verdict, write_documents, write_evaluation
@@ -264,7 +264,7 @@ class Evaluated:
     """What the evaluation measured, and all replies."""
 
     metrics: EvaluationMetrics
-    replies: list[JudgedReply]
+    replies: list[ScoredReply]
 
 
 def fetch(job: Job) -> DataFile:
@@ -687,9 +687,9 @@ def evaluate(
     conversations = [question.messages for question in asked]
     data = TrainingData(train_records)
     measured: dict[str, DecodingMetrics] = {}
-    replies: list[JudgedReply] = []
+    replies: list[ScoredReply] = []
     for decoding in decodings(config):
-        judged: dict[str, list[JudgedReply]] = {}
+        judged: dict[str, list[ScoredReply]] = {}
         generate_s = 0.0
         for model in MODELS:
             started_s = time.perf_counter()
@@ -697,7 +697,7 @@ def evaluate(
                 generations = backend.generate(conversations, decoding, adapter=model == "adapter", batch_size=config.batch_size)
             generate_s += time.perf_counter() - started_s
             with job.timed("evaluate_judge"):
-                judged[model] = judge_by_rules(
+                judged[model] = score_by_rules(
                     asked, generations, model=model, decoding=decoding.name, blood_type=blood_type, data=data
                 )
             replies.extend(judged[model])
@@ -724,7 +724,7 @@ def evaluate(
 def decide(job: Job, metrics: EvaluationMetrics) -> Verdict:
     """Step 9: every gate, a number against a threshold."""
     verdict = gates.decide(metrics, job.config.gates)
-    job.log.info("gates_decided", passed=verdict.passed, gate_id=verdict.gate_id, missed=gates.missed(verdict))
+    job.log.info("gates_decided", passed=verdict.passed, gate_id=verdict.gate_id, missed=gates.missed_gate_messages(verdict))
     return verdict
 
 

@@ -16,7 +16,7 @@ from rich.console import Console
 from lora_trainer.config import RunConfig
 from lora_trainer.data.compression import is_jsonl
 from lora_trainer.errors import ConfigError, ExitCode, GateError, Interrupted, worst
-from lora_trainer.evaluate.gates import missed
+from lora_trainer.evaluate.gates import missed_gate_messages
 from lora_trainer.logs import get_logger
 from lora_trainer.persona.vocabulary import BloodType
 from lora_trainer.run.failure_report import FailureReport, failure_report
@@ -48,7 +48,9 @@ class Persona:
         except StopIteration as end:
             outcome: Outcome = end.value
             self.outcome = outcome
-            self.ending = FailureReport() if outcome.verdict.passed else failure_report(GateError(missed(outcome.verdict)))
+            self.ending = (
+                FailureReport() if outcome.verdict.passed else failure_report(GateError(missed_gate_messages(outcome.verdict)))
+            )
         except (Exception, Interrupted, KeyboardInterrupt) as error:  # the edge of one persona, as the CLI is that of the process
             self.ending = failure_report(error, self._work_dir)
         finally:
