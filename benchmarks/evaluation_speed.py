@@ -35,7 +35,7 @@ def measure(case: str, base: Path, scratch: Path, rounds: Sequence[tuple[float, 
     from lora_trainer.data.jsonl import JsonlReader
     from lora_trainer.evaluate.decoding import Decoding
     from lora_trainer.evaluate.questions import instruction_of, questions
-    from lora_trainer.evaluate.rules import MODELS, TrainingData, judge_by_rules
+    from lora_trainer.evaluate.rules import MODELS, TrainingData, score_by_rules
     from lora_trainer.persona.vocabulary import BloodType
     from lora_trainer.train.backends import open_backend, open_reference_backend
     from lora_trainer.train.memory_plan import plan_memory
@@ -82,7 +82,7 @@ def measure(case: str, base: Path, scratch: Path, rounds: Sequence[tuple[float, 
             torch.cuda.synchronize()
             found[f"{model}_generate_s"] = time.perf_counter() - clock
             clock = time.perf_counter()
-            judge_by_rules(asked, generations, model=model, decoding="greedy", blood_type=BloodType.A, data=data)
+            score_by_rules(asked, generations, model=model, decoding="greedy", blood_type=BloodType.A, data=data)
             found[f"{model}_judge_s"] = time.perf_counter() - clock
             found[f"{model}_tokens"] = sum(len(generation.token_ids) for generation in generations)
             if len(intensities) == 1:

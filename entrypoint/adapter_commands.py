@@ -69,7 +69,7 @@ def evaluate(
     logs.configure("info", "auto")
     end = RunEnd(interruption)
     with end:
-        from lora_trainer.evaluate.gates import missed
+        from lora_trainer.evaluate.gates import missed_gate_messages
         from lora_trainer.report.metrics_table import metrics_table
         from lora_trainer.run.adapter import open_adapter, settle_for
         from lora_trainer.run.job import ProcessContext
@@ -93,7 +93,7 @@ def evaluate(
             Console().print(metrics_table(found.metrics))
             click.echo(f"report: {found.folder / 'report.html'}")
         if not verdict.passed:
-            raise GateError(missed(verdict))
+            raise GateError(missed_gate_messages(verdict))
     end.leave()
 
 
@@ -208,7 +208,7 @@ def publish(interruption: Interruption, /, folder: Path, output: str | None) -> 
       lora-trainer publish .lora-trainer/runs/A/0123456789abcdef/bundle
       lora-trainer publish .lora-trainer/runs/A/0123456789abcdef/bundle --output s3://another-bucket/lora/
     """
-    from lora_trainer.evaluate.gates import missed
+    from lora_trainer.evaluate.gates import missed_gate_messages
     from lora_trainer.run.job import ProcessContext
     from lora_trainer.run.publication import publish_folder
     from lora_trainer.store.retry import budget_from_environment
@@ -217,7 +217,7 @@ def publish(interruption: Interruption, /, folder: Path, output: str | None) -> 
     outcome = publish_folder(folder, output, ProcessContext(interruption, budget_from_environment()))
     click.echo(outcome.bundle_uri)
     if not outcome.verdict.passed:
-        raise GateError(missed(outcome.verdict))
+        raise GateError(missed_gate_messages(outcome.verdict))
 
 
 @click.command()

@@ -17,7 +17,7 @@ from lora_trainer.data.jsonl import JsonlReader
 from lora_trainer.data.problems import Severity
 from lora_trainer.data.records import TrainingRecord
 from lora_trainer.errors import ConfigError, DataError
-from lora_trainer.evaluate.persona_classifier import persona_classifier
+from lora_trainer.evaluate.persona_classifier import bundled_classifier
 from lora_trainer.generator.compose import compose
 from lora_trainer.generator.dataset_summary import DatasetSummary, summarise
 from lora_trainer.generator.html_report import PersonaSection, dataset_page, evenly
@@ -113,7 +113,7 @@ def generate(
             duration_s=done.duration_s,
         )
         if settings.report:
-            taken_for = Counter(persona_classifier().predict(record.reply.text for record in intake.taken))
+            taken_for = Counter(bundled_classifier().predict(record.reply.text for record in intake.taken))
             sections.append(PersonaSection(summary, taken_for, intake.rejects, uri, evenly(intake.taken), notes))
         yield done
     if settings.report:

@@ -22,7 +22,7 @@ from lora_trainer.evaluate.metrics import (
     Verdict,
     metrics_schema,
 )
-from lora_trainer.evaluate.rules import JudgedReply
+from lora_trainer.evaluate.rules import ScoredReply
 from lora_trainer.persona.prompt import prompt_template
 from lora_trainer.persona.reply_schema import response_schema
 from lora_trainer.persona.specs import persona_spec
@@ -56,7 +56,7 @@ def write_documents(folder: Path, config: RunConfig, base: Base, metrics: RunMet
 
 
 def write_evaluation(
-    folder: Path, metrics: RunMetrics, steps: Sequence[StepLog], replies: Sequence[JudgedReply], facts: Mapping[str, Any]
+    folder: Path, metrics: RunMetrics, steps: Sequence[StepLog], replies: Sequence[ScoredReply], facts: Mapping[str, Any]
 ) -> None:
     """Write metrics, replies, step log and report page. `facts` are the manifest's fields other than its files."""
     from lora_trainer.report.run_page import run_page
@@ -83,7 +83,7 @@ class Published:
     steps: tuple[StepLog, ...]
     evaluation: EvaluationMetrics | None
     """None if a version with other metrics published the bundle."""
-    replies: list[JudgedReply]
+    replies: list[ScoredReply]
 
 
 def read_published(storage: Storage, prefix: str, manifest: Mapping[str, Any], folder: Path) -> Published:
@@ -105,11 +105,11 @@ def read_published(storage: Storage, prefix: str, manifest: Mapping[str, Any], f
     return Published(folder, training, held_out, peak_memory_gib, steps, *_evaluation_of(metrics, folder))
 
 
-def _evaluation_of(metrics: Mapping[str, Any], folder: Path) -> tuple[EvaluationMetrics | None, list[JudgedReply]]:
+def _evaluation_of(metrics: Mapping[str, Any], folder: Path) -> tuple[EvaluationMetrics | None, list[ScoredReply]]:
     try:
         evaluation = RunMetrics.model_validate(metrics).evaluation
         lines = (folder / "replies.jsonl").read_text(encoding="utf-8").split("\n")
-        return evaluation, [JudgedReply.model_validate_json(line) for line in lines if line]
+        return evaluation, [ScoredReply.model_validate_json(line) for line in lines if line]
     except (OSError, ValueError):
         return None, []
 

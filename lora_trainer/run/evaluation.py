@@ -14,7 +14,7 @@ from lora_trainer.evaluate.llm_judge import judge_replies
 from lora_trainer.evaluate.measures import decoding_metrics, evaluation_metrics
 from lora_trainer.evaluate.metrics import DecodingMetrics, EvaluationMetrics, HeldOutMetrics, Verdict
 from lora_trainer.evaluate.questions import instruction_of, questions
-from lora_trainer.evaluate.rules import MODELS, JudgedReply, TrainingData, judge_by_rules
+from lora_trainer.evaluate.rules import MODELS, ScoredReply, TrainingData, score_by_rules
 from lora_trainer.run.job import Job
 from lora_trainer.run.progress import RunProgress
 from lora_trainer.train.backends import Backend
@@ -25,7 +25,7 @@ class Evaluated:
     """What the evaluation measured, and every reply."""
 
     metrics: EvaluationMetrics
-    replies: list[JudgedReply]
+    replies: list[ScoredReply]
 
 
 def evaluate(
@@ -42,9 +42,9 @@ def evaluate(
     conversations = [question.messages for question in asked]
     data = TrainingData(train_records)
     measured: dict[str, DecodingMetrics] = {}
-    replies: list[JudgedReply] = []
+    replies: list[ScoredReply] = []
     for decoding in decodings(config):
-        judged: dict[str, list[JudgedReply]] = {}
+        judged: dict[str, list[ScoredReply]] = {}
         generate_s = 0.0
         for model in MODELS:
             started_s = time.perf_counter()
@@ -52,7 +52,7 @@ def evaluate(
                 generations = backend.generate(conversations, decoding, adapter=model == "adapter", batch_size=config.batch_size)
             generate_s += time.perf_counter() - started_s
             with job.timed("evaluate_judge"):
-                judged[model] = judge_by_rules(
+                judged[model] = score_by_rules(
                     asked, generations, model=model, decoding=decoding.name, blood_type=blood_type, data=data
                 )
             replies.extend(judged[model])
@@ -79,7 +79,7 @@ def evaluate(
 def decide(job: Job, metrics: EvaluationMetrics) -> Verdict:
     """Compare every gated number with its threshold."""
     verdict = gates.decide(metrics, job.config.gates)
-    job.log.info("gates_decided", passed=verdict.passed, gate_id=verdict.gate_id, missed=gates.missed(verdict))
+    job.log.info("gates_decided", passed=verdict.passed, gate_id=verdict.gate_id, missed=gates.missed_gate_messages(verdict))
     return verdict
 
 

@@ -10,7 +10,7 @@ from typing import Concatenate, ParamSpec, TypeVar
 import structlog
 
 from lora_trainer.errors import ExitCode, GateError, worst
-from lora_trainer.evaluate.gates import missed
+from lora_trainer.evaluate.gates import missed_gate_messages
 from lora_trainer.logs import get_logger
 from lora_trainer.persona.vocabulary import BloodType
 from lora_trainer.run.failure_report import FailureReport, failure_report
@@ -121,7 +121,7 @@ class PersonaRun:
 def _report_on(outcome: Outcome) -> FailureReport:
     if outcome.verdict.passed:
         return FailureReport()
-    error = GateError(missed(outcome.verdict))
+    error = GateError(missed_gate_messages(outcome.verdict))
     return FailureReport(error.exit_code, type(error).__name__, error.problems)
 
 

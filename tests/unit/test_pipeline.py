@@ -227,7 +227,7 @@ def test_the_verdict_is_said(tmp_path: Path, made: MadeRun, threshold: float, pa
     (event,) = events
     assert (event["event"], event["passed"], verdict.passed) == ("gates_decided", passed, passed)
     assert event["gate_id"] == verdict.gate_id
-    assert event["missed"] == gates.missed(verdict)
+    assert event["missed"] == gates.missed_gate_messages(verdict)
     assert len(event["missed"]) == (0 if passed else 1)
 
 
