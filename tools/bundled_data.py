@@ -161,10 +161,8 @@ def main() -> int:
     records = {blood_type: build(blood_type) for blood_type in BloodType}
     for blood_type, found in records.items():
         files[DATA / f"train_data_type_{blood_type}.jsonl"] = "".join(record.to_json() + "\n" for record in found)
-    tables = coverage(records)
-    for name in ("README.md", "README.ko.md", "data/README.md"):
-        page = REPOSITORY / name
-        files[page] = with_section(page.read_text(encoding="utf-8"), "coverage", tables)
+    page = DATA / "README.md"
+    files[page] = with_section(page.read_text(encoding="utf-8"), "coverage", coverage(records))
     for path, text in files.items():
         is_same = path.exists() and path.read_text(encoding="utf-8") == text
         differ += not is_same
