@@ -1,10 +1,10 @@
-"""Build `data/train_data_type_*.jsonl` from what was written by hand and what the grammar composes.
+"""Build `data/train_data_type_*.jsonl` from hand-written and composed records.
 
     python tools/bundled_data.py            write the files
-    python tools/bundled_data.py --check    say whether the files are what would be written; exit 1 when they are not
+    python tools/bundled_data.py --check    exit 1 if a file differs from what would be written
 
-Hand-written records come first, in the order of `data/handwritten/*.yaml`. The composed ones behind them fill every
-feeling and third of intensity up to the same number, and repeat nothing that was written by hand.
+Hand-written records come first, in the order of `data/handwritten/*.yaml`. The composed records after them fill every
+feeling and third of intensity up to the same number, without repeating hand-written ones.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class _Part(BaseModel):
 
 
 class HandwrittenReply(_Part):
-    """How one friend answers."""
+    """One persona's answer."""
 
     feeling: Feeling
     intensity: Annotated[float, Field(ge=0, le=1)]
@@ -51,7 +51,7 @@ class HandwrittenReply(_Part):
 
 
 class Situation(_Part):
-    """What was said, and the answers; all four, or only those that it was written for."""
+    """What the user said, with the answers of some or all personas."""
 
     summary: str
     input: str
@@ -73,7 +73,7 @@ class HandwrittenFile(_Part):
 
 
 def handwritten_families() -> list[Family]:
-    """All that was written by hand, file by file."""
+    """Return all hand-written families, file by file."""
     found = []
     for path in sorted((DATA / "handwritten").glob("*.yaml")):
         found += HandwrittenFile.model_validate(yaml.safe_load(path.read_text(encoding="utf-8"))).families
@@ -83,7 +83,7 @@ def handwritten_families() -> list[Family]:
 
 
 def handwritten_records(blood_type: BloodType) -> list[TrainingRecord]:
-    """One persona's hand-written records, in order."""
+    """Return one persona's hand-written records, in order."""
     return [
         TrainingRecord.model_validate(
             {
@@ -103,7 +103,7 @@ def handwritten_records(blood_type: BloodType) -> list[TrainingRecord]:
 
 
 def build(blood_type: BloodType) -> list[TrainingRecord]:
-    """All records of one persona: by hand, then composed."""
+    """Return all records of one persona: hand-written, then composed."""
     by_hand = handwritten_records(blood_type)
     have = Counter((r.context.current_emotion.type, IntensityThird.of(r.context.current_emotion.intensity)) for r in by_hand)
     wanted = [cell for cell in all_cells() for _ in range(RECORDS_IN_A_CELL - have[cell])]
@@ -117,7 +117,7 @@ def build(blood_type: BloodType) -> list[TrainingRecord]:
 
 
 def coverage(records: Mapping[BloodType, list[TrainingRecord]]) -> str:
-    """What the files hold, as two Markdown tables."""
+    """Return the coverage of the files as two Markdown tables."""
     summaries = {name: summarise(name, found) for name, found in records.items()}
     by_hand = {name: len(handwritten_records(name)) for name in records}
     lines = ["| | " + " | ".join(records) + " |", "|---|" + "---|" * len(records)]
@@ -127,12 +127,12 @@ def coverage(records: Mapping[BloodType, list[TrainingRecord]]) -> str:
 
     row("records", lambda p: f"{summaries[p].records:,}")
     row("by hand, composed", lambda p: f"{by_hand[p]:,}, {summaries[p].records - by_hand[p]:,}")
-    row("replies that ask something back", lambda p: f"{summaries[p].question_rate:.0%}")
+    row("replies that ask back", lambda p: f"{summaries[p].question_rate:.0%}")
     row(
-        "emoji a reply at low, middle, high intensity",
+        "emoji per reply at low, middle, high intensity",
         lambda p: ", ".join(f"{summaries[p].emoji_by_third[t]:.2f}" for t in IntensityThird),
     )
-    row("characters in a reply, mean", lambda p: f"{mean(summaries[p].reply_characters):.0f}")
+    row("characters per reply, mean", lambda p: f"{mean(summaries[p].reply_characters):.0f}")
     row("unique replies", lambda p: f"{summaries[p].unique_replies / summaries[p].records:.1%}")
     row("near-duplicates (character 5-grams, Jaccard ≥ 0.7)", lambda p: f"{summaries[p].near_duplicate_rate:.2%}")
     lines += ["", "Records by feeling, at low / middle / high intensity:", ""]
@@ -144,7 +144,7 @@ def coverage(records: Mapping[BloodType, list[TrainingRecord]]) -> str:
 
 
 def with_section(document: str, marker: str, text: str) -> str:
-    """`document` with `text` between `<!-- marker:begin -->` and `<!-- marker:end -->`."""
+    """Return `document` with `text` between `<!-- marker:begin -->` and `<!-- marker:end -->`."""
     begin, end = f"<!-- {marker}:begin -->\n", f"<!-- {marker}:end -->"
     head, rest = document.split(begin)
     return head + begin + text + end + rest.split(end)[1]
@@ -153,7 +153,7 @@ def with_section(document: str, marker: str, text: str) -> str:
 def main() -> int:
     """Write or check the files."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write nothing, and exit with 1 where a file differs")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if a file differs")
     check = parser.parse_args().check
     differ = 0
     prompts = (REPOSITORY / "lora_trainer/assets/eval_prompts.jsonl").read_text(encoding="utf-8")

@@ -52,8 +52,8 @@ def measure(classifier: PersonaClassifier, among: frozenset[str] | None = None) 
 
 
 def table(matrix: Matrix) -> str:
-    """The matrix as a Markdown table."""
-    lines = ["| said by | taken for A | B | O | AB | recognised |", "|---|---|---|---|---|---|"]
+    """Return the matrix as a Markdown table."""
+    lines = ["| persona | classified as A | B | O | AB | recognized |", "|---|---|---|---|---|---|"]
     for name, row in matrix.items():
         share = row[name] / max(1, sum(row.values()))
         lines.append(f"| {name} | " + " | ".join(str(row[other]) for other in BloodType) + f" | {share:.1%} |")
@@ -61,11 +61,11 @@ def table(matrix: Matrix) -> str:
 
 
 def section(everything: Matrix, by_hand: Matrix) -> str:
-    """What `data/README.md` says of the measurement."""
+    """Return the section of `data/README.md` about the measurement."""
     count, of_them = (sum(sum(row.values()) for row in matrix.values()) for matrix in (everything, by_hand))
     return (
-        f"{table(everything)}\n\n{accuracy(everything):.1%} of {count:,} replies are recognised; of the {of_them:,} hand-written "
-        f"ones among them, the harder part, {accuracy(by_hand):.1%}.\n"
+        f"{table(everything)}\n\n{accuracy(everything):.1%} of {count:,} replies are recognized; of the {of_them:,} hand-written "
+        f"ones among them, which are harder, {accuracy(by_hand):.1%}.\n"
     )
 
 
