@@ -132,12 +132,12 @@ def coverage(records: Mapping[BloodType, list[TrainingRecord]]) -> str:
 
     row("records", lambda p: f"{summaries[p].records:,}")
     row("by hand, composed", lambda p: f"{by_hand[p]:,}, {summaries[p].records - by_hand[p]:,}")
-    row("replies that ask something back", lambda p: f"{summaries[p].question_rate:.0%}")
+    row("replies that ask back", lambda p: f"{summaries[p].question_rate:.0%}")
     row(
-        "emoji a reply at low, middle, high intensity",
+        "emoji per reply at low, middle, high intensity",
         lambda p: ", ".join(f"{summaries[p].emoji_by_third[t]:.2f}" for t in IntensityThird),
     )
-    row("characters in a reply, mean", lambda p: f"{mean(summaries[p].reply_characters):.0f}")
+    row("characters per reply, mean", lambda p: f"{mean(summaries[p].reply_characters):.0f}")
     row("unique replies", lambda p: f"{summaries[p].unique_replies / summaries[p].records:.1%}")
     row("near-duplicates (character 5-grams, Jaccard ≥ 0.7)", lambda p: f"{summaries[p].near_duplicate_rate:.2%}")
     lines += ["", "Records by feeling, at low / middle / high intensity:", ""]
@@ -166,10 +166,8 @@ def main() -> int:
     records = {blood_type: build(blood_type) for blood_type in BloodType}
     for blood_type, found in records.items():
         files[DATA / f"train_data_type_{blood_type}.jsonl"] = "".join(record.to_json() + "\n" for record in found)
-    tables = coverage(records)
-    for name in ("README.md", "README.ko.md", "data/README.md"):
-        page = REPOSITORY / name
-        files[page] = with_section(page.read_text(encoding="utf-8"), "coverage", tables)
+    page = DATA / "README.md"
+    files[page] = with_section(page.read_text(encoding="utf-8"), "coverage", coverage(records))
     for path, text in files.items():
         is_same = path.exists() and path.read_text(encoding="utf-8") == text
         differ += not is_same

@@ -1,6 +1,6 @@
 """Train the persona classifier on the bundled data and measure how well it tells the four personas apart.
 
-    python tools/persona_classifier.py            train it and write lora_trainer/assets/persona_classifier.npz
+    python tools/persona_classifier.py            train it and write lora_trainer/evaluate/assets/persona_classifier.npz
     python tools/persona_classifier.py --check    measure the shipped file; exit 1 if data/README.md has other numbers
 
 The measurement uses the replies held out of training, and separately the hand-written ones among them. Those are harder:
@@ -54,7 +54,7 @@ def measure(classifier: PersonaClassifier, among: frozenset[str] | None = None) 
 
 def table(matrix: Matrix) -> str:
     """Return the matrix as a Markdown table."""
-    lines = ["| said by | taken for A | B | O | AB | recognised |", "|---|---|---|---|---|---|"]
+    lines = ["| persona | classified as A | B | O | AB | recognized |", "|---|---|---|---|---|---|"]
     for name, row in matrix.items():
         share = row[name] / max(1, sum(row.values()))
         lines.append(f"| {name} | " + " | ".join(str(row[other]) for other in BloodType) + f" | {share:.1%} |")
@@ -65,8 +65,8 @@ def section(everything: Matrix, by_hand: Matrix) -> str:
     """Return the section of `data/README.md` with the measurement."""
     count, of_them = (sum(sum(row.values()) for row in matrix.values()) for matrix in (everything, by_hand))
     return (
-        f"{table(everything)}\n\n{accuracy(everything):.1%} of {count:,} replies are recognised; of the {of_them:,} hand-written "
-        f"ones among them, the harder part, {accuracy(by_hand):.1%}.\n"
+        f"{table(everything)}\n\n{accuracy(everything):.1%} of {count:,} replies are recognized; of the {of_them:,} hand-written "
+        f"ones among them, which are harder, {accuracy(by_hand):.1%}.\n"
     )
 
 

@@ -53,7 +53,7 @@ def own(values: Values) -> Values:
 
 def test_there_are_values_and_commands() -> None:
     assert len(BLOCKS) == 3
-    assert len(COMMANDS) == 5
+    assert len(COMMANDS) == 6
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.split("\n")[0])
