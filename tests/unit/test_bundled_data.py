@@ -170,7 +170,7 @@ def test_there_are_120_balanced_prompts() -> None:
 
 
 def test_the_prompts_in_the_data_folder_are_those_of_the_package() -> None:
-    shipped = REPOSITORY / "lora_trainer" / "assets" / "eval_prompts.jsonl"
+    shipped = REPOSITORY / "lora_trainer" / "data" / "assets" / "eval_prompts.jsonl"
     assert (DATA / "eval_prompts.jsonl").read_bytes() == shipped.read_bytes()
 
 
