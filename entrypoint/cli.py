@@ -23,7 +23,7 @@ from lora_trainer import __version__, logs
 from lora_trainer.config import RunConfig, config_table
 from lora_trainer.config_sources import parse_override, settle_each
 from lora_trainer.errors import ConfigError, ExitCode, GateError, Interrupted, LoraTrainerError, StorageError, worst
-from lora_trainer.persona.vocabulary import BloodType, named_blood_types
+from lora_trainer.persona.vocabulary import BloodType, parse_blood_types
 from lora_trainer.redaction import redacted
 from lora_trainer.run.failure_report import FailureReport, failure_report
 
@@ -776,7 +776,7 @@ def generate(
 def _blood_types(text: str) -> tuple[BloodType, ...]:
     """Raises `ConfigError`."""
     try:
-        return named_blood_types(text)
+        return parse_blood_types(text)
     except ValueError as error:
         raise ConfigError(f"--blood-type: {error}") from None
 

@@ -20,7 +20,7 @@ from pydantic import ValidationError
 
 from lora_trainer.config import ENVIRONMENT_PREFIX, GatesConfig, RunConfig, environment_name, setting_names
 from lora_trainer.errors import ConfigError
-from lora_trainer.persona.vocabulary import BloodType, named_blood_types
+from lora_trainer.persona.vocabulary import BloodType, parse_blood_types
 from lora_trainer.redaction import redacted
 
 CONFIG_FILE_VARIABLE: Final = "LORA_TRAINER_CONFIG"
@@ -96,7 +96,7 @@ def settle_each(
     blood_types: tuple[BloodType, ...] = ()
     if "blood_type" in merged:
         try:
-            blood_types = named_blood_types(merged["blood_type"])
+            blood_types = parse_blood_types(merged["blood_type"])
         except ValueError as error:
             problems.append(f"{_place(sources, ['blood_type'])}: {error}")
         # any one: what is wrong with the other settings is said, too

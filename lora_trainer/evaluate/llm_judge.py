@@ -21,7 +21,7 @@ from lora_trainer.evaluate.intervals import ClusterBootstrap
 from lora_trainer.evaluate.measures import mean_estimate
 from lora_trainer.evaluate.metrics import JudgeMetrics
 from lora_trainer.evaluate.rules import JudgedReply
-from lora_trainer.persona.prompt import defused
+from lora_trainer.persona.prompt import escape_control_tokens
 from lora_trainer.persona.specs import persona_spec
 from lora_trainer.persona.vocabulary import BloodType
 
@@ -150,7 +150,7 @@ def user_prompt(first: JudgedReply, second: JudgedReply) -> str:
         "\nWhich one? Answer as JSON.",
     ]
     # the server turns what spells a control token into one
-    return defused("\n".join(lines))
+    return escape_control_tokens("\n".join(lines))
 
 
 def _client(config: EvaluationConfig) -> OpenAI:
