@@ -149,9 +149,7 @@ def test_the_first_fifty_are_shown_and_all_are_counted_and_streamed(tmp_path: Pa
     # warnings do not crowd errors out
     assert [p.code for p in report.problems].count("not_json") == 30
     assert [p.line for p in report.problems] == sorted(p.line or 0 for p in report.problems)
-    assert report.problem_lines()[-1].endswith(
-        "30 errors, 61 warnings (41 not shown; 'validate --json' lists all)"
-    )
+    assert report.problem_lines()[-1].endswith("30 errors, 61 warnings (41 not shown; 'validate --json' lists all)")
 
 
 def test_unreadable_files_are_reported_and_not_raised(tmp_path: Path) -> None:
@@ -343,7 +341,7 @@ def test_warnings_stop_training_only_when_it_is_strict(tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
         read_records(file, BloodType.A, strict=True)
     assert caught.value.problems == (
-        f"{file}:1: output.text: got 존댓말 (-요), expected 반말; end the sentence informally",
+        f"{file}:1: output.text: got 존댓말 (-요), expected 반말; use an informal ending",
         f"{file}: 0 errors, 1 warning",
     )
 
