@@ -10,7 +10,9 @@ layer, `2 * (3 * intermediate + 4 * hidden)` bytes without recomputation (142 kB
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final, Literal
 
 from lora_trainer.config import MemoryConfig, TrainingConfig
@@ -53,6 +55,25 @@ class ModelShape:
     tied_embeddings: bool
     positions: int
     """`max_position_embeddings`: the longest text that the base was made for, in tokens."""
+
+    @classmethod
+    def of(cls, base: Path) -> ModelShape:
+        """Read the `config.json` of the base in folder `base`. Raises `ConfigError` if it is not a Qwen2-like decoder."""
+        path = base / "config.json"
+        try:
+            settings = json.loads(path.read_text(encoding="utf-8"))
+            return cls(
+                layers=settings["num_hidden_layers"],
+                hidden=settings["hidden_size"],
+                intermediate=settings["intermediate_size"],
+                attention_heads=settings["num_attention_heads"],
+                key_value_heads=settings.get("num_key_value_heads", settings["num_attention_heads"]),
+                vocabulary=settings["vocab_size"],
+                tied_embeddings=settings.get("tie_word_embeddings", False),
+                positions=settings["max_position_embeddings"],
+            )
+        except (OSError, ValueError, KeyError) as error:
+            raise ConfigError(f"base.model: {path}: expected a Qwen2-like decoder's configuration, got {error!r}") from None
 
     @property
     def linear_parameters(self) -> int:

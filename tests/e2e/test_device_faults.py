@@ -29,8 +29,8 @@ import os, signal, sys
 import torch
 from entrypoint.__main__ import main
 from lora_trainer.run import pipeline
+from lora_trainer.train.backends import base_loading
 from lora_trainer.train.backends.step_trainer import StepTrainer
-from lora_trainer.train.backends.transformers import TransformersBackend
 
 fault, true_step = os.environ.get("FAULT"), StepTrainer.training_step
 
@@ -48,7 +48,7 @@ def training_step(self, model, inputs, num_items_in_batch=None):
 StepTrainer.is_gradient_checkpointing_on = lambda self: any(
     getattr(module, "gradient_checkpointing", False) for module in self.model.modules()
 )
-def no_room(self, base):
+def no_room(*_, **__):
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
 def swallow(*_):
@@ -62,7 +62,7 @@ StepTrainer.training_step = training_step
 if fault == "swallowed":
     pipeline.save = swallow
 if fault == "base":
-    TransformersBackend._load_base = no_room
+    base_loading.load_base = no_room
 main()
 """
 

@@ -60,19 +60,19 @@ def loaded(tmp_path: Path) -> Loaded:
 
 
 def test_packed_records_are_isolated_and_a_leak_is_caught(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
-    import lora_trainer.train.backends.step_trainer as trainer
+    from lora_trainer.train.backends import adapter_checks
 
     first, second = loaded.sequences[:2]
     assert loaded.backend.check_isolation(first, second) < 0.01
 
-    true_row = trainer.make_row
+    true_row = adapter_checks.make_row
 
     def without_boundaries(sequences: Any) -> Any:
         row = true_row(sequences)
         total = row["input_ids"].shape[1]
         return {**row, "position_ids": row["position_ids"].new_tensor([list(range(total))])}
 
-    monkeypatch.setattr(trainer, "make_row", without_boundaries)
+    monkeypatch.setattr(adapter_checks, "make_row", without_boundaries)
     with pytest.raises(InvariantError, match="see each other"):
         loaded.backend.check_isolation(first, second)
 
@@ -124,15 +124,15 @@ def test_an_adapter_that_does_not_move_is_caught(loaded: Loaded) -> None:
 
 
 def test_packing_that_is_off_is_caught(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
-    import lora_trainer.train.backends.step_trainer as trainer
+    from lora_trainer.train.backends import rows
 
-    monkeypatch.setattr(trainer, "pack", lambda lengths, row_tokens: [[position] for position in range(len(lengths))])
+    monkeypatch.setattr(rows, "pack", lambda lengths, row_tokens: [[position] for position in range(len(lengths))])
     with pytest.raises(InvariantError, match="packing is off"):
         loaded.backend.train()
 
 
 def test_a_row_without_a_token_in_the_loss_is_caught() -> None:
-    from lora_trainer.train.backends.step_trainer import make_row
+    from lora_trainer.train.backends.rows import make_row
 
     with pytest.raises(InvariantError, match="all labels are -100"):
         make_row([TokenSequence((5, 6, 7), 3)])
@@ -158,7 +158,7 @@ def test_an_adapter_that_was_saved_as_nothing_is_caught(loaded: Loaded, tmp_path
 
 
 def test_every_reply_ends_in_one_end_of_turn_that_is_in_the_loss(loaded: Loaded) -> None:
-    from lora_trainer.train.backends.step_trainer import make_row
+    from lora_trainer.train.backends.rows import make_row
 
     eos = loaded.backend.tokenizer.eos_token_id
     for sequence in loaded.sequences:

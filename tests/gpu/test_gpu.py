@@ -165,21 +165,21 @@ backend.load(base, plan, 1024)
 backend.prepare_training(sequences, [list(range(len(sequences)))], plan, work, lambda step, of: None)
 print("packed", backend.check_isolation(sequences[0], sequences[1]))
 # what a forward without boundaries would do must be caught
-import lora_trainer.train.backends.step_trainer as trainer
-true_row = trainer.make_row
+from lora_trainer.train.backends import adapter_checks
+true_row = adapter_checks.make_row
 def joined(sequences):
     row = true_row(sequences)
     total = row["input_ids"].shape[1]
     row["packed_seq_lengths"] = row["packed_seq_lengths"].new_tensor([total])
     row["position_ids"] = row["position_ids"].new_tensor([list(range(total))])
     return row
-trainer.make_row = joined
+adapter_checks.make_row = joined
 try:
     backend.check_isolation(sequences[0], sequences[1])
     print("leak unnoticed")
 except InvariantError:
     print("leak caught")
-trainer.make_row = true_row
+adapter_checks.make_row = true_row
 summed = sum(backend.mean_loss([sequence]) * sequence.reply_tokens for sequence in sequences)
 print("losses", backend.mean_loss(sequences), summed / sum(sequence.reply_tokens for sequence in sequences))
 """

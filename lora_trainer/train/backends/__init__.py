@@ -1,22 +1,23 @@
-"""The two training stacks behind one interface. Nothing here imports torch until a backend is started."""
+"""Open one of the two training stacks, which share an interface. Neither imports torch before it is started."""
 
 from __future__ import annotations
 
 from lora_trainer.config import RunConfig
+from lora_trainer.signals import Interruption
 from lora_trainer.train.backends.transformers import TransformersBackend as Backend
 
 __all__ = ["Backend", "open_backend", "open_reference_backend"]
 
 
-def open_backend(config: RunConfig) -> Backend:
-    """The backend that `config` asks for, not yet started."""
+def open_backend(config: RunConfig, interruption: Interruption | None = None) -> Backend:
+    """Return the backend that `config` asks for, not yet started. Training stops at a safe point for `interruption`."""
     if config.resolved_backend == "unsloth":
         from lora_trainer.train.backends.unsloth import UnslothBackend
 
-        return UnslothBackend(config)
-    return Backend(config)
+        return UnslothBackend(config, interruption)
+    return Backend(config, interruption)
 
 
-def open_reference_backend(config: RunConfig) -> Backend:
-    """transformers and PEFT as they are, for an adapter that is questioned and not trained: what a server would load."""
-    return Backend(config)
+def open_reference_backend(config: RunConfig, interruption: Interruption | None = None) -> Backend:
+    """Return plain transformers and PEFT, to evaluate a saved adapter as a server would load it."""
+    return Backend(config, interruption)

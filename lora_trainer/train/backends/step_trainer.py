@@ -27,7 +27,9 @@ from trl import SFTConfig, SFTTrainer
 
 from lora_trainer.config import TrainingConfig
 from lora_trainer.errors import DivergedError, InvariantError
-from lora_trainer.signals import INTERRUPTION
+from lora_trainer.signals import Interruption
+from lora_trainer.train.backends.model_modes import keep_four_bit_layout
+from lora_trainer.train.backends.rows import Row, Step, StepCollator, make_step
 from lora_trainer.train.backends.training_state import (
     TrainingState,
     random_state,
@@ -36,46 +38,9 @@ from lora_trainer.train.backends.training_state import (
     set_weights,
     state_of,
 )
-from lora_trainer.train.packing import pack
 from lora_trainer.train.schedule import Schedule, learning_rate_factor
 from lora_trainer.train.step_log import AfterStep, OnStep, StepLog, TrainingLog
-from lora_trainer.train.tokenization import IGNORED_LABEL, TokenSequence
-
-Row = dict[str, torch.Tensor]
-"""`input_ids`, `position_ids`, `labels`: [1, T]; `packed_seq_lengths`: [documents], int32."""
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """One optimizer step's rows."""
-
-    rows: list[Row]
-    tokens: int
-    loss_tokens: int
-
-
-def make_row(sequences: Sequence[TokenSequence]) -> Row:
-    """Documents one after another in a row of their own length: no padding, positions restart at each."""
-    labels = [label for sequence in sequences for label in sequence.labels]
-    if all(label == IGNORED_LABEL for label in labels):
-        raise InvariantError("a row has no token in the loss: all labels are -100")
-    return {
-        "input_ids": torch.tensor([[token for sequence in sequences for token in sequence.input_ids]]),
-        "position_ids": torch.tensor([[position for sequence in sequences for position in range(len(sequence))]]),
-        "labels": torch.tensor([labels]),
-        "packed_seq_lengths": torch.tensor([len(sequence) for sequence in sequences], dtype=torch.int32),
-    }
-
-
-def make_step(sequences: Sequence[TokenSequence], row_tokens: int) -> Step:
-    """Pack the records of one optimizer step."""
-    rows = [
-        make_row([sequences[position] for position in positions])
-        for positions in pack([len(sequence) for sequence in sequences], row_tokens)
-    ]
-    # the model predicts token t + 1 at t, so a label on a document's first token is never in the loss
-    loss_tokens = sum(sequence.reply_tokens for sequence in sequences)
-    return Step(rows, sum(len(sequence) for sequence in sequences), loss_tokens)
+from lora_trainer.train.tokenization import TokenSequence
 
 
 class StepTrainer(SFTTrainer):
@@ -88,6 +53,7 @@ class StepTrainer(SFTTrainer):
         *,
         on_step: OnStep,
         after_step: AfterStep,
+        interruption: Interruption,
         schedule: Schedule,
         model_takes_lengths: bool,
         model_loss: bool,
@@ -102,6 +68,7 @@ class StepTrainer(SFTTrainer):
         self.training_log = TrainingLog()
         self._on_step = on_step
         self._after_step = after_step
+        self._interruption = interruption
         self.steps_before = 0
         """Optimizer steps of the run that lie behind this process's first one."""
         self._restored: TrainingState | None = None
@@ -136,7 +103,7 @@ class StepTrainer(SFTTrainer):
         total = torch.zeros((), device=self.args.device)
         for row in inputs.rows:
             # an unfinished step changes no weight: it can be dropped between any two rows
-            INTERRUPTION.check()
+            self._interruption.check()
             with self.compute_loss_context_manager():
                 loss = self.row_loss(model, row, num_items_in_batch)
             self.accelerator.backward(loss)
@@ -166,6 +133,19 @@ class StepTrainer(SFTTrainer):
         with torch.no_grad(), self.compute_loss_context_manager():
             losses = [self.row_loss(self.model, row, divisor) for row in step.rows]
         return float(torch.stack(losses).sum())
+
+    def row_logits(self, row: Row) -> torch.Tensor:
+        """Return the logits of one row [T, V], float32, computed as in training."""
+        inputs: dict[str, Any] = self._prepare_inputs({key: value for key, value in row.items() if key != "labels"})
+        if not self.model_takes_lengths:
+            del inputs["packed_seq_lengths"]
+        self.model.train()
+        with torch.no_grad(), torch.random.fork_rng(devices=[] if self.args.use_cpu else [0]):
+            # the same dropout mask in every call
+            torch.manual_seed(0)
+            with self.compute_loss_context_manager():
+                logits: torch.Tensor = self.model(**inputs, use_cache=False).logits
+        return logits[0].float()
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LambdaLR:
         """The recipe's schedule. Unlike transformers' own, no step has a learning rate of zero: theirs wastes the first
@@ -265,7 +245,7 @@ class StepTrainer(SFTTrainer):
             self._report(step.previous)
             step.previous = None
         self._after_step(number)
-        INTERRUPTION.check()
+        self._interruption.check()
 
     def end_training(self) -> None:
         """Report the last step and stop the clock."""
@@ -328,14 +308,6 @@ def mean_loss(model: Any, sequences: Sequence[TokenSequence], row_tokens: int) -
     return float(torch.stack(losses).sum())
 
 
-def keep_four_bit_layout(model: torch.nn.Module) -> None:
-    """Stop bitsandbytes from repacking 4-bit weights on a CPU, which it does for good at the first forward in eval mode
-    (0.50.2, `Linear4bit.forward`) and which training does not survive. These layers have no dropout: nothing else changes."""
-    for module in model.modules():
-        if type(module).__module__ == "bitsandbytes.nn.modules":
-            module.training = True
-
-
 @dataclass(slots=True)
 class _UnreadStep:
     """A step whose numbers are still on the device."""
@@ -365,19 +337,6 @@ class _StepEnd(TrainerCallback):
         self.trainer.end_training()
 
 
-@dataclass(frozen=True, slots=True)
-class StepCollator:
-    """Data loader item (a step's record indices) -> `Step`."""
-
-    sequences: Sequence[TokenSequence]
-    row_tokens: int
-
-    def __call__(self, items: list[dict[str, Any]]) -> Step:
-        """`items` has one element: a step is a batch of its own."""
-        (item,) = items
-        return make_step([self.sequences[index] for index in item["records"]], self.row_tokens)
-
-
 def build_trainer(
     *,
     model: Any,
@@ -391,6 +350,7 @@ def build_trainer(
     output_dir: Path,
     on_step: OnStep,
     after_step: AfterStep,
+    interruption: Interruption,
     model_takes_lengths: bool,
     model_loss: bool,
 ) -> StepTrainer:
@@ -440,6 +400,7 @@ def build_trainer(
     return StepTrainer(
         on_step=on_step,
         after_step=after_step,
+        interruption=interruption,
         schedule=recipe.schedule,
         model_takes_lengths=model_takes_lengths,
         model_loss=model_loss,

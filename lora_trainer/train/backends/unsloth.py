@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from lora_trainer.errors import ConfigError
 from lora_trainer.train.backends.transformers import TransformersBackend
@@ -19,7 +18,7 @@ class UnslothBackend(TransformersBackend):
     name: Literal["transformers", "unsloth"] = "unsloth"
 
     def _import_stack(self) -> str:
-        if self.config.device == "cuda":
+        if self._device.is_cuda:
             # otherwise it trains on the CPU without a word when the driver is broken
             os.environ["UNSLOTH_DISABLE_CPU_FALLBACK"] = "1"
         # it downloads a file from the hub to be counted
@@ -32,10 +31,12 @@ class UnslothBackend(TransformersBackend):
         except ImportError as error:
             raise ConfigError(f"the unsloth backend is not installed ({error}): {self._install_command()}") from None
         name = super()._import_stack()
-        return _varlen_attention() if self.config.device == "cuda" else name
+        return _varlen_attention() if self._device.is_cuda else name
 
-    def _load_for_training(self, base: Path, checkpointing: Checkpointing) -> None:
+    def _load_with_adapter(self, base: Path, checkpointing: Checkpointing) -> Any:
         from unsloth import FastLanguageModel
+
+        from lora_trainer.train.backends.base_loading import align_special_tokens, compute_dtype, quantization
 
         use_gradient_checkpointing = "unsloth" if checkpointing == "unsloth" else checkpointing == "on"
         training = self.config.training
@@ -43,10 +44,10 @@ class UnslothBackend(TransformersBackend):
             # a folder: by its hub name Unsloth would take its own pre-quantized copy instead
             model_name=str(base),
             max_seq_length=self._reserved_tokens,
-            dtype=self._compute_dtype(),
+            dtype=compute_dtype(training),
             load_in_4bit=training.quantization == "nf4",
             load_in_16bit=training.quantization == "none",
-            quantization_config=self._quantization(),
+            quantization_config=quantization(training),
             use_gradient_checkpointing=use_gradient_checkpointing,
             use_exact_model_name=True,
             local_files_only=True,
@@ -54,9 +55,9 @@ class UnslothBackend(TransformersBackend):
             max_lora_rank=self.config.lora.r,
             trust_remote_code=False,
         )
-        self._align_special_tokens(model)
+        align_special_tokens(model, self.tokenizer)
         lora = self.config.lora
-        self.model = FastLanguageModel.get_peft_model(
+        return FastLanguageModel.get_peft_model(
             model,
             r=lora.r,
             lora_alpha=lora.alpha,
@@ -67,27 +68,26 @@ class UnslothBackend(TransformersBackend):
             random_state=training.seed,
         )
 
-    def _begin_anew(self) -> bool:
+    def _reset(self, base: Path, checkpointing: Checkpointing) -> bool:
         from unsloth import FastLanguageModel
 
-        if not super()._begin_anew():
+        if not super()._reset(base, checkpointing):
             return False
-        # its generate() and its trainer leave the model in one mode or the other; the checkpointing is that of get_peft_model
+        # Unsloth's generate() and trainer leave the model in either mode; checkpointing stays as get_peft_model set it
         FastLanguageModel.for_training(self.model)
         return True
 
-    @contextmanager
-    def _inference(self) -> Iterator[None]:
-        if self.config.device == "cuda":
-            # its own generate() switches checkpointing and mode off and on again
-            yield
-        else:
-            with super()._inference():
-                yield
+    def _inference_mode(self) -> AbstractContextManager[None]:
+        # on a GPU Unsloth's own generate() switches mode and checkpointing
+        return nullcontext() if self._device.is_cuda else super()._inference_mode()
 
     def _model_takes_lengths(self) -> bool:
-        # Unsloth's own forward does; in its CPU mode the model is transformers' own
-        return self.config.device == "cuda"
+        # Unsloth's forward takes them; its CPU mode keeps transformers' forward
+        return self._device.is_cuda
+
+    def _uses_model_loss(self) -> bool:
+        # Unsloth's forward has a fused loss of its own
+        return True
 
 
 def _varlen_attention() -> str:
