@@ -16,7 +16,7 @@ from entrypoint.options import config_option, given_settings, set_option
 from lora_trainer import logs
 from lora_trainer.config_sources import settle_each
 from lora_trainer.errors import ConfigError, ExitCode, Interrupted, LoraTrainerError
-from lora_trainer.persona.vocabulary import BloodType, named_blood_types
+from lora_trainer.persona.vocabulary import BloodType, parse_blood_types
 
 
 @click.command()
@@ -309,6 +309,6 @@ def generate(
 def _named_blood_types(text: str) -> tuple[BloodType, ...]:
     """Parse the option. Raise `ConfigError` for an unknown name."""
     try:
-        return named_blood_types(text)
+        return parse_blood_types(text)
     except ValueError as error:
         raise ConfigError(f"--blood-type: {error}") from None

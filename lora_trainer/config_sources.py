@@ -21,7 +21,7 @@ from pydantic.fields import FieldInfo
 
 from lora_trainer.config import ENVIRONMENT_PREFIX, Location, RunConfig, environment_name, setting_fields, setting_names
 from lora_trainer.errors import ConfigError
-from lora_trainer.persona.vocabulary import BloodType, named_blood_types
+from lora_trainer.persona.vocabulary import BloodType, parse_blood_types
 from lora_trainer.redaction import redacted
 
 CONFIG_FILE_VARIABLE: Final = "LORA_TRAINER_CONFIG"
@@ -93,7 +93,7 @@ def settle_each(
     blood_types: tuple[BloodType, ...] = ()
     if "blood_type" in merged:
         try:
-            blood_types = named_blood_types(merged["blood_type"])
+            blood_types = parse_blood_types(merged["blood_type"])
         except ValueError as error:
             problems.append(f"{_place(sources, ['blood_type'])}: {error}")
         # any persona will do: the other settings are checked in any case

@@ -1,1 +1,1 @@
-"""Training data: its records, how files are read and checked, and which records are held out."""
+"""Training data: record schema, reading and checking files, and the held-out split."""

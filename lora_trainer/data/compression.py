@@ -1,4 +1,4 @@
-"""Data files as they lie there: plain, `.gz` or `.zst`. Decompressed as they are read, a bounded number of bytes in all."""
+"""Read plain, `.gz` and `.zst` data files as streams, with a limit on the decompressed size."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
 
 SUFFIXES: Final = ("", ".gz", ".zst")
-"""What may stand behind `.jsonl`."""
+"""What may follow `.jsonl` in the name of a data file."""
 
 _BUFFER_BYTES: Final = 64 * 1024
-# a file of a few hundred KiB may hold one record a thousand times: too little to hurt, whatever its ratio
+# the ratio limit ignores output up to this size: a small file of repeated records compresses well and does no harm
 _HARMLESS_BYTES: Final = 16 * 2**20
-# 128 MiB: all that `zstd` writes without --long, which asks its reader for up to 2 GiB
+# a window of 128 MiB, the most that `zstd` uses without --long; --long makes the reader allocate up to 2 GiB
 _WINDOW_LOG_MAX: Final = 27
 
 _MAGIC: Final = {
@@ -33,33 +33,33 @@ _MAGIC: Final = {
 
 
 class CorruptStreamError(ValueError):
-    """What the file's name says it is compressed by cannot read it; the message says why, without the file's bytes."""
+    """The file is not valid in the format of its suffix. The message states the reason and quotes no bytes of the file."""
 
 
 class DecompressedTooLargeError(ValueError):
-    """More came out of a compressed file than is taken."""
+    """The decompressed data exceeds a limit; `is_ratio` tells whether it is the limit on the compression ratio."""
 
-    def __init__(self, most_bytes: int, size_bytes: int, *, is_ratio: bool) -> None:
-        self.most_bytes, self.size_bytes, self.is_ratio = most_bytes, size_bytes, is_ratio
-        super().__init__(f"more than {most_bytes:,} bytes out of {size_bytes:,}")
+    def __init__(self, max_bytes: int, size_bytes: int, *, is_ratio: bool) -> None:
+        self.max_bytes, self.size_bytes, self.is_ratio = max_bytes, size_bytes, is_ratio
+        super().__init__(f"more than {max_bytes:,} bytes out of {size_bytes:,}")
 
 
 def is_jsonl(name: str) -> bool:
-    """Whether a path or URI ends as a data file does: `.jsonl`, `.jsonl.gz` or `.jsonl.zst`."""
+    """Return whether a path or URI ends in `.jsonl`, `.jsonl.gz` or `.jsonl.zst`."""
     return name.endswith(tuple(".jsonl" + suffix for suffix in SUFFIXES))
 
 
-def compressed_by(first_bytes: bytes) -> str | None:
-    """The compression that a file beginning with `first_bytes` was written by; None for what may be text."""
+def detect_compression(first_bytes: bytes) -> str | None:
+    """Return the name of the compression format that `first_bytes` identify, or None."""
     return next((name for magic, name in _MAGIC.items() if first_bytes.startswith(magic)), None)
 
 
-def open_data(path: Path, most_bytes: int, most_ratio: float) -> BinaryIO:
-    """`path` for reading, decompressed if it ends in `.gz` or `.zst`. A plain file has no bound.
+def open_data(path: Path, max_bytes: int, max_ratio: float) -> BinaryIO:
+    """Open `path` for reading and decompress it if it ends in `.gz` or `.zst`.
 
-    At most `most_bytes` come out of a compressed file, and at most `most_ratio` times its own size or 16 MiB, whichever is
-    more. Memory does not depend on the file. Raises `OSError`, or `ValueError` for a NUL in the path; reading raises
-    `CorruptStreamError` and `DecompressedTooLargeError`, too.
+    A compressed file yields at most `max_bytes`, and at most `max_ratio` times its own size or 16 MiB, whichever is larger. A
+    plain file has no limit. Memory use is constant. Raises `OSError`, or `ValueError` for a NUL in the path. Reading may also
+    raise `CorruptStreamError` or `DecompressedTooLargeError`.
     """
     file = path.open("rb")
     if path.suffix not in SUFFIXES[1:]:
@@ -74,15 +74,15 @@ def open_data(path: Path, most_bytes: int, most_ratio: float) -> BinaryIO:
     except BaseException:
         file.close()
         raise
-    by_ratio = max(_HARMLESS_BYTES, int(most_ratio * size_bytes))
-    bounded = _Bounded(file, stream, min(most_bytes, by_ratio), size_bytes, is_ratio=by_ratio < most_bytes)
+    by_ratio = max(_HARMLESS_BYTES, int(max_ratio * size_bytes))
+    bounded = _BoundedReader(file, stream, min(max_bytes, by_ratio), size_bytes, is_ratio=by_ratio < max_bytes)
     return cast("BinaryIO", io.BufferedReader(bounded, _BUFFER_BYTES))
 
 
-class _Bounded(io.RawIOBase):
-    def __init__(self, file: BinaryIO, stream: Any, most_bytes: int, size_bytes: int, *, is_ratio: bool) -> None:
+class _BoundedReader(io.RawIOBase):
+    def __init__(self, file: BinaryIO, stream: Any, max_bytes: int, size_bytes: int, *, is_ratio: bool) -> None:
         self._file, self._stream = file, stream
-        self._most_bytes, self._size_bytes, self._is_ratio = most_bytes, size_bytes, is_ratio
+        self._max_bytes, self._size_bytes, self._is_ratio = max_bytes, size_bytes, is_ratio
         self._read_bytes = 0
 
     def readable(self) -> bool:
@@ -93,13 +93,13 @@ class _Bounded(io.RawIOBase):
         try:
             chunk: bytes = self._stream.read1(len(view))
         except EOFError:
-            raise CorruptStreamError("a compressed stream that stops in the middle") from None
-        # their messages quote bytes of the file
+            raise CorruptStreamError("a truncated compressed stream") from None
+        # not chained: the messages of these errors quote bytes of the file
         except (gzip.BadGzipFile, zlib.error, ZstdError):
-            raise CorruptStreamError("a compressed stream that is damaged, or none at all") from None
+            raise CorruptStreamError("a damaged compressed stream, or data that is not compressed") from None
         self._read_bytes += len(chunk)
-        if self._read_bytes > self._most_bytes:
-            raise DecompressedTooLargeError(self._most_bytes, self._size_bytes, is_ratio=self._is_ratio)
+        if self._read_bytes > self._max_bytes:
+            raise DecompressedTooLargeError(self._max_bytes, self._size_bytes, is_ratio=self._is_ratio)
         view[: len(chunk)] = chunk
         return len(chunk)
 

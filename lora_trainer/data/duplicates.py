@@ -1,9 +1,8 @@
-"""Records that are there already: the same text again, and nearly the same one."""
+"""Find duplicates and near-duplicates among records and texts."""
 
 from __future__ import annotations
 
 import unicodedata
-from array import array
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Final
 
@@ -18,21 +17,21 @@ _DECORATION = regex.compile(r"[ㅋㅎㅠㅜ]+|[^\p{L}\p{N}]+")
 
 
 def normalized(text: str) -> str:
-    """`text` without what does not make it another text: case, width, white space, punctuation, emoji, ㅋㅎㅠㅜ.
+    """Return `text` without case, width, white space, punctuation, emoji and ㅋㅎㅠㅜ, for comparing texts.
 
-    A text that is nothing else (`ㅋㅋ!`) is compared as it stands.
+    A text that consists of nothing else, such as `ㅋㅋ!`, only loses its case and width.
     """
     plain = unicodedata.normalize("NFKC", _DECORATION.sub("", text)).casefold()
     return plain or unicodedata.normalize("NFKC", text).casefold()
 
 
 def near_fingerprint(record: TrainingRecord) -> int:
-    """64 bits that two records share when what the user says and what the friend answers are nearly the same."""
+    """Return a 64-bit hash of the normalized input and reply."""
     return _hash64(normalized(record.input) + "\0" + normalized(record.reply.text))
 
 
 def exact_fingerprint(record: TrainingRecord) -> int:
-    """64 bits that two records share when all their fields are the same."""
+    """Return a 64-bit hash of all fields."""
     emotion = record.context.current_emotion
     return _hash64(
         "\0".join(
@@ -50,81 +49,53 @@ def exact_fingerprint(record: TrainingRecord) -> int:
 
 
 def _hash64(text: str) -> int:
-    # never 0: that is an empty slot of the table below
-    return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little") or 1
+    return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
 class DuplicateFinder:
-    """Says of each record whether an earlier one was the same, and at which line.
+    """Find records that repeat an earlier one.
 
-    An open-addressing table in three arrays, at most two thirds full: 36 to 72 bytes a record, where a
-    dict of Python integers takes 150. Two different texts of a million share a fingerprint with a
-    probability of 3 in 100 million.
+    A million records take about 225 MiB. The probability that any two different texts among them share a fingerprint is 3 in
+    100 million.
     """
 
     def __init__(self) -> None:
-        self._count = 0
-        self._allocate(1 << 10)
-
-    def _allocate(self, slots: int) -> None:
-        self._mask = slots - 1
-        self._near = array("Q", bytes(8 * slots))
-        self._exact = array("Q", bytes(8 * slots))
-        self._line = array("Q", bytes(8 * slots))
+        self._first: dict[int, tuple[int, int]] = {}
+        """Near fingerprint -> line and exact fingerprint of the first record that has it."""
 
     def first_line(self, record: TrainingRecord, line: int) -> tuple[int, bool] | None:
-        """`(line, is_exact)` of the first record like this one; `None`, and remembered, when it is the first itself."""
-        near, exact = near_fingerprint(record), exact_fingerprint(record)
-        slot = self._find(near)
-        if self._near[slot]:
-            return self._line[slot], self._exact[slot] == exact
-        self._near[slot], self._exact[slot], self._line[slot] = near, exact, line
-        self._count += 1
-        if 3 * self._count > 2 * len(self._near):
-            self._grow()
-        return None
-
-    def _find(self, near: int) -> int:
-        slot = near & self._mask
-        while self._near[slot] and self._near[slot] != near:
-            slot = (slot + 1) & self._mask
-        return slot
-
-    def _grow(self) -> None:
-        near_before, exact_before, line_before = self._near, self._exact, self._line
-        self._allocate(2 * len(near_before))
-        for old, near in enumerate(near_before):
-            if near:
-                slot = self._find(near)
-                self._near[slot], self._exact[slot], self._line[slot] = near, exact_before[old], line_before[old]
+        """Return `(line, is_exact)` of the first record like this one, or None if this is the first."""
+        this = (line, exact_fingerprint(record))
+        first = self._first.setdefault(near_fingerprint(record), this)
+        return None if first is this else (first[0], first[1] == this[1])
 
 
-# --- nearly the same -----------------------------------------------------------------------------------
+# --- near-duplicates -----------------------------------------------------------------------------------
 
 SHINGLE_CHARACTERS: Final = 5
 NEAR_JACCARD: Final = 0.7
-"""Two texts are nearly the same from this Jaccard similarity of their character 5-grams on."""
+"""Two texts are near-duplicates if the Jaccard similarity of their character 5-grams is at least this."""
 
-# 32 bands of 4 hashes: a pair at 0.7 is found with a probability of 0.9998, and what is found below is weighed exactly
+# 32 bands of 4 hashes find a pair of similarity 0.7 with a probability of 0.9998; exact Jaccard removes false candidates
 _BANDS: Final = (32, 4)
 
 
 def shingles(text: str) -> frozenset[str]:
-    """The character 5-grams of `normalized(text)`; a shorter text is its own and only one."""
+    """Return the character 5-grams of `normalized(text)`; a shorter text is its own single shingle."""
     plain = normalized(text)
     return frozenset(plain[at : at + SHINGLE_CHARACTERS] for at in range(max(1, len(plain) - SHINGLE_CHARACTERS + 1)))
 
 
 def jaccard(one: frozenset[str], other: frozenset[str]) -> float:
-    """Size of the intersection over size of the union, in [0, 1]."""
+    """Return the size of the intersection over the size of the union, in [0, 1]; 1 for two empty sets."""
     return len(one & other) / len(one | other) if one or other else 1.0
 
 
 class NearDuplicateFinder:
-    """Finds texts that are nearly the same as an earlier one: MinHash with banding picks the candidates, exact Jaccard decides.
+    """Find texts that nearly repeat an earlier one: MinHash LSH proposes candidates, exact Jaccard similarity decides.
 
-    The same texts in the same order give the same answers. Broder, On the resemblance and containment of documents (1997);
-    the hashing is datasketch's.
+    Results depend only on the texts and their order. The method is Broder's "On the resemblance and containment of documents"
+    (1997), the implementation datasketch's.
     """
 
     def __init__(self, threshold: float = NEAR_JACCARD) -> None:
@@ -134,20 +105,20 @@ class NearDuplicateFinder:
         self._hashes = _BANDS[0] * _BANDS[1]
         self._index = MinHashLSH(num_perm=self._hashes, params=_BANDS)
         self._shingles: list[frozenset[str]] = []
-        # a text that was asked about is mostly the next that is added
+        # callers usually add the text that they have just looked up, so its sketch is kept
         self._latest: tuple[str, frozenset[str], MinHash | None] = ("", frozenset(), None)
 
     def __len__(self) -> int:
         return len(self._shingles)
 
-    def like(self, text: str) -> int | None:
-        """The position of the first text added that `text` is nearly the same as."""
+    def find(self, text: str) -> int | None:
+        """Return the position of the first added text that `text` nearly repeats, or None."""
         parts, sketch = self._sketched(text)
         found = (at for at in self._index.query(sketch) if jaccard(parts, self._shingles[at]) >= self._threshold)
         return min(found, default=None)
 
     def add(self, text: str) -> None:
-        """Remember `text`; its position is the number of texts added before."""
+        """Add `text`; its position is the number of texts added before it."""
         parts, sketch = self._sketched(text)
         self._index.insert(len(self._shingles), sketch)
         self._shingles.append(parts)
@@ -159,7 +130,7 @@ class NearDuplicateFinder:
         if known is not None and latest == text:
             return parts, known
         parts = shingles(text)
-        # the scheme is named so that another default of the library cannot change what a seed composes
+        # explicit, because a new default in datasketch would change which data the generator composes from a seed
         sketch = MinHash(num_perm=self._hashes, seed=1, scheme="affine32")
         sketch.update_batch([part.encode() for part in parts])
         self._latest = (text, parts, sketch)

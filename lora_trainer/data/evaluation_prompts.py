@@ -1,4 +1,4 @@
-"""The held-out prompts that adapters are measured on. They ship with the package, so that a job has them whatever data it pulls."""
+"""The evaluation prompts. The package contains them, so a job has them no matter which data it downloads."""
 
 from __future__ import annotations
 
@@ -14,6 +14,6 @@ FILE_NAME: Final = "eval_prompts.jsonl"
 
 @cache
 def evaluation_prompts() -> tuple[EvaluationPrompt, ...]:
-    """The 120 prompts, in order. `data/eval_prompts.jsonl` is the same file, for people."""
+    """Return the 120 prompts in file order. `data/eval_prompts.jsonl` is a copy of the file for readers."""
     text = resources.files("lora_trainer.data").joinpath("assets", FILE_NAME).read_text(encoding="utf-8")
     return tuple(EvaluationPrompt.model_validate(json.loads(line)) for line in text.split("\n") if line)

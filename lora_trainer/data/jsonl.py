@@ -1,7 +1,6 @@
-"""Stream records out of JSONL and name what is wrong with each line.
+"""Read records from JSONL as a stream and describe the problems of each line.
 
-No message here quotes an instruction, a summary, an input or a reply: problems end up in logs, and training text
-must not.
+No message here quotes an instruction, a summary, an input or a reply: problems end up in logs, and training text must not.
 """
 
 from __future__ import annotations
@@ -14,35 +13,39 @@ from typing import Any, BinaryIO, Final, Generic, NamedTuple, TypeVar, overload
 from pydantic import BaseModel, ValidationError
 
 from lora_trainer.config import DEFAULT_LIMITS, LimitsConfig
-from lora_trainer.data.compression import CorruptStreamError, DecompressedTooLargeError, compressed_by, open_data
+from lora_trainer.data.compression import CorruptStreamError, DecompressedTooLargeError, detect_compression, open_data
 from lora_trainer.data.problems import IncompleteJsonError, Problem, RecordError, Severity
-from lora_trainer.data.records import EXPECTED_BY_FIELD, VOCABULARIES, Contract, EvaluationPrompt, TrainingRecord, lone_surrogate
-from lora_trainer.data.strict_json import QUOTED_CHARACTERS, RECORD_SHAPE, decode_json, is_name, short_key
+from lora_trainer.data.records import (
+    EXPECTED_BY_FIELD,
+    VOCABULARIES,
+    EvaluationPrompt,
+    StrictModel,
+    TrainingRecord,
+    lone_surrogate_error,
+)
+from lora_trainer.data.strict_json import MAX_QUOTED_CHARACTERS, RECORD_SHAPE, decode_json, is_quotable, quoted_key
 from lora_trainer.persona.prompt import spells_control_token
 
 _SKIP_CHUNK_BYTES: Final = 64 * 1024
 _BOM: Final = b"\xef\xbb\xbf"
 _UTF16_BOMS: Final = (b"\xff\xfe", b"\xfe\xff")
-Record = TypeVar("Record", bound=Contract)
+Record = TypeVar("Record", bound=StrictModel)
 
 
 class Line(NamedTuple, Generic[Record]):
-    """One line that is not blank: a record, or the problems that keep it from being one.
-
-    A record may come with warnings about its line (a byte-order mark, CRLF).
-    """
+    """One line that is not blank: a record, possibly with warnings, or None and the line's errors."""
 
     number: int
-    """Counted from 1 over all lines, blank ones too; 0: the problems are about the file as a whole."""
+    """Line number from 1, counting blank lines; 0 if the problems concern the whole file."""
     record: Record | None
     problems: tuple[Problem, ...]
 
 
 class JsonlReader(Generic[Record]):
-    """The lines of one JSONL file, in order, one at a time; at most `limits.line_bytes` of it is held.
+    """Iterate once over the lines of one JSONL file, holding at most `limits.line_bytes` of it in memory.
 
-    A file that ends in `.gz` or `.zst` is decompressed as it is read. Iterate once. Nothing in the file raises: what cannot
-    be read is a `Problem`, and so is a file that cannot be opened. `lines_read` and `blank_lines` count as the iteration goes.
+    A file that ends in `.gz` or `.zst` is decompressed as it is read. Bad content never raises: a line or file that cannot be
+    read yields a `Line` with its problems. `lines_read` and `blank_lines` count up during the iteration.
     """
 
     @overload
@@ -67,22 +70,22 @@ class JsonlReader(Generic[Record]):
             try:
                 yield from self._lines(file)
             except CorruptStreamError as error:
-                yield _about_file(
+                yield _bad_file(
                     RecordError(
                         "corrupt_stream",
                         f"{error}, after {self.lines_read:,} whole line{'' if self.lines_read == 1 else 's'}",
-                        "what the file's name says it is compressed by",
-                        "copy or compress it again",
+                        "data compressed in the format of the file's suffix",
+                        "copy or compress the file again",
                     )
                 )
             except DecompressedTooLargeError as error:
                 setting = "compression_ratio" if error.is_ratio else "decompressed_bytes"
-                yield _about_file(
+                yield _bad_file(
                     RecordError(
                         "decompressed_too_large",
-                        f"more than {error.most_bytes:,} bytes out of a file of {error.size_bytes:,}",
+                        f"more than {error.max_bytes:,} decompressed bytes from a file of {error.size_bytes:,} bytes",
                         f"no more than limits.{setting} allows",
-                        f"check what the file is; if it is your data, raise limits.{setting}",
+                        f"check that it is the right file; if it is, raise limits.{setting}",
                     )
                 )
             except OSError as error:
@@ -91,34 +94,34 @@ class JsonlReader(Generic[Record]):
     def _lines(self, file: BinaryIO) -> Iterator[Line[Record]]:
         offset = 0
         crlf_seen = False
-        most_bytes = self._limits.line_bytes
-        while raw := file.readline(most_bytes + 1):
+        max_bytes = self._limits.line_bytes
+        while raw := file.readline(max_bytes + 1):
             self.lines_read += 1
             number = self.lines_read
             start, offset = offset, offset + len(raw)
             if number == 1 and raw.startswith(_UTF16_BOMS):
-                # each line break is two bytes there, so no line of it would make sense
-                yield _about_file(RecordError("utf16", "a UTF-16 byte-order mark", "UTF-8", "save the file as UTF-8"))
+                # a line break is two bytes in UTF-16, so every line would be garbage
+                yield _bad_file(RecordError("utf16", "a UTF-16 byte-order mark", "UTF-8", "save the file as UTF-8"))
                 return
-            if number == 1 and (compression := compressed_by(raw)):
-                yield _about_file(
+            if number == 1 and (compression := detect_compression(raw)):
+                yield _bad_file(
                     RecordError(
                         "compressed",
-                        f"{compression} under a name that does not say so",
-                        "JSONL, or .jsonl.gz and .jsonl.zst by their names",
+                        f"{compression} data under a name without its suffix",
+                        "plain JSONL, or a name that ends in .jsonl.gz or .jsonl.zst",
                         "rename it to .jsonl.gz or .jsonl.zst" if compression in ("gzip", "zstd") else "unpack it",
                     )
                 )
                 return
-            if len(raw) > most_bytes and not raw.endswith(b"\n"):
+            if len(raw) > max_bytes and not raw.endswith(b"\n"):
                 while not raw.endswith(b"\n") and (raw := file.readline(_SKIP_CHUNK_BYTES)):
                     offset += len(raw)
-                yield _failed(
+                yield _bad_line(
                     number,
                     RecordError(
                         "line_too_long",
                         f"a line of {offset - start:,} bytes",
-                        f"at most {most_bytes:,} bytes (limits.line_bytes)",
+                        f"at most {max_bytes:,} bytes (limits.line_bytes)",
                         "put one record on a line, and shorten the text",
                     ),
                 )
@@ -128,7 +131,7 @@ class JsonlReader(Generic[Record]):
                 raw = raw[len(_BOM) :]
                 start += len(_BOM)
                 notes.append(
-                    _warning(number, "bom", "a byte-order mark before the line", "plain UTF-8", "save it as UTF-8 without BOM")
+                    _warning(number, "bom", "a byte-order mark before the line", "plain UTF-8", "save it as UTF-8 without a BOM")
                 )
             if not raw.strip():
                 self.blank_lines += 1
@@ -137,7 +140,7 @@ class JsonlReader(Generic[Record]):
                 continue
             if raw.endswith(b"\r\n") and not crlf_seen:
                 crlf_seen = True
-                notes.append(_warning(number, "crlf", "lines that end in CRLF", "lines that end in LF", "convert the line ends"))
+                notes.append(_warning(number, "crlf", "CRLF line endings", "LF line endings", "convert the line endings"))
             line: Line[Record] | None = _read_line(raw, number, start, self._schema, self._limits)
             if line is None:
                 self.blank_lines += 1
@@ -147,29 +150,29 @@ class JsonlReader(Generic[Record]):
                 yield line
         if self.lines_read == self.blank_lines:
             got = f"only blank lines ({self.lines_read:,})" if self.lines_read else "an empty file"
-            yield _about_file(
-                RecordError("empty_file", got, "one record a line", "check that the right file was written and copied whole")
+            yield _bad_file(
+                RecordError("empty_file", got, "one record a line", "check that it is the right file and was copied completely")
             )
 
 
 def parse_record(text: str, number: int = 1) -> Line[TrainingRecord]:
-    """One record out of one line of JSON; the problems call it line `number`. Never raises."""
+    """Parse one line of JSON into a record or its problems, which refer to line `number`. Never raises."""
     try:
         return _read_text(text, number, TrainingRecord, DEFAULT_LIMITS)
     except RecordError as fault:
-        return _failed(number, fault)
+        return _bad_line(number, fault)
 
 
 def _read_line(raw: bytes, number: int, start: int, schema: type[Record], limits: LimitsConfig) -> Line[Record] | None:
-    """Line `number`, which begins at byte `start` of the file; `None` when it is blank."""
+    """Parse line `number`, which begins at byte `start` of the file. Return None if it is blank."""
     is_last = not raw.endswith(b"\n")
     try:
         text = raw.decode("utf-8")
         return _read_text(text, number, schema, limits) if text.strip() else None
     except UnicodeDecodeError as error:
         if is_last and error.reason == "unexpected end of data":
-            return _failed(number, _cut_off(len(raw)))
-        return _failed(
+            return _bad_line(number, _truncated(len(raw)))
+        return _bad_line(
             number,
             RecordError(
                 "invalid_utf8",
@@ -179,28 +182,28 @@ def _read_line(raw: bytes, number: int, start: int, schema: type[Record], limits
             ),
         )
     except IncompleteJsonError as fault:
-        return _failed(number, _cut_off(len(raw)) if is_last else fault)
+        return _bad_line(number, _truncated(len(raw)) if is_last else fault)
     except RecordError as fault:
-        return _failed(number, fault)
+        return _bad_line(number, fault)
 
 
 def _read_text(text: str, number: int, schema: type[Record], limits: LimitsConfig) -> Line[Record]:
     data = decode_json(text, limits)
     if not isinstance(data, dict):
-        raise RecordError("not_an_object", _described(data), RECORD_SHAPE, "write one record a line, with no list around them")
+        raise RecordError("not_an_object", _described(data), RECORD_SHAPE, "write one record per line, without a list around them")
     try:
-        # by the file's names only: `reply` is a word of this module
+        # by alias only: a file must call the field `output`, never `reply`
         record = schema.model_validate(data, by_alias=True, by_name=False, context=limits)
     except ValidationError as error:
-        return Line(number, None, tuple(_explain(error, number, schema)))
+        return Line(number, None, tuple(_validation_problems(error, number, schema)))
     texts = list(_texts(record))
     if too_long := [_text_too_long(number, field, said, limits) for field, said in texts if len(said) > limits.text_characters]:
         return Line(number, None, tuple(too_long))
-    return Line(number, record, tuple(_spelled(number, field) for field, said in texts if spells_control_token(said)))
+    return Line(number, record, tuple(_control_token(number, field) for field, said in texts if spells_control_token(said)))
 
 
-def _texts(record: Contract) -> Iterator[tuple[str, str]]:
-    """What people wrote in a record, by field."""
+def _texts(record: StrictModel) -> Iterator[tuple[str, str]]:
+    """Yield the dotted field and the text of everything that people wrote in a record."""
     if isinstance(record, TrainingRecord):
         yield "instruction", record.instruction
         yield "output.text", record.reply.text
@@ -219,19 +222,19 @@ def _text_too_long(number: int, field: str, text: str, limits: LimitsConfig) -> 
     return _error(number, field, fault)
 
 
-def _spelled(number: int, field: str) -> Problem:
+def _control_token(number: int, field: str) -> Problem:
     return Problem(
         number,
         field,
         Severity.WARNING,
         "control_token",
         "text that spells a control token, such as <|im_end|> or <tool_call>",
-        "words",
-        "remove it; the prompt shows it with a space inside, as text",
+        "text without control tokens",
+        "remove it; the prompt would show it with a space inserted",
     )
 
 
-def _explain(error: ValidationError, number: int, schema: type[BaseModel]) -> Iterator[Problem]:
+def _validation_problems(error: ValidationError, number: int, schema: type[BaseModel]) -> Iterator[Problem]:
     for detail in error.errors(include_url=False):
         path = [str(part) for part in detail["loc"]]
         field = ".".join(path)
@@ -239,24 +242,22 @@ def _explain(error: ValidationError, number: int, schema: type[BaseModel]) -> It
             yield _unknown_field(path, number, schema)
             continue
         raised = detail.get("ctx", {}).get("error")
-        yield _error(
-            number, field, raised if isinstance(raised, RecordError) else _fault_of(detail["type"], field, detail["input"])
-        )
+        yield _error(number, field, raised if isinstance(raised, RecordError) else _fault(detail["type"], field, detail["input"]))
 
 
-def _fault_of(kind: str, field: str, value: object) -> RecordError:
-    """`kind` is pydantic's name of what is wrong with `field`."""
+def _fault(kind: str, field: str, value: object) -> RecordError:
+    """Translate `kind`, pydantic's error type for `field`, into a `RecordError` for the author."""
     expected = EXPECTED_BY_FIELD[field]
     if kind == "missing":
         return RecordError("missing_field", "nothing", expected, f"add '{field.rsplit('.', 1)[-1]}'")
     if kind == "enum":
-        got = f"'{value}'" if isinstance(value, str) and is_name(value) else _described(value)
-        return RecordError("unknown_value", got, expected, _nearest(value, VOCABULARIES[field], "choose the nearest of them"))
+        got = f"'{value}'" if isinstance(value, str) and is_quotable(value) else _described(value)
+        return RecordError("unknown_value", got, expected, _nearest(value, VOCABULARIES[field], "choose the closest one"))
     if kind in ("greater_than_equal", "less_than_equal", "finite_number"):
-        return RecordError("out_of_range", _described(value), expected, "0 is hardly, 1 is fully")
+        return RecordError("out_of_range", _described(value), expected, "use 0 (barely) to 1 (fully)")
     if kind == "string_unicode":
-        return lone_surrogate("half of a surrogate pair")
-    return RecordError("wrong_type", _described(value), expected, "write it as that")
+        return lone_surrogate_error("half of a surrogate pair")
+    return RecordError("wrong_type", _described(value), expected, "write a value of that type")
 
 
 def _unknown_field(path: list[str], number: int, schema: type[BaseModel]) -> Problem:
@@ -264,16 +265,16 @@ def _unknown_field(path: list[str], number: int, schema: type[BaseModel]) -> Pro
     siblings = [name.rsplit(".", 1)[-1] for name in EXPECTED_BY_FIELD if name and name.split(".")[:-1] == parents]
     if not parents and schema is EvaluationPrompt:
         siblings = list(EvaluationPrompt.model_fields)
-    # what is no name is probably text that lost its quotes
-    field = ".".join([*parents, key if is_name(key) else "?"])
+    # a key that does not look like a name is probably training text with misplaced quotes
+    field = ".".join([*parents, key if is_quotable(key) else "?"])
     fault = RecordError(
-        "unknown_field", f"the key {short_key(key)}", "only " + ", ".join(siblings), _nearest(key, siblings, "remove it")
+        "unknown_field", f"the key {quoted_key(key)}", "only " + ", ".join(siblings), _nearest(key, siblings, "remove it")
     )
     return _error(number, field, fault)
 
 
 def _nearest(value: object, names: Sequence[str], otherwise: str) -> str:
-    if isinstance(value, str) and len(value) <= QUOTED_CHARACTERS:
+    if isinstance(value, str) and len(value) <= MAX_QUOTED_CHARACTERS:
         close = get_close_matches(value.strip().lower(), names, n=1, cutoff=0.7)
         if close:
             return f"did you mean '{close[0]}'?"
@@ -281,13 +282,13 @@ def _nearest(value: object, names: Sequence[str], otherwise: str) -> str:
 
 
 def _described(value: object) -> str:
-    """The kind of a JSON value and its size, never a text itself."""
+    """Describe a JSON value by its kind and size, without quoting text."""
     if value is None:
         return "null"
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, int):
-        return str(value) if abs(value) < 10**QUOTED_CHARACTERS else "a very large number"
+        return str(value) if abs(value) < 10**MAX_QUOTED_CHARACTERS else "a very large number"
     if isinstance(value, float):
         return repr(value)
     if isinstance(value, str):
@@ -295,12 +296,12 @@ def _described(value: object) -> str:
     return "a list" if isinstance(value, list) else "an object"
 
 
-def _cut_off(length_bytes: int) -> RecordError:
+def _truncated(length_bytes: int) -> RecordError:
     return RecordError(
         "truncated",
-        f"a last line of {length_bytes:,} bytes that stops in the middle",
+        f"a last line of {length_bytes:,} bytes that ends in the middle of a record",
         "a whole record and a line break",
-        "the file looks cut off: copy or write it again",
+        "the file looks truncated; copy or write it again",
     )
 
 
@@ -308,17 +309,17 @@ def _error(number: int, field: str, fault: RecordError) -> Problem:
     return Problem(number, field, Severity.ERROR, fault.code, fault.got, fault.expected, fault.fix)
 
 
-def _failed(number: int, fault: RecordError) -> Line[Any]:
+def _bad_line(number: int, fault: RecordError) -> Line[Any]:
     return Line(number, None, (_error(number, "", fault),))
 
 
-def _about_file(fault: RecordError) -> Line[Any]:
+def _bad_file(fault: RecordError) -> Line[Any]:
     return Line(0, None, (Problem(None, "", Severity.ERROR, fault.code, fault.got, fault.expected, fault.fix),))
 
 
 def _unreadable(error: OSError | ValueError) -> Line[Any]:
     reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
-    return _about_file(RecordError("unreadable", reason, "a file that can be read", "check the path and its permissions"))
+    return _bad_file(RecordError("unreadable", reason, "a file that can be read", "check the path and its permissions"))
 
 
 def _warning(number: int, code: str, got: str, expected: str, fix: str) -> Problem:

@@ -1,8 +1,8 @@
-"""Korean morphology: sentences, speech level, and particles that agree with their noun.
+"""Analyse Korean text: split sentences, find polite speech, and give particles the form that fits their noun.
 
-The analysis is Kiwi's (https://github.com/bab2min/Kiwi, its Python package kiwipiepy); tags below are its own, the Sejong
-tag set: EF sentence-final ending, EC connective ending, JX auxiliary particle, IC interjection, SF . ! ? and so on. The
-model is loaded on first use: about a second and 450 MiB.
+The morphological analyser is Kiwi (https://github.com/bab2min/Kiwi, Python package kiwipiepy). Its tags follow the Sejong tag
+set: EF sentence-final ending, EC connective ending, JX auxiliary particle, IC interjection, SF for . ! ? and so on. The first
+use loads the model, which takes about a second and 450 MiB.
 """
 
 from __future__ import annotations
@@ -19,23 +19,9 @@ if TYPE_CHECKING:
     from kiwipiepy import Kiwi, Token
 
 MAX_ANALYSED_CHARACTERS: Final = 200
-"""Of a longer text only this much is analysed: the schema allows a reply no more, and a word without end costs ever more."""
+"""Only this much of a text is analysed: the schema allows no longer reply, and Kiwi is slow on very long words."""
 
-
-@cache
-def _kiwi() -> Kiwi:
-    from kiwipiepy import Kiwi
-
-    # one worker: the work is single short lines, and a job's cores belong to others
-    kiwi = Kiwi(num_workers=1)
-    # reactions that chat writes alone; the model knows some of them only as nouns or as letters
-    for word in _REACTIONS:
-        kiwi.add_user_word(word, "IC", 0)
-    return kiwi
-
-
-# --- sentences -----------------------------------------------------------------------------------------
-
+# interjections that chat writes as whole replies; Kiwi's model knows some of them only as nouns or single letters
 _REACTIONS: Final = (
     "헐",
     "앗",
@@ -57,32 +43,46 @@ _REACTIONS: Final = (
     "아구",
     "어머",
 )
-# words that react and say nothing yet, alone or in a row
+
+
+@cache
+def _kiwi() -> Kiwi:
+    from kiwipiepy import Kiwi
+
+    # one worker: texts are single short lines, and the other cores are busy with the job
+    kiwi = Kiwi(num_workers=1)
+    for word in _REACTIONS:
+        kiwi.add_user_word(word, "IC", 0)
+    return kiwi
+
+
+# --- sentences -----------------------------------------------------------------------------------------
+
+# words that form no sentence, alone or in a row
 _INTERJECTION: Final = regex.compile(
     "(?:[오와우아어앗엇헉헐음흠흥응웅엥에야하호히헤후휴으이잉힝흑쳇칫캬꺄악윽읏옹앙엉얍참짠쉿굿콜옛크]|아이[고구쿠]|[에아][고구]|어머나?|세상에|맙소사"
     "|대박|진짜|정말|그래|그럼|그치|글쎄|아니|맞아|안녕|오케이|오키|[화파]이팅|[아앗]싸|저런|이런|있지|오예|오호|푸하하|예|그랬구나|그렇구나|그러게|그렇지|아하|하암|자자|에잇|헥헥|흐음|흐어|잠깐|어휴|ok(?:ay)?|wow|lol|yay|hi)+",
     regex.IGNORECASE,
 )
-# reactions when they stand alone, parts of a sentence otherwise (왜 그래, 하자)
+# interjections when alone, but words of a sentence otherwise (왜 그래)
 _ALONE: Final = frozenset(("뭐", "뭐야", "왜", "자"))
-# letters, without the jamo of ㅋㅋ and ㅠㅠ
+# letters except single jamo, as in ㅋㅋ and ㅠㅠ
 _WORD: Final = regex.compile(r"[\p{L}--[ㄱ-ㅣ]]+", regex.VERSION1)
-# a connective ending that chat also ends messages with: only a sign behind it ends a sentence
 _LAUGH_OR_CRY: Final = regex.compile("[ㅋㅎㅠㅜ]{2,}")
+# connective endings that chat also uses at the end of a message: they end a sentence only before punctuation
 _GOES_ON: Final = ("데", "니까", "고", "지만", "면", "서", "려고")
 
 
 def sentences(text: str) -> list[str]:
-    """The sentences of `text`, in order. Bare interjections (`오!`, `ㅋㅋ`, `아 진짜?`) are none and are left out.
+    """Return the sentences of `text`, in order, without bare interjections (`오!`, `ㅋㅋ`, `아 진짜?`).
 
-    Where a sentence ends is Kiwi's judgement, with four corrections: a comma ends none (`할 거야, 말 거야?` is one), nor
-    does a connective ending that no sign follows (`땀이 얼만데 너무하네`), a choice is one question (`앞면이야 뒷면이야?`), and a
-    line break always ends one.
+    Kiwi splits the text, with four corrections. No sentence ends at a comma (`할 거야, 말 거야?` is one) or at a connective ending
+    without punctuation (`땀이 얼만데 너무하네`). A choice is one question (`앞면이야 뒷면이야?`). Every line break ends a sentence.
     """
     return list(_sentences(text[:MAX_ANALYSED_CHARACTERS]))
 
 
-# asked for twice of each reply: how many sentences, and whether one of them is a question
+# cached, because the linter asks twice per reply: for the number of sentences and for a question
 @lru_cache(maxsize=64)
 def _sentences(text: str) -> tuple[str, ...]:
     found: list[str] = []
@@ -99,7 +99,7 @@ def _sentences(text: str) -> tuple[str, ...]:
 
 
 def sentence_count(text: str) -> int:
-    """How many sentences `text` holds; 0 for a bare interjection."""
+    """Return the number of sentences in `text`; 0 for a bare interjection."""
     return len(sentences(text))
 
 
@@ -109,7 +109,7 @@ class _Piece(NamedTuple):
 
 
 def _pieces(line: str) -> Iterator[_Piece]:
-    """What Kiwi takes for sentences, and ended where somebody laughs or cries behind a final ending (배고프다ㅋㅋ 뭐 먹을래)."""
+    """Yield Kiwi's sentences, split once more after ㅋㅋ or ㅠㅠ that follows an ending (배고프다ㅋㅋ 뭐 먹을래)."""
     for sentence in _kiwi().split_into_sents(line, return_tokens=True):
         begin, first = sentence.start, 0
         tokens = sentence.tokens or []
@@ -124,13 +124,13 @@ def _pieces(line: str) -> Iterator[_Piece]:
 
 
 def _goes_on(piece: _Piece, following: _Piece | None) -> bool:
-    """Whether a sentence was ended too early."""
+    """Return whether `piece` continues in `following`, so that Kiwi split too early."""
     last = piece.tokens[-1] if piece.tokens else None
     if last is None or following is None:
         return False
     if last.form in (",", "，"):
         return True
-    # NNB: -ㄴ데 taken for the noun 데
+    # NNB: Kiwi can mistake the ending -ㄴ데 for the noun 데
     if str(last.tag) not in ("EF", "EC", "NNB"):
         return False
     is_choice = following.text.endswith("?") and last.form in [token.form for token in following.tokens[-3:]]
@@ -148,10 +148,10 @@ def _is_sentence(piece: str) -> bool:
 
 _PERHAPS_FORMAL: Final = regex.compile("[요욬욯욥욤용죠쇼뇨여염]|니다|니당|니닷|니까|시오|시다|네|넵|넹|옙")
 _QUOTED: Final = regex.compile("[\"“'‘「『][^\"”'’」』]{0,80}[\"”'’」』](?=[가-힣])")
-# 마요 is mayonnaise behind these, and "don't" elsewhere (걱정 마요)
+# 마요 means mayonnaise after these words and "don't" elsewhere (걱정 마요)
 _MAYONNAISE: Final = regex.compile("(참치|치킨|스팸|불닭|김치|명란|새우|와사비|콘) (마요)")
 _FORMAL_ENDINGS: Final = (
-    # ending of the morpheme, as it is reported
+    # (ending of the morpheme, name in messages)
     ("니다", "-ㅂ니다"),
     ("니까", "-ㅂ니까"),
     ("시오", "-시오"),
@@ -165,22 +165,21 @@ _POLITE_WORDS: Final = frozenset(("네", "네네", "넵", "넵넵", "넹", "옙"
 
 
 def formal_endings(text: str) -> list[str]:
-    """The polite endings (존댓말: 해요체 and 합쇼체) in `text`, in order, such as `-요` or `-ㅂ니다`.
+    """Return the polite endings (존댓말: 해요체 and 합쇼체) in `text`, in order, such as `-요` or `-ㅂ니다`.
 
-    Words that only look polite (필요, 가요 as a song, 그러니까, 아니다) are not counted, nor is what `text` quotes
-    ("감사합니다"라고 해).
+    Words that only look polite (필요, 가요 as a song, 그러니까, 아니다) and quotations ("감사합니다"라고 해) don't count.
     """
     composed = unicodedata.normalize("NFC", text[:MAX_ANALYSED_CHARACTERS])
     if not _PERHAPS_FORMAL.search(composed):
         return []
-    # ㅋㅋ and friends written into the last syllable (했어욬ㅋㅋ), and a playful final (했어용), are taken off again
+    # the two options strip letters that chat appends to the last syllable: laughter (했어욬ㅋㅋ) and a playful ㅇ (했어용)
     tokens = _kiwi().tokenize(_MAYONNAISE.sub(r"\1\2", _QUOTED.sub("", composed)), normalize_coda=True, z_coda=True)
     found = (_formal_ending(tokens, index) for index in range(len(tokens)))
     return [ending for ending in found if ending]
 
 
 def is_formal(text: str) -> bool:
-    """Whether `text` speaks 존댓말 anywhere outside its quotations."""
+    """Return whether `text` contains 존댓말 outside quotations."""
     return bool(formal_endings(text))
 
 
@@ -188,11 +187,11 @@ def _formal_ending(tokens: Sequence[Token], index: int) -> str | None:
     token = tokens[index]
     form, tag = token.form, str(token.tag)
     if form in _POLITE_WORDS and tag in ("IC", "NNG"):
-        # 네 is also "your" and a number: an answer only in front of a sign, or of nothing
+        # 네 also means "your" and "four"; it means "yes" only before punctuation or at the end
         following = tokens[index + 1] if index + 1 < len(tokens) else None
         return "네" if following is None or str(following.tag).startswith(("SF", "SP", "SO", "SW", "W")) else None
     if form == "요" and index:
-        # a particle by its tag, or by being written onto a word that is no 요 itself (그건요, 운동요); `요 앞` and `요?` are others
+        # the polite particle is tagged JX or attached to another word (그건요, 운동요), unlike the 요 of `요 앞` and `요?`
         before = tokens[index - 1]
         is_attached = token.start == before.start + before.len and before.form != "요"
         return "-요" if tag == "JX" or is_attached else None
@@ -204,14 +203,14 @@ def _formal_ending(tokens: Sequence[Token], index: int) -> str | None:
         return None
     for ending, name in _FORMAL_ENDINGS:
         if form.endswith(ending):
-            # 여 as an ending of its own is the informal 하여; behind another vowel it is a playful 요 (했어여, 하세여)
+            # a separate ending 여 is the informal 하여; after another vowel it is a playful 요 (했어여, 하세여)
             return None if form == "여" or (name == "-ㅂ니까" and not form.endswith(("ᆸ니까", "습니까"))) else name
     return None
 
 
 # --- particles -----------------------------------------------------------------------------------------
 
-# as an author writes them behind a noun, in the form that follows a consonant -> Kiwi's morphemes
+# particle as authors write it after a consonant -> (form, tag) of Kiwi's morphemes
 _PARTICLES: Final[dict[str, tuple[tuple[str, str], ...]]] = {
     "이": (("이", "JKS"),),
     "을": (("을", "JKO"),),
@@ -245,14 +244,14 @@ _PARTICLES: Final[dict[str, tuple[tuple[str, str], ...]]] = {
     "이라며": (("이", "VCP"), ("라며", "EF")),
 }
 PARTICLES: Final = frozenset(_PARTICLES)
-"""The particles and forms of 이다 that `with_particle` knows."""
+"""The particles and forms of 이다 that `with_particle` accepts."""
 
 
 @lru_cache(maxsize=65536)
 def with_particle(noun: str, particle: str) -> str:
-    """`noun` and `particle` in the form that agrees with it: (피자, 을) is 피자를, (서울, 으로) is 서울로.
+    """Return `noun` followed by `particle` in the form that fits it: (피자, 을) is 피자를, (서울, 으로) is 서울로.
 
-    `particle` is one of `PARTICLES`; raises `KeyError` for another.
+    Raises `KeyError` if `particle` is not one of `PARTICLES`.
     """
     head, space, last = noun.rpartition(" ")
     return head + space + str(_kiwi().join([(last, "NNG"), *_PARTICLES[particle]]))

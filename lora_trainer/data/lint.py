@@ -1,9 +1,8 @@
-"""What a reply should be beyond its schema: short, informal, Korean, with no more emoji than its feeling carries.
+"""Lint replies beyond their schema: short, informal, Korean, and with no more emoji than the intensity allows.
 
-Pure functions over a reply's text, one implementation for the data's linter (`validate`), for the generator, which throws
-away what it finds something in, and for the evaluation of what a model says. They are meant for rates over many replies and
-for warnings that a person reads; how often they are right is measured on the labelled lines of tests/assets/lint_lines.tsv.
-`RULES` lists them with their thresholds.
+`validate`, the generator (which rejects replies with warnings) and the evaluation share these pure functions. They serve rates
+over many replies and warnings that people read. The labelled lines in tests/assets/lint_lines.tsv measure their accuracy.
+`RULES` lists the rules with their thresholds.
 """
 
 from __future__ import annotations
@@ -21,26 +20,26 @@ from lora_trainer.persona.specs import persona_spec
 from lora_trainer.persona.vocabulary import BloodType, IntensityThird
 
 MAX_SENTENCES: Final = 2
-"""Tiki-taka: one or two short sentences."""
+"""Tiki-taka means one or two short sentences."""
 
-GLANCE_CHARACTERS: Final = 100
-"""A message that is read at one glance. The longest hand-written record has 90; the schema's own bound is 200."""
+LONG_REPLY_CHARACTERS: Final = 100
+"""The linter warns about longer replies. The longest hand-written one has 90; the schema allows `MAX_REPLY_CHARACTERS` (200)."""
 
 MIN_HANGUL_SHARE: Final = 0.5
-"""Share of a reply's letters that are Hangul: names of songs and apps are Latin, the sentence around them is not."""
+"""Smallest share of Hangul among a reply's letters. It leaves room for names of songs and apps in Latin letters."""
 
 MIN_QUESTION_RATE: Final = 0.3
-"""Share of a file's replies that should ask something back."""
+"""Smallest share of a file's replies that should ask something back."""
 
 MIN_RECORDS_FOR_RATES: Final = 20
-"""Below this many records a rate says nothing, and none is warned about."""
+"""Rates over fewer records are too noisy to warn about."""
 
 MAX_EMOJI: Final[Mapping[IntensityThird, int]] = {IntensityThird.LOW: 1, IntensityThird.MIDDLE: 2, IntensityThird.HIGH: 4}
-"""Most emoji in one reply where the persona is not known; a persona's own rule is `emoji.most` of its specification."""
+"""Most emoji in one reply if the persona is unknown. A known persona has its own `emoji.most`."""
 
 
 def max_emoji(intensity: float, blood_type: BloodType | None = None) -> int:
-    """Most emoji that a reply of this intensity may hold, by the persona's rule where it is known."""
+    """Return the most emoji that a reply of this intensity may contain, by the persona's own rule if it is given."""
     most = persona_spec(blood_type).emoji.most if blood_type else MAX_EMOJI
     return most[IntensityThird.of(intensity)]
 
@@ -55,7 +54,7 @@ _FINAL_RIEUL: Final = 8
 
 
 def has_question(text: str) -> bool:
-    """Whether `text` asks something: a question mark, or a sentence that ends like a question without one (같이 갈까)."""
+    """Return whether `text` asks something: with a question mark, or by a word that ends a question without one (같이 갈까)."""
     without_addresses = _ADDRESS.sub("", text) if "://" in text else text
     if _QUESTION_MARK.search(without_addresses):
         return True
@@ -74,13 +73,12 @@ _HANGUL = re.compile("[가-힣ㄱ-ㅎㅏ-ㅣ]")
 
 
 def hangul_share(text: str) -> float:
-    """Share of the letters of `text` that are Hangul, jamo included, in [0, 1]; 1 where there are no letters at all."""
+    """Return the share of Hangul, jamo included, among the letters of `text`, in [0, 1]; 1 if there are no letters."""
     letters = [sign for sign in unicodedata.normalize("NFC", text) if sign.isalpha()]
     return sum(1 for sign in letters if _HANGUL.match(sign)) / len(letters) if letters else 1.0
 
 
-# a friend swears at nobody, and hands out nothing that leads out of the conversation; the prompt's own
-# rule puts a space into control tokens, so one may stand inside
+# control tokens may contain a space, because the prompt inserts one
 _BANNED: Final = tuple(
     (kind, re.compile("|".join(patterns), re.IGNORECASE))
     for kind, patterns in (
@@ -124,7 +122,7 @@ _BANNED: Final = tuple(
 
 
 def banned_content(text: str) -> list[str]:
-    """What in `text` a reply must not contain, by kind, without quoting it: profanity, a slur, an address, a control token, ..."""
+    """Return the kinds of banned content in `text`, such as profanity or a slur, without quoting it."""
     plain = unicodedata.normalize("NFKC", text)
     return [kind for kind, pattern in _BANNED if pattern.search(plain)]
 
@@ -135,7 +133,7 @@ _BLOOD_TYPE = re.compile("(?<![A-Za-z])(AB|A|B|O) ?형(?!광|태|식|용|상)", 
 
 
 def blood_types_named(instruction: str) -> frozenset[BloodType]:
-    """The blood types that an instruction names, as in `A형`. `AB형` names neither A nor B."""
+    """Return the blood types that an instruction names, as in `A형`. `AB형` names neither A nor B."""
     plain = unicodedata.normalize("NFKC", instruction)
     return frozenset(BloodType(name.upper()) for name in _BLOOD_TYPE.findall(plain))
 
@@ -145,7 +143,7 @@ def blood_types_named(instruction: str) -> frozenset[BloodType]:
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """One thing that is looked for in a reply."""
+    """One check on a reply: its code, and the threshold and fix that its warnings show."""
 
     code: str
     threshold: str
@@ -156,18 +154,18 @@ RULES: Final[Mapping[str, Rule]] = {
     rule.code: rule
     for rule in (
         Rule("too_many_sentences", f"at most {MAX_SENTENCES}", "say less, and leave the rest for the next turn"),
-        Rule("formal_speech", "반말", "end the sentence informally"),
+        Rule("formal_speech", "반말", "use an informal ending"),
         Rule("too_many_emoji", "the persona's emoji.most", "remove some, or raise the intensity"),
-        Rule("too_long", f"at most {GLANCE_CHARACTERS} characters", "say it in one glance"),
+        Rule("too_long", f"at most {LONG_REPLY_CHARACTERS} characters", "shorten it"),
         Rule("not_korean", f"at least {MIN_HANGUL_SHARE:.0%} of the letters Hangul", "answer in Korean"),
-        Rule("banned_content", "none of it", "say it as a friend would, without"),
+        Rule("banned_content", "no banned content", "rephrase it without that"),
     )
 }
-"""By their code, in the order in which they are checked. SDS.md says more of each."""
+"""The rules by code, in the order in which `lint_reply` checks them. SDS.md describes each."""
 
 
 def lint_reply(text: str, intensity: float, line: int | None = None, blood_type: BloodType | None = None) -> Iterator[Problem]:
-    """The warnings about one reply. `intensity` is the record's, in [0, 1]; `blood_type` brings the persona's emoji rule."""
+    """Yield the warnings about one reply. `intensity` is in [0, 1]; `blood_type` selects the persona's emoji rule."""
     if (count := sentence_count(text)) > MAX_SENTENCES:
         yield _warning(line, "too_many_sentences", f"{count} sentences")
     if endings := formal_endings(text):
@@ -178,7 +176,7 @@ def lint_reply(text: str, intensity: float, line: int | None = None, blood_type:
         yield _warning(
             line, "too_many_emoji", f"{count} emoji at intensity {intensity:g}", f"at most {most} at {third} intensity{whose}"
         )
-    if len(text) > GLANCE_CHARACTERS:
+    if len(text) > LONG_REPLY_CHARACTERS:
         yield _warning(line, "too_long", f"{len(text):,} characters")
     if (share := hangul_share(text)) < MIN_HANGUL_SHARE:
         yield _warning(line, "not_korean", f"{share:.0%} of the letters Hangul")

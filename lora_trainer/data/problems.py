@@ -1,4 +1,4 @@
-"""What is wrong with a line of data, in a form that its author can act on."""
+"""Problems in data files, described so that the data's author can fix them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 class Severity(StrEnum):
-    """An error stops the run before any GPU is touched; a warning is counted, and stops it only under `--strict`."""
+    """An error stops the run before it uses a GPU. A warning is counted and stops the run only under `--strict`."""
 
     ERROR = "error"
     WARNING = "warning"
@@ -16,27 +16,27 @@ class Severity(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One thing that is wrong, said so that its author can mend it."""
+    """One problem in a data file: where it is, what was found, what was expected and how to fix it."""
 
     line: int | None
-    """Counted from 1; `None`: the file as a whole."""
+    """Line number from 1, or None if the problem concerns the whole file."""
     field: str
-    """Dotted, such as `context.current_emotion.type`; empty: the line as a whole."""
+    """Dotted path such as `context.current_emotion.type`, or empty if the problem concerns the whole line."""
     severity: Severity
     code: str
-    """One word for each kind of problem, in snake_case; counts are kept by it."""
+    """The kind of problem in snake_case. Reports count problems per code."""
     got: str
     expected: str
     fix: str
 
     def render(self, file: str | Path) -> str:
-        """`file:line: field: got ..., expected ...; fix`, on one line."""
+        """Return the line `file:line: field: got ..., expected ...; fix`."""
         where = str(file) if self.line is None else f"{file}:{self.line}"
         what = f"{self.field}: " if self.field else ""
         return f"{where}: {what}got {self.got}, expected {self.expected}; {self.fix}"
 
     def as_json(self) -> dict[str, object]:
-        """All fields, for `validate --json`."""
+        """Return all fields, for `validate --json`."""
         return {
             "line": self.line,
             "field": self.field,
@@ -49,7 +49,7 @@ class Problem:
 
 
 class RecordError(ValueError):
-    """What a `Problem` says, raised where line and field are not known."""
+    """A problem whose line and field only the caller knows; `jsonl` turns it into a `Problem`."""
 
     def __init__(self, code: str, got: str, expected: str, fix: str) -> None:
         self.code, self.got, self.expected, self.fix = code, got, expected, fix
@@ -57,4 +57,4 @@ class RecordError(ValueError):
 
 
 class IncompleteJsonError(RecordError):
-    """JSON that could go on: with the end of the file behind it, the file was cut off."""
+    """JSON that ends too early. On the last line of a file it means that the file is truncated."""

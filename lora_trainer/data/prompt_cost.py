@@ -1,4 +1,4 @@
-"""What a file's prompts cost in tokens, and which records are too long to train on."""
+"""Count the tokens of a file's prompts and find the records that are too long to train on."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from lora_trainer.data.records import TrainingRecord
 from lora_trainer.errors import ConfigError
 from lora_trainer.persona.prompt import OUTPUT_LINE, prompt_messages, reply_json
 
-_SHOWN_LINES: Final = 20
+SHOWN_LINES: Final = 20
+"""A finding lists this many line numbers at most."""
 
-
-# what a batch and the cache may hold, so that records of a megabyte cost no gigabyte
+# bounds on a batch and on the cache: without them, records of a megabyte each would take gigabytes of memory
 _BATCH_RECORDS: Final = 1024
 _BATCH_CHARACTERS: Final = 1024 * 1024
 _CACHED_TEXTS: Final = 4096
@@ -24,43 +24,43 @@ _CACHED_CHARACTERS: Final = 512
 
 
 class CountsTokens(Protocol):
-    """What the cost of a prompt needs of a base's tokenizer."""
+    """The part of a tokenizer that `CostMeter` needs."""
 
     def count_tokens(self, texts: list[str]) -> list[int]:
-        """Tokens in each text, special tokens not added."""
+        """Return the number of tokens in each text, without adding special tokens."""
 
 
 class TokenCounter:
-    """A `Tokenizer` out of a folder that holds `tokenizer.json`."""
+    """Counts tokens with the `tokenizer.json` in a folder."""
 
     def __init__(self, folder: Path) -> None:
-        """Raises `ConfigError` when there is no such file, or the `tokenizers` library or the file cannot be loaded."""
+        """Load the tokenizer. Raises `ConfigError` if the file or the `tokenizers` library is missing or fails to load."""
         path = folder / "tokenizer.json"
         if not path.is_file():
-            raise ConfigError(f"{path}: no such file; expected the folder of a base's tokenizer, with its tokenizer.json")
+            raise ConfigError(f"{path}: no such file; expected a folder that contains a base's tokenizer.json")
         try:
-            # imported here: checking a file's schema needs no tokenizer
+            # imported here, because validation without a tokenizer must work without the library
             import tokenizers
         except ImportError:
-            raise ConfigError("counting tokens needs the 'tokenizers' library; install it, or leave the tokenizer out") from None
+            raise ConfigError("counting tokens needs the 'tokenizers' library; install it, or validate with --no-tokens") from None
         try:
             self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
-        # the library raises bare Exception for a file it cannot read
+        # the library raises a bare Exception for a file that it cannot parse
         except Exception as error:
             raise ConfigError(f"{path}: not a tokenizer that the 'tokenizers' library can load: {error}") from None
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
 
     def count_tokens(self, texts: list[str]) -> list[int]:
-        """Tokens in each text, special tokens not added."""
+        """Return the number of tokens in each text, without adding special tokens."""
         return [len(encoding.ids) for encoding in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
 
 
 def chatml_overhead_tokens(tokenizer: CountsTokens) -> int:
-    """Tokens that ChatML wraps a system, a user and an assistant turn in, up to the last turn's end.
+    """Return the number of tokens that ChatML adds around a system, a user and an assistant message.
 
-    Counted on empty turns, so that validating needs neither transformers nor a template engine; training
-    renders the base's own template (`tokenization.tokenize`) and refuses one that is not of this form.
+    Counted on empty messages, so that validation needs neither transformers nor a template engine. Training renders the base's
+    own template (`train.tokenization.tokenize`) and refuses one of another form.
     """
     turns = "<|im_start|>system\n<|im_end|>\n<|im_start|>user\n<|im_end|>\n<|im_start|>assistant\n<|im_end|>"
     return tokenizer.count_tokens([turns])[0]
@@ -68,7 +68,7 @@ def chatml_overhead_tokens(tokenizer: CountsTokens) -> int:
 
 @dataclass(frozen=True, slots=True)
 class LengthDistribution:
-    """Token lengths of one part over all records. Percentiles are nearest-rank: lengths that occur."""
+    """The distribution of one part's length in tokens over all records. Percentiles are nearest-rank."""
 
     count: int
     mean_tokens: float
@@ -76,11 +76,11 @@ class LengthDistribution:
     p95_tokens: int
     max_tokens: int
     share: float
-    """Of all tokens of the file, in [0, 1]."""
+    """Share of all tokens in the file, in [0, 1]."""
 
     @classmethod
     def of(cls, lengths: Mapping[int, int], all_tokens: int) -> LengthDistribution:
-        """`lengths` maps a length to how many records have it; `all_tokens` is what `share` is of."""
+        """Summarize `lengths`, a histogram of length to number of records. `share` is relative to `all_tokens`."""
         count = sum(lengths.values())
         total = sum(length * times for length, times in lengths.items())
         return cls(
@@ -104,7 +104,7 @@ def _percentile(lengths: Mapping[int, int], count: int, percent: int) -> int:
 
 
 class PromptParts(NamedTuple):
-    """What one record sends to the tokenizer, part by part; every line of the system message with its line break."""
+    """The parts of one record's prompt and reply. Each line of the system message includes its line break."""
 
     instruction: str
     summary: str
@@ -114,11 +114,11 @@ class PromptParts(NamedTuple):
 
 
 PART_NAMES: Final = (*PromptParts._fields, "template")
-"""`template`: the output line of the system message and what the chat template puts around the turns."""
+"""`template` is the output line of the system message plus what the chat template adds around the messages."""
 
 
 def prompt_parts(record: TrainingRecord) -> PromptParts:
-    """The parts of a record's prompt and reply as the formatter writes them."""
+    """Return the parts of a record's prompt and reply as `persona.prompt` writes them."""
     emotion = record.context.current_emotion
     system, user = prompt_messages(record.instruction, record.context.summary, emotion.type, emotion.intensity, record.input)
     instruction, *summary, emotion_line, _ = system["content"].split("\n")
@@ -133,20 +133,20 @@ def prompt_parts(record: TrainingRecord) -> PromptParts:
 
 @dataclass(frozen=True, slots=True)
 class PromptCost:
-    """What a file's records cost in tokens, and which of them are too long to train on."""
+    """The token counts of a file's records, and which of them are too long to train on."""
 
     max_length_tokens: int
     whole: LengthDistribution
-    """The record as it is trained on: prompt, reply and chat template."""
+    """Whole records as training sees them: prompt, reply and chat template."""
     parts: Mapping[str, LengthDistribution]
-    """By the names in `PART_NAMES`; their shares add up to 1."""
+    """One distribution per name in `PART_NAMES`; the shares add up to 1."""
     left_out: int
-    """Records longer than `max_length_tokens`: training leaves them out."""
+    """Number of records longer than `max_length_tokens`, which training skips."""
     left_out_lines: tuple[int, ...]
-    """The first of them, at most 20."""
+    """Line numbers of the first `SHOWN_LINES` of them."""
 
     def as_json(self) -> dict[str, object]:
-        """Plain values, for `validate --json`."""
+        """Return plain values, for `validate --json`."""
         return {
             "max_length_tokens": self.max_length_tokens,
             "whole": _distribution_json(self.whole),
@@ -168,11 +168,10 @@ def _distribution_json(lengths: LengthDistribution) -> dict[str, object]:
 
 
 class CostMeter:
-    """Counts tokens in batches and keeps histograms only.
+    """Counts tokens in batches and keeps only histograms.
 
-    The parts of the system message are counted line by line and added up. That is exact where a line
-    break ends a word for the tokenizer, as it does in Qwen2's (its pre-tokenizer splits behind every run
-    of line breaks), and half the work: the lines that repeat are counted once.
+    Counting the system message line by line halves the work, because repeated lines are counted once. The sum is exact for
+    tokenizers that never merge across a line break, such as Qwen2's, whose pre-tokenizer splits after every run of line breaks.
     """
 
     def __init__(self, tokenizer: CountsTokens, max_length_tokens: int, template_overhead_tokens: int) -> None:
@@ -188,6 +187,7 @@ class CostMeter:
         self._left_out_lines: list[int] = []
 
     def add(self, line: int, record: TrainingRecord) -> None:
+        """Add the record of line `line`."""
         parts = prompt_parts(record)
         self._batch.append((line, parts))
         self._batch_characters += sum(map(len, parts))
@@ -218,12 +218,13 @@ class CostMeter:
             self._whole[whole] += 1
             if whole > self._max_length_tokens:
                 self._left_out += 1
-                if len(self._left_out_lines) < _SHOWN_LINES:
+                if len(self._left_out_lines) < SHOWN_LINES:
                     self._left_out_lines.append(line)
         self._batch.clear()
         self._batch_characters = 0
 
     def result(self) -> PromptCost:
+        """Return the cost of all records added so far."""
         self._flush()
         all_tokens = sum(length * times for length, times in self._whole.items())
         return PromptCost(

@@ -1,7 +1,6 @@
-"""Training records: their schema, and a reader that streams them out of JSONL and names what is wrong with each line.
+"""The schema of training records and evaluation prompts.
 
-Only the standard library and pydantic. No message here quotes an instruction, a summary, an input or a
-reply: problems end up in logs, and training text must not.
+No message here quotes an instruction, a summary, an input or a reply: problems end up in logs, and training text must not.
 """
 
 from __future__ import annotations
@@ -18,23 +17,39 @@ from lora_trainer.data.problems import RecordError
 from lora_trainer.data.strict_json import RECORD_SHAPE, decode_json
 from lora_trainer.persona.vocabulary import Expression, Feeling
 
-# lone surrogates cannot be written as UTF-8; control characters other than white space are nobody's words
+_REPLY_SHAPE: Final = 'an object {"text": ..., "emotion": ...}'
+EXPECTED_BY_FIELD: Final[Mapping[str, str]] = {
+    "": RECORD_SHAPE,
+    "instruction": "text that says who the friend is",
+    "context": 'an object {"summary": ..., "current_emotion": ...}',
+    "context.summary": "text, which may be empty",
+    "context.current_emotion": 'an object {"type": ..., "intensity": ...}',
+    "context.current_emotion.type": "one of " + ", ".join(Feeling),
+    "context.current_emotion.intensity": "a number from 0 to 1",
+    "input": "what the user says, as text",
+    "output": _REPLY_SHAPE + ", as a JSON string",
+    "output.text": "what the friend says, as text",
+    "output.emotion": "one of " + ", ".join(Expression),
+}
+"""What a message says was expected, by the dotted path of the field in the file."""
+VOCABULARIES: Final[Mapping[str, tuple[str, ...]]] = {
+    "context.current_emotion.type": tuple(Feeling),
+    "output.emotion": tuple(Expression),
+}
+"""The allowed values of the fields that have a closed vocabulary, by dotted path."""
+
+# lone surrogates, which UTF-8 cannot encode, and control characters other than white space
 _UNWRITABLE = re.compile("[\x00-\x08\x0e-\x1b\x7f\ud800-\udfff]")
-
-
-# and in what somebody wrote for us to learn from, the second set of control characters and those that turn a text around
+# data files must not contain C1 and bidirectional controls either
 _UNWANTED = re.compile("[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
-
-
-# Unicode's Bidi_Control: they show text in another order than a model reads it (Boucher and Anderson, "Trojan Source", 2021)
+# Unicode's Bidi_Control: readers see another order than the model (Boucher and Anderson, "Trojan Source", 2021)
 _BIDI: Final = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+# white space, and characters that look like it: zero-width ones and Hangul fillers
+_INVISIBLE = re.compile("[\\s\u00ad\u115f\u1160\u180e\u200b-\u200f\u202a-\u202e\u2060-\u2064\u3164\ufe0e\ufe0f\ufeff\uffa0]*")
 
 
-# white space, and what looks like it: zero-width characters and Hangul fillers
-_NOTHING_TO_SEE = re.compile("[\\s\u00ad\u115f\u1160\u180e\u200b-\u200f\u202a-\u202e\u2060-\u2064\u3164\ufe0e\ufe0f\ufeff\uffa0]*")
-
-
-def lone_surrogate(got: str) -> RecordError:
+def lone_surrogate_error(got: str) -> RecordError:
+    """Return the error for text that contains half of a surrogate pair."""
     return RecordError("lone_surrogate", got, "whole characters", "write the character itself, not its \\u escape")
 
 
@@ -42,12 +57,12 @@ def _writable(text: str, pattern: re.Pattern[str] = _UNWANTED) -> str:
     if found := pattern.search(text):
         point = ord(found.group())
         if 0xD800 <= point <= 0xDFFF:
-            raise lone_surrogate(f"half of a surrogate pair (\\u{point:04x}) at character {found.start() + 1}")
+            raise lone_surrogate_error(f"half of a surrogate pair (\\u{point:04x}) at character {found.start() + 1}")
         if found.group() in _BIDI:
             raise RecordError(
                 "bidi_control",
                 f"bidirectional control U+{point:04X} at character {found.start() + 1}",
-                "text that is read in the order in which it is shown",
+                "text without bidirectional controls",
                 "remove it; Korean needs none",
             )
         raise RecordError(
@@ -60,17 +75,17 @@ def _writable(text: str, pattern: re.Pattern[str] = _UNWANTED) -> str:
 
 
 def _visible(text: str) -> str:
-    if _NOTHING_TO_SEE.fullmatch(text):
+    if _INVISIBLE.fullmatch(text):
         raise RecordError("blank", "blank text" if text else "empty text", "text", "write it, or remove the record")
     return _writable(text)
 
 
 def _visible_reply(text: str, info: ValidationInfo) -> str:
-    """A model's reply is held to the contract that servers can hold it to: their grammars know the first control characters only.
+    """Validate a reply's text: by the rules for data if it comes from a file, else by what servers can enforce.
 
-    One that is read from a file (which is what gives the context) is held to what is asked of data.
+    The validation context is set only for files. The grammars of servers forbid C0 controls and nothing more.
     """
-    if _NOTHING_TO_SEE.fullmatch(text):
+    if _INVISIBLE.fullmatch(text):
         return _visible(text)
     return _writable(text, _UNWRITABLE if info.context is None else _UNWANTED)
 
@@ -80,35 +95,37 @@ _ReplyText = Annotated[str, Strict(), AfterValidator(_visible_reply)]
 _OptionalText = Annotated[str, Strict(), AfterValidator(lambda text: _writable(text))]
 
 
-class Contract(BaseModel):
+class StrictModel(BaseModel):
+    """A frozen model that accepts no unknown field and no infinite number."""
+
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_by_name=True, validate_by_alias=True)
 
 
-class Reply(Contract):
-    """What the friend says, and what its face shows: the object that every adapter must answer with."""
+class Reply(StrictModel):
+    """What the friend says and which face it makes: the object that every adapter must answer with."""
 
     text: _ReplyText
     emotion: Expression
 
 
-class CurrentEmotion(Contract):
+class CurrentEmotion(StrictModel):
     """What the AI feels while it answers."""
 
     type: Feeling
     intensity: Annotated[float, Strict(), Field(ge=0, le=1)]
-    """0 (hardly) to 1 (fully). An integer is accepted, a boolean is not."""
+    """0 (barely) to 1 (fully). An integer is accepted, a boolean is not."""
 
 
-class Context(Contract):
+class Context(StrictModel):
     """What has happened so far, and how the AI feels about it."""
 
     summary: _OptionalText
-    """May be empty: nothing has happened yet."""
+    """Empty if nothing has happened yet."""
     current_emotion: CurrentEmotion
 
 
-class TrainingRecord(Contract):
-    """One line of `train_data_type_<blood type>.jsonl`. In the file, `reply` is called `output`."""
+class TrainingRecord(StrictModel):
+    """One line of `train_data_type_<blood type>.jsonl`. The file calls `reply` `output`."""
 
     instruction: _Text
     context: Context
@@ -120,7 +137,7 @@ class TrainingRecord(Contract):
     def _parse_output(cls, value: object, info: ValidationInfo) -> object:
         if not isinstance(value, str):
             return value
-        if _NOTHING_TO_SEE.fullmatch(value):
+        if _INVISIBLE.fullmatch(value):
             raise RecordError("blank", "empty text", EXPECTED_BY_FIELD["output"], "write the reply, or remove the record")
         try:
             return decode_json(value, info.context or DEFAULT_LIMITS)
@@ -135,7 +152,7 @@ class TrainingRecord(Contract):
             ) from None
 
     def to_json(self) -> str:
-        """The record as one line of JSONL in the seed's form, `output` as a JSON string; no line break at the end."""
+        """Return the record as one line of JSONL without a line break; `output` is a JSON string."""
         return json.dumps(
             {
                 "instruction": self.instruction,
@@ -153,28 +170,8 @@ class TrainingRecord(Contract):
         )
 
 
-class EvaluationPrompt(Contract):
-    """One line of `eval_prompts.jsonl`: a record without its instruction, which the persona brings, and its reply."""
+class EvaluationPrompt(StrictModel):
+    """One line of `eval_prompts.jsonl`: a record without a reply. Its instruction comes from the persona."""
 
     context: Context
     input: _Text
-
-
-_REPLY_SHAPE: Final = 'an object {"text": ..., "emotion": ...}'
-EXPECTED_BY_FIELD: Final[Mapping[str, str]] = {
-    "": RECORD_SHAPE,
-    "instruction": "text that says who the friend is",
-    "context": 'an object {"summary": ..., "current_emotion": ...}',
-    "context.summary": "text, which may be empty",
-    "context.current_emotion": 'an object {"type": ..., "intensity": ...}',
-    "context.current_emotion.type": "one of " + ", ".join(Feeling),
-    "context.current_emotion.intensity": "a number from 0 to 1",
-    "input": "what the user says, as text",
-    "output": _REPLY_SHAPE + ", as a JSON string",
-    "output.text": "what the friend says, as text",
-    "output.emotion": "one of " + ", ".join(Expression),
-}
-VOCABULARIES: Final[Mapping[str, tuple[str, ...]]] = {
-    "context.current_emotion.type": tuple(Feeling),
-    "output.emotion": tuple(Expression),
-}

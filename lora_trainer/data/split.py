@@ -1,4 +1,4 @@
-"""The held-out split: a record's side depends on its content alone."""
+"""Split records into training and held-out sets by a hash of their content."""
 
 from __future__ import annotations
 
@@ -11,17 +11,16 @@ from lora_trainer.data.records import TrainingRecord
 
 
 def record_digest(record: TrainingRecord) -> bytes:
-    """SHA-256 of a record's content; spelling of its JSON line does not matter."""
+    """Return the SHA-256 of a record's content, whatever the formatting of its JSON line."""
     canonical = json.dumps(record.model_dump(mode="json"), sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return hashlib.sha256(canonical.encode()).digest()
 
 
 def split_held_out(records: Sequence[TrainingRecord], fraction: float) -> tuple[list[int], list[int]]:
-    """Indices of the training and of the held-out records.
+    """Return the indices of the training records and of the held-out records.
 
-    A record's side depends on its content alone, so it keeps it when the file grows, is reordered, or
-    is trained on with another seed, and copies of one record stay on one side. At least one record is
-    held out and one is kept, as long as there are two different ones.
+    A record's side depends only on its content: it stays the same if the file grows, is reordered or is trained on with another
+    seed, and duplicates land on the same side. If there are two different records, each side gets at least one.
     """
     draws = [int.from_bytes(record_digest(record)[:8], "big") / 2**64 for record in records]
     limit = fraction

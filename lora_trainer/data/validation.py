@@ -1,7 +1,6 @@
-"""A data file as a whole: every problem, what its records cover, and what its prompts cost.
+"""Check a whole data file: report its problems, what its records cover and what its prompts cost.
 
-One pass, one record at a time. What grows with the file is the table that finds duplicates and nothing
-else, so that a million lines are checked in the memory of a thousand and some tens of MiB.
+One pass reads one record at a time. Only the duplicate finder grows with the file, by about 225 MiB per million records.
 """
 
 from __future__ import annotations
@@ -19,70 +18,72 @@ from lora_trainer.data.duplicates import DuplicateFinder, normalized
 from lora_trainer.data.jsonl import JsonlReader
 from lora_trainer.data.lint import MIN_QUESTION_RATE, MIN_RECORDS_FOR_RATES, blood_types_named, has_question, lint_reply
 from lora_trainer.data.problems import Problem, Severity
-from lora_trainer.data.prompt_cost import _SHOWN_LINES, CostMeter, CountsTokens, PromptCost
+from lora_trainer.data.prompt_cost import SHOWN_LINES, CostMeter, CountsTokens, PromptCost
 from lora_trainer.data.records import EvaluationPrompt, TrainingRecord
 from lora_trainer.errors import DataError
 from lora_trainer.persona.emoji import emoji_count
 from lora_trainer.persona.vocabulary import BloodType, Feeling, IntensityThird
 
 SHOWN_PROBLEMS: Final = 50
-"""Problems that a report holds in full; all are counted."""
+"""A report lists this many problems at most; it counts all of them."""
 OnProblem = Callable[[Problem], None]
+
+_NAMED_FILE: Final = re.compile(r"train_data_type_(AB|A|B|O)\.jsonl(\.gz|\.zst)?")
 
 
 @dataclass(frozen=True, slots=True)
 class FileReport:
-    """All that is known of one data file after one pass over it."""
+    """The result of one pass over one data file."""
 
     file: str
     blood_type: BloodType | None
-    """The persona that its instructions were held against; `None`: neither given nor told by name or content."""
+    """The persona that instructions were checked against, or None if neither the caller, the name nor the content tells it."""
     lines: int
     blank_lines: int
     records: int
-    """Lines that are records."""
+    """Number of valid records."""
     counts: Mapping[Severity, Mapping[str, int]]
-    """How often each code occurred."""
+    """Number of problems per severity and code."""
     problems: tuple[Problem, ...]
-    """The first 50, by line; errors come before warnings when there is no room for both."""
+    """The first `SHOWN_PROBLEMS`, ordered by line. Errors take precedence over warnings."""
     coverage: Mapping[tuple[Feeling, IntensityThird], int]
-    """Records by what the AI feels and how strongly."""
+    """Number of records per feeling and third of intensity."""
     question_rate: float
-    """Share of replies that ask something, in [0, 1]; 0 without records."""
+    """Share of replies that ask something, in [0, 1]; 0 if there are no records."""
     emoji_mean: Mapping[IntensityThird, float]
-    """Emoji in a reply, on average; 0 for a third without records."""
+    """Mean number of emoji per reply; 0 for a third without records."""
     cost: PromptCost | None
-    """`None` without a tokenizer."""
+    """None if no tokenizer was given."""
     is_prompts: bool = False
-    """Evaluation prompts, which have no reply: nothing is said of questions and emoji."""
+    """Whether the file holds evaluation prompts, which have no replies: questions and emoji are 0."""
 
     @property
     def errors(self) -> int:
-        """Problems that stop a run."""
+        """Number of problems that stop a run."""
         return sum(self.counts[Severity.ERROR].values())
 
     @property
     def warnings(self) -> int:
-        """Problems that stop a run only under `--strict`."""
+        """Number of problems that stop a run only under `--strict`."""
         return sum(self.counts[Severity.WARNING].values())
 
     def is_accepted(self, *, strict: bool = False) -> bool:
-        """Whether a run would train on this file."""
+        """Return whether a run would train on this file."""
         return not self.errors and not (strict and self.warnings)
 
-    def lines_of_problems(self, severities: Container[Severity] = tuple(Severity), name: str = "") -> list[str]:
-        """The problems held, one a line, and a last line that counts all there are. Only those of `severities` are shown.
+    def problem_lines(self, severities: Container[Severity] = tuple(Severity), name: str = "") -> list[str]:
+        """Return the listed problems of `severities`, one per line, and a last line that counts all problems.
 
-        `name` is what the user calls the file, if that is not its path.
+        `name` replaces the path of the file if the user knows it by another name.
         """
         name = name or str(self.file)
         shown = [problem.render(name) for problem in self.problems if problem.severity in severities]
         hidden = self.errors + self.warnings - len(shown)
-        more = f" ({hidden:,} of them not shown here; 'validate --json' lists all)" if hidden else ""
+        more = f" ({hidden:,} not shown; 'validate --json' lists all)" if hidden else ""
         return [*shown, f"{name}: {plural(self.errors, 'error')}, {plural(self.warnings, 'warning')}{more}"]
 
     def as_json(self, *, with_problems: bool = True) -> dict[str, object]:
-        """Plain values. `with_problems` adds those held in full; `write_json` streams all of them instead."""
+        """Return plain values. `with_problems` includes the listed problems; `write_json` streams all of them instead."""
         document: dict[str, object] = {
             "file": self.file,
             "kind": "evaluation_prompts" if self.is_prompts else "training_records",
@@ -108,7 +109,7 @@ class FileReport:
 
 @dataclass(slots=True)
 class _Tally:
-    """What a pass over one file adds up."""
+    """The running counts of one pass over a file."""
 
     on_problem: OnProblem | None
     counts: dict[Severity, Counter[str]] = field(default_factory=lambda: {severity: Counter() for severity in Severity})
@@ -121,7 +122,7 @@ class _Tally:
     named_elsewhere: Counter[frozenset[BloodType]] = field(default_factory=Counter)
     lines_naming: dict[frozenset[BloodType], list[int]] = field(default_factory=dict)
 
-    def problem(self, problem: Problem) -> None:
+    def add_problem(self, problem: Problem) -> None:
         self.counts[problem.severity][problem.code] += 1
         first = self.first[problem.severity]
         if len(first) < SHOWN_PROBLEMS:
@@ -129,7 +130,7 @@ class _Tally:
         if self.on_problem:
             self.on_problem(problem)
 
-    def record(self, line: int, record: TrainingRecord) -> None:
+    def add_record(self, line: int, record: TrainingRecord) -> None:
         text, emotion = record.reply.text, record.context.current_emotion
         third = IntensityThird.of(emotion.intensity)
         self.records += 1
@@ -140,10 +141,10 @@ class _Tally:
             self.by_type.update(named)
             self.named_elsewhere[named] += 1
             lines = self.lines_naming.setdefault(named, [])
-            if len(lines) < _SHOWN_LINES:
+            if len(lines) < SHOWN_LINES:
                 lines.append(line)
 
-    def shown(self) -> tuple[Problem, ...]:
+    def first_problems(self) -> tuple[Problem, ...]:
         errors = self.first[Severity.ERROR]
         kept = [*errors, *self.first[Severity.WARNING]][:SHOWN_PROBLEMS]
         return tuple(sorted(kept, key=lambda problem: problem.line or 0))
@@ -160,13 +161,12 @@ def check_file(
     on_problem: OnProblem | None = None,
     on_record: Callable[[TrainingRecord], None] | None = None,
 ) -> FileReport:
-    """Read `path` once and report on it. Nothing in the file raises; the records are not kept.
+    """Read `path` once and report on it. No file content raises, and no record is kept.
 
-    `blood_type` is the persona that the instructions should name, and whose emoji rule holds. Without it: the one in the file's
-    name (`train_data_type_A.jsonl`), or else the one that most records name. `tokenizer` makes the report tell
-    what the prompts cost; `template_overhead_tokens` is what the base's chat template adds to a record
-    (constant for ChatML). `limits` are those of `JsonlReader`. `on_problem` is called with every problem, `on_record` with
-    every record, in the order of the file; problems of the file as a whole come last.
+    `blood_type` is the persona that the instructions should name and whose emoji rule applies. It defaults to the one in the
+    file's name (`train_data_type_A.jsonl`), else to the one that most records name. With `tokenizer`, the report includes the
+    cost of the prompts; `template_overhead_tokens` is what the base's chat template adds to each record (constant for ChatML).
+    `on_problem` and `on_record` receive every problem and record in file order; problems of the whole file come last.
     """
     reader = JsonlReader(path, limits=limits)
     tally = _Tally(on_problem)
@@ -175,22 +175,22 @@ def check_file(
     known_type = blood_type or _type_in_name(path)
     for number, record, problems in reader:
         for problem in problems:
-            tally.problem(problem)
+            tally.add_problem(problem)
         if record is None:
             continue
-        tally.record(number, record)
-        persona = known_type or _only_one(blood_types_named(record.instruction))
+        tally.add_record(number, record)
+        persona = known_type or _single(blood_types_named(record.instruction))
         for problem in lint_reply(record.reply.text, record.context.current_emotion.intensity, number, persona):
-            tally.problem(problem)
+            tally.add_problem(problem)
         if earlier := duplicates.first_line(record, number):
-            tally.problem(_duplicate(number, *earlier))
+            tally.add_problem(_duplicate(number, *earlier))
         if meter:
             meter.add(number, record)
         if on_record:
             on_record(record)
     expected_type = known_type or _most_named(tally.by_type)
-    for problem in _about_file(tally, expected_type):
-        tally.problem(problem)
+    for problem in _file_problems(tally, expected_type):
+        tally.add_problem(problem)
     per_third = {third: sum(tally.coverage[feeling, third] for feeling in Feeling) for third in IntensityThird}
     return FileReport(
         file=str(path),
@@ -199,7 +199,7 @@ def check_file(
         blank_lines=reader.blank_lines,
         records=tally.records,
         counts={severity: dict(codes) for severity, codes in tally.counts.items()},
-        problems=tally.shown(),
+        problems=tally.first_problems(),
         coverage=dict(tally.coverage),
         question_rate=tally.questions / tally.records if tally.records else 0.0,
         emoji_mean={third: tally.emoji[third] / count if count else 0.0 for third, count in per_third.items()},
@@ -208,13 +208,13 @@ def check_file(
 
 
 def check_prompts(path: Path, *, limits: LimitsConfig = DEFAULT_LIMITS, on_problem: OnProblem | None = None) -> FileReport:
-    """Read a file of evaluation prompts once and report on it: their schema, what they cover, and inputs that come again."""
+    """Read a file of evaluation prompts once and report on its schema, coverage and repeated inputs."""
     reader = JsonlReader(path, EvaluationPrompt, limits=limits)
     tally = _Tally(on_problem)
     seen: dict[str, int] = {}
     for number, prompt, problems in reader:
         for problem in problems:
-            tally.problem(problem)
+            tally.add_problem(problem)
         if prompt is None:
             continue
         emotion = prompt.context.current_emotion
@@ -222,7 +222,7 @@ def check_prompts(path: Path, *, limits: LimitsConfig = DEFAULT_LIMITS, on_probl
         tally.coverage[emotion.type, IntensityThird.of(emotion.intensity)] += 1
         first = seen.setdefault(normalized(prompt.input), number)
         if first != number:
-            tally.problem(_duplicate(number, first, is_exact=False))
+            tally.add_problem(_duplicate(number, first, is_exact=False))
     return FileReport(
         file=str(path),
         blood_type=None,
@@ -230,7 +230,7 @@ def check_prompts(path: Path, *, limits: LimitsConfig = DEFAULT_LIMITS, on_probl
         blank_lines=reader.blank_lines,
         records=tally.records,
         counts={severity: dict(codes) for severity, codes in tally.counts.items()},
-        problems=tally.shown(),
+        problems=tally.first_problems(),
         coverage=dict(tally.coverage),
         question_rate=0.0,
         emoji_mean=dict.fromkeys(IntensityThird, 0.0),
@@ -247,24 +247,24 @@ def read_records(
     strict: bool = False,
     name: str = "",
 ) -> tuple[list[TrainingRecord], FileReport]:
-    """All records of `path`, in order, for training; `name` is what the user calls the file, if that is not its path.
+    """Return all records of `path`, in file order, and the report.
 
-    Raises `DataError` when there are errors, or warnings under `strict`: its problems are the first 50,
-    one `file:line: field: got ..., expected ...; fix` each, and a last line that counts all of them.
+    `name` replaces the path in messages if the user knows the file by another name. Raises `DataError` if there are errors, or
+    warnings under `strict`. It carries the lines of `FileReport.problem_lines`.
     """
     records: list[TrainingRecord] = []
     report = check_file(path, blood_type, limits=limits, on_record=records.append)
     if not report.is_accepted(strict=strict):
-        # warnings stop nothing unless strict, and would hide among them what does
-        raise DataError(report.lines_of_problems(tuple(Severity) if strict else (Severity.ERROR,), name))
+        # without `strict`, warnings don't stop the run, and listing them would bury the errors
+        raise DataError(report.problem_lines(tuple(Severity) if strict else (Severity.ERROR,), name))
     return records, report
 
 
 def write_json(out: TextIO, paths: Iterable[Path], check: Callable[[Path, OnProblem], FileReport]) -> list[FileReport]:
-    """Check `paths` and write one JSON document: `{"files": [{"problems": [all of them], ...}, ...]}`.
+    """Check `paths`, write one JSON document `{"files": [{"problems": [...], ...}, ...]}` and return the reports.
 
-    `check` is `check_file` with everything but the path and `on_problem` given. Problems are written as
-    they are found, so their number costs no memory. What is written is ASCII, whatever `out` is encoded in.
+    `check` takes a path and `on_problem`, and is usually a partial `check_file`. Each problem is written as soon as it is found,
+    so memory does not grow with their number. The output is ASCII, so it does not depend on the encoding of `out`.
     """
     reports: list[FileReport] = []
     out.write('{"files": [')
@@ -290,13 +290,10 @@ def _duplicate(line: int, first_line: int, is_exact: bool) -> Problem:
         "",
         Severity.WARNING,
         "duplicate" if is_exact else "near_duplicate",
-        f"the record of line {first_line} again" if is_exact else f"nearly the input and the reply of line {first_line}",
-        "records that differ",
+        f"the same record as line {first_line}" if is_exact else f"nearly the same input and reply as line {first_line}",
+        "distinct records",
         "remove one of the two" if is_exact else "vary the wording, or remove one of the two",
     )
-
-
-_NAMED_FILE = re.compile(r"train_data_type_(AB|A|B|O)\.jsonl(\.gz|\.zst)?")
 
 
 def _type_in_name(path: Path) -> BloodType | None:
@@ -304,7 +301,7 @@ def _type_in_name(path: Path) -> BloodType | None:
     return BloodType(found[1]) if found else None
 
 
-def _only_one(named: frozenset[BloodType]) -> BloodType | None:
+def _single(named: frozenset[BloodType]) -> BloodType | None:
     return next(iter(named)) if len(named) == 1 else None
 
 
@@ -312,7 +309,7 @@ def _most_named(by_type: Counter[BloodType]) -> BloodType | None:
     return by_type.most_common(1)[0][0] if by_type else None
 
 
-def _about_file(tally: _Tally, expected_type: BloodType | None) -> Iterator[Problem]:
+def _file_problems(tally: _Tally, expected_type: BloodType | None) -> Iterator[Problem]:
     for named, count in tally.named_elsewhere.items():
         if expected_type is None or expected_type in named:
             continue
@@ -341,4 +338,5 @@ def _about_file(tally: _Tally, expected_type: BloodType | None) -> Iterator[Prob
 
 
 def plural(count: int, word: str) -> str:
+    """Return `count` and `word`, with an `s` unless the count is 1."""
     return f"{count:,} {word}" if count == 1 else f"{count:,} {word}s"

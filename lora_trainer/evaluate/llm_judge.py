@@ -22,7 +22,7 @@ from lora_trainer.evaluate.intervals import ClusterBootstrap
 from lora_trainer.evaluate.measures import mean_estimate
 from lora_trainer.evaluate.metrics import JudgeMetrics
 from lora_trainer.evaluate.rules import ScoredReply
-from lora_trainer.persona.prompt import defused
+from lora_trainer.persona.prompt import escape_control_tokens
 from lora_trainer.persona.specs import persona_spec
 from lora_trainer.persona.vocabulary import BloodType
 
@@ -151,7 +151,7 @@ def user_prompt(first: ScoredReply, second: ScoredReply) -> str:
         "\nWhich one? Answer as JSON.",
     ]
     # a server tokenizes text that spells a control token as that token
-    return defused("\n".join(lines))
+    return escape_control_tokens("\n".join(lines))
 
 
 def _client(config: EvaluationConfig) -> OpenAI:

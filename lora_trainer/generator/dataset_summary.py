@@ -71,8 +71,8 @@ def summarise(blood_type: BloodType, records: Iterable[TrainingRecord]) -> Datas
         reply_characters.append(len(text))
         input_characters.append(len(record.input))
         unique.add(normalized(text))
-        near_replies += replies.like(text) is not None
-        near_dialogues += dialogues.like(f"{record.input}\n{text}") is not None
+        near_replies += replies.find(text) is not None
+        near_dialogues += dialogues.find(f"{record.input}\n{text}") is not None
         replies.add(text)
         dialogues.add(f"{record.input}\n{text}")
     count = len(reply_characters)

@@ -70,11 +70,11 @@ class Intake:
         emotion = record.context.current_emotion
         for problem in lint_reply(record.reply.text, emotion.intensity, blood_type=self.blood_type):
             return problem.code
-        if self._held_out.like(record.input) is not None:
+        if self._held_out.find(record.input) is not None:
             return "evaluation_prompt"
-        if self._replies.like(record.reply.text) is not None:
+        if self._replies.find(record.reply.text) is not None:
             return "near_duplicate_reply"
-        if self._dialogues.like(_dialogue(record)) is not None:
+        if self._dialogues.find(_dialogue(record)) is not None:
             return "near_duplicate_dialogue"
         return None
 

@@ -1,1 +1,1 @@
-"""Who the four friends are, and the prompt and reply forms that everything shares."""
+"""The four personas, and the prompt and reply formats that training, evaluation and serving share."""

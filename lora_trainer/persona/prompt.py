@@ -1,18 +1,17 @@
-"""Record -> messages: the one prompt structure that training, evaluation, chat and serving share.
+"""Build chat messages from a record: the one prompt format that training, evaluation, chat and serving share.
 
-Standard library only, and pure, so that `expression_node` can carry this file (or the template that
-`prompt.json` in every bundle holds) and cannot drift from what the adapter was trained on.
+This module imports only the standard library, so that `expression_node` can copy it (or read `prompt.json` from the bundle)
+and send exactly the prompt that the adapter was trained on.
 
-The system message, version 2 (1 left `<tool_call>` and the like as they were):
+The system message, version 2 (version 1 did not escape tags such as `<tool_call>`):
 
     <instruction>
-    상황: <summary>                  (left out when there is no summary)
+    상황: <summary>                  (omitted when the summary is empty)
     감정: <type> <intensity, one decimal>
     출력: {"text","emotion"} JSON
 
-Every token of it is paid in each training step and each reply, so it is short: with the Qwen2.5
-tokenizer the fixed part costs 19 tokens. The reply is compact JSON, text first, never `\\uXXXX`
-(2.7 times the tokens of the characters themselves).
+Every training step and every reply pays for these tokens, so the message is short: its fixed part costs 19 tokens with the
+Qwen2.5 tokenizer. The reply is compact JSON with `text` first. It never uses `\\uXXXX`, which takes 2.7 times the tokens.
 """
 
 from __future__ import annotations
@@ -28,41 +27,38 @@ SUMMARY_LINE: Final = "상황: {summary}"
 EMOTION_LINE: Final = "감정: {emotion_type} {intensity:.1f}"
 OUTPUT_LINE: Final = '출력: {"text","emotion"} JSON'
 
-
-# `<tool_call>` and `</tool_call>` of Qwen2.5, `<think>` of Qwen3, `<s>` and `</s>` elsewhere. Small letters only, since
-# people write titles as <Parasite>
+# `<tool_call>` in Qwen2.5, `<think>` in Qwen3, `<s>` in Llama. Lower case only, because people write titles as <Parasite>.
 _TAG: Final = re.compile("<(?=/?[a-z][a-z0-9_]*>)")
 
 
 class Message(TypedDict):
-    """One turn of a chat, as chat templates and OpenAI-compatible servers take it."""
+    """One chat message, in the form that chat templates and OpenAI-compatible servers accept."""
 
     role: str
     content: str
 
 
-def defused(text: str) -> str:
-    """`text` unable to open or close a turn.
+def escape_control_tokens(text: str) -> str:
+    """Insert a space into everything in `text` that a tokenizer would read as a control token.
 
-    ChatML's control tokens are written `<|...|>`, others `<...>`, and a tokenizer turns that spelling into
-    the token wherever it stands; a space inside keeps it text. Done here, and not in a tokenizer's options,
-    so that it also holds behind a server that applies the chat template itself.
+    Tokenizers turn the spellings `<|...|>` (ChatML) and `<...>` into control tokens wherever they occur, so a user's text could
+    close its own turn. Escaping here rather than by a tokenizer option also protects servers that apply the chat template.
     """
     return _TAG.sub("< ", text.replace("<|", "< |").replace("|>", "| >"))
 
 
 def spells_control_token(text: str) -> bool:
-    """Whether `defused` would change `text`."""
-    return defused(text) != text
+    """Return whether `text` contains the spelling of a control token."""
+    return escape_control_tokens(text) != text
 
 
 def _plain(text: str) -> str:
-    """`text` defused and on one line: line breaks would let a summary forge the lines below it."""
-    return defused(" ".join(text.split()))
+    """Return `text` escaped and on one line; a line break would let a summary forge the lines that follow it."""
+    return escape_control_tokens(" ".join(text.split()))
 
 
 def system_message(instruction: str, summary: str, emotion_type: str, intensity: float) -> str:
-    """The system message; `intensity` is in [0, 1] and is shown with one decimal."""
+    """Return the system message; `intensity`, in [0, 1], is written with one decimal."""
     lines = [_plain(instruction)]
     if plain_summary := _plain(summary):
         lines.append(SUMMARY_LINE.format(summary=plain_summary))
@@ -72,7 +68,7 @@ def system_message(instruction: str, summary: str, emotion_type: str, intensity:
 
 
 def prompt_messages(instruction: str, summary: str, emotion_type: str, intensity: float, user_input: str) -> list[Message]:
-    """System and user turn, ready for a chat template with a generation prompt."""
+    """Return the system and the user message, ready for a chat template with a generation prompt."""
     return [
         {"role": "system", "content": system_message(instruction, summary, emotion_type, intensity)},
         {"role": "user", "content": _plain(user_input)},
@@ -80,19 +76,19 @@ def prompt_messages(instruction: str, summary: str, emotion_type: str, intensity
 
 
 def reply_json(text: str, emotion: str) -> str:
-    """The assistant turn: one compact JSON object with a fixed key order.
+    """Return the assistant message: one compact JSON object with a fixed key order.
 
-    Compact separators save 2 of the 36 tokens that the sample record's reply costs.
+    Compact separators save 2 of the 36 tokens of the sample record's reply.
     """
     return json.dumps({"text": _plain(text), "emotion": emotion}, ensure_ascii=False, separators=(",", ":"))
 
 
 def prompt_template() -> Mapping[str, object]:
-    """What `prompt.json` in a bundle holds: enough to rebuild the prompt without this package."""
+    """Return the content of a bundle's `prompt.json`: enough to build the prompt without this package."""
     return {
         "version": PROMPT_VERSION,
         "system": ["{instruction}", SUMMARY_LINE, EMOTION_LINE, OUTPUT_LINE],
-        # other braces stand for themselves
+        # all other braces are literal
         "placeholders": ["instruction", "summary", "emotion_type", "intensity", "input"],
         "joined_with": "\n",
         "left_out_when_empty": [SUMMARY_LINE],

@@ -6,14 +6,14 @@ from typing import Final
 
 from lora_trainer.persona.vocabulary import Expression
 
-REPLY_TOKENS: Final = 256
-"""Room for a reply of `MAX_REPLY_CHARACTERS` Korean characters with Qwen2.5's tokenizer, and its JSON."""
 MAX_REPLY_CHARACTERS: Final = 200
-"""Twice the longest reply of the bundled data: a bound that constrained decoding can hold to."""
+"""Longest `text` that the schema allows: twice the longest reply in the bundled data."""
+REPLY_TOKENS: Final = 256
+"""`max_tokens` for a server: fits a reply of `MAX_REPLY_CHARACTERS` Korean characters and its JSON with Qwen2.5's tokenizer."""
 
 
 def response_schema() -> dict[str, object]:
-    """JSON Schema of a reply, for constrained decoding behind the adapter."""
+    """Return the JSON Schema that a server should constrain an adapter's replies to."""
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "type": "object",

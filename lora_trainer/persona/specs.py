@@ -1,4 +1,4 @@
-"""Who each friend is: one YAML file a persona, checked when it is loaded."""
+"""Persona specifications: one YAML file per persona, validated when it is loaded."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ class _Spec(BaseModel):
 
 
 class EmojiRule(_Spec):
-    """Which emoji a persona uses, and how many in one reply."""
+    """Which emoji a persona uses, and how many per reply."""
 
     by_feeling: Mapping[Feeling, Annotated[tuple[str, ...], Field(min_length=2)]] = Field(
-        description="The persona's repertoire, by what it feels. What a situation brings along (a cake, a dog) is added to it."
+        description="The persona's emoji for each feeling. A reply may add others that fit the situation (a cake, a dog)."
     )
     most: Mapping[IntensityThird, Annotated[int, Field(ge=0, le=6)]] = Field(
-        description="Most emoji in one reply: the linter warns above it. None at all is right at any intensity, words can carry it."
+        description="Most emoji in one reply; the linter warns above this. A reply without emoji is fine at any intensity."
     )
-    usual: Mapping[IntensityThird, tuple[int, int]] = Field(description="Fewest and most that a typical reply has.")
+    usual: Mapping[IntensityThird, tuple[int, int]] = Field(description="Fewest and most emoji in a typical reply.")
 
     @model_validator(mode="after")
     def _complete(self) -> Self:
@@ -54,33 +54,33 @@ class EmojiRule(_Spec):
 
 
 class PersonaSpec(_Spec):
-    """Who a persona is, for authors, for the generator, for the linter and for the model card.
+    """The character of one persona, as authors, the generator, the linter and the model card use it.
 
-    The texts are Korean and speak to a writer, human or model; `lora_trainer/persona/definitions/<blood type>.yaml` holds them.
+    The texts in `lora_trainer/persona/definitions/<blood type>.yaml` are Korean and address the writer, human or model.
     """
 
     blood_type: BloodType
-    name: _Text = Field(description="One Korean word for the persona's manner.")
-    instruction: _Text = Field(description="The line every record of this persona begins with.")
-    tone: _Text = Field(description="How it talks.")
-    reactions: _Texts = Field(description="What it says first, typically.")
-    phrases: _Texts = Field(description="Endings, words and turns of phrase that are its own.")
-    asking_back: _Text = Field(description="How it asks back.")
-    asks: _Texts = Field(description="Questions that only this persona would ask like this.")
-    feelings: Mapping[Feeling, _Text] = Field(description="How it handles each feeling.")
+    name: _Text = Field(description="One Korean word for the persona's character.")
+    instruction: _Text = Field(description="The `instruction` of every record of this persona.")
+    tone: _Text = Field(description="How the persona talks.")
+    reactions: _Texts = Field(description="Its typical first words.")
+    phrases: _Texts = Field(description="Its characteristic endings, words and phrases.")
+    asking_back: _Text = Field(description="How it asks questions back.")
+    asks: _Texts = Field(description="Questions in a wording that only this persona uses.")
+    feelings: Mapping[Feeling, _Text] = Field(description="How it expresses each feeling.")
     emoji: EmojiRule
     never: _Texts = Field(description="What it never does.")
-    examples: _Texts = Field(description="Lines that could be nobody else's.")
+    examples: _Texts = Field(description="Replies that no other persona would give.")
 
     @model_validator(mode="after")
     def _complete(self) -> Self:
         if missing := set(Feeling) - set(self.feelings):
-            raise ValueError(f"feelings: expected every one of {', '.join(Feeling)}; {', '.join(sorted(missing))} is not there")
+            raise ValueError(f"feelings: missing {', '.join(sorted(missing))}; expected every one of {', '.join(Feeling)}")
         return self
 
 
 @cache
 def persona_spec(blood_type: BloodType) -> PersonaSpec:
-    """The specification that ships as `definitions/<blood type>.yaml`."""
+    """Return the specification in the package's `definitions/<blood type>.yaml`."""
     text = resources.files("lora_trainer.persona").joinpath(f"definitions/{blood_type}.yaml").read_text(encoding="utf-8")
     return PersonaSpec.model_validate(yaml.safe_load(text))

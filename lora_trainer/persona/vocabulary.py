@@ -1,4 +1,4 @@
-"""The four friends and the two closed vocabularies. SDS.md lists them; a test compares the two."""
+"""The blood types and the two closed emotion vocabularies. SDS.md lists the same values; a test compares the two lists."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Final
 
 
 class BloodType(StrEnum):
-    """The persona's name everywhere: configuration, keys in storage, labels in the cluster."""
+    """A persona's name in configuration, storage keys and Kubernetes labels."""
 
     A = "A"
     B = "B"
@@ -15,8 +15,14 @@ class BloodType(StrEnum):
     AB = "AB"
 
 
-def named_blood_types(value: object) -> tuple[BloodType, ...]:
-    """`A`, `A,B`, `all` or a list of names, in the order given and each once. Raises `ValueError`."""
+_EXPECTED: Final = "expected A, B, O or AB, several as A,B, or all"
+
+
+def parse_blood_types(value: object) -> tuple[BloodType, ...]:
+    """Return the blood types that `value` names, in its order and without repetition.
+
+    `value` is `A`, `A,B`, `all` or a list of names, in upper or lower case. Raises `ValueError` for anything else.
+    """
     names = value.split(",") if isinstance(value, str) else value
     if not isinstance(names, list | tuple) or not names:
         raise ValueError(f"got {value!r:.100}; {_EXPECTED}")
@@ -27,9 +33,6 @@ def named_blood_types(value: object) -> tuple[BloodType, ...]:
     if unknown := [name for name, blood_types in zip(names, found, strict=True) if not blood_types]:
         raise ValueError(f"got {', '.join(f'{name!r:.50}' for name in unknown[:5])}; {_EXPECTED}")
     return tuple(dict.fromkeys(blood_type for blood_types in found for blood_type in blood_types))
-
-
-_EXPECTED: Final = "expected A, B, O or AB, several as A,B, or all"
 
 
 class Feeling(StrEnum):
@@ -67,8 +70,12 @@ class Expression(StrEnum):
     SLEEPY = "sleepy"
 
 
+LOW_INTENSITY_BELOW: Final = 0.34
+HIGH_INTENSITY_FROM: Final = 0.67
+
+
 class IntensityThird(StrEnum):
-    """How strongly the AI feels, as coarsely as a person would say it."""
+    """A third of the intensity range [0, 1]. Emoji rules and coverage are stated per third."""
 
     LOW = "low"
     MIDDLE = "middle"
@@ -76,11 +83,7 @@ class IntensityThird(StrEnum):
 
     @classmethod
     def of(cls, intensity: float) -> IntensityThird:
-        """The third that an intensity in [0, 1] belongs to: below 0.34, up to 0.67, and from 0.67 on."""
+        """Return the third that contains `intensity`: below 0.34, from 0.34 to below 0.67, or from 0.67 on."""
         if intensity < LOW_INTENSITY_BELOW:
             return cls.LOW
         return cls.MIDDLE if intensity < HIGH_INTENSITY_FROM else cls.HIGH
-
-
-LOW_INTENSITY_BELOW: Final = 0.34
-HIGH_INTENSITY_FROM: Final = 0.67

@@ -59,7 +59,7 @@ def assert_as_ordered(path: Path, count: int = COUNT) -> None:
     assert max(cells.values()) - min(cells.values()) <= 1
     finder = NearDuplicateFinder()
     for record in records:
-        assert finder.like(record.reply.text) is None
+        assert finder.find(record.reply.text) is None
         finder.add(record.reply.text)
 
 

@@ -116,7 +116,7 @@ def test_no_reply_is_nearly_another(blood_type: BloodType) -> None:
     finder = NearDuplicateFinder()
     near = 0
     for record in checked(blood_type)[1]:
-        near += finder.like(record.reply.text) is not None
+        near += finder.find(record.reply.text) is not None
         finder.add(record.reply.text)
     assert near <= 0.02 * len(finder)
 
@@ -170,7 +170,7 @@ def test_there_are_120_balanced_prompts() -> None:
 
 
 def test_the_prompts_in_the_data_folder_are_those_of_the_package() -> None:
-    shipped = REPOSITORY / "lora_trainer" / "assets" / "eval_prompts.jsonl"
+    shipped = REPOSITORY / "lora_trainer" / "data" / "assets" / "eval_prompts.jsonl"
     assert (DATA / "eval_prompts.jsonl").read_bytes() == shipped.read_bytes()
 
 

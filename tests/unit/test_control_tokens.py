@@ -20,7 +20,7 @@ from lora_trainer.errors import DataError
 from lora_trainer.evaluate.llm_judge import user_prompt
 from lora_trainer.evaluate.questions import questions
 from lora_trainer.evaluate.rules import ScoredReply
-from lora_trainer.persona.prompt import defused, prompt_messages, spells_control_token
+from lora_trainer.persona.prompt import escape_control_tokens, prompt_messages, spells_control_token
 from lora_trainer.persona.vocabulary import BloodType, Expression, Feeling
 from lora_trainer.run.terminal_chat import ChatState
 from lora_trainer.train.tokenization import control_tokens, record_messages, render_prompts, tokenize
@@ -93,7 +93,7 @@ def test_each_of_them_would_be_one(tokenizer: Any, token: str) -> None:
     """So that the tests above prove something."""
     assert control_in(tokenizer, tokenizer(token)["input_ids"]) == [token]
     assert spells_control_token(token)
-    assert control_in(tokenizer, tokenizer(defused(token))["input_ids"]) == []
+    assert control_in(tokenizer, tokenizer(escape_control_tokens(token))["input_ids"]) == []
 
 
 @pytest.mark.parametrize("text", ["<3", ">_<", "a < b > c", "<기생충>", "<Parasite>", "a<b", "|", "<<", "1<2>1"])

@@ -197,7 +197,7 @@ def test_problem_codes() -> None:
     in_code: dict[str, set[str]] = {"error": set(), "warning": set()}
     for call in calls():
         name = call.func.id if isinstance(call.func, ast.Name) else ""
-        if name in ("_RecordError", "kind"):
+        if name in ("RecordError", "kind"):
             in_code["error"] |= words(call.args[0])
         elif name == "_warning":
             in_code["warning"] |= words(call.args[1])

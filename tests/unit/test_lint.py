@@ -7,7 +7,7 @@ import pytest
 
 from lora_trainer.data.korean import formal_endings, is_formal, sentence_count, sentences
 from lora_trainer.data.lint import (
-    GLANCE_CHARACTERS,
+    LONG_REPLY_CHARACTERS,
     MAX_EMOJI,
     RULES,
     banned_content,
@@ -218,9 +218,9 @@ def test_the_personas_own_emoji_rule_holds(blood_type: BloodType) -> None:
         assert [p.code for p in lint_reply("밥 먹자 " + sign * (most + 1), intensity, blood_type=blood_type)] == ["too_many_emoji"]
 
 
-def test_a_reply_longer_than_a_glance() -> None:
-    assert [p.code for p in lint_reply("가" * GLANCE_CHARACTERS, 0.5)] == []
-    (problem,) = lint_reply("가" * (GLANCE_CHARACTERS + 1), 0.5)
+def test_a_long_reply() -> None:
+    assert [p.code for p in lint_reply("가" * LONG_REPLY_CHARACTERS, 0.5)] == []
+    (problem,) = lint_reply("가" * (LONG_REPLY_CHARACTERS + 1), 0.5)
     assert (problem.code, problem.got, problem.expected) == ("too_long", "101 characters", "at most 100 characters")
 
 

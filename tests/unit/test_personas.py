@@ -56,7 +56,7 @@ def spoiled(**changes: Any) -> dict[str, Any]:
     [
         ({"tone": None}, "tone"),
         ({"mood": "x"}, "mood"),
-        ({"feelings__sad": None}, "sad is not there"),
+        ({"feelings__sad": None}, "feelings: missing sad"),
         ({"emoji__by_feeling__sad": None}, "by_feeling: expected every one of"),
         ({"emoji__by_feeling__sad": ["😢", "슬픔"]}, "'슬픔' is not one emoji"),
         ({"emoji__usual__low": [0, 2]}, "usual.low: expected 0 <= fewest <= most <= 1"),

@@ -12,7 +12,7 @@ from lora_trainer.config import RunConfig
 from lora_trainer.config_sources import settle, settle_each
 from lora_trainer.errors import ConfigError, DataError, DivergedError, ExitCode, HardwareError, Interrupted, StorageError, worst
 from lora_trainer.evaluate.metrics import Verdict
-from lora_trainer.persona.vocabulary import BloodType, named_blood_types
+from lora_trainer.persona.vocabulary import BloodType, parse_blood_types
 from lora_trainer.run import pipeline
 from lora_trainer.run.failure_report import FailureReport
 from lora_trainer.run.job import Job, ProcessContext
@@ -44,7 +44,7 @@ A, B, LIVELY, AB = BloodType
     ],
 )
 def test_named(value: object, named: tuple[BloodType, ...]) -> None:
-    assert named_blood_types(value) == named
+    assert parse_blood_types(value) == named
 
 
 @pytest.mark.parametrize(
@@ -64,7 +64,7 @@ def test_named(value: object, named: tuple[BloodType, ...]) -> None:
 )
 def test_not_named(value: object, got: str) -> None:
     with pytest.raises(ValueError, match="expected A, B, O or AB, several as A,B, or all") as refused:
-        named_blood_types(value)
+        parse_blood_types(value)
     assert str(refused.value).startswith(f"got {got};")
 
 

@@ -89,8 +89,8 @@ def test_emoji_are_averaged_by_third(tmp_path: Path) -> None:
 def test_duplicates_name_the_first_line(tmp_path: Path) -> None:
     report = check_file(write(tmp_path, line(), line("다른 말이야", "응?"), line(), line("나 금방 도착해!! 어디야? ㅋㅋ")))
     assert [(p.line, p.code, p.got) for p in report.problems] == [
-        (3, "duplicate", "the record of line 1 again"),
-        (4, "near_duplicate", "nearly the input and the reply of line 1"),
+        (3, "duplicate", "the same record as line 1"),
+        (4, "near_duplicate", "nearly the same input and reply as line 1"),
     ]
 
 
@@ -149,9 +149,7 @@ def test_the_first_fifty_are_shown_and_all_are_counted_and_streamed(tmp_path: Pa
     # warnings do not crowd errors out
     assert [p.code for p in report.problems].count("not_json") == 30
     assert [p.line for p in report.problems] == sorted(p.line or 0 for p in report.problems)
-    assert report.lines_of_problems()[-1].endswith(
-        "30 errors, 61 warnings (41 of them not shown here; 'validate --json' lists all)"
-    )
+    assert report.problem_lines()[-1].endswith("30 errors, 61 warnings (41 not shown; 'validate --json' lists all)")
 
 
 def test_unreadable_files_are_reported_and_not_raised(tmp_path: Path) -> None:
@@ -333,7 +331,7 @@ def test_training_is_refused_with_every_error_named(tmp_path: Path) -> None:
     assert problems[0].startswith(
         f"{file}:2: got something that is not JSON (expecting value at character 1), expected one JSON object"
     )
-    assert problems[-1] == f"{file}: 60 errors, 1 warning (11 of them not shown here; 'validate --json' lists all)"
+    assert problems[-1] == f"{file}: 60 errors, 1 warning (11 not shown; 'validate --json' lists all)"
 
 
 def test_warnings_stop_training_only_when_it_is_strict(tmp_path: Path) -> None:
@@ -343,7 +341,7 @@ def test_warnings_stop_training_only_when_it_is_strict(tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
         read_records(file, BloodType.A, strict=True)
     assert caught.value.problems == (
-        f"{file}:1: output.text: got 존댓말 (-요), expected 반말; end the sentence informally",
+        f"{file}:1: output.text: got 존댓말 (-요), expected 반말; use an informal ending",
         f"{file}: 0 errors, 1 warning",
     )
 
