@@ -1,4 +1,4 @@
-"""`python -m entrypoint` and the console script: signals first, then everything that takes time to import."""
+"""`python -m entrypoint` and the console script: handle signals first, then import what takes time."""
 
 from __future__ import annotations
 
@@ -7,26 +7,27 @@ import sys
 
 from lora_trainer.errors import ExitCode, Interrupted
 from lora_trainer.run.reexec import StepDown, reexec, unblock_signals
-from lora_trainer.signals import INTERRUPTION
+from lora_trainer.signals import Interruption
 
 
 def main() -> None:
     """Run the command line and exit with its code."""
+    interruption = Interruption()
     try:
-        INTERRUPTION.install()
+        interruption.install()
         unblock_signals()
         from entrypoint.cli import run_cli
 
-        code = run_cli(sys.argv[1:])
+        code = run_cli(sys.argv[1:], interruption)
     except (Interrupted, ImportError) as error:
-        meaning = INTERRUPTION.meaning_of(error)
+        meaning = interruption.meaning_of(error)
         if not isinstance(meaning, Interrupted):
             raise
         sys.stderr.write(f"interrupted by {meaning.signal_name} before the job began\n")
         code = ExitCode.INTERRUPTED
     except StepDown as step_down:
         reexec(step_down.limit)
-    # not sys.exit: libraries' threads and exit handlers have nothing left to save, and some of them hang
+    # not sys.exit: exit handlers and threads of libraries have nothing to save, and some of them hang
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

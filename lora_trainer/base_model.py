@@ -19,6 +19,7 @@ from lora_trainer.errors import ConfigError, StorageError
 from lora_trainer.store.interface import ReadResult
 from lora_trainer.store.local import FileStorage, sha256_of
 from lora_trainer.store.opening import open_storage
+from lora_trainer.store.retry import RetryBudget
 
 MODEL_FILES: Final = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model")
 """Configuration, tokenizer, chat template and weights. Weights only as safetensors: other formats can run code."""
@@ -38,7 +39,7 @@ class Base:
     folder: Path | None
 
 
-def identify_base(config: BaseModelConfig) -> Base:
+def identify_base(config: BaseModelConfig, retry_budget: RetryBudget | None = None) -> Base:
     """Settle which weights the run is about, with as little traffic as that needs.
 
     A hub id is identified by its commit and fetched later; a folder's files are hashed; an `s3://` prefix
@@ -48,7 +49,7 @@ def identify_base(config: BaseModelConfig) -> Base:
     """
     model = config.model
     if model.startswith("s3://"):
-        folder = _mirror(model, config.cache_dir.expanduser())
+        folder = _mirror(model, config.cache_dir.expanduser(), retry_budget)
         name = PurePosixPath(model.rstrip("/")).name
     elif _is_folder(model):
         folder = _local_folder(model)
@@ -128,10 +129,10 @@ def _download(config: BaseModelConfig, patterns: Sequence[str]) -> Path:
         ) from None
 
 
-def tokenizer_folder(config: BaseModelConfig) -> Path:
+def tokenizer_folder(config: BaseModelConfig, retry_budget: RetryBudget | None = None) -> Path:
     """A folder with the base's `tokenizer.json`, fetched without the weights. Raises as `fetch_base` does."""
     if config.model.startswith("s3://"):
-        storage = open_storage(config.model.rstrip("/") + "/")
+        storage = open_storage(config.model.rstrip("/") + "/", retry_budget)
         folder = config.cache_dir.expanduser() / "tokenizers" / hashlib.sha256(storage.uri.encode()).hexdigest()[:16]
         storage.download("tokenizer.json", folder / "tokenizer.json")
         return folder
@@ -143,13 +144,13 @@ def tokenizer_folder(config: BaseModelConfig) -> Path:
     return _download(config, ("tokenizer*.json",))
 
 
-def require_base(config: BaseModelConfig) -> str:
+def require_base(config: BaseModelConfig, retry_budget: RetryBudget | None = None) -> str:
     """Says what is there of a base in a folder or an `s3://` prefix, by the names and by one small file. A hub is not asked.
 
     Raises `ConfigError` where it holds no model, `StorageError` if it can't be listed or read.
     """
     if config.model.startswith("s3://"):
-        storage = open_storage(config.model.rstrip("/") + "/")
+        storage = open_storage(config.model.rstrip("/") + "/", retry_budget)
         names = [item.key for item in storage.list("") if "/" not in item.key and _is_model_file(item.key)]
         _check_complete(storage.uri, names)
         # a store may let list what it does not let read
@@ -204,9 +205,9 @@ def _hash_files(files: list[Path]) -> str:
     ).hexdigest()
 
 
-def _mirror(uri: str, cache_dir: Path) -> Path:
+def _mirror(uri: str, cache_dir: Path, retry_budget: RetryBudget | None) -> Path:
     """Copy of an `s3://` prefix under `cache_dir`, brought up to date; objects that did not change are not fetched again."""
-    storage = open_storage(uri if uri.endswith("/") else uri + "/")
+    storage = open_storage(uri if uri.endswith("/") else uri + "/", retry_budget)
     folder = cache_dir / "bases" / hashlib.sha256(storage.uri.encode()).hexdigest()[:16]
     wanted = {item.key: item for item in storage.list("") if "/" not in item.key and _is_model_file(item.key)}
     _check_complete(storage.uri, wanted)

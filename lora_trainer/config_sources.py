@@ -1,8 +1,7 @@
 """Merge the sources of settings: command line > environment > YAML file > defaults.
 
-The merge is ours, and not pydantic-settings', for two things that a batch job's users need: every
-problem names the place its value came from, and an unknown `LORA_TRAINER_*` variable is an error
-(docs/adr/0003-configuration-sources.md).
+pydantic-settings does not do two things that users of a batch job need: name the place that a wrong value came from, and
+refuse an unknown `LORA_TRAINER_*` variable (docs/adr/0003-configuration-sources.md).
 """
 
 from __future__ import annotations
@@ -13,26 +12,24 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from types import NoneType
+from typing import Any, Final, get_args, get_origin
 
 import yaml
 from pydantic import ValidationError
+from pydantic.fields import FieldInfo
 
-from lora_trainer.config import ENVIRONMENT_PREFIX, GatesConfig, RunConfig, environment_name, setting_names
+from lora_trainer.config import ENVIRONMENT_PREFIX, Location, RunConfig, environment_name, setting_fields, setting_names
 from lora_trainer.errors import ConfigError
 from lora_trainer.persona.vocabulary import BloodType, named_blood_types
 from lora_trainer.redaction import redacted
 
 CONFIG_FILE_VARIABLE: Final = "LORA_TRAINER_CONFIG"
-_MOST_FILE_BYTES: Final = 2**20
-"""Of a configuration file. One with every setting and its comment has 10 KB."""
-_MOST_NODES: Final = 10_000
+_MAX_FILE_BYTES: Final = 2**20
+"""A configuration file with every setting and its comment has 10 KB."""
+_MAX_NODES: Final = 10_000
 _SHOWN_CHARACTERS: Final = 200
 _SHOWN_PROBLEMS: Final = 50
-
-
-# settings that hold a local path or a URI: a relative one in a file is taken from that file's folder
-_PATH_FIELDS: Final = ("data", "output", "work_dir", "base.model", "base.cache_dir", "evaluation.prompts")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +42,7 @@ class Source:
     """`{key}` is replaced by the dotted setting, `{env}` by its environment variable."""
 
     def place(self, dotted: str) -> str:
-        """Where the setting `dotted` came from, in the user's words."""
+        """Return where the setting `dotted` came from, in the user's words."""
         return self.name.format(key=dotted, env=environment_name(dotted))
 
 
@@ -55,7 +52,7 @@ def settle(
     config_file: Path | None = None,
     fallback: Mapping[str, Any] | None = None,
 ) -> RunConfig:
-    """Merge the sources into one `RunConfig`; see `settle_each`. Raises `ConfigError` if several personas are named."""
+    """Merge the sources as `settle_each` does. Raise `ConfigError` if they name several personas."""
     config, *more = settle_each(cli, environment, config_file, fallback)
     if more:
         named = ", ".join(each.blood_type for each in (config, *more))
@@ -69,11 +66,11 @@ def settle_each(
     config_file: Path | None = None,
     fallback: Mapping[str, Any] | None = None,
 ) -> tuple[RunConfig, ...]:
-    """Merge the sources into one `RunConfig` for each persona that `blood_type` names, in its order; they differ in nothing else.
+    """Merge the sources into one `RunConfig` per persona that `blood_type` names. They differ in nothing else.
 
-    `cli` maps dotted settings to values (only those given), `fallback` likewise, for a command that can do
-    without a setting that `run` needs. `environment` is `os.environ` unless told.
-    Raises `ConfigError` with every problem of every source at once.
+    `cli` maps the dotted settings of the command line to their values. `fallback` does the same for settings that `run`
+    requires and another command does not. `environment` defaults to `os.environ`.
+    Raise `ConfigError` with every problem of every source at once.
     """
     environment = os.environ if environment is None else environment
     problems: list[str] = []
@@ -81,7 +78,7 @@ def settle_each(
     named_file = config_file or (Path(environment[CONFIG_FILE_VARIABLE]) if environment.get(CONFIG_FILE_VARIABLE) else None)
     if named_file is not None:
         try:
-            # a file's name may hold braces of its own
+            # the file's name may contain braces
             escaped = str(named_file).replace("{", "{{").replace("}", "}}")
             sources.append(Source(_read_file(named_file), f"{escaped}: {{key}}"))
         except ConfigError as error:
@@ -99,7 +96,7 @@ def settle_each(
             blood_types = named_blood_types(merged["blood_type"])
         except ValueError as error:
             problems.append(f"{_place(sources, ['blood_type'])}: {error}")
-        # any one: what is wrong with the other settings is said, too
+        # any persona will do: the other settings are checked in any case
         merged["blood_type"] = next(iter(blood_types), BloodType.A)
     try:
         config = RunConfig.model_validate(merged)
@@ -114,16 +111,16 @@ def settle_each(
 
 
 def _read_file(path: Path) -> dict[str, Any]:
-    """The YAML mapping in `path`, its relative paths taken from the file's own folder."""
+    """Read the YAML mapping in `path`. Resolve relative paths against the file's folder."""
     try:
         with path.open("rb") as file:
-            raw = file.read(_MOST_FILE_BYTES + 1)
+            raw = file.read(_MAX_FILE_BYTES + 1)
     except (OSError, ValueError) as error:
-        # ValueError: a NUL in the path
+        # ValueError: the path contains a NUL
         said = (error.strerror if isinstance(error, OSError) else None) or str(error)
         raise ConfigError(f"{path}: cannot read the configuration file: {said}; check the path given to --config") from None
-    if len(raw) > _MOST_FILE_BYTES:
-        raise ConfigError(f"{path}: got more than {_MOST_FILE_BYTES:,} bytes, expected a file of settings; check the path")
+    if len(raw) > _MAX_FILE_BYTES:
+        raise ConfigError(f"{path}: got more than {_MAX_FILE_BYTES:,} bytes, expected a file of settings; check the path")
     try:
         loaded = _load_plain_yaml(raw.decode("utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
@@ -138,7 +135,7 @@ def _read_file(path: Path) -> dict[str, Any]:
         raise ConfigError(
             f"{path}: got a {type(loaded).__name__}, expected a mapping of settings, such as 'training: {{epochs: 3}}'"
         )
-    for dotted in _PATH_FIELDS:
+    for dotted in (name for name, field in setting_fields() if _is_location(field)):
         section: Any = loaded
         *parents, leaf = dotted.split(".")
         for parent in parents:
@@ -150,20 +147,20 @@ def _read_file(path: Path) -> dict[str, Any]:
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """Plain values only, and each that cannot be read as what it says it is, with its line."""
+    """Load plain values only, and report a value that does not match its tag with its line."""
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         try:
             return super().construct_object(node, deep)
         except yaml.YAMLError:
             raise
-        # what PyYAML's own constructors stumble over: `2026-13-01`, a number of 5,000 digits, `!!bool maybe`
+        # PyYAML's own constructors fail on `2026-13-01`, a number of 5,000 digits, `!!bool maybe`
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
-            raise yaml.constructor.ConstructorError(None, None, "a value that is not what it says it is", node.start_mark) from None
+            raise yaml.constructor.ConstructorError(None, None, "a value that does not match its type", node.start_mark) from None
 
 
 def _load_plain_yaml(text: str) -> Any:
-    """The one document in `text`. Raises `YAMLError`, or `RecursionError` for one that is nested too deeply."""
+    """Return the one document in `text`. Raise `YAMLError`, or `RecursionError` if it is nested too deeply."""
     loader = _PlainLoader(text)
     try:
         root = loader.get_single_node()
@@ -176,22 +173,26 @@ def _load_plain_yaml(text: str) -> Any:
 
 
 def _check_nodes(root: yaml.Node) -> None:
-    """Refuse a key twice in a mapping, and aliases that would write the document out to many times its size, or without end."""
+    """Refuse duplicate keys, and aliases that would expand the document many times over or without end."""
     waiting, seen = [root], 0
     while waiting:
         node = waiting.pop()
         seen += 1
-        if seen > _MOST_NODES:
-            # an alias is the node that it names: each use of it is counted, and one that holds itself has no end
-            problem = f"more than {_MOST_NODES:,} values, its aliases written out"
+        if seen > _MAX_NODES:
+            # an alias is the node that it names, so each use counts, and one that contains itself never ends
+            problem = f"more than {_MAX_NODES:,} values with its aliases expanded"
             raise yaml.constructor.ConstructorError(None, None, problem, root.start_mark)
         if isinstance(node, yaml.MappingNode):
             keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
             if len(set(keys)) != len(keys):
-                raise yaml.constructor.ConstructorError(None, None, "a key twice in one mapping", node.start_mark)
+                raise yaml.constructor.ConstructorError(None, None, "a duplicate key", node.start_mark)
             waiting.extend(part for pair in node.value for part in pair)
         elif isinstance(node, yaml.SequenceNode):
             waiting.extend(node.value)
+
+
+def _is_location(field: FieldInfo) -> bool:
+    return field.annotation is Path or any(isinstance(mark, Location) for mark in field.metadata)
 
 
 def _is_relative_path(dotted: str, value: str) -> bool:
@@ -216,29 +217,25 @@ def _read_environment(environment: Mapping[str, str]) -> tuple[dict[str, Any], l
 
 
 def parse_override(text: str) -> tuple[str, Any]:
-    """`training.epochs=1` from `--set` as (setting, value). Raises `ConfigError`."""
+    """Parse `training.epochs=1` from `--set` into (setting, value). Raise `ConfigError` for an unknown setting."""
     dotted, equals, value = text.partition("=")
     if not equals or dotted not in set(setting_names()):
-        # not the value: whoever takes a secret for a setting should not find it in a log
+        # leave the value out: someone may have passed a secret by mistake
         shown = f"{dotted}=…" if equals else dotted
         raise ConfigError(f"--set {shown}: expected SETTING=VALUE; {_nearest(dotted, list(setting_names()))}")
     return dotted, _list_or_text(dotted, value)
 
 
-_MAY_BE_UNSET: Final = frozenset(
-    ("base.revision", "base.canonical_id", "training.max_steps", "evaluation.prompts", "evaluation.judge_model")
-) | {f"gates.{name}" for name in GatesConfig.model_fields}
-
-
 def _list_or_text(dotted: str, text: str) -> Any:
-    """Text as pydantic should see it: lists as JSON or comma-separated, `none` for settings that may be unset."""
-    if dotted in ("lora.target_modules", "evaluation.intensities", "logging.report_to"):
+    """Convert text for pydantic: a list from JSON or commas, `none` to None where the setting allows it."""
+    annotation = dict(setting_fields())[dotted].annotation
+    if get_origin(annotation) is tuple:
         if text.lstrip().startswith("["):
-            # what is not JSON goes on as a name, which the check of the names then refuses with its place
+            # validation refuses text that is not JSON, and names its place
             with suppress(json.JSONDecodeError):
                 return json.loads(text)
         return [part.strip() for part in text.split(",")]
-    if text.lower() in ("none", "null") and dotted in _MAY_BE_UNSET:
+    if text.lower() in ("none", "null") and NoneType in get_args(annotation):
         return None
     return text
 
@@ -267,9 +264,9 @@ def _explain(error: ValidationError, sources: list[Source]) -> Iterator[str]:
     found = error.errors(include_url=False)
     for problem in found:
         if problem["type"] == "too_short" and any(other["loc"][:-1] == problem["loc"] for other in found):
-            # a list is only too short for want of the elements that have a line of their own
+            # invalid elements make the list too short as well, and have their own line
             continue
-        # a union adds the branch it tried ("auto", "int") behind the field: the field is enough
+        # a union appends the branch it tried ("auto", "int"): the field is enough
         location = [str(part) for part in problem["loc"]]
         dotted = ".".join(location)
         while dotted not in names and len(location) > 1 and problem["type"] != "extra_forbidden":
@@ -287,7 +284,7 @@ def _explain(error: ValidationError, sources: list[Source]) -> Iterator[str]:
 
 
 def _place(sources: list[Source], location: list[str]) -> str:
-    """The strongest of `sources` that gives the setting, in the user's words."""
+    """Name the strongest of `sources` that sets the setting, in the user's words."""
     dotted = ".".join(location)
     return next((source.place(dotted) for source in reversed(sources) if _holds(source.values, location)), dotted)
 
@@ -306,7 +303,7 @@ def _holds(values: Any, location: list[str]) -> bool:
 
 
 def _nearest(name: str, names: list[str], shared: str = "") -> str:
-    """`shared`: what all names begin with, which would make any two look alike."""
+    """Suggest similar names. `shared` is a prefix of all of them, which would make any two look alike."""
     import difflib
 
     bare = [known.removeprefix(shared) for known in names]

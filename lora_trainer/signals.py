@@ -80,7 +80,3 @@ class Interruption:
     def seconds_ago(self) -> float:
         """Since the signal came; 0 if none has."""
         return time.monotonic() - self._asked_s if self._signal_name is not None else 0.0
-
-
-INTERRUPTION = Interruption()
-"""This process's."""

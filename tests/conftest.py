@@ -13,7 +13,9 @@ from typing import Any
 
 import pytest
 
-from lora_trainer.store.retry import RETRY_BUDGET
+from lora_trainer.store.interface import Storage
+from lora_trainer.store.opening import open_storage
+from lora_trainer.store.retry import budget_from_environment
 
 # before torch is imported: threads that spin while they wait bring two busy processes on two cores to a stop
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -31,6 +33,11 @@ def load_tool(name: str) -> ModuleType:
         sys.modules[name] = module
         spec.loader.exec_module(module)
     return sys.modules[name]
+
+
+def open_budgeted(uri: str) -> Storage:
+    """Open `uri` with a new retry budget, set by the `LORA_TRAINER_STORAGE__*` variables of the test."""
+    return open_storage(uri, budget_from_environment())
 
 
 @pytest.fixture(scope="session")
@@ -55,7 +62,6 @@ def aws_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> pytest.M
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "2")
     # what fails for good may say so at once
     monkeypatch.setenv("LORA_TRAINER_STORAGE__OBJECT_BUDGET_S", "0.2")
-    RETRY_BUDGET.begin(None)
     return monkeypatch
 
 

@@ -27,7 +27,7 @@ from lora_trainer.evaluate.decoding import Decoding, Generation, decodings
 from lora_trainer.evaluate.measures import decoding_metrics, evaluation_metrics
 from lora_trainer.evaluate.metrics import DecodingMetrics, Estimate, HeldOutMetrics, JudgeMetrics, RunMetrics, TrainingMetrics
 from lora_trainer.evaluate.questions import Question, questions
-from lora_trainer.evaluate.rules import JudgedReply, TrainingData, judge_by_rules
+from lora_trainer.evaluate.rules import ScoredReply, TrainingData, score_by_rules
 from lora_trainer.persona.specs import persona_spec
 from lora_trainer.persona.vocabulary import BloodType, IntensityThird
 from lora_trainer.store.manifest import write_manifest
@@ -56,7 +56,7 @@ class MadeRun:
     metrics: RunMetrics
     facts: Mapping[str, Any]
     steps: Sequence[StepLog]
-    replies: Sequence[JudgedReply]
+    replies: Sequence[ScoredReply]
 
 
 @cache
@@ -138,7 +138,7 @@ def made_run(
     data, answers = TrainingData(records[::2]), records[1::2]
     asked = questions(asked_prompts, config.evaluation.intensities, persona_spec(blood_type).instruction)
     measured: dict[str, DecodingMetrics] = {}
-    replies: list[JudgedReply] = []
+    replies: list[ScoredReply] = []
     for number, decoding in enumerate(decodings(config.evaluation)):
         adapter = _judged(
             asked, _adapter_answers(asked, answers, 5 + number, flaws * (1 + number)), "adapter", decoding, blood_type, data
@@ -195,8 +195,8 @@ def _judged(
     decoding: Decoding,
     blood_type: BloodType,
     data: TrainingData,
-) -> list[JudgedReply]:
-    return judge_by_rules(asked, generations, model=model, decoding=decoding.name, blood_type=blood_type, data=data)
+) -> list[ScoredReply]:
+    return score_by_rules(asked, generations, model=model, decoding=decoding.name, blood_type=blood_type, data=data)
 
 
 def _judge_metrics() -> JudgeMetrics:

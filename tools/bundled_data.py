@@ -1,10 +1,10 @@
-"""Build `data/train_data_type_*.jsonl` from what was written by hand and what the grammar composes.
+"""Build `data/train_data_type_*.jsonl` from hand-written records and records that the grammar composes.
 
     python tools/bundled_data.py            write the files
-    python tools/bundled_data.py --check    say whether the files are what would be written; exit 1 when they are not
+    python tools/bundled_data.py --check    compare the files with the sources; exit 1 if one is out of date
 
-Hand-written records come first, in the order of `data/handwritten/*.yaml`. The composed ones behind them fill every
-feeling and third of intensity up to the same number, and repeat nothing that was written by hand.
+Hand-written records come first, in the order of `data/handwritten/*.yaml`. Composed records then fill every pair of
+feeling and intensity third up to the same count, without repeating a hand-written record.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ REPOSITORY: Final = Path(__file__).resolve().parents[1]
 
 DATA: Final = REPOSITORY / "data"
 RECORDS_IN_A_CELL: Final = 36
-"""Records of each feeling and third of intensity: 1,080 in a file."""
+"""Records per feeling and intensity third, so 1,080 per file."""
 SEED: Final = 20
 
 
@@ -43,7 +43,7 @@ class _Part(BaseModel):
 
 
 class HandwrittenReply(_Part):
-    """How one friend answers."""
+    """One persona's reply."""
 
     feeling: Feeling
     intensity: Annotated[float, Field(ge=0, le=1)]
@@ -52,7 +52,7 @@ class HandwrittenReply(_Part):
 
 
 class Situation(_Part):
-    """What was said, and the answers; all four, or only those that it was written for."""
+    """An input, and the replies of all four personas or of some of them."""
 
     summary: str
     input: str
@@ -60,7 +60,7 @@ class Situation(_Part):
 
 
 class Family(_Part):
-    """Situations of one kind."""
+    """Situations about one topic."""
 
     family: str
     title: str
@@ -74,17 +74,19 @@ class HandwrittenFile(_Part):
 
 
 def handwritten_families() -> list[Family]:
-    """All that was written by hand, file by file."""
+    """Return all hand-written families in the order of the files. Raises ValueError if families.yaml doesn't list one of them."""
     found = []
     for path in sorted((DATA / "handwritten").glob("*.yaml")):
         found += HandwrittenFile.model_validate(yaml.safe_load(path.read_text(encoding="utf-8"))).families
     if unknown := {family.family for family in found} - set(families()):
-        raise ValueError(f"families that families.yaml does not list: {', '.join(sorted(unknown))}")
+        raise ValueError(
+            f"data/handwritten: families missing from families.yaml: {', '.join(sorted(unknown))}; add them there or rename them"
+        )
     return found
 
 
 def handwritten_records(blood_type: BloodType) -> list[TrainingRecord]:
-    """One persona's hand-written records, in order."""
+    """Return one persona's hand-written records, in order."""
     return [
         TrainingRecord.model_validate(
             {
@@ -104,7 +106,7 @@ def handwritten_records(blood_type: BloodType) -> list[TrainingRecord]:
 
 
 def build(blood_type: BloodType) -> list[TrainingRecord]:
-    """All records of one persona: by hand, then composed."""
+    """Return all records of one persona, the hand-written ones first."""
     by_hand = handwritten_records(blood_type)
     have = Counter((r.context.current_emotion.type, IntensityThird.of(r.context.current_emotion.intensity)) for r in by_hand)
     wanted = [cell for cell in all_cells() for _ in range(RECORDS_IN_A_CELL - have[cell])]
@@ -113,12 +115,14 @@ def build(blood_type: BloodType) -> list[TrainingRecord]:
     intake.hold_against(by_hand)
     compose(intake, wanted, SEED)
     if len(intake.taken) < len(wanted):
-        raise ValueError(f"{blood_type}: the grammar gave {len(intake.taken)} of {len(wanted)} records")
+        raise ValueError(
+            f"{blood_type}: the grammar composed {len(intake.taken)} records, expected {len(wanted)}; add scenes or slot values"
+        )
     return [*by_hand, *intake.taken]
 
 
 def coverage(records: Mapping[BloodType, list[TrainingRecord]]) -> str:
-    """What the files hold, as two Markdown tables."""
+    """Return statistics of the files as two Markdown tables."""
     summaries = {name: summarise(name, found) for name, found in records.items()}
     by_hand = {name: len(handwritten_records(name)) for name in records}
     lines = ["| | " + " | ".join(records) + " |", "|---|" + "---|" * len(records)]
@@ -145,7 +149,7 @@ def coverage(records: Mapping[BloodType, list[TrainingRecord]]) -> str:
 
 
 def with_section(document: str, marker: str, text: str) -> str:
-    """`document` with `text` between `<!-- marker:begin -->` and `<!-- marker:end -->`."""
+    """Return `document` with the section between `<!-- marker:begin -->` and `<!-- marker:end -->` replaced by `text`."""
     begin, end = f"<!-- {marker}:begin -->\n", f"<!-- {marker}:end -->"
     head, rest = document.split(begin)
     return head + begin + text + end + rest.split(end)[1]
@@ -154,7 +158,7 @@ def with_section(document: str, marker: str, text: str) -> str:
 def main() -> int:
     """Write or check the files."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write nothing, and exit with 1 where a file differs")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if a file is out of date")
     check = parser.parse_args().check
     differ = 0
     prompts = (REPOSITORY / "lora_trainer/data/assets/eval_prompts.jsonl").read_text(encoding="utf-8")
@@ -171,7 +175,7 @@ def main() -> int:
         differ += not is_same
         if not check and not is_same:
             path.write_text(text, encoding="utf-8", newline="\n")
-        state = "as it should be" if is_same else "differs" if check else "written"
+        state = "up to date" if is_same else "out of date" if check else "written"
         print(f"{path.relative_to(REPOSITORY)}: {text.count(chr(10)):,} lines, {state}")
     return 1 if check and differ else 0
 

@@ -1,1 +1,1 @@
-"""Measure whether an adapter behaves as its persona: questions, rules, bounds, gates."""
+"""Measure whether an adapter behaves like its persona: questions, rules, confidence bounds, gates."""

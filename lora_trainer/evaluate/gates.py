@@ -1,26 +1,41 @@
-"""Numbers against thresholds: may this adapter become the newest accepted one?"""
+"""Compare metrics with thresholds to decide whether an adapter may be promoted to `latest.json`."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
-from typing import Literal
+from collections.abc import Iterator, Mapping
+from typing import Final, Literal
 
 from lora_trainer.config import GatesConfig
 from lora_trainer.evaluate.metrics import Estimate, EvaluationMetrics, GateResult, RepliesMetrics, Verdict
 
-_LOWER_BOUND_GATES = ("exact_json", "stop", "one_or_two_sentences", "informal_speech", "persona")
+_LOWER_BOUND_GATES: Final = ("exact_json", "stop", "one_or_two_sentences", "informal_speech", "persona")
+ADVICE: Final[Mapping[str, str]] = {
+    "exact_json": "look at the worst replies in report.html; too few steps or too high a learning rate breaks the JSON",
+    "stop": "replies reach evaluation.max_new_tokens: train longer, or raise it if the replies in the data are long",
+    "one_or_two_sentences": "shorten the replies in the data (validate --strict lists them), or train longer",
+    "informal_speech": "remove 존댓말 from the data (validate --strict lists it), or train longer",
+    "persona": "check that the data belongs to this persona, or train longer",
+    "emoji_intensity": "check that emoji in the data increase with intensity (validate shows this); if they do, train longer",
+    "question_rate_min": "too few replies ask a question back: add questions to the data, or train longer",
+    "question_rate_max": "nearly every reply asks a question back: remove some questions from the data, or train less",
+    "win_rate": "the adapter scores no better than the base: train longer, or look at the worst replies in report.html",
+}
+"""What to do about each missed gate."""
 
 
 def gate_id(evaluation_id: str, config: GatesConfig) -> str:
-    """16 hex digits: the evaluation and the thresholds. Another one judges a finished run again, and never trains it again."""
+    """Return 16 hex digits that identify the evaluation and the thresholds.
+
+    A finished run with a different gate id is evaluated again but not retrained.
+    """
     thresholds = json.dumps(config.model_dump(mode="json"), sort_keys=True)
     return hashlib.sha256(f"{evaluation_id}\n{thresholds}".encode()).hexdigest()[:16]
 
 
 def decide(evaluation: EvaluationMetrics, config: GatesConfig) -> Verdict:
-    """Every gate that has a threshold, on the greedy replies: those come out the same when they are generated again."""
+    """Check every gate that has a threshold. Only greedy replies count because they are reproducible."""
     gates = tuple(_gates(evaluation, config))
     return Verdict(gate_id=gate_id(evaluation.evaluation_id, config), passed=all(gate.passed for gate in gates), gates=gates)
 
@@ -45,7 +60,7 @@ def _gates(evaluation: EvaluationMetrics, config: GatesConfig) -> Iterator[GateR
 
 def _gate(name: str, estimate: Estimate, measure: str, relation: Literal[">=", ">", "<="], threshold: float) -> GateResult:
     bound = estimate.upper if relation == "<=" else estimate.lower
-    # nothing was readable, so nothing is known: the worst that it could be
+    # without a single readable reply there is no bound: assume the worst possible value
     compared = bound if bound is not None else (1.0 if relation == "<=" else -1.0)
     passed = {">=": compared >= threshold, ">": compared > threshold, "<=": compared <= threshold}[relation]
     return GateResult(
@@ -53,24 +68,11 @@ def _gate(name: str, estimate: Estimate, measure: str, relation: Literal[">=", "
     )
 
 
-def missed(verdict: Verdict) -> list[str]:
-    """One line for each gate that was not passed: which number, which threshold, by how much, and what to do."""
+def missed_gate_messages(verdict: Verdict) -> list[str]:
+    """Return one line per missed gate: the measured bound, the threshold, the difference and what to do."""
     return [
         f"gates.{gate.name}: got {gate.compared:.3f} ({gate.measure} of {gate.value:.3f}), expected {gate.relation} "
-        f"{gate.threshold:g}: missed by {gate.missed_by:.3f}; {_ADVICE[gate.name]}"
+        f"{gate.threshold:g}: missed by {gate.missed_by:.3f}; {ADVICE[gate.name]}"
         for gate in verdict.gates
         if not gate.passed
     ]
-
-
-_ADVICE = {
-    "exact_json": "look at the worst replies in report.html; too few steps or too high a learning rate breaks the JSON",
-    "stop": "replies run into evaluation.max_new_tokens: train longer, or raise it if the data's replies are long",
-    "one_or_two_sentences": "shorten the data's replies (validate --strict names them), or train longer",
-    "informal_speech": "look for 존댓말 in the data (validate --strict names it), or train longer",
-    "persona": "check that the data is this persona's, or train longer",
-    "emoji_intensity": "the data's emoji have to rise with the intensity (validate shows it); train longer if they do",
-    "question_rate_min": "too few replies ask back: so does the data, or the adapter is not trained enough",
-    "question_rate_max": "nearly every reply asks back: so does the data, or the adapter is overtrained",
-    "win_rate": "the adapter is no better than the base by the rules: train longer, or look at the worst replies in report.html",
-}

@@ -1,8 +1,8 @@
-"""How sure a measured rate, mean or correlation is: exact binomial bounds, and a bootstrap that knows that prompts repeat.
+"""Confidence bounds of rates, means and correlations: exact binomial bounds and a bootstrap clustered by prompt.
 
-One prompt is answered at several intensities, and its answers resemble each other: 480 of them are fewer than 480
-independent ones. The exact bound takes them for independent, as every table of binomial bounds does; the bootstrap beside it
-draws whole prompts, so the two together show what the resemblance costs.
+The model answers each prompt at several intensities, and these answers are correlated: 480 replies carry less information
+than 480 independent ones. The exact bound assumes independence. The clustered bootstrap resamples whole prompts, so the
+difference between the two shows the effect of the correlation.
 """
 
 from __future__ import annotations
@@ -19,30 +19,31 @@ if TYPE_CHECKING:
     Array = NDArray[np.float64]
 
 CONFIDENCE: Final = 0.95
-"""Of every bound here, one-sided: lower and upper together enclose 90 %."""
+"""Confidence of each one-sided bound. The lower and upper bound together form a 90 % interval."""
 
 
 def clopper_pearson(successes: int, of: int) -> tuple[float, float]:
-    """One-sided lower and upper 95 % bound of a binomial rate (Clopper & Pearson 1934, doi:10.1093/biomet/26.4.404).
+    """Return the one-sided lower and upper 95 % bound of a binomial rate; (0, 1) without observations.
 
-    By the beta distribution's quantiles; (0, 1) without observations.
+    Clopper & Pearson 1934, doi:10.1093/biomet/26.4.404. Raises `ValueError` for impossible counts.
     """
-    from scipy.stats import beta
+    from scipy.stats import binomtest
 
     if not 0 <= successes <= of:
         raise ValueError(f"got {successes} successes of {of}")
-    alpha = 1 - CONFIDENCE
-    lower = float(beta.ppf(alpha, successes, of - successes + 1)) if successes else 0.0
-    upper = float(beta.ppf(1 - alpha, successes + 1, of - successes)) if successes < of else 1.0
-    return lower, upper
+    if not of:
+        return 0.0, 1.0
+    # two one-sided 95 % bounds are one two-sided 90 % interval
+    interval = binomtest(successes, of).proportion_ci(confidence_level=2 * CONFIDENCE - 1, method="exact")
+    return float(interval.low), float(interval.high)
 
 
 @dataclass(frozen=True)
 class ClusterBootstrap:
-    """Percentile bootstrap (Efron 1979) that draws clusters with replacement, the same draws for each statistic."""
+    """Percentile bootstrap (Efron 1979) that resamples clusters with replacement and reuses the draws for every statistic."""
 
     clusters: Sequence[int]
-    """For each observation, which cluster it belongs to."""
+    """Cluster of each observation."""
     resamples: int
     seed: int
 
@@ -55,14 +56,14 @@ class ClusterBootstrap:
 
     @cached_property
     def _weights(self) -> Array:
-        """How often each cluster was drawn: [resamples, clusters]."""
+        """Return how often each resample drew each cluster: [resamples, clusters]."""
         import numpy as np
 
         _, count = self._index
         return np.random.default_rng(self.seed).multinomial(count, np.full(count, 1 / count), self.resamples).astype(np.float64)
 
     def mean(self, values: Sequence[float | None]) -> tuple[float, float]:
-        """Bounds of the mean of `values`, one an observation; None is left out. (nan, nan) if all are."""
+        """Return the bounds of the mean of `values`, one per observation, ignoring None; (nan, nan) if all are None."""
         import numpy as np
 
         index, count = self._index
@@ -76,20 +77,19 @@ class ClusterBootstrap:
         return _bounds(means[drawn > 0])
 
     def spearman(self, x: Sequence[float | None], y: Sequence[float | None]) -> tuple[float, float]:
-        """Bounds of Spearman's rank correlation of two statistics; pairs with a None are left out."""
-
+        """Return the bounds of Spearman's rank correlation, ignoring pairs with a None."""
         index, _ = self._index
         known = [at for at in range(len(x)) if x[at] is not None and y[at] is not None]
         if not known:
             return float("nan"), float("nan")
-        # an observation that was drawn twice weighs two: [resamples, observations]
+        # an observation drawn twice has weight 2: [resamples, observations]
         weights = self._weights[:, index[known]]
         weights = weights[weights.sum(axis=1) > 0]
         return _bounds(_weighted_rank_correlation([x[at] for at in known], [y[at] for at in known], weights))
 
 
 def spearman(x: Sequence[float | None], y: Sequence[float | None]) -> float:
-    """Spearman's rank correlation, ties at their mean rank; pairs with a None are left out. 0 if either side does not vary."""
+    """Return Spearman's rank correlation, ignoring pairs with a None; 0 if either side is constant. Ties get their mean rank."""
     import numpy as np
 
     pairs = [(a, b) for a, b in zip(x, y, strict=True) if a is not None and b is not None]
@@ -100,7 +100,7 @@ def spearman(x: Sequence[float | None], y: Sequence[float | None]) -> float:
 
 
 def _weighted_rank_correlation(x: Sequence[Any], y: Sequence[Any], weights: Array) -> Array:
-    """For each row of `weights` [R, N] the rank correlation of x and y [N], as if each pair occurred so often: [R]."""
+    """Return the rank correlation [R] of x and y [N] for each row of `weights` [R, N], the number of times each pair counts."""
     import numpy as np
 
     total = weights.sum(axis=1, keepdims=True)
@@ -108,7 +108,7 @@ def _weighted_rank_correlation(x: Sequence[Any], y: Sequence[Any], weights: Arra
     def ranks(values: Sequence[Any]) -> Array:
         _, group = np.unique(np.asarray(values, dtype=np.float64), return_inverse=True)
         counts = weights @ np.eye(group.max() + 1)[group]
-        # the mean rank of a group of ties, about the mean of all ranks
+        # mean rank of each group of ties, centred on the mean of all ranks
         found: Array = (np.cumsum(counts, axis=1) - counts / 2 - total / 2)[:, group]
         return found
 

@@ -1,7 +1,8 @@
-"""A model's opinion: which of two replies is more that friend? Asked in both orders, by a rubric that the report prints.
+"""LLM as a judge: ask a model which of two replies fits the persona better.
 
-Any server that speaks OpenAI's chat API. It opens and shuts no gate: what a judge prefers changes with its version and with
-the order of what it is shown, and a verdict has to come out the same when it is asked for again.
+Works with any server that implements OpenAI's chat API. Each pair is judged in both orders under the rubric that the report
+prints. No gate uses the result: it depends on the judge's version and on the order of the replies, whereas a verdict must be
+reproducible.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from lora_trainer.errors import ConfigError
 from lora_trainer.evaluate.intervals import ClusterBootstrap
 from lora_trainer.evaluate.measures import mean_estimate
 from lora_trainer.evaluate.metrics import JudgeMetrics
-from lora_trainer.evaluate.rules import JudgedReply
+from lora_trainer.evaluate.rules import ScoredReply
 from lora_trainer.persona.prompt import defused
 from lora_trainer.persona.specs import persona_spec
 from lora_trainer.persona.vocabulary import BloodType
@@ -70,7 +71,7 @@ class _Answer:
 
 
 def check_judge(config: EvaluationConfig) -> None:
-    """Ask one made-up question, so that a wrong key or model is found before anything is trained. Raises `ConfigError`."""
+    """Send the judge one sample question, to detect a wrong key or model before training. Raises `ConfigError`."""
     if config.judge_model is None:
         return
     answer = _ask(
@@ -81,14 +82,14 @@ def check_judge(config: EvaluationConfig) -> None:
 
 
 def system_prompt(blood_type: BloodType) -> str:
-    """The rubric, and who the friend is."""
+    """Return the rubric, followed by a description of the persona."""
     spec = persona_spec(blood_type)
     never = "\n".join(f"- {line}" for line in spec.never)
     return f"{RUBRIC}\n\nThe friend: {spec.name}\n{spec.tone}\nIt never:\n{never}"
 
 
-def pairs(replies: Sequence[JudgedReply]) -> list[tuple[JudgedReply, JudgedReply]]:
-    """Adapter and base on each prompt, greedily, at one of the intensities: each prompt's in turn."""
+def pairs(replies: Sequence[ScoredReply]) -> list[tuple[ScoredReply, ScoredReply]]:
+    """Return one greedy (adapter, base) pair per prompt, cycling through the intensities from prompt to prompt."""
     by_model = {
         model: [reply for reply in replies if reply.model == model and reply.decoding == "greedy"] for model in ("adapter", "base")
     }
@@ -97,8 +98,8 @@ def pairs(replies: Sequence[JudgedReply]) -> list[tuple[JudgedReply, JudgedReply
     return [pair for at, pair in enumerate(both) if at % per_prompt == pair[0].prompt % per_prompt]
 
 
-def judge_replies(config: EvaluationConfig, blood_type: BloodType, replies: Sequence[JudgedReply]) -> JudgeMetrics | None:
-    """The judge's preferences; None where there is no judge. A judge that does not answer is counted, and ends nothing."""
+def judge_replies(config: EvaluationConfig, blood_type: BloodType, replies: Sequence[ScoredReply]) -> JudgeMetrics | None:
+    """Return the judge's preferences, or None if no judge is configured. Failed requests are counted and never end the run."""
     if config.judge_model is None:
         return None
     client, system = _client(config), system_prompt(blood_type)
@@ -112,7 +113,7 @@ def judge_replies(config: EvaluationConfig, blood_type: BloodType, replies: Sequ
         if forward.winner is None or backward.winner is None:
             values.append(None)
             continue
-        # the adapter stands first in the one and second in the other
+        # the adapter comes first in the forward order and second in the backward order
         opinions = (
             {"first": 1.0, "second": 0.0, "tie": 0.5}[forward.winner],
             {"first": 0.0, "second": 1.0, "tie": 0.5}[backward.winner],
@@ -139,8 +140,8 @@ def judge_replies(config: EvaluationConfig, blood_type: BloodType, replies: Sequ
     )
 
 
-def user_prompt(first: JudgedReply, second: JudgedReply) -> str:
-    """One comparison: what was said, and both replies as they were written."""
+def user_prompt(first: ScoredReply, second: ScoredReply) -> str:
+    """Return the question for one pair: the user's message and both raw replies."""
     lines = [f"Situation: {first.summary}"] if first.summary else []
     lines += [
         f"The friend feels: {first.feeling}, intensity {first.intensity:g}",
@@ -149,20 +150,20 @@ def user_prompt(first: JudgedReply, second: JudgedReply) -> str:
         f"\n[second]\n{second.reply[:_SHOWN_CHARACTERS]}",
         "\nWhich one? Answer as JSON.",
     ]
-    # the server turns what spells a control token into one
+    # a server tokenizes text that spells a control token as that token
     return defused("\n".join(lines))
 
 
 def _client(config: EvaluationConfig) -> OpenAI:
     from openai import OpenAI
 
-    # servers of one's own often want no key, the client wants one all the same
+    # the client requires a key even if a self-hosted server does not
     key = os.environ.get("OPENAI_API_KEY") or "none"
     return OpenAI(base_url=config.judge_base_url, api_key=key, timeout=TIMEOUT_S, max_retries=RETRIES)
 
 
 def _ask(client: OpenAI, model: str, system: str, question: str) -> _Answer:
-    """One opinion; fails only in ways that the answer says."""
+    """Ask for one opinion. Never raises for a failed request: the returned answer describes the failure."""
     import openai
 
     try:
@@ -186,14 +187,16 @@ def _ask(client: OpenAI, model: str, system: str, question: str) -> _Answer:
         return _Answer(None, fatal=f"does not accept the API key (HTTP {error.status_code}); set OPENAI_API_KEY")
     except openai.NotFoundError:
         return _Answer(
-            None, fatal=f"has no model {model!r} at this URL (HTTP 404); check evaluation.judge_model, and that it ends in /v1"
+            None, fatal=f"has no model {model!r} at this URL (HTTP 404); check evaluation.judge_model and that the URL ends in /v1"
         )
     except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
-        return _Answer(None, fatal=f"refuses the request (HTTP {error.status_code}); it has to know response_format and max_tokens")
+        return _Answer(
+            None, fatal=f"rejects the request (HTTP {error.status_code}); it must support response_format and max_tokens"
+        )
     except openai.APIStatusError as error:
         return _Answer(None, 1 + RETRIES, failure=f"http_{error.status_code}")
     except openai.APIError as error:
         return _Answer(None, 1 + RETRIES, failure=type(error).__name__)
     except (ValidationError, ValueError, IndexError, AttributeError):
-        # no opinion in it; ValueError and what follows: no chat completion at all
+        # ValidationError: a completion without an opinion; the others: not a chat completion
         return _Answer(None, failure="no_opinion")

@@ -1,4 +1,4 @@
-"""What all judged replies together say: rates with bounds, means, the win rate over the base."""
+"""Aggregate scored replies into metrics: rates with bounds, means, and the win rate against the base."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ from lora_trainer.evaluate.decoding import Decoding
 from lora_trainer.evaluate.intervals import ClusterBootstrap, clopper_pearson, spearman
 from lora_trainer.evaluate.metrics import DecodingMetrics, Estimate, EvaluationMetrics, RepliesMetrics
 from lora_trainer.evaluate.questions import evaluation_id, prompts_digest
-from lora_trainer.evaluate.rules import RULES, JudgedReply, TrainingData
+from lora_trainer.evaluate.rules import RULES, ScoredReply, TrainingData
 from lora_trainer.persona.vocabulary import BloodType
 
-# --- what all of them together say -----------------------------------------------------------------------------------
+_TIE: Final = 1e-6
+"""Largest difference of two rule scores that counts as a tie."""
 
 
-def replies_metrics(judged: Sequence[JudgedReply], blood_type: BloodType, config: EvaluationConfig) -> RepliesMetrics:
-    """Rates and means over one model's replies under one decoding."""
-    bootstrap = ClusterBootstrap([reply.prompt for reply in judged], config.bootstrap_resamples, config.seed)
-    readable = [reply for reply in judged if reply.text is not None]
+def replies_metrics(scored: Sequence[ScoredReply], blood_type: BloodType, config: EvaluationConfig) -> RepliesMetrics:
+    """Aggregate one model's replies under one decoding."""
+    bootstrap = ClusterBootstrap([reply.prompt for reply in scored], config.bootstrap_resamples, config.seed)
+    readable = [reply for reply in scored if reply.text is not None]
 
     def rate(held: Sequence[bool | None]) -> Estimate:
         known = [value for value in held if value is not None]
@@ -42,21 +43,21 @@ def replies_metrics(judged: Sequence[JudgedReply], blood_type: BloodType, config
     def mean(values: Sequence[float | None]) -> Estimate:
         return mean_estimate(bootstrap, values)
 
-    intensities: list[float | None] = [reply.intensity for reply in judged]
-    emoji: list[float | None] = [reply.emoji for reply in judged]
+    intensities: list[float | None] = [reply.intensity for reply in scored]
+    emoji: list[float | None] = [reply.emoji for reply in scored]
     lower, upper = _known(bootstrap.spearman(intensities, emoji))
     by_intensity: dict[float, list[int]] = defaultdict(list)
     for reply in readable:
         by_intensity[reply.intensity].append(reply.emoji or 0)
-    copied_share = [None if reply.copied_words is None or not reply.words else reply.copied_words / reply.words for reply in judged]
+    copied_share = [None if reply.copied_words is None or not reply.words else reply.copied_words / reply.words for reply in scored]
     return RepliesMetrics(
-        exact_json=rate([reply.exact_json for reply in judged]),
-        emotion_in_vocabulary=rate([reply.emotion_in_vocabulary for reply in judged]),
-        stop=rate([reply.stopped for reply in judged]),
-        one_or_two_sentences=rate([reply.one_or_two_sentences for reply in judged]),
-        informal_speech=rate([reply.informal_speech for reply in judged]),
-        persona=rate([reply.taken_for == blood_type for reply in judged]),
-        question=rate([reply.question for reply in judged]),
+        exact_json=rate([reply.exact_json for reply in scored]),
+        emotion_in_vocabulary=rate([reply.emotion_in_vocabulary for reply in scored]),
+        stop=rate([reply.stopped for reply in scored]),
+        one_or_two_sentences=rate([reply.one_or_two_sentences for reply in scored]),
+        informal_speech=rate([reply.informal_speech for reply in scored]),
+        persona=rate([reply.taken_for == blood_type for reply in scored]),
+        question=rate([reply.question for reply in scored]),
         emoji_intensity=Estimate(
             value=spearman(intensities, emoji),
             lower=lower,
@@ -65,24 +66,24 @@ def replies_metrics(judged: Sequence[JudgedReply], blood_type: BloodType, config
             bootstrap_upper=upper,
             of=len(readable),
         ),
-        emotion_appropriateness=mean([reply.emotion_appropriateness for reply in judged]),
-        characters=mean([None if reply.text is None else len(reply.text) for reply in judged]),
+        emotion_appropriateness=mean([reply.emotion_appropriateness for reply in scored]),
+        characters=mean([None if reply.text is None else len(reply.text) for reply in scored]),
         emoji=mean(emoji),
-        repetition=mean([reply.repetition for reply in judged]),
+        repetition=mean([reply.repetition for reply in scored]),
         copied_words=mean(copied_share),
-        verbatim_copies=rate([reply.verbatim for reply in judged]),
-        rule_score=mean([reply.score for reply in judged]),
+        verbatim_copies=rate([reply.verbatim for reply in scored]),
+        rule_score=mean([reply.score for reply in scored]),
         unique_replies=len({reply.text for reply in readable}) / len(readable) if readable else 0.0,
-        longest_copied_words=max((reply.copied_words or 0 for reply in judged), default=0),
+        longest_copied_words=max((reply.copied_words or 0 for reply in scored), default=0),
         emoji_by_intensity={f"{intensity:g}": sum(counts) / len(counts) for intensity, counts in sorted(by_intensity.items())},
-        taken_for={name: sum(reply.taken_for == name for reply in judged) for name in BloodType},
+        taken_for={name: sum(reply.taken_for == name for reply in scored) for name in BloodType},
         emotions=dict(sorted(Counter(reply.emotion for reply in readable if reply.emotion).items())),
         warnings=dict(sorted(Counter(code for reply in readable for code in reply.warnings).items())),
     )
 
 
 def mean_estimate(bootstrap: ClusterBootstrap, values: Sequence[float | None]) -> Estimate:
-    """The mean of the values that are there, with the bootstrap's bounds."""
+    """Return the mean of `values`, ignoring None, with bootstrap bounds."""
     known = [value for value in values if value is not None]
     lower, upper = _known(bootstrap.mean(values))
     return Estimate(
@@ -96,16 +97,13 @@ def mean_estimate(bootstrap: ClusterBootstrap, values: Sequence[float | None]) -
 
 
 def _known(bounds: tuple[float, float]) -> tuple[float | None, float | None]:
-    # without a single observation there are no bounds, and JSON has no NaN
+    # JSON has no NaN, so missing bounds become None
     lower, upper = bounds
     return (None, None) if lower != lower else (lower, upper)
 
 
-_TIE: Final = 1e-6
-
-
-def win_rate(adapter: Sequence[JudgedReply], base: Sequence[JudgedReply], config: EvaluationConfig) -> Estimate:
-    """Share of questions on which the adapter's rule score is the higher one, ties being half."""
+def win_rate(adapter: Sequence[ScoredReply], base: Sequence[ScoredReply], config: EvaluationConfig) -> Estimate:
+    """Return the share of questions on which the adapter's rule score beats the base's; a tie counts half."""
     bootstrap = ClusterBootstrap([reply.prompt for reply in adapter], config.bootstrap_resamples, config.seed)
     wins = []
     for mine, theirs in zip(adapter, base, strict=True):
@@ -116,13 +114,13 @@ def win_rate(adapter: Sequence[JudgedReply], base: Sequence[JudgedReply], config
 
 def decoding_metrics(
     decoding: Decoding,
-    adapter: Sequence[JudgedReply],
-    base: Sequence[JudgedReply],
+    adapter: Sequence[ScoredReply],
+    base: Sequence[ScoredReply],
     blood_type: BloodType,
     config: EvaluationConfig,
     generate_s: float,
 ) -> DecodingMetrics:
-    """Adapter and base side by side."""
+    """Return the metrics of adapter and base under one decoding."""
     return DecodingMetrics(
         temperature=decoding.temperature,
         top_p=decoding.top_p,
@@ -141,7 +139,7 @@ def evaluation_metrics(
     measured: Mapping[str, DecodingMetrics],
     data: TrainingData,
 ) -> EvaluationMetrics:
-    """Everything about one evaluation but the judge."""
+    """Return the metrics of one evaluation, without the judge's."""
     sha256 = prompts_digest(prompts)
     return EvaluationMetrics(
         evaluation_id=evaluation_id(config, sha256),

@@ -1,6 +1,6 @@
-"""What `metrics.json` holds, field by field. `metrics_schema()` is its JSON Schema, which every bundle carries beside it.
+"""Models of `metrics.json`. Every bundle also carries its JSON Schema, from `metrics_schema()`.
 
-Rates are in [0, 1], losses in nats a reply token, times in seconds, memory in GiB. A bound is one-sided at 95 %.
+Rates are in [0, 1], losses in nats per reply token, times in seconds, memory in GiB. Bounds are one-sided, at 95 % confidence.
 """
 
 from __future__ import annotations
@@ -20,50 +20,51 @@ class _Part(BaseModel):
 
 
 class Estimate(_Part):
-    """One measured number and how sure it is."""
+    """A measured value with its confidence bounds."""
 
     value: float
-    lower: float | None = Field(description="Lower 95 % bound: Clopper-Pearson for a rate, else the clustered bootstrap.")
-    upper: float | None = Field(description="Upper 95 % bound, likewise.")
-    bootstrap_lower: float | None = Field(description="Lower 95 % bound of the bootstrap that draws whole prompts.")
-    bootstrap_upper: float | None = Field(description="Upper 95 % bound of the bootstrap that draws whole prompts.")
-    successes: int | None = Field(default=None, description="Of a rate: how many replies had it.")
-    of: int = Field(description="Replies that were looked at.")
+    lower: float | None = Field(description="Lower 95 % bound: Clopper-Pearson for a rate, otherwise the clustered bootstrap.")
+    upper: float | None = Field(description="Upper 95 % bound, by the same method.")
+    bootstrap_lower: float | None = Field(description="Lower 95 % bound of the bootstrap that resamples whole prompts.")
+    bootstrap_upper: float | None = Field(description="Upper 95 % bound of the bootstrap that resamples whole prompts.")
+    successes: int | None = Field(default=None, description="For a rate: number of replies with the property.")
+    of: int = Field(description="Number of replies measured.")
 
 
 class RepliesMetrics(_Part):
-    """What was measured on one model's replies under one decoding. An unreadable reply counts against every rate."""
+    """Metrics of one model's replies under one decoding. Unreadable replies fail every check, or are
+    excluded where a metric is defined over readable replies."""
 
-    exact_json: Estimate = Field(description="The reply is one object of the contract and nothing else.")
-    emotion_in_vocabulary: Estimate = Field(description="The reply is a JSON object whose emotion is one of the 15.")
-    stop: Estimate = Field(description="Ended by the end-of-turn token before the limit.")
-    one_or_two_sentences: Estimate = Field(description="At most two sentences; a bare interjection is fine.")
-    informal_speech: Estimate = Field(description="반말 throughout.")
-    persona: Estimate = Field(description="The persona classifier takes the reply for this persona's.")
-    question: Estimate = Field(description="Asks something, among readable replies.")
+    exact_json: Estimate = Field(description="The reply is exactly one JSON object of the contract.")
+    emotion_in_vocabulary: Estimate = Field(description="The reply is a JSON object with one of the 15 emotions.")
+    stop: Estimate = Field(description="The model emitted the end-of-turn token within the token limit.")
+    one_or_two_sentences: Estimate = Field(description="At most two sentences; a bare interjection does not count.")
+    informal_speech: Estimate = Field(description="The whole reply is in 반말.")
+    persona: Estimate = Field(description="The persona classifier assigns the reply to this persona.")
+    question: Estimate = Field(description="Share of readable replies that ask a question.")
     emoji_intensity: Estimate = Field(description="Spearman correlation of emoji count and intensity over readable replies.")
     emotion_appropriateness: Estimate = Field(
-        description="How usual the emotion is in the training data for that feeling and third of intensity: 1 the most usual one, "
-        "0 never seen there."
+        description="How common the emotion is in the training data for the same feeling and third of intensity: 1 for the most "
+        "common one, 0 for one that never occurs."
     )
-    characters: Estimate = Field(description="Length of the text of readable replies.")
-    emoji: Estimate = Field(description="Emoji in a readable reply.")
-    repetition: Estimate = Field(description="Share of a text's character 4-grams that it has said before.")
+    characters: Estimate = Field(description="Mean text length of readable replies.")
+    emoji: Estimate = Field(description="Mean number of emoji in a readable reply.")
+    repetition: Estimate = Field(description="Share of a text's character 4-grams that occurred earlier in it.")
     copied_words: Estimate = Field(
-        description="Longest run of words that the text shares with one training reply, as a share of its words."
+        description="Longest run of words shared with a single training reply, as a share of the text's words."
     )
-    verbatim_copies: Estimate = Field(description="The whole text is one of the training replies.")
-    rule_score: Estimate = Field(description="Points of the rules below, as a share of all points.")
-    unique_replies: float = Field(description="Different texts among readable replies, as a share.")
-    longest_copied_words: int = Field(description="Words in the longest run that any text shares with a training reply.")
+    verbatim_copies: Estimate = Field(description="The text is identical to a training reply.")
+    rule_score: Estimate = Field(description="Points scored by the rules, as a share of all points.")
+    unique_replies: float = Field(description="Distinct texts as a share of readable replies.")
+    longest_copied_words: int = Field(description="Longest run of words that any text shares with a training reply.")
     emoji_by_intensity: Mapping[str, float] = Field(description="Mean emoji count at each intensity.")
-    taken_for: Mapping[BloodType, int] = Field(description="Readable replies by whose they are for the persona classifier.")
-    emotions: Mapping[str, int] = Field(description="Readable replies by their emotion.")
-    warnings: Mapping[str, int] = Field(description="What the linter finds in readable replies, by code.")
+    taken_for: Mapping[BloodType, int] = Field(description="Readable replies by predicted persona.")
+    emotions: Mapping[str, int] = Field(description="Readable replies by emotion.")
+    warnings: Mapping[str, int] = Field(description="Readable replies with a linter warning, by code.")
 
 
 class DecodingMetrics(_Part):
-    """Adapter against base under one decoding, on the same prompts."""
+    """Metrics of adapter and base under one decoding, on the same prompts."""
 
     temperature: float
     top_p: float
@@ -71,20 +72,22 @@ class DecodingMetrics(_Part):
     seed: int
     adapter: RepliesMetrics
     base: RepliesMetrics
-    win_rate: Estimate = Field(description="The adapter's reply has the higher rule score than the base's; a tie is half a win.")
-    generate_s: float = Field(description="Seconds that the generation took, adapter and base.")
+    win_rate: Estimate = Field(description="The adapter's reply has a higher rule score than the base's; a tie counts half.")
+    generate_s: float = Field(description="Seconds spent on generation, adapter and base together.")
 
 
 class JudgeMetrics(_Part):
-    """What a judging model said of adapter against base; both orders were asked."""
+    """Preferences of an LLM judge between adapter and base, asked in both orders."""
 
     model: str
-    win_rate: Estimate = Field(description="Preferred in both orders; a verdict that turns with the order is half a win.")
+    win_rate: Estimate = Field(
+        description="The judge prefers the adapter in both orders; a preference that depends on the order counts half."
+    )
     wins: int
     ties: int
     losses: int
-    order_agreement: float = Field(description="Share of pairs whose two orders gave one verdict.")
-    unanswered: int = Field(description="Pairs without two usable answers; they are left out.")
+    order_agreement: float = Field(description="Share of pairs with the same preference in both orders.")
+    unanswered: int = Field(description="Pairs left out because an answer was missing or unusable.")
     requests: int
     prompt_tokens: int
     completion_tokens: int
@@ -92,41 +95,43 @@ class JudgeMetrics(_Part):
 
 
 class EvaluationMetrics(_Part):
-    """What was asked, and what the replies were worth."""
+    """Settings and results of one evaluation."""
 
     evaluation_id: str
     prompts: int
     prompts_sha256: str
     intensities: tuple[float, ...]
-    replies: int = Field(description="For each model and decoding: prompts times intensities.")
+    replies: int = Field(description="Replies per model and decoding: prompts times intensities.")
     max_new_tokens: int
     greedy: DecodingMetrics
     sampled: DecodingMetrics | None
     judge: JudgeMetrics | None = None
     data_emoji_by_third: Mapping[str, float] = Field(description="Mean emoji count in the training data, by third of intensity.")
-    rules: Mapping[str, float] = Field(description="The rule score's points by rule.")
-    versions: Mapping[str, str] = Field(description="Of the libraries that judge: morphology, emoji, classifier.")
+    rules: Mapping[str, float] = Field(description="Points of the rule score, by rule.")
+    versions: Mapping[str, str] = Field(
+        description="Versions of the libraries that the measurements depend on: morphology, emoji, classifier."
+    )
 
 
 class GateResult(_Part):
-    """One number against one threshold."""
+    """One bound compared with one threshold."""
 
     name: str
-    measure: str = Field(description="Which number: a lower bound, or a rate's value.")
-    value: float = Field(description="The measured value itself.")
-    compared: float = Field(description="What was compared with the threshold: the bound, or the value.")
+    measure: str = Field(description="Which bound is compared.")
+    value: float = Field(description="The measured value.")
+    compared: float = Field(description="The bound, which is compared with the threshold.")
     relation: Literal[">=", ">", "<="]
     threshold: float
     passed: bool
 
     @property
     def missed_by(self) -> float:
-        """How far `compared` is on the wrong side of the threshold; 0 where the gate passed."""
+        """Distance from `compared` to the threshold; 0 if the gate passed."""
         return 0.0 if self.passed else abs(self.threshold - self.compared)
 
 
 class Verdict(_Part):
-    """Whether the adapter may become the newest accepted one."""
+    """Whether the adapter passed all gates and may be promoted."""
 
     gate_id: str
     passed: bool
@@ -134,7 +139,7 @@ class Verdict(_Part):
 
 
 class TrainingMetrics(_Part):
-    """What training did."""
+    """Totals of the training."""
 
     records: int
     steps: int
@@ -149,7 +154,7 @@ class TrainingMetrics(_Part):
 
 
 class HeldOutMetrics(_Part):
-    """Mean loss on records that were not trained on."""
+    """Mean loss on held-out records."""
 
     records: int
     loss_base: float
@@ -173,10 +178,10 @@ class RunMetrics(_Part):
     peak_memory_gib: float
 
     def as_json(self) -> dict[str, Any]:
-        """As the file has it."""
+        """Return the content of `metrics.json`."""
         return self.model_dump(mode="json", by_alias=True)
 
 
 def metrics_schema() -> dict[str, Any]:
-    """JSON Schema of `metrics.json`."""
+    """Return the JSON Schema of `metrics.json`."""
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **RunMetrics.model_json_schema(by_alias=True)}

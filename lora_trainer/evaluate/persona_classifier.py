@@ -1,8 +1,8 @@
-"""Which of the four friends would say this? TF-IDF over character n-grams and logistic regression.
+"""Identify the persona of a reply with TF-IDF over character n-grams and logistic regression.
 
-It judges what adapters say, so it has to be better than what it judges: trained on the replies of the bundled data by
-`tools/persona_classifier.py`, measured on replies that it has not seen (tests/unit/test_persona_classifier.py). It ships as
-plain arrays in `assets/persona_classifier.npz`, which are read without pickle; a job needs no training data for it.
+`tools/persona_classifier.py` trains it on replies of the bundled data; tests/unit/test_persona_classifier.py measures it on
+held-out replies. It ships as plain arrays in `assets/persona_classifier.npz`, which load without pickle, so a job needs no
+training data for it.
 """
 
 from __future__ import annotations
@@ -24,26 +24,26 @@ MAX_FEATURES: Final = 40_000
 INVERSE_REGULARISATION: Final = 20.0
 
 HELD_OUT_PERCENT: Final = 15
-"""Share of the replies that the classifier is not trained on."""
+"""Share of the replies held out from the classifier's training."""
 
 _DIGITS: Final = regex.compile(r"\d+")
 
 
 def is_held_out(record: TrainingRecord) -> bool:
-    """Whether the classifier is measured on this record, and not trained on it: by a hash of input and reply."""
+    """Return whether the record is held out from the classifier's training, by a hash of input and reply."""
     digest = blake2b(f"{record.input}\0{record.reply.text}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") % 100 < HELD_OUT_PERCENT
 
 
 class PersonaClassifier:
-    """Tells the four personas apart by one reply."""
+    """Predicts which of the four personas wrote a reply."""
 
     def __init__(self, vectorizer: Any, model: Any) -> None:
         self._vectorizer, self._model = vectorizer, model
 
     @classmethod
     def train(cls, replies: Sequence[str], personas: Sequence[BloodType]) -> PersonaClassifier:
-        """Fit both parts. The same replies in the same order give the same classifier."""
+        """Fit the vectorizer and the regression. Deterministic for the same replies in the same order."""
         from sklearn.linear_model import LogisticRegression
 
         vectorizer = _vectorizer(max_features=MAX_FEATURES, min_df=2)
@@ -53,7 +53,7 @@ class PersonaClassifier:
 
     @classmethod
     def load(cls, path: Path) -> PersonaClassifier:
-        """The classifier that `save` wrote. Raises `ValueError` for a file with pickled objects."""
+        """Load a classifier written by `save`. Raises `ValueError` for a file with pickled objects."""
         import numpy as np
         from sklearn.linear_model import LogisticRegression
 
@@ -67,7 +67,7 @@ class PersonaClassifier:
         return cls(vectorizer, model)
 
     def save(self, path: Path) -> None:
-        """Write plain arrays: n-grams, their inverse document frequencies, and the regression's weights (float32)."""
+        """Write n-grams, inverse document frequencies and regression weights as plain float32 and string arrays."""
         import numpy as np
 
         np.savez_compressed(
@@ -80,7 +80,7 @@ class PersonaClassifier:
         )
 
     def probabilities(self, replies: Iterable[str]) -> list[Mapping[BloodType, float]]:
-        """For each reply, how probable each persona is; they add up to 1."""
+        """Return the probability of each persona for each reply; the four sum to 1."""
         texts = [_prepared(reply) for reply in replies]
         if not texts:
             return []
@@ -89,19 +89,19 @@ class PersonaClassifier:
         return [dict(zip(names, map(float, row), strict=True)) for row in self._model.predict_proba(features)]
 
     def predict(self, replies: Iterable[str]) -> list[BloodType]:
-        """For each reply, the most probable persona."""
+        """Return the most probable persona for each reply."""
         return [max(found, key=lambda name: found[name]) for found in self.probabilities(replies)]
 
 
 @cache
-def persona_classifier() -> PersonaClassifier:
-    """The classifier that ships with the package."""
+def bundled_classifier() -> PersonaClassifier:
+    """Load the classifier that ships with the package."""
     with resources.as_file(resources.files("lora_trainer.evaluate").joinpath("assets/persona_classifier.npz")) as path:
         return PersonaClassifier.load(path)
 
 
 def confusion(truth: Sequence[BloodType], found: Sequence[BloodType]) -> dict[BloodType, dict[BloodType, int]]:
-    """`confusion[true][found]`: how many replies of the one were taken for the other's."""
+    """Count predictions: `confusion[true][predicted]` is a number of replies."""
     matrix = {true: dict.fromkeys(BloodType, 0) for true in BloodType}
     for true, guess in zip(truth, found, strict=True):
         matrix[true][guess] += 1
@@ -109,7 +109,7 @@ def confusion(truth: Sequence[BloodType], found: Sequence[BloodType]) -> dict[Bl
 
 
 def accuracy(matrix: Mapping[BloodType, Mapping[BloodType, int]]) -> float:
-    """Share of replies that were recognised, in [0, 1]; 0 without replies."""
+    """Return the share of correct predictions, in [0, 1]; 0 without replies."""
     everything = sum(sum(row.values()) for row in matrix.values())
     return sum(matrix[name][name] for name in matrix) / everything if everything else 0.0
 
@@ -121,5 +121,5 @@ def _vectorizer(**settings: Any) -> Any:
 
 
 def _prepared(reply: str) -> str:
-    # where a reply begins and ends is part of a manner; which number stands in it is not
+    # how a reply begins and ends is characteristic of a persona; the digits in it are not
     return f"^{_DIGITS.sub('0', reply)}$"

@@ -1,4 +1,4 @@
-"""What the evaluation asks: every prompt at every intensity."""
+"""Build the evaluation questions, every prompt at every intensity, and the ids that identify an evaluation."""
 
 from __future__ import annotations
 
@@ -16,10 +16,7 @@ from lora_trainer.persona.specs import persona_spec
 from lora_trainer.persona.vocabulary import BloodType
 
 EVALUATION_VERSION: Final = 1
-"""Raised when our own code changes what is asked or how it is judged."""
-
-
-# --- what is asked ---------------------------------------------------------------------------------------------------
+"""Increase when a code change alters the questions or how replies are measured."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,14 +24,14 @@ class Question:
     """One prompt at one intensity."""
 
     prompt: int
-    """Its place among the prompts, from 0."""
+    """Index of the prompt, from 0."""
     intensity: float
     source: EvaluationPrompt
     messages: tuple[Message, ...]
 
 
 def questions(prompts: Sequence[EvaluationPrompt], intensities: Sequence[float], instruction: str) -> list[Question]:
-    """Each prompt at each intensity, prompt by prompt. The prompt's own intensity is left out: it is what is varied."""
+    """Return each prompt at each intensity, ordered by prompt. `intensities` replaces the intensity stored in the prompt."""
     return [
         Question(
             number,
@@ -50,7 +47,7 @@ def questions(prompts: Sequence[EvaluationPrompt], intensities: Sequence[float],
 
 
 def prompts_digest(prompts: Iterable[EvaluationPrompt]) -> str:
-    """SHA-256 over the prompts' content, in order."""
+    """Return the SHA-256 of the prompts' content, in order."""
     digest = hashlib.sha256()
     for prompt in prompts:
         digest.update(json.dumps(prompt.model_dump(mode="json"), sort_keys=True, ensure_ascii=True).encode() + b"\n")
@@ -58,7 +55,10 @@ def prompts_digest(prompts: Iterable[EvaluationPrompt]) -> str:
 
 
 def evaluation_id(config: EvaluationConfig, prompts_sha256: str) -> str:
-    """16 hex digits: what is asked and how it is judged, without the thresholds. The same id need not be asked again."""
+    """Return 16 hex digits that identify the questions and how replies are measured, excluding the thresholds.
+
+    An evaluation with the same id does not have to run again.
+    """
     ingredients = {
         "evaluation_version": EVALUATION_VERSION,
         "prompt_version": PROMPT_VERSION,
@@ -66,12 +66,12 @@ def evaluation_id(config: EvaluationConfig, prompts_sha256: str) -> str:
         "classifier_sha256": hashlib.sha256(
             resources.files("lora_trainer.evaluate").joinpath("assets/persona_classifier.npz").read_bytes()
         ).hexdigest(),
-        # neither where the prompts lie nor how many replies fit the memory
+        # the location of the prompts, the batch size and the judge's URL do not change the result
         "settings": config.model_dump(mode="json", exclude={"prompts", "batch_size", "judge_base_url"}),
     }
     return hashlib.sha256(json.dumps(ingredients, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def instruction_of(blood_type: BloodType) -> str:
-    """The line that the evaluation's prompts begin with."""
+    """Return the instruction that starts every evaluation prompt of this persona."""
     return persona_spec(blood_type).instruction

@@ -1,7 +1,6 @@
-"""What one reply is worth by the rules.
+"""Score each reply by rules.
 
-The linter, the persona classifier and the speech-level rules are the ones that the data is checked by; there is no second
-implementation.
+The rules reuse the linter, persona classifier and speech-level analysis that also check the training data.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from lora_trainer.data.korean import MAX_ANALYSED_CHARACTERS, is_formal, sentenc
 from lora_trainer.data.lint import MAX_SENTENCES, has_question, lint_reply
 from lora_trainer.data.records import Reply, TrainingRecord
 from lora_trainer.evaluate.decoding import Generation
-from lora_trainer.evaluate.persona_classifier import persona_classifier
+from lora_trainer.evaluate.persona_classifier import bundled_classifier
 from lora_trainer.evaluate.questions import Question
 from lora_trainer.persona.emoji import emoji_count
 from lora_trainer.persona.vocabulary import BloodType, Expression, IntensityThird
@@ -34,17 +33,18 @@ RULES: Final[Mapping[str, float]] = {
     "emotion": 1.0,
     "no_repetition": 1.0,
 }
-"""Points of the rule score. `clean`: the linter finds nothing else (emoji, length, Korean, banned content). `persona`: times
-the classifier's probability. `emotion`: times how usual the emotion is in the data. `no_repetition`: less what is said twice."""
+"""Points of the rule score. `clean`: no other linter warning (emoji, length, Korean, banned content). `persona` is multiplied
+by the classifier's probability, `emotion` by the emotion's appropriateness, `no_repetition` by the share of new 4-grams."""
 MODELS: Final[tuple[Literal["adapter"], Literal["base"]]] = ("adapter", "base")
-_REPEATED_CHARACTERS: Final = 4
+_REPETITION_NGRAM_CHARACTERS: Final = 4
+_WORD: Final = re.compile(r"\w+")
 
 
-# --- what one reply is worth -----------------------------------------------------------------------------------------
+class ScoredReply(BaseModel):
+    """One line of `replies.jsonl`: a raw reply and the results of the rules.
 
-
-class JudgedReply(BaseModel):
-    """One line of `replies.jsonl`: a reply as it was written, and what the rules find in it."""
+    Fields that may be None are None unless the reply is exact JSON.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -56,13 +56,13 @@ class JudgedReply(BaseModel):
     summary: str
     input: str
     reply: str
-    """Raw, as generated."""
+    """As generated."""
     stopped: bool
     tokens: int
     exact_json: bool
     emotion_in_vocabulary: bool
     text: str | None
-    """What is said; None where the reply is not exact JSON. What follows is None then, too."""
+    """The `text` field of the reply."""
     emotion: str | None
     one_or_two_sentences: bool
     informal_speech: bool
@@ -71,34 +71,30 @@ class JudgedReply(BaseModel):
     taken_for: BloodType | None
     persona_probability: float
     emotion_appropriateness: float | None
-    """None also where the data has nothing to compare with."""
+    """See `TrainingData.appropriateness`; also None if the data has no comparable record."""
     repetition: float | None
     copied_words: int | None
     words: int | None
     verbatim: bool | None
     warnings: tuple[str, ...]
     score: float
-    """Share of all points of `RULES`."""
-
-
-class _NotExactError(ValueError):
-    """Not the contract."""
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if len({key for key, _ in pairs}) != len(pairs):
-        raise _NotExactError("a key twice")
-    return dict(pairs)
+    """Points of `RULES` as a share of all points, in [0, 1]."""
 
 
 def read_exact(reply: str) -> Reply | None:
-    """The reply as the contract has it: one JSON object with exactly `text` and `emotion`, and nothing around it."""
+    """Parse a reply that is exactly one JSON object of the contract; None for anything else."""
     if not (reply.startswith("{") and reply.endswith("}")):
         return None
     try:
-        return Reply.model_validate(json.loads(reply, object_pairs_hook=_no_duplicates))
+        return Reply.model_validate(json.loads(reply, object_pairs_hook=_without_duplicates))
     except (ValueError, RecursionError):
         return None
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len({key for key, _ in pairs}) != len(pairs):
+        raise ValueError("duplicate key")
+    return dict(pairs)
 
 
 def _has_known_emotion(reply: str) -> bool:
@@ -110,13 +106,11 @@ def _has_known_emotion(reply: str) -> bool:
 
 
 def repetition(text: str) -> float:
-    """Share of the character 4-grams of `text`, spaces left out, that occurred in it before; 0 for a short text."""
+    """Return the share of character 4-grams that occurred earlier in `text`, ignoring spaces; 0 for a short text."""
     plain = "".join(text.split())
-    grams = [plain[at : at + _REPEATED_CHARACTERS] for at in range(len(plain) - _REPEATED_CHARACTERS + 1)]
+    length = _REPETITION_NGRAM_CHARACTERS
+    grams = [plain[at : at + length] for at in range(len(plain) - length + 1)]
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
-
-
-_WORD: Final = re.compile(r"\w+")
 
 
 def _words(text: str) -> tuple[str, ...]:
@@ -124,10 +118,10 @@ def _words(text: str) -> tuple[str, ...]:
 
 
 def longest_common_runs(texts: Sequence[str], references: Iterable[str]) -> list[int]:
-    """For each of `texts`, how many words long the longest run is that it shares with any one of `references`.
+    """Return the length, in words, of the longest run that each of `texts` shares with a single reference.
 
-    `references` is gone through once and not kept: only n-grams of `texts` are. Of a longer text only the first
-    `MAX_ANALYSED_CHARACTERS` are compared: the n-grams of a thousand words fill a gigabyte.
+    Iterates over `references` once and stores only n-grams of `texts`. Compares at most `MAX_ANALYSED_CHARACTERS` of each
+    text, because all n-grams of a thousand words would take a gigabyte.
     """
     wanted: dict[int, set[tuple[str, ...]]] = defaultdict(set)
     split = [_words(text[:MAX_ANALYSED_CHARACTERS]) for text in texts]
@@ -141,7 +135,7 @@ def longest_common_runs(texts: Sequence[str], references: Iterable[str]) -> list
             grams = wanted.get(length)
             shared = grams and {words[at : at + length] for at in range(len(words) - length + 1)} & grams
             if not shared:
-                # a longer run would hold a shorter one
+                # every longer run contains a run of this length
                 break
             found[length] |= shared
     return [
@@ -158,14 +152,14 @@ def longest_common_runs(texts: Sequence[str], references: Iterable[str]) -> list
 
 
 class TrainingData:
-    """What replies are compared with: the records that the adapter was trained on."""
+    """The records that the adapter was trained on, indexed for comparison with its replies."""
 
     def __init__(self, records: Sequence[TrainingRecord]) -> None:
         self._records = records
 
     @property
     def texts(self) -> Iterable[str]:
-        """The replies' texts."""
+        """Text of each reply."""
         return (record.reply.text for record in self._records)
 
     @cached_property
@@ -181,24 +175,24 @@ class TrainingData:
         return found
 
     def is_verbatim(self, text: str) -> bool:
-        """Whether `text` is one of the replies."""
+        """Return whether `text` is identical to a training reply."""
         return text in self._verbatim
 
     def appropriateness(self, feeling: str, intensity: float, emotion: Expression) -> float | None:
-        """P(emotion | feeling, third of intensity) over that of the most usual emotion there; None where there are no records."""
+        """Return P(emotion | feeling, third of intensity) relative to the most frequent emotion; None without records."""
         cell = self._emotions.get((feeling, IntensityThird.of(intensity)))
         return cell[emotion] / max(cell.values()) if cell else None
 
     @cached_property
     def emoji_by_third(self) -> Mapping[IntensityThird, float]:
-        """Mean number of emoji in a reply, for thirds that have records."""
+        """Mean number of emoji per reply, for each third that has records."""
         counts: dict[IntensityThird, list[int]] = defaultdict(list)
         for record in self._records:
             counts[IntensityThird.of(record.context.current_emotion.intensity)].append(emoji_count(record.reply.text))
         return {third: sum(counts[third]) / len(counts[third]) for third in IntensityThird if counts[third]}
 
 
-def judge_by_rules(
+def score_by_rules(
     asked: Sequence[Question],
     generations: Sequence[Generation],
     *,
@@ -206,17 +200,17 @@ def judge_by_rules(
     decoding: Literal["greedy", "sampled"],
     blood_type: BloodType,
     data: TrainingData,
-) -> list[JudgedReply]:
-    """What the rules find in each reply, in order."""
+) -> list[ScoredReply]:
+    """Score each reply by the rules, in order."""
     read = [read_exact(generation.text) for generation in generations]
     texts = [reply.text for reply in read if reply]
-    probabilities = iter(persona_classifier().probabilities(texts))
+    probabilities = iter(bundled_classifier().probabilities(texts))
     copied = iter(longest_common_runs(texts, data.texts))
-    judged = []
+    scored = []
     for question, generation, reply in zip(asked, generations, read, strict=True):
         personas = next(probabilities) if reply else None
-        judged.append(
-            _judge_one(
+        scored.append(
+            _score_one(
                 question,
                 generation,
                 reply,
@@ -228,10 +222,10 @@ def judge_by_rules(
                 copied_words=next(copied) if reply else None,
             )
         )
-    return judged
+    return scored
 
 
-def _judge_one(
+def _score_one(
     question: Question,
     generation: Generation,
     reply: Reply | None,
@@ -242,7 +236,7 @@ def _judge_one(
     data: TrainingData,
     personas: Mapping[BloodType, float] | None,
     copied_words: int | None,
-) -> JudgedReply:
+) -> ScoredReply:
     source, text = question.source, reply.text if reply else None
     feeling = source.context.current_emotion.type
     warnings: tuple[str, ...] = ()
@@ -261,11 +255,11 @@ def _judge_one(
         "informal_speech": float(informal),
         "clean": float(reply is not None and not other_warnings),
         "persona": probability,
-        # where the data says nothing of this feeling, no emotion is wrong
+        # without comparable records no emotion is wrong
         "emotion": (1.0 if appropriate is None else appropriate) if reply else 0.0,
         "no_repetition": 1 - repeated if repeated is not None else 0.0,
     }
-    return JudgedReply(
+    return ScoredReply(
         model=model,
         decoding=decoding,
         prompt=question.prompt,

@@ -17,7 +17,7 @@ from lora_trainer.data.jsonl import JsonlReader
 from lora_trainer.data.problems import Severity
 from lora_trainer.data.records import TrainingRecord
 from lora_trainer.errors import ConfigError, DataError
-from lora_trainer.evaluate.persona_classifier import persona_classifier
+from lora_trainer.evaluate.persona_classifier import bundled_classifier
 from lora_trainer.generator.compose import compose
 from lora_trainer.generator.dataset_summary import DatasetSummary, summarise
 from lora_trainer.generator.html_report import PersonaSection, dataset_page, evenly
@@ -28,6 +28,7 @@ from lora_trainer.store.interface import Storage
 from lora_trainer.store.keys import split_uri
 from lora_trainer.store.local import sha256_of
 from lora_trainer.store.opening import open_storage
+from lora_trainer.store.retry import RetryBudget
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -69,19 +70,21 @@ class Generated:
     duration_s: float
 
 
-def generate(settings: GenerateSettings, progress: Progress | None = None) -> Iterator[Generated]:
+def generate(
+    settings: GenerateSettings, progress: Progress | None = None, retry_budget: RetryBudget | None = None
+) -> Iterator[Generated]:
     """Write the files one persona after the other, and the report last.
 
     Raises `ConfigError` for a target that is already there with other content, `DataError` when the grammar or the model
     gives too little or `against` has errors, `StorageError` when a store or the teacher fails for good.
     """
-    targets = {blood_type: _target(settings, blood_type) for blood_type in settings.blood_types}
+    targets = {blood_type: _target(settings, blood_type, retry_budget) for blood_type in settings.blood_types}
     if settings.engine == "teacher":
         for storage, key, uri in targets.values():
             # asking costs money, so before anything is asked for
             if not settings.overwrite and storage.exists(key):
                 raise _in_the_way(uri)
-    held_against = [record for uri in settings.against for record in _read(uri)]
+    held_against = [record for uri in settings.against for record in _read(uri, retry_budget)]
     sections = []
     for blood_type, (storage, key, uri) in targets.items():
         started_s = time.monotonic()
@@ -110,7 +113,7 @@ def generate(settings: GenerateSettings, progress: Progress | None = None) -> It
             duration_s=done.duration_s,
         )
         if settings.report:
-            taken_for = Counter(persona_classifier().predict(record.reply.text for record in intake.taken))
+            taken_for = Counter(bundled_classifier().predict(record.reply.text for record in intake.taken))
             sections.append(PersonaSection(summary, taken_for, intake.rejects, uri, evenly(intake.taken), notes))
         yield done
     if settings.report:
@@ -141,7 +144,7 @@ def _fill(
     ], checkpoint
 
 
-def _target(settings: GenerateSettings, blood_type: BloodType) -> tuple[Storage, str, str]:
+def _target(settings: GenerateSettings, blood_type: BloodType, retry_budget: RetryBudget | None) -> tuple[Storage, str, str]:
     output = settings.output
     if output.endswith(".jsonl"):
         if len(settings.blood_types) > 1:
@@ -149,7 +152,7 @@ def _target(settings: GenerateSettings, blood_type: BloodType) -> tuple[Storage,
         folder, key = split_uri(output)
     else:
         folder, key = output, f"train_data_type_{blood_type}.jsonl"
-    storage = open_storage(folder)
+    storage = open_storage(folder, retry_budget)
     return storage, key, storage.uri + key
 
 
@@ -172,14 +175,14 @@ def _in_the_way(uri: str) -> ConfigError:
     return ConfigError(f"{uri}: got a file that is already there, expected none; choose another --output, or say --overwrite")
 
 
-def _read(uri: str) -> list[TrainingRecord]:
+def _read(uri: str, retry_budget: RetryBudget | None) -> list[TrainingRecord]:
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(uri)
         if "://" in uri:
             folder, key = split_uri(uri)
             # its end says how it is compressed
             path = Path(scratch) / Path(key).name
-            open_storage(folder).download(key, path)
+            open_storage(folder, retry_budget).download(key, path)
         elif not path.is_file():
             raise ConfigError(f"--against: {uri}: no such file; expected a JSONL file of training data")
         lines = list(JsonlReader(path))

@@ -88,7 +88,7 @@ def _section(section: PersonaSection) -> dict[str, object]:
         (
             "Faces",
             plots.svg(
-                plots.lying_bars(
+                plots.horizontal_bars(
                     [str(face) for face, _ in sorted(summary.expressions.items(), key=lambda item: -item[1])],
                     sorted(summary.expressions.values(), reverse=True),
                     "replies",
@@ -104,7 +104,7 @@ def _section(section: PersonaSection) -> dict[str, object]:
             (
                 "Rejected drafts, by reason",
                 plots.svg(
-                    plots.lying_bars([reason for reason, _ in ordered], [times for _, times in ordered], "drafts"),
+                    plots.horizontal_bars([reason for reason, _ in ordered], [times for _, times in ordered], "drafts"),
                     label="Rejected drafts by reason",
                     height=0.9 + 0.35 * len(ordered),
                 ),

@@ -1,1 +1,1 @@
-"""Show results: HTML pages, the model card and tables for the terminal."""
+"""Present results: HTML pages, the model card and terminal tables."""

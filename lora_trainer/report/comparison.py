@@ -1,4 +1,4 @@
-"""`lora-trainer compare`: the numbers of several runs side by side, on the terminal and as a page."""
+"""`lora-trainer compare`: compare the numbers of several runs on the terminal and as an HTML page."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from lora_trainer.report.html import render_page
 from lora_trainer.report.run_page import taken_for_row
 from lora_trainer.store.manifest import read_manifest
 from lora_trainer.store.opening import open_storage
+from lora_trainer.store.retry import RetryBudget
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -39,13 +40,13 @@ _METRICS: Final = (
     "copied_words",
     "verbatim_copies",
 )
-_NOTHING: Final = "–"
-_CAPTION: Final = "Replies: the greedy ones, with 95 % bounds. Settings: those that differ."
+_MISSING: Final = "–"
+_CAPTION: Final = "Replies: greedy decoding, with 95 % bounds. Settings: only those that differ."
 
 
 @dataclass(frozen=True, slots=True)
 class ComparedRun:
-    """What is read of one bundle."""
+    """The parts of one bundle that a comparison needs."""
 
     uri: str
     manifest: Mapping[str, Any]
@@ -53,38 +54,38 @@ class ComparedRun:
 
     @property
     def name(self) -> str:
-        """Short, for the head of a column: persona and the first half of the run's id."""
+        """Column heading: persona and the first half of the run id."""
         return f"{self.metrics.blood_type} {self.metrics.run_id[:8]}"
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One line of the comparison, a cell for each run."""
+    """One row of the comparison, with a cell per run."""
 
     label: str
     cells: tuple[str, ...]
     good: tuple[bool | None, ...] = ()
-    """For a verdict: whether each is a good one."""
+    """Whether each cell is a good result, or empty for a row without colours."""
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Runs side by side."""
+    """Rows, settings and notes of several runs."""
 
     runs: tuple[ComparedRun, ...]
     sections: tuple[tuple[str, tuple[Row, ...]], ...]
     settings: Mapping[str, tuple[Any, ...]]
-    """Settings that are not the same in all runs, dotted."""
+    """Dotted names of the settings that differ, with their value in each run."""
     notes: tuple[str, ...]
-    """What makes the numbers hard to compare."""
+    """Reasons why the numbers are not directly comparable."""
 
     @property
     def personas(self) -> int:
-        """How many different ones."""
+        """Number of distinct personas."""
         return len({run.metrics.blood_type for run in self.runs})
 
     def as_json(self) -> dict[str, Any]:
-        """For programs: everything as it is in the bundles."""
+        """Return the comparison for `--json`, with unrounded values."""
         return {
             "runs": [
                 {
@@ -100,52 +101,53 @@ class Comparison:
         }
 
 
-def read_run(uri: str) -> ComparedRun:
-    """The bundle, or the later evaluation of one, at `uri`: `s3://`, `file://` or a folder.
+def read_run(uri: str, retry_budget: RetryBudget | None = None) -> ComparedRun:
+    """Read the bundle or re-evaluation at `uri`, an `s3://` or `file://` URI or a folder.
 
-    Raises `ConfigError` where there is none, and `StorageError` for one that cannot be read.
+    Raises `ConfigError` if there is no bundle and `StorageError` if it is damaged.
     """
-    storage = open_storage(uri if uri.endswith("/") else f"{uri}/")
+    storage = open_storage(uri if uri.endswith("/") else f"{uri}/", retry_budget)
     manifest = read_manifest(storage, "")
     if manifest is None:
         raise ConfigError(
-            f"{storage.uri}: no manifest.json, so no finished run; expected a bundle, such as <output>/adapters/A/<run id>/: "
+            f"{storage.uri}: got no manifest.json, expected a finished bundle, such as <output>/adapters/A/<run id>/; "
             "check the path"
         )
     if missing := [name for name in ("base", "data", "config", "started_at") if name not in manifest]:
         raise StorageError(
-            f"{storage.uri}manifest.json: got no {', '.join(missing)}; it was changed, or written by another version: run again"
+            f"{storage.uri}manifest.json: got no {', '.join(missing)}; the file was modified or written by another version: "
+            "run again"
         )
     where = f"{storage.uri}metrics.json"
     found = storage.read_bytes("metrics.json")
     if found is None:
-        raise StorageError(f"{where}: not there, though the manifest is; the bundle is damaged: move it away and run again")
+        raise StorageError(f"{where}: missing, although manifest.json exists; the bundle is damaged: move it away and run again")
     try:
         metrics = RunMetrics.model_validate_json(found.data)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         place = ".".join(map(str, first["loc"]))
-        said = f"{first['msg'][:1].lower()}{first['msg'][1:]}"
+        problem = f"{first['msg'][:1].lower()}{first['msg'][1:]}"
         raise StorageError(
-            f"{where}: expected metrics of schema {METRICS_SCHEMA}, got {f'{place}: ' if place else ''}{said}; it was changed, or "
-            "written by another version: evaluate that run again"
+            f"{where}: expected metrics of schema {METRICS_SCHEMA}, got {f'{place}: ' if place else ''}{problem}; the file was "
+            "modified or written by another version: evaluate that run again"
         ) from None
     return ComparedRun(storage.uri, manifest, metrics)
 
 
-def compare(uris: Sequence[str]) -> Comparison:
-    """The bundles at `uris` side by side. Raises `ConfigError` or `StorageError` with what is wrong with each of them."""
+def compare(uris: Sequence[str], retry_budget: RetryBudget | None = None) -> Comparison:
+    """Compare the bundles at `uris`. Raises one `ConfigError` or `StorageError` that lists the problems of all bundles."""
     if len(uris) < 2:
         raise ConfigError(f"compare: got {len(uris)} run, expected at least two: lora-trainer compare RUN RUN...")
     runs: list[ComparedRun] = []
     failures: list[LoraTrainerError] = []
     for uri in uris:
         try:
-            runs.append(read_run(uri))
+            runs.append(read_run(uri, retry_budget))
         except LoraTrainerError as error:
             failures.append(error)
     if failures:
-        # what is wrong with the command is not mended by trying again
+        # report a ConfigError if there is one: a retry cannot fix the command
         kind = next((type(failure) for failure in failures if isinstance(failure, ConfigError)), type(failures[0]))
         raise kind([problem for failure in failures for problem in failure.problems])
     settings = _differing_settings(runs)
@@ -156,7 +158,7 @@ def _differing_settings(runs: Sequence[ComparedRun]) -> dict[str, tuple[Any, ...
     configs = [flattened(run.manifest["config"]) for run in runs]
     names = dict.fromkeys(name for config in configs for name in config)
     found = {name: tuple(config.get(name) for config in configs) for name in names}
-    # whose run it is stands above all of them
+    # the column heading names the persona
     return {name: values for name, values in found.items() if name != "blood_type" and any(value != values[0] for value in values)}
 
 
@@ -166,14 +168,14 @@ def _bases(runs: Sequence[ComparedRun]) -> int:
 
 def _notes(runs: Sequence[ComparedRun]) -> Iterator[str]:
     if len({run.metrics.evaluation.evaluation_id for run in runs}) > 1:
-        yield "Not all were asked the same, or judged the same way (evaluation_id differs): compare their replies with care."
+        yield "The runs differ in questions or evaluation settings (evaluation_id): compare their replies with care."
     if _bases(runs) > 1:
-        yield "Not all have the same base model: losses and wins are against their own one."
+        yield "The runs differ in base model: losses and win rates refer to each run's own base."
     by_persona: dict[BloodType, set[str]] = {}
     for run in runs:
         by_persona.setdefault(run.metrics.blood_type, set()).add(run.manifest["data"]["sha256"])
     if any(len(data) > 1 for data in by_persona.values()):
-        yield "Runs of one persona were trained on different data: their held-out records differ, too."
+        yield "Runs of the same persona differ in training data, so their held-out records differ, too."
 
 
 def _sections(runs: Sequence[ComparedRun]) -> Iterator[tuple[str, tuple[Row, ...]]]:
@@ -210,10 +212,10 @@ def _sections(runs: Sequence[ComparedRun]) -> Iterator[tuple[str, tuple[Row, ...
     yield (
         "Held out",
         (
-            row("loss (base)", [f"{loss.loss_adapter:.3f} ({loss.loss_base:.3f})" for loss in held_out]),
+            row("loss (base)", [f"{held.loss_adapter:.3f} ({held.loss_base:.3f})" for held in held_out]),
             row(
                 "perplexity (base)",
-                [f"{loss.perplexity_adapter:,.2f} ({loss.perplexity_base:,.2f})" for loss in held_out],
+                [f"{held.perplexity_adapter:,.2f} ({held.perplexity_base:,.2f})" for held in held_out],
             ),
         ),
     )
@@ -225,7 +227,7 @@ def _sections(runs: Sequence[ComparedRun]) -> Iterator[tuple[str, tuple[Row, ...
             row("steps", [f"{m.training.steps:,}" for m in all_metrics]),
             row("loss of last step", [f"{m.training.loss_last:.3f}" for m in all_metrics]),
             row("tokens/s", [f"{m.training.tokens_per_s:,.1f}" for m in all_metrics]),
-            row("training took", [duration(m.training.train_s) for m in all_metrics]),
+            row("training time", [duration(m.training.train_s) for m in all_metrics]),
             row("peak memory", [f"{m.peak_memory_gib:.2f} GiB" for m in all_metrics]),
         ),
     )
@@ -239,31 +241,31 @@ def _metric_rows(all_metrics: Sequence[RunMetrics]) -> Iterator[Row]:
         yield Row(LABELS[name], tuple(_cell(name, estimate) for estimate in estimates))
     judges = [m.evaluation.judge for m in all_metrics]
     if any(judges):
-        yield Row("Judge prefers it", tuple(_cell("win_rate", judge.win_rate) if judge else _NOTHING for judge in judges))
+        yield Row("Judge's preference", tuple(_cell("win_rate", judge.win_rate) if judge else _MISSING for judge in judges))
 
 
 def _cell(name: str, estimate: Estimate) -> str:
     value = number_text(name, estimate.value)
     if estimate.lower is None or estimate.upper is None:
         return value
-    # one word, so that a narrow column breaks before it and not in it
+    # no space inside the interval, so a narrow column breaks before it
     lower = number_text(name, estimate.lower).partition("\u00a0")[0]
     return f"{value} ({lower}–{number_text(name, estimate.upper)})"
 
 
 def setting_rows(comparison: Comparison) -> list[Row]:
-    """Settings that differ, as text."""
+    """Return a row per setting that differs."""
     return [
-        Row(name, tuple(_NOTHING if value is None else value_text(value) for value in values))
+        Row(name, tuple(_MISSING if value is None else value_text(value) for value in values))
         for name, values in comparison.settings.items()
     ]
 
 
-# --- to look at ------------------------------------------------------------------------------------------------------
+# --- rendering -------------------------------------------------------------------------------------------------------
 
 
 def comparison_table(comparison: Comparison) -> RenderableType:
-    """The comparison for a terminal."""
+    """Render the comparison for a terminal."""
     from rich import box
     from rich.console import Group
     from rich.table import Table
@@ -278,7 +280,7 @@ def comparison_table(comparison: Comparison) -> RenderableType:
     for title, rows in sections:
         table.add_row(Text(title, style="bold"))
         for number, row in enumerate(rows):
-            # the space between a number and its unit holds them together on a page, and breaks them on a terminal
+            # rich breaks lines at the non-breaking space between number and unit, so remove it
             cells = [Text(cell.replace("\u00a0", ""), style=_style(row, at)) for at, cell in enumerate(row.cells)]
             table.add_row(Text(row.label), *cells, end_section=number == len(rows) - 1)
         if not rows:
@@ -286,7 +288,11 @@ def comparison_table(comparison: Comparison) -> RenderableType:
     parts: list[RenderableType] = [table]
     if comparison.personas > 1:
         matrix = Table(
-            "replies of", title="Taken for, of readable greedy replies", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False
+            "replies of",
+            title="Predicted persona, readable replies",
+            title_justify="left",
+            box=box.SIMPLE_HEAD,
+            pad_edge=False,
         )
         for persona in BloodType:
             matrix.add_column(str(persona), justify="right")
@@ -304,7 +310,7 @@ def _style(row: Row, at: int) -> str:
 
 
 def comparison_page(comparison: Comparison) -> str:
-    """The comparison as one page that needs no network."""
+    """Render the comparison as one self-contained HTML page."""
     return render_page(
         "comparison.html.jinja",
         runs=comparison.runs,

@@ -1,4 +1,4 @@
-"""Pages that need no network: one template and one style sheet become one file."""
+"""Render a template and the shared style sheet into one self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ import re
 from importlib import resources
 from typing import Any, Final
 
-# what turns or hides the text around it, and what no font draws; \n and \t stay
-_UNSEEN: Final = re.compile(
+# control, direction and zero-width characters, which reorder or hide text or have no glyph; \n and \t are allowed
+_INVISIBLE: Final = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u00ad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\ud800-\udfff]"
 )
 
 
 def render_page(template: str, **values: Any) -> str:
-    """The page that `template`, a file of templates/, makes of `values`, all of which are escaped unless they are Markup.
+    """Render `template`, a file in templates/, with `values`, which are escaped unless they are Markup.
 
-    `css` is the shared style sheet. Missing values raise.
+    The template also gets the shared style sheet as `css`. A missing value raises `jinja2.UndefinedError`.
     """
     import jinja2
     from markupsafe import Markup
@@ -26,11 +26,11 @@ def render_page(template: str, **values: Any) -> str:
     return environment.from_string(folder.joinpath(template).read_text(encoding="utf-8")).render(css=css, **values)
 
 
-def shown(text: str, at_most: int | None = None) -> str:
-    """Text of others for a page: characters that are not seen are named, what is longer than `at_most` ends in an ellipsis.
+def display_text(text: str, at_most: int | None = None) -> str:
+    """Prepare untrusted text for a page: truncate it to `at_most` characters and name invisible characters as `[U+202E]`.
 
-    Escaping is the template's. Direction marks would turn the text around them; joiners stay, emoji are made of them.
+    The template escapes the result. Zero-width joiners are kept because emoji sequences need them.
     """
     if at_most is not None and len(text) > at_most:
         text = f"{text[:at_most]}…"
-    return _UNSEEN.sub(lambda found: f"[U+{ord(found[0]):04X}]", text)
+    return _INVISIBLE.sub(lambda found: f"[U+{ord(found[0]):04X}]", text)

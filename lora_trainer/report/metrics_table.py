@@ -1,4 +1,4 @@
-"""A run's verdict and measures as a table for the terminal."""
+"""Terminal table of a run's verdict and metrics."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ from lora_trainer.evaluate.metrics import Estimate, RunMetrics
 
 _RATES: Final = (
     ("exact_json", "exact JSON"),
-    ("emotion_in_vocabulary", "emotion in the vocabulary"),
-    ("stop", "ended by itself"),
+    ("emotion_in_vocabulary", "known emotion"),
+    ("stop", "stops on its own"),
     ("one_or_two_sentences", "at most two sentences"),
     ("informal_speech", "반말"),
-    ("persona", "taken for this persona"),
+    ("persona", "recognised as this persona"),
     ("question", "asks back"),
     ("verbatim_copies", "copied from the training data"),
 )
 _MEANS: Final = (
-    ("emoji_intensity", "emoji follow intensity (rank correlation)"),
-    ("emoji", "emoji a reply"),
-    ("characters", "characters"),
-    ("emotion_appropriateness", "emotion as usual in the data"),
-    ("repetition", "says twice"),
+    ("emoji_intensity", "emoji vs. intensity (rank correlation)"),
+    ("emoji", "emoji per reply"),
+    ("characters", "characters per reply"),
+    ("emotion_appropriateness", "appropriate emotion"),
+    ("repetition", "repetition"),
     ("rule_score", "rule score"),
 )
 
 
 def metrics_table(metrics: RunMetrics) -> Group:
-    """Gates first, then adapter against base on the greedy replies."""
+    """Return the gates, followed by adapter and base on the greedy replies."""
     verdict = metrics.verdict
-    said = Text(f"{metrics.blood_type}, run {metrics.run_id}: ", style="bold")
-    said.append("gates passed" if verdict.passed else "gates NOT passed", style="green" if verdict.passed else "red")
+    headline = Text(f"{metrics.blood_type}, run {metrics.run_id}: ", style="bold")
+    headline.append("gates passed" if verdict.passed else "gates NOT passed", style="green" if verdict.passed else "red")
     gates = Table(title=None)
     gates.add_column("gate")
     for column in ("measured", "bound", "threshold"):
@@ -52,11 +52,11 @@ def metrics_table(metrics: RunMetrics) -> Group:
         adapter, base = getattr(greedy.adapter, name), getattr(greedy.base, name)
         is_rate = (name, label) in _RATES
         measures.add_row(label, _value(adapter, is_rate), _bounds(adapter, is_rate), _value(base, is_rate))
-    measures.add_row("better than the base by the rules", _value(greedy.win_rate, True), _bounds(greedy.win_rate, True), "")
+    measures.add_row("win rate against the base", _value(greedy.win_rate, True), _bounds(greedy.win_rate, True), "")
     held_out = metrics.held_out
     measures.add_row("held-out loss", f"{held_out.loss_adapter:.3f}", "", f"{held_out.loss_base:.3f}")
     measures.add_row("held-out perplexity", f"{held_out.perplexity_adapter:,.1f}", "", f"{held_out.perplexity_base:,.1f}")
-    return Group(said, gates, measures)
+    return Group(headline, gates, measures)
 
 
 def _value(estimate: Estimate, is_rate: bool) -> str:

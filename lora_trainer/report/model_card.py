@@ -1,4 +1,4 @@
-"""README.md of a bundle: what the adapter is, what was measured, and how to serve it."""
+"""Model card of a bundle, its README.md: description, metrics and how to serve the adapter."""
 
 from __future__ import annotations
 
@@ -7,19 +7,26 @@ from typing import Final
 
 from lora_trainer.base_model import Base
 from lora_trainer.config import RunConfig
-from lora_trainer.evaluate.metrics import (
-    Estimate,
-    RepliesMetrics,
-    RunMetrics,
-)
+from lora_trainer.evaluate.metrics import Estimate, RepliesMetrics, RunMetrics
 from lora_trainer.persona.prompt import prompt_messages
 from lora_trainer.persona.reply_schema import REPLY_TOKENS, response_schema
 from lora_trainer.persona.specs import persona_spec
 from lora_trainer.persona.vocabulary import BloodType
 
+_CARD_RATES: Final = {
+    "exact_json": "exact JSON",
+    "stop": "stops on its own",
+    "one_or_two_sentences": "at most two sentences",
+    "informal_speech": "반말",
+    "persona": "recognised as this persona",
+    "question": "asks back",
+}
+# values that vLLM 0.14 and later accept for --max-lora-rank (MaxLoRARanks)
+_VLLM_RANKS: Final = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+
 
 def model_card(config: RunConfig, base: Base, metrics: RunMetrics) -> str:
-    """README.md of a bundle: what it is, what was measured, how it is served."""
+    """Return the model card as Markdown."""
     spec = persona_spec(config.blood_type)
     name = f"persona-{config.blood_type}"
     revision = f" --revision {base.revision}" if base.revision else ""
@@ -38,25 +45,25 @@ A LoRA adapter on `{base.canonical_id}`{f" at `{base.revision}`" if base.revisio
 {config.blood_type}: {spec.tone}
 
 Run `{metrics.run_id}`: {training.records:,} records, {training.steps:,} optimizer steps, rank {config.lora.r}.
-Held-out loss {held_out.loss_base:.3f} (base) to {held_out.loss_adapter:.3f} (adapter), nats a reply token,
-on {held_out.records:,} records. To look at: `report.html`. All numbers: `metrics.json` (`metrics.schema.json`). Data,
+Held-out loss {held_out.loss_base:.3f} (base) to {held_out.loss_adapter:.3f} (adapter), in nats per reply token,
+on {held_out.records:,} records. Report: `report.html`. All numbers: `metrics.json` (`metrics.schema.json`). Data,
 configuration and versions: `manifest.json`.
 
-## Is it that friend?
+## Evaluation
 
-When it was published, its gates were **{verdict}**: {metrics.evaluation.replies} greedy,
-unconstrained replies to {metrics.evaluation.prompts} held-out prompts.
+Gates at publication: **{verdict}**, on {metrics.evaluation.replies} greedy, unconstrained replies to
+{metrics.evaluation.prompts} held-out prompts.
 
 | | replies | measured | lower 95 % bound |
 |---|---|---|---|
 {_card_rows(adapter)}
 
-Emoji follow intensity with a rank correlation of {adapter.emoji_intensity.value:.2f}; by the rules it beats the base in
-{metrics.evaluation.greedy.win_rate.value:.0%} of the replies.
+The rank correlation of emoji count and intensity is {adapter.emoji_intensity.value:.2f}. By rule score, the adapter beats the
+base in {metrics.evaluation.greedy.win_rate.value:.0%} of the replies.
 
 ## Prompt and reply
 
-`prompt.json` is the system message's template, with the instruction `{spec.instruction}`. A reply is one JSON
+`prompt.json` holds the template of the system message, with the instruction `{spec.instruction}`. A reply is one JSON
 object, `{{"text": ..., "emotion": ...}}`; `response_schema.json` is its schema.
 
 ## Serve it with vLLM
@@ -66,10 +73,10 @@ vllm serve {base.canonical_id}{revision} --enable-lora --max-lora-rank {vllm_lor
   --lora-modules {name}=/path/to/this/folder
 ```
 
-Ask for the model `{name}`: by the base's name the server answers without the adapter. With the schema in
-`response_schema.json` the server can't answer with anything but the contract's JSON (start it with
-`--structured-outputs-config.backend guidance`: xgrammar, its default, can't write a quotation mark within a bounded
-text, and lets raw control characters into it):
+Request the model `{name}`; under the base's name the server answers without the adapter. Structured outputs with
+`response_schema.json` restrict replies to the contract's JSON. Start the server with
+`--structured-outputs-config.backend guidance`: the default, xgrammar, cannot generate a quotation mark in a
+length-limited string and allows raw control characters:
 
 ```bash
 curl http://localhost:8000/v1/chat/completions -H 'Content-Type: application/json' -d @- <<'JSON'
@@ -90,16 +97,6 @@ model = PeftModel.from_pretrained(base, "/path/to/this/folder")
 """
 
 
-_CARD_RATES: Final = {
-    "exact_json": "exact JSON",
-    "stop": "ended by itself",
-    "one_or_two_sentences": "at most two sentences",
-    "informal_speech": "반말",
-    "persona": "taken for this persona",
-    "question": "asks back",
-}
-
-
 def _card_rows(adapter: RepliesMetrics) -> str:
     rows = []
     for name, label in _CARD_RATES.items():
@@ -108,17 +105,13 @@ def _card_rows(adapter: RepliesMetrics) -> str:
     return "\n".join(rows)
 
 
-# what vLLM takes for --max-lora-rank, since 0.14 (its MaxLoRARanks)
-_VLLM_RANKS: Final = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-
-
 def vllm_lora_rank(r: int) -> int:
-    """The smallest `--max-lora-rank` that vLLM takes and an adapter of rank `r` fits."""
+    """Return the smallest `--max-lora-rank` that vLLM accepts and that fits an adapter of rank `r`."""
     return next(rank for rank in _VLLM_RANKS if rank >= r)
 
 
 def vllm_request(model: str, blood_type: BloodType) -> dict[str, object]:
-    """A chat request to vLLM whose answer is held to the contract (`structured_outputs`, vLLM 0.12 and later)."""
+    """Return a chat request to vLLM that enforces the reply schema (`structured_outputs`, vLLM 0.12 and later)."""
     prompt = prompt_messages(
         persona_spec(blood_type).instruction, "우리는 카페에서 만나기로 했어.", "happy", 0.8, "나 지금 도착했는데 어디야?"
     )

@@ -1,4 +1,4 @@
-"""Plots as inline SVG: text stays text, so that the reader's browser draws Korean, and ink takes the page's own colour."""
+"""Plots as inline SVG. Text stays text, so the browser renders Korean, and lines of the axes use the page's text colour."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any, Final
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# stands for "the text's colour" until the SVG is written; no plot uses it otherwise
+# placeholder that svg() replaces with currentColor; plots must not use it as a real colour
 _INK: Final = "#010203"
 ACCENT: Final = "#4f7cff"
-"""Readable on light and on dark, as the two below."""
+"""Like the two below, has enough contrast on light and dark backgrounds."""
 QUIET: Final = "#7d8796"
 WARM: Final = "#c2761b"
-# matplotlib numbers its groups; the second figure of a page would have the first one's ids
+# matplotlib numbers the groups of each figure from 1, so ids would clash between the figures of a page
 _NUMBERED_ID: Final = re.compile(r' id="[A-Za-z][\w.]*_\d+"')
 
 
@@ -45,9 +45,9 @@ def _style() -> Iterator[None]:
 
 
 def svg(*draws: Callable[[Axes], None], label: str, width: float = 5.6, height: float = 2.8) -> str:
-    """What `draws` put on axes, one above the other on one x-axis, as an `<svg>` element without a fixed size.
+    """Return an `<svg>` element without a fixed size, with one panel per function of `draws`, stacked on a shared x-axis.
 
-    `label` is its text for screen readers.
+    `label` is the text for screen readers.
     """
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
@@ -65,30 +65,30 @@ def svg(*draws: Callable[[Axes], None], label: str, width: float = 5.6, height: 
     element = out.getvalue()
     element = _NUMBERED_ID.sub("", element[element.index("<svg") :]).replace(_INK, "currentColor")
     head, rest = element.split(">", 1)
-    # the size is the page's to say; the view box keeps the proportions
+    # the page sets the size; the view box keeps the proportions
     kept = " ".join(part for part in head.split() if not part.startswith(("width=", "height=")))
     return f'{kept} role="img" aria-label="{html.escape(label)}">{rest}'
 
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One line of a plot, and how it looks."""
+    """Data and style of one line of a plot."""
 
     name: str
-    """In the legend; empty: not in it."""
+    """Legend entry; an empty name has none."""
     x: Sequence[float]
     y: Sequence[float]
     color: str = ACCENT
     style: str = "-"
-    """matplotlib's, such as `--` or `o-`."""
+    """matplotlib format string, such as `--` or `o-`."""
     band: tuple[Sequence[float], Sequence[float]] | None = None
-    """Least and greatest around the line."""
+    """Minimum and maximum of a shaded band around the line."""
 
 
 def lines(
     drawn: Sequence[Line], x_label: str, y_label: str, *, from_zero: bool = False, plain: bool = True
 ) -> Callable[[Axes], None]:
-    """Draws lines with their legend above. `from_zero`: the y-axis begins there. Not `plain`: in powers of ten."""
+    """Draw lines with the legend above. `from_zero` starts the y-axis at 0; without `plain`, it uses powers of ten."""
 
     def draw(axes: Axes) -> None:
         for line in drawn:
@@ -116,14 +116,16 @@ def lines(
     return draw
 
 
-def lying_groups(names: Sequence[str], groups: Mapping[str, tuple[Sequence[float], str]], x_label: str) -> Callable[[Axes], None]:
-    """Draws bars that lie, one of each group beside each name, the first on top. A group is its values and its colour."""
+def grouped_horizontal_bars(
+    names: Sequence[str], groups: Mapping[str, tuple[Sequence[float], str]], x_label: str
+) -> Callable[[Axes], None]:
+    """Draw horizontal bars, grouped by name, the first on top. A group is its values and its colour."""
 
     def draw(axes: Axes) -> None:
-        thick = 0.8 / len(groups)
+        bar_height = 0.8 / len(groups)
         for number, (group, (values, color)) in enumerate(groups.items()):
-            places = [at - 0.4 + thick * (number + 0.5) for at in range(len(names))]
-            axes.barh(places, values, height=thick, color=color, label=group)
+            places = [at - 0.4 + bar_height * (number + 0.5) for at in range(len(names))]
+            axes.barh(places, values, height=bar_height, color=color, label=group)
         axes.set_yticks(range(len(names)), names)
         axes.set_ylim(len(names) - 0.4, -0.6)
         axes.set_xlabel(x_label)
@@ -133,7 +135,7 @@ def lying_groups(names: Sequence[str], groups: Mapping[str, tuple[Sequence[float
 
 
 def bars(names: Sequence[str], values: Sequence[float], x_label: str, y_label: str) -> Callable[[Axes], None]:
-    """Draws upright bars."""
+    """Draw vertical bars."""
 
     def draw(axes: Axes) -> None:
         axes.bar(range(len(names)), values, color=ACCENT)
@@ -144,8 +146,8 @@ def bars(names: Sequence[str], values: Sequence[float], x_label: str, y_label: s
     return draw
 
 
-def lying_bars(names: Sequence[str], values: Sequence[float], x_label: str) -> Callable[[Axes], None]:
-    """Draws bars that lie, the first on top, each with its value behind it."""
+def horizontal_bars(names: Sequence[str], values: Sequence[float], x_label: str) -> Callable[[Axes], None]:
+    """Draw horizontal bars, the first on top, each with its value at the end."""
 
     def draw(axes: Axes) -> None:
         drawn = axes.barh(range(len(names)), values, color=ACCENT)
@@ -158,7 +160,7 @@ def lying_bars(names: Sequence[str], values: Sequence[float], x_label: str) -> C
 
 
 def histogram(values: Sequence[int], x_label: str, y_label: str) -> Callable[[Axes], None]:
-    """Draws how often values occur, in bins of 5."""
+    """Draw a histogram in bins of 5."""
 
     def draw(axes: Axes) -> None:
         axes.hist(values, bins=range(0, max(values, default=0) + 6, 5), color=ACCENT)

@@ -1,4 +1,4 @@
-"""`report.html`: one run to look at, on one page that needs no network. All numbers are those of `metrics.json`."""
+"""`report.html`: one self-contained page about one run, with the numbers of `metrics.json`."""
 
 from __future__ import annotations
 
@@ -20,44 +20,44 @@ from lora_trainer.persona.specs import persona_spec
 from lora_trainer.persona.vocabulary import HIGH_INTENSITY_FROM, LOW_INTENSITY_BELOW, BloodType, Expression
 from lora_trainer.report import plots
 from lora_trainer.report.formatting import (
+    CORRELATIONS,
+    COUNTS,
     LABELS,
+    MAX_CHARACTERS,
     SPACE,
     duration,
     flattened,
-    moment,
     number_text,
     percent,
     settings_table,
+    timestamp_text,
     value_text,
 )
-from lora_trainer.report.html import render_page, shown
+from lora_trainer.report.html import display_text, render_page
 from lora_trainer.train.step_log import StepLog
 
 if TYPE_CHECKING:
-    from lora_trainer.evaluate.rules import JudgedReply
+    from lora_trainer.evaluate.rules import ScoredReply
 
 SHOWN_REPLIES: Final = 6
-"""Best ones, and as many worst ones."""
-MAX_CHARACTERS: Final = 240
-"""Of a text by a person or a model; a reply that rambles is shortened."""
+"""Number of best replies, and of worst replies."""
 _MAX_POINTS: Final = 300
-"""Of a curve: thousands of steps are averaged to so many."""
-_NOTEWORTHY: Final = 0.1
-"""Share from which repetition is named as a reason."""
+"""Largest number of points of a curve; more steps are averaged in bins."""
+_NOTABLE_REPETITION: Final = 0.1
+"""Smallest repeated share that is listed as a problem of a reply."""
 _GROUPS: Final[tuple[tuple[str, tuple[str, ...]], ...]] = (
-    ("Is it what the app can read?", ("exact_json", "emotion_in_vocabulary", "stop")),
-    ("Does it talk like that friend?", ("one_or_two_sentences", "informal_speech", "persona")),
-    ("Does it keep the talk going?", ("question", "characters")),
-    ("Do face and emoji fit?", ("emotion_appropriateness", "emoji_intensity", "emoji")),
-    ("Does it say something of its own?", ("repetition", "copied_words", "verbatim_copies")),
-    ("All rules together", ("rule_score", "win_rate")),
+    ("Can the app parse it?", ("exact_json", "emotion_in_vocabulary", "stop")),
+    ("Does it talk like the persona?", ("one_or_two_sentences", "informal_speech", "persona")),
+    ("Does it keep the conversation going?", ("question", "characters")),
+    ("Do emotion and emoji fit?", ("emotion_appropriateness", "emoji_intensity", "emoji")),
+    ("Is it original?", ("repetition", "copied_words", "verbatim_copies")),
+    ("Overall", ("rule_score", "win_rate")),
 )
-_COUNTS: Final = frozenset(("emoji", "characters"))
-_CORRELATIONS: Final = frozenset(("emoji_intensity",))
+_RELATIONS: Final = {">=": "≥", ">": ">", "<=": "≤"}
 
 
-def run_page(metrics: RunMetrics, facts: Mapping[str, Any], steps: Sequence[StepLog], replies: Sequence[JudgedReply]) -> str:
-    """The page. `facts`: what the manifest holds besides its files."""
+def run_page(metrics: RunMetrics, facts: Mapping[str, Any], steps: Sequence[StepLog], replies: Sequence[ScoredReply]) -> str:
+    """Render the page. `facts` is the manifest without its list of files."""
     evaluation, spec = metrics.evaluation, persona_spec(metrics.blood_type)
     return render_page(
         "run_page.html.jinja",
@@ -69,7 +69,7 @@ def run_page(metrics: RunMetrics, facts: Mapping[str, Any], steps: Sequence[Step
         about=_about(metrics, facts),
         decodings=[name for name, _ in _decodings(evaluation)],
         groups=[(title, [_metric(name, evaluation, metrics.verdict.gates) for name in names]) for title, names in _GROUPS],
-        everything=list(_everything(evaluation)),
+        all_estimates=list(_all_estimates(evaluation)),
         emoji_plot=_emoji_plot(evaluation),
         personas=[(str(name), persona_spec(name).name) for name in BloodType],
         taken_for=[taken_for_row(f"{model}, {decoding}", replied) for model, decoding, replied in _models(evaluation)],
@@ -91,7 +91,7 @@ def run_page(metrics: RunMetrics, facts: Mapping[str, Any], steps: Sequence[Step
                 {**facts["environment"], "memory_plan": facts["memory_plan"], "evaluation": evaluation.versions}
             ).items()
         ],
-        shown=shown,
+        display_text=display_text,
         percent=percent,
     )
 
@@ -101,8 +101,6 @@ def run_page(metrics: RunMetrics, facts: Mapping[str, Any], steps: Sequence[Step
 
 def _verdict(metrics: RunMetrics) -> dict[str, Any]:
     verdict = metrics.verdict
-    # the same words as in the log: "gates.<name>: got ..., expected ...: missed by ...; what to do"
-    advice = iter(line.partition("; ")[2] for line in gates.missed(verdict))
     rows = []
     for gate in verdict.gates:
         low, high = _gate_scale(gate)
@@ -116,7 +114,7 @@ def _verdict(metrics: RunMetrics) -> dict[str, Any]:
                 "bound": _gate_number(gate, gate.compared),
                 "measured_text": _gate_number(gate, gate.value),
                 "missed_by": _gate_difference(gate),
-                "advice": "" if gate.passed else next(advice),
+                "advice": "" if gate.passed else gates.ADVICE[gate.name],
                 "low": _scale_end(gate.name, low),
                 "high": _scale_end(gate.name, high),
                 "good": (0.0, at) if gate.relation == "<=" else (at, round(100 - at, 2)),
@@ -130,59 +128,56 @@ def _verdict(metrics: RunMetrics) -> dict[str, Any]:
     return {"passed": verdict.passed, "rows": rows, "missed": missed, "gate_id": verdict.gate_id}
 
 
-_RELATIONS: Final = {">=": "≥", ">": ">", "<=": "≤"}
-
-
 def _gate_number(gate: GateResult, value: float) -> str:
-    if gate.name in _CORRELATIONS:
+    if gate.name in CORRELATIONS:
         return f"{value:.3f}"
-    # -1 stands for a rate of nothing: no reply could be read
+    # -1 is the assumed bound if no reply was readable
     return "unknown" if value < 0 else f"{100 * value:.2f}{SPACE}%"
 
 
 def _threshold(gate: GateResult) -> str:
-    number = f"{gate.threshold:g}" if gate.name in _CORRELATIONS else f"{100 * gate.threshold:g}{SPACE}%"
+    number = f"{gate.threshold:g}" if gate.name in CORRELATIONS else f"{100 * gate.threshold:g}{SPACE}%"
     return f"{_RELATIONS[gate.relation]} {number}"
 
 
 def _gate_difference(gate: GateResult) -> str:
-    return f"{gate.missed_by:.3f}" if gate.name in _CORRELATIONS else f"{100 * gate.missed_by:.2f} points"
+    return f"{gate.missed_by:.3f}" if gate.name in CORRELATIONS else f"{100 * gate.missed_by:.2f} points"
 
 
 def _gate_scale(gate: GateResult) -> tuple[float, float]:
-    """Ends of the gate's axis: near enough that bound and threshold are told apart, and round."""
+    """Return round limits of the gate's axis, close enough to tell the bound from the threshold."""
     values = (gate.value, gate.compared, gate.threshold)
-    if gate.name in _CORRELATIONS:
+    if gate.name in CORRELATIONS:
         return (0.0, 1.0) if min(values) >= 0 else (-1.0, 1.0)
     return max(start for start in (0.0, 0.5, 0.8, 0.9) if start == 0 or min(values) >= start + (1 - start) * 0.15), 1.0
 
 
 def _scale_end(name: str, value: float) -> str:
-    return f"{value:g}" if name in _CORRELATIONS | _COUNTS else f"{100 * value:g}{SPACE}%"
+    return f"{value:g}" if name in CORRELATIONS | COUNTS else f"{100 * value:g}{SPACE}%"
 
 
 def _places(low: float, high: float) -> Callable[[float], float]:
-    """Where a value lies on the axis from `low` to `high`, in percent of its length."""
+    """Return a function that maps a value to its position on the axis from `low` to `high`, in percent."""
     return lambda value: round(100 * min(1.0, max(0.0, (value - low) / (high - low))), 2)
 
 
-# --- what it is ------------------------------------------------------------------------------------------------------
+# --- overview --------------------------------------------------------------------------------------------------------
 
 
 def _about(metrics: RunMetrics, facts: Mapping[str, Any]) -> list[tuple[str, str, bool]]:
-    """Name, value, and whether it is an identifier."""
+    """Return name, value and whether the value is an identifier."""
     base = facts["base"]
     rows = [
         ("Run", metrics.run_id, True),
         ("Base model", base["id"], False),
         ("Base revision", base["revision"] or base["identity"], True),
         ("Data", facts["data"]["uri"], False),
-        ("Started", moment(facts["started_at"]), False),
-        ("Finished", moment(facts["finished_at"]), False),
+        ("Started", timestamp_text(facts["started_at"]), False),
+        ("Finished", timestamp_text(facts["finished_at"]), False),
     ]
     if "evaluated_at" in facts:
-        rows.append(("Judged again", moment(facts["evaluated_at"]), False))
-    return [(name, shown(str(value), MAX_CHARACTERS), is_id) for name, value, is_id in rows]
+        rows.append(("Re-evaluated", timestamp_text(facts["evaluated_at"]), False))
+    return [(name, display_text(str(value), MAX_CHARACTERS), is_id) for name, value, is_id in rows]
 
 
 # --- adapter against base --------------------------------------------------------------------------------------------
@@ -210,7 +205,7 @@ def _estimates(name: str, evaluation: EvaluationMetrics) -> Iterator[tuple[str, 
 
 
 def _metric(name: str, evaluation: EvaluationMetrics, results: Sequence[GateResult]) -> dict[str, Any]:
-    """One card: a track for each model and decoding, all on one axis."""
+    """Return the card of one metric, with a track per model and decoding on a shared axis."""
     estimates = list(_estimates(name, evaluation))
     low, high = _metric_scale(name, [estimate for _, _, estimate in estimates])
     place = _places(low, high)
@@ -228,7 +223,7 @@ def _metric(name: str, evaluation: EvaluationMetrics, results: Sequence[GateResu
                 "interval": "" if lower is None or upper is None else f"{number_text(name, lower)} to {number_text(name, upper)}",
                 "dot": place(estimate.value),
                 "whisker": None if lower is None or upper is None else (place(lower), round(place(upper) - place(lower), 2)),
-                # gates look at the greedy replies alone
+                # gates apply only to the greedy replies of the adapter
                 "thresholds": [place(result.threshold) for result in thresholds]
                 if (decoding, model) == ("greedy", "adapter")
                 else [],
@@ -247,15 +242,15 @@ def _metric(name: str, evaluation: EvaluationMetrics, results: Sequence[GateResu
 
 def _metric_scale(name: str, estimates: Sequence[Estimate]) -> tuple[float, float]:
     seen = [value for estimate in estimates for value in (estimate.value, estimate.lower, estimate.upper) if value is not None]
-    if name in _CORRELATIONS:
+    if name in CORRELATIONS:
         return (0.0, 1.0) if min(seen) >= 0 else (-1.0, 1.0)
-    if name in _COUNTS:
+    if name in COUNTS:
         return 0.0, next((end for end in (1, 2, 3, 5, 10, 20, 50, 100, 200, 500, 1000) if end >= max(seen)), max(seen))
     return 0.0, 1.0
 
 
-def _everything(evaluation: EvaluationMetrics) -> Iterator[tuple[str, str, str, list[str]]]:
-    """Every estimate of `metrics.json`, as a table: metric, decoding, model, then its numbers."""
+def _all_estimates(evaluation: EvaluationMetrics) -> Iterator[tuple[str, str, str, list[str]]]:
+    """Yield every estimate of `metrics.json` as metric, decoding, model and its numbers."""
     for name in (name for _, names in _GROUPS for name in names):
         for decoding, model, estimate in _estimates(name, evaluation):
             numbers = (estimate.value, estimate.lower, estimate.upper, estimate.bootstrap_lower, estimate.bootstrap_upper)
@@ -263,9 +258,9 @@ def _everything(evaluation: EvaluationMetrics) -> Iterator[tuple[str, str, str, 
             texts = ["–" if number is None else number_text(name, number, 2) for number in numbers]
             yield LABELS[name], decoding, model, [*texts, replies]
     for model, decoding, replied in _models(evaluation):
-        yield "Different texts", decoding, model, [percent(replied.unique_replies, 2), *("–",) * 4, f"{replied.rule_score.of:,}"]
+        yield "Distinct texts", decoding, model, [percent(replied.unique_replies, 2), *("–",) * 4, f"{replied.rule_score.of:,}"]
         longest = f"{replied.longest_copied_words} words"
-        yield "Longest copied run of all", decoding, model, [longest, *("–",) * 4, f"{replied.rule_score.of:,}"]
+        yield "Longest copied run of any reply", decoding, model, [longest, *("–",) * 4, f"{replied.rule_score.of:,}"]
 
 
 def _emoji_plot(evaluation: EvaluationMetrics) -> str:
@@ -286,14 +281,14 @@ def _emoji_plot(evaluation: EvaluationMetrics) -> str:
         drawn.append(plots.Line(label, ends[third], (mean, mean), plots.WARM, "--"))
         label = ""
     return plots.svg(
-        plots.lines(drawn, "intensity", "emoji a reply, mean", from_zero=True),
-        label="Mean number of emoji in a reply at each intensity: adapter, base, and the training data by third of intensity",
+        plots.lines(drawn, "intensity", "mean emoji per reply", from_zero=True),
+        label="Mean number of emoji per reply at each intensity: adapter, base, and the training data by third of intensity",
         width=4.8,
     )
 
 
 def taken_for_row(name: str, replied: RepliesMetrics) -> dict[str, Any]:
-    """A row of the confusion matrix: counts and shares by persona, and how many replies could be read."""
+    """Return a row of the confusion matrix: count and share per predicted persona, and the number of unreadable replies."""
     readable = sum(replied.taken_for.values())
     counts = [replied.taken_for.get(persona, 0) for persona in BloodType]
     return {
@@ -313,8 +308,8 @@ def _emotions_plot(evaluation: EvaluationMetrics) -> str:
         for name, (replied, color) in models.items()
     }
     return plots.svg(
-        plots.lying_groups(used, groups, "% of readable greedy replies"),
-        label="How often each emotion is shown, adapter and base",
+        plots.grouped_horizontal_bars(used, groups, "% of readable greedy replies"),
+        label="Frequency of each emotion, adapter and base",
         width=4.8,
         height=1.1 + 0.27 * max(1, len(used)),
     )
@@ -330,24 +325,24 @@ def _warnings(evaluation: EvaluationMetrics) -> Iterator[tuple[str, list[int]]]:
 # --- training --------------------------------------------------------------------------------------------------------
 
 
-def thinned(steps: Sequence[StepLog], at_most: int = _MAX_POINTS) -> list[Sequence[StepLog]]:
-    """`steps` in at most `at_most` runs of neighbours, as even as can be."""
+def binned(steps: Sequence[StepLog], at_most: int = _MAX_POINTS) -> list[Sequence[StepLog]]:
+    """Split `steps` into at most `at_most` bins of consecutive steps, as even as possible."""
     count = min(len(steps), at_most)
     edges = [len(steps) * number // count for number in range(count + 1)] if count else [0]
     return [steps[start:end] for start, end in pairwise(edges)]
 
 
 def _loss_plot(steps: Sequence[StepLog]) -> str:
-    runs = thinned(steps)
-    x = [run[-1].step for run in runs]
-    loss = [sum(step.loss for step in run) / len(run) for run in runs]
-    band = ([min(step.loss for step in run) for run in runs], [max(step.loss for step in run) for run in runs])
-    is_averaged = len(runs) < len(steps)
+    bins = binned(steps)
+    x = [chunk[-1].step for chunk in bins]
+    loss = [sum(step.loss for step in chunk) / len(chunk) for chunk in bins]
+    band = ([min(step.loss for step in chunk) for chunk in bins], [max(step.loss for step in chunk) for chunk in bins])
+    is_averaged = len(bins) < len(steps)
     return plots.svg(
         plots.lines(
             [plots.Line("mean and range" if is_averaged else "", x, loss, band=band if is_averaged else None)],
             "optimizer step",
-            "loss, nats a token",
+            "loss, nats per token",
             from_zero=True,
         ),
         label="Training loss at each optimizer step",
@@ -357,14 +352,14 @@ def _loss_plot(steps: Sequence[StepLog]) -> str:
 
 
 def _speed_plot(steps: Sequence[StepLog]) -> str:
-    runs = thinned(steps)
-    x = [run[-1].step for run in runs]
-    rate = [run[-1].learning_rate for run in runs]
-    speed = [sum(step.tokens for step in run) / (sum(step.step_s for step in run) or 1) for run in runs]
+    bins = binned(steps)
+    x = [chunk[-1].step for chunk in bins]
+    rate = [chunk[-1].learning_rate for chunk in bins]
+    speed = [sum(step.tokens for step in chunk) / (sum(step.step_s for step in chunk) or 1) for chunk in bins]
     return plots.svg(
         plots.lines([plots.Line("", x, rate, plots.WARM)], "", "learning rate", from_zero=True, plain=False),
         plots.lines([plots.Line("", x, speed, plots.QUIET)], "optimizer step", "tokens/s", from_zero=True),
-        label="Learning rate and tokens a second at each optimizer step",
+        label="Learning rate and tokens per second at each optimizer step",
         width=4.8,
         height=3.4,
     )
@@ -377,10 +372,10 @@ def _training(metrics: RunMetrics) -> list[tuple[str, str]]:
         ("Optimizer steps", f"{training.steps:,}"),
         ("Loss, first to last step", f"{training.loss_first:.3f} → {training.loss_last:.3f}"),
         ("Tokens", f"{training.tokens:,}"),
-        ("Tokens with a loss", f"{training.loss_tokens:,}"),
-        ("Rows, of them packed", f"{training.rows:,}, {training.packed_rows:,}"),
+        ("Tokens in the loss", f"{training.loss_tokens:,}"),
+        ("Rows, packed rows", f"{training.rows:,}, {training.packed_rows:,}"),
         ("Tokens/s", f"{training.tokens_per_s:,.1f}"),
-        ("Training took", duration(training.train_s)),
+        ("Training time", duration(training.train_s)),
         ("Peak memory", f"{metrics.peak_memory_gib:.2f} GiB"),
     ]
 
@@ -399,16 +394,16 @@ def _held_out(held_out: HeldOutMetrics) -> list[dict[str, Any]]:
 # --- replies ---------------------------------------------------------------------------------------------------------
 
 
-def _best_and_worst(replies: Sequence[JudgedReply], metrics: RunMetrics) -> dict[str, list[dict[str, Any]]]:
-    """At most `SHOWN_REPLIES` of each, no prompt twice; a prompt's worst reply goes before its best."""
+def _best_and_worst(replies: Sequence[ScoredReply], metrics: RunMetrics) -> dict[str, list[dict[str, Any]]]:
+    """Select at most `SHOWN_REPLIES` best and worst replies, one per prompt; the worst replies are selected first."""
     adapter = [reply for reply in replies if reply.model == "adapter"]
     base = {(reply.decoding, reply.prompt, reply.intensity): reply for reply in replies if reply.model == "base"}
     half = len({reply.prompt for reply in adapter}) // 2
-    worst = _one_a_prompt(sorted(adapter, key=_rank), set(), min(SHOWN_REPLIES, half))
+    worst = _one_per_prompt(sorted(adapter, key=_rank), set(), min(SHOWN_REPLIES, half))
     taken = {reply.prompt for reply in worst}
-    best = _one_a_prompt(sorted(adapter, key=_rank, reverse=True), taken, SHOWN_REPLIES)
+    best = _one_per_prompt(sorted(adapter, key=_rank, reverse=True), taken, SHOWN_REPLIES)
 
-    def pair(reply: JudgedReply) -> dict[str, Any]:
+    def pair(reply: ScoredReply) -> dict[str, Any]:
         other = base.get((reply.decoding, reply.prompt, reply.intensity))
         return {
             "reply": reply,
@@ -418,23 +413,23 @@ def _best_and_worst(replies: Sequence[JudgedReply], metrics: RunMetrics) -> dict
     return {"best": [pair(reply) for reply in best], "worst": [pair(reply) for reply in worst]}
 
 
-def _rank(reply: JudgedReply) -> tuple[float, float, bool, int, float]:
+def _rank(reply: ScoredReply) -> tuple[float, float, bool, int, float]:
     return reply.score, reply.persona_probability, reply.decoding == "greedy", -reply.prompt, reply.intensity
 
 
-def _one_a_prompt(ordered: Sequence[JudgedReply], without: set[int], at_most: int) -> list[JudgedReply]:
-    taken: dict[int, JudgedReply] = {}
+def _one_per_prompt(ordered: Sequence[ScoredReply], excluded: set[int], at_most: int) -> list[ScoredReply]:
+    taken: dict[int, ScoredReply] = {}
     for reply in ordered:
-        if len(taken) < at_most and reply.prompt not in without:
+        if len(taken) < at_most and reply.prompt not in excluded:
             taken.setdefault(reply.prompt, reply)
     return list(taken.values())
 
 
-def _answer(reply: JudgedReply, metrics: RunMetrics) -> dict[str, Any]:
+def _answer(reply: ScoredReply, metrics: RunMetrics) -> dict[str, Any]:
     return {
         "model": reply.model,
-        "text": None if reply.text is None else shown(reply.text, MAX_CHARACTERS),
-        "raw": shown(reply.reply, MAX_CHARACTERS),
+        "text": None if reply.text is None else display_text(reply.text, MAX_CHARACTERS),
+        "raw": display_text(reply.reply, MAX_CHARACTERS),
         "cut": len(reply.reply if reply.text is None else reply.text) > MAX_CHARACTERS,
         "characters": f"{len(reply.reply):,}",
         "emotion": reply.emotion,
@@ -443,25 +438,25 @@ def _answer(reply: JudgedReply, metrics: RunMetrics) -> dict[str, Any]:
     }
 
 
-def _why(reply: JudgedReply, metrics: RunMetrics) -> Iterator[str]:
-    """What cost the reply points."""
+def _why(reply: ScoredReply, metrics: RunMetrics) -> Iterator[str]:
+    """Yield the reasons why the reply lost points."""
     if not reply.stopped:
         yield f"cut off at {metrics.evaluation.max_new_tokens} tokens"
     if not reply.exact_json:
-        yield "not exact JSON, so nothing else counts"
+        yield "not exact JSON, so no other rule applies"
         return
     if not reply.one_or_two_sentences:
         yield "more than two sentences"
     if not reply.informal_speech:
-        yield "not 반말 throughout"
+        yield "not entirely 반말"
     yield from (code.replace("_", " ") for code in reply.warnings if code not in ("too_many_sentences", "formal_speech"))
     if reply.taken_for not in (None, metrics.blood_type):
-        yield f"taken for {reply.taken_for}"
+        yield f"recognised as {reply.taken_for}"
     elif reply.persona_probability < 0.5:
-        yield f"hardly this persona ({percent(reply.persona_probability, 0)})"
+        yield f"weak persona ({percent(reply.persona_probability, 0)})"
     if reply.emotion_appropriateness is not None and reply.emotion_appropriateness < 0.2:
         yield f"“{reply.emotion}” is rare for this feeling"
-    if reply.repetition is not None and reply.repetition >= _NOTEWORTHY:
+    if reply.repetition is not None and reply.repetition >= _NOTABLE_REPETITION:
         yield f"repeats itself ({percent(reply.repetition, 0)})"
 
 
@@ -486,18 +481,18 @@ def _data(metrics: RunMetrics, facts: Mapping[str, Any]) -> list[tuple[str, str]
     rows = [
         ("Trained on", f"{data['train_records']:,} records"),
         ("Held out", f"{data['held_out_records']:,} records"),
-        ("Left out, too long", f"{data['left_out_records']:,} records"),
-        ("File", shown(str(data["uri"]), MAX_CHARACTERS)),
+        ("Left out as too long", f"{data['left_out_records']:,} records"),
+        ("File", display_text(str(data["uri"]), MAX_CHARACTERS)),
         ("Size", f"{data['size_bytes']:,} bytes"),
         ("SHA-256", str(data["sha256"])),
     ]
     if evaluation.data_emoji_by_third:
         by_third = ", ".join(f"{third} {mean:.2f}" for third, mean in evaluation.data_emoji_by_third.items())
-        rows.append(("Emoji a reply, by intensity", by_third))
+        rows.append(("Emoji per reply, by intensity", by_third))
     return [
         *rows,
         ("Evaluation prompts", f"{evaluation.prompts:,}, each at intensity {', '.join(f'{i:g}' for i in evaluation.intensities)}"),
-        ("Replies", f"{evaluation.replies:,} for each model and decoding, at most {evaluation.max_new_tokens} tokens each"),
+        ("Replies", f"{evaluation.replies:,} per model and decoding, at most {evaluation.max_new_tokens} tokens each"),
         ("SHA-256 of the prompts", evaluation.prompts_sha256),
     ]
 

@@ -1,4 +1,4 @@
-"""A validated data file as tables for the terminal."""
+"""Terminal tables of a validated data file."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def validation_table(report: FileReport) -> RenderableType:
-    """The report for a terminal: problems, coverage and cost as tables."""
+    """Return the problems, coverage and token cost of a file."""
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text
@@ -42,7 +42,7 @@ def validation_table(report: FileReport) -> RenderableType:
 
 
 def _persona_and_questions(report: FileReport) -> str:
-    return f"; persona {report.blood_type or 'unknown'}; {report.question_rate:.0%} of the replies ask something"
+    return f"; persona {report.blood_type or 'unknown'}; {report.question_rate:.0%} of the replies ask a question"
 
 
 def _coverage_table(report: FileReport) -> RenderableType:
@@ -56,7 +56,7 @@ def _coverage_table(report: FileReport) -> RenderableType:
         table.add_row(str(feeling), *(f"{report.coverage.get((feeling, third), 0):,}" for third in IntensityThird))
     if not report.is_prompts:
         table.add_section()
-        table.add_row("emoji a reply", *(f"{report.emoji_mean[third]:.2f}" for third in IntensityThird))
+        table.add_row("emoji per reply", *(f"{report.emoji_mean[third]:.2f}" for third in IntensityThird))
     return table
 
 
@@ -64,7 +64,7 @@ def _cost_tables(cost: PromptCost) -> Iterator[RenderableType]:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table("part", title="Tokens a record", title_justify="left")
+    table = Table("part", title="Tokens per record", title_justify="left")
     for name in ("mean", "p50", "p95", "max", "share"):
         table.add_column(name, justify="right")
     rows = [(name, cost.parts[name]) for name in PART_NAMES]

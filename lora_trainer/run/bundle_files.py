@@ -1,4 +1,4 @@
-"""The files of a bundle that this project writes beside the adapter, and how they are read back."""
+"""Write the files of a bundle that describe the adapter, and read them back."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from lora_trainer.evaluate.metrics import (
     Verdict,
     metrics_schema,
 )
-from lora_trainer.evaluate.rules import JudgedReply
+from lora_trainer.evaluate.rules import ScoredReply
 from lora_trainer.persona.prompt import prompt_template
 from lora_trainer.persona.reply_schema import response_schema
 from lora_trainer.persona.specs import persona_spec
@@ -45,7 +45,7 @@ from lora_trainer.train.step_log import StepLog
 
 
 def write_documents(folder: Path, config: RunConfig, base: Base, metrics: RunMetrics) -> None:
-    """Put the bundle's own files beside the adapter and tokenizer that the backend saved in `folder`."""
+    """Write prompt, schema, persona and model card beside the adapter that the backend saved in `folder`."""
     write_json(folder / "prompt.json", prompt_template())
     write_json(folder / "response_schema.json", response_schema())
     spec = persona_spec(config.blood_type)
@@ -56,9 +56,9 @@ def write_documents(folder: Path, config: RunConfig, base: Base, metrics: RunMet
 
 
 def write_evaluation(
-    folder: Path, metrics: RunMetrics, steps: Sequence[StepLog], replies: Sequence[JudgedReply], facts: Mapping[str, Any]
+    folder: Path, metrics: RunMetrics, steps: Sequence[StepLog], replies: Sequence[ScoredReply], facts: Mapping[str, Any]
 ) -> None:
-    """What was measured, in numbers and to look at. `facts` is what the manifest holds besides its files."""
+    """Write metrics, replies, step log and report page. `facts` are the manifest's fields other than its files."""
     from lora_trainer.report.run_page import run_page
 
     write_json(folder / "metrics.json", metrics.as_json())
@@ -74,7 +74,7 @@ def write_evaluation(
 
 @dataclass(frozen=True, slots=True)
 class Published:
-    """A bundle brought back to be judged again."""
+    """A published bundle, downloaded to be judged again."""
 
     folder: Path
     training: TrainingMetrics
@@ -82,12 +82,12 @@ class Published:
     peak_memory_gib: float
     steps: tuple[StepLog, ...]
     evaluation: EvaluationMetrics | None
-    """None: published by a version that did not evaluate, or measured in another way."""
-    replies: list[JudgedReply]
+    """None if a version with other metrics published the bundle."""
+    replies: list[ScoredReply]
 
 
 def read_published(storage: Storage, prefix: str, manifest: Mapping[str, Any], folder: Path) -> Published:
-    """As `download`, and what was measured, read. Raises `StorageError`."""
+    """Download and verify the bundle under `prefix`, and parse what was measured. Raise `StorageError` if that fails."""
     download_files(storage, prefix, manifest, folder)
     try:
         metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
@@ -99,23 +99,23 @@ def read_published(storage: Storage, prefix: str, manifest: Mapping[str, Any], f
         peak_memory_gib = float(metrics["peak_memory_gib"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise StorageError(
-            f"{storage.uri}{prefix}: metrics.json or train_log.jsonl is not what this version reads; it was written by another "
-            "one: move that prefix away and run again"
+            f"{storage.uri}{prefix}: this version can't read metrics.json or train_log.jsonl; another version wrote them: "
+            "move that prefix away and run again"
         ) from None
     return Published(folder, training, held_out, peak_memory_gib, steps, *_evaluation_of(metrics, folder))
 
 
-def _evaluation_of(metrics: Mapping[str, Any], folder: Path) -> tuple[EvaluationMetrics | None, list[JudgedReply]]:
+def _evaluation_of(metrics: Mapping[str, Any], folder: Path) -> tuple[EvaluationMetrics | None, list[ScoredReply]]:
     try:
         evaluation = RunMetrics.model_validate(metrics).evaluation
         lines = (folder / "replies.jsonl").read_text(encoding="utf-8").split("\n")
-        return evaluation, [JudgedReply.model_validate_json(line) for line in lines if line]
+        return evaluation, [ScoredReply.model_validate_json(line) for line in lines if line]
     except (OSError, ValueError):
         return None, []
 
 
 def read_verdict(storage: Storage, prefix: str, manifest: Mapping[str, Any], gate_id: str) -> tuple[Verdict, str] | None:
-    """The verdict by `gate_id` on the bundle under `prefix`, and the folder that holds its report; None: not judged by it yet."""
+    """Return the bundle's verdict under `gate_id` and the folder of its report, or None if there is no such verdict yet."""
     if manifest.get("gate_id") == gate_id:
         return _verdict_of(manifest, f"{storage.uri}{prefix}"), prefix
     folder = evaluation_prefix(prefix, gate_id)
@@ -128,19 +128,19 @@ def _verdict_of(manifest: Mapping[str, Any], where: str) -> Verdict:
         return Verdict.model_validate(manifest["verdict"])
     except (KeyError, ValueError):
         raise StorageError(
-            f"{where}{MANIFEST_NAME}: its verdict is not one; it was changed: move that prefix away and run again"
+            f"{where}{MANIFEST_NAME}: holds no valid verdict; the file was changed: move that prefix away and run again"
         ) from None
 
 
 def open_local(folder: Path) -> dict[str, Any]:
-    """The manifest of the finished bundle in `folder`.
+    """Return the manifest of the finished bundle in `folder`.
 
-    Raises `ConfigError` if there is none, `DamagedError` if its files are not what it says.
+    Raise `ConfigError` if there is none, `DamagedError` if a file differs from it.
     """
     try:
         manifest = read_local_manifest(folder)
         has_all = "adapter_model.safetensors" in manifest["files"] and "verdict" in manifest
-        # names in it become keys of the output
+        # both become part of keys in the output
         names_fit = re.fullmatch("[0-9a-f]{16}", manifest["run_id"]) and manifest["blood_type"] in tuple(BloodType)
         if manifest["schema"] != MANIFEST_SCHEMA or not has_all or not names_fit:
             raise ValueError("another manifest")
@@ -154,5 +154,5 @@ def open_local(folder: Path) -> dict[str, Any]:
     for name, sha256 in hashes.items():
         path = folder / name
         if not path.is_file() or sha256_of(path) != sha256:
-            raise DamagedError(f"{path}: is not what the bundle's manifest says; run the same 'lora-trainer run' again instead")
+            raise DamagedError(f"{path}: differs from the bundle's manifest; run the same 'lora-trainer run' again instead")
     return manifest

@@ -1,4 +1,4 @@
-"""How a run ended, in words: what its exception means to the log, to Kubernetes and to whoever is on call."""
+"""Explain how a run ended: what its exception means to the log, to Kubernetes and to whoever is on call."""
 
 from __future__ import annotations
 
@@ -13,36 +13,36 @@ from typing import Final
 from lora_trainer.errors import ExitCode, Interrupted, LoraTrainerError
 from lora_trainer.redaction import redacted
 from lora_trainer.run.reexec import StepDown
-from lora_trainer.signals import INTERRUPTION
+from lora_trainer.signals import Interruption
 
 _SHOWN_FRAMES: Final = 12
 
 
 @dataclass(frozen=True, slots=True)
 class FailureReport:
-    """What is left of an exception: nothing that keeps its frames, and the tensors in them, alive."""
+    """How something ended. It keeps no exception, whose frames would keep tensors alive."""
 
     exit_code: ExitCode = ExitCode.DONE
     outcome: str = "done"
     """`done`, `interrupted`, `bug`, or the name of the error's class."""
     problems: tuple[str, ...] = ()
     frames: tuple[str, ...] = ()
-    """Where a bug came from, the innermost last."""
+    """Where a bug came from, innermost frame last."""
 
 
-# what says nothing about the data, and all about what has to be done: the device's own words, and Python's about names
-_KNOWN_MESSAGE: Final = re.compile(
+# messages that can't quote training data: the device's own, and Python's about names
+_SAFE_MESSAGE: Final = re.compile(
     r"(?:CUDA|cuDNN|CUBLAS|CUSPARSE|NCCL|NVML|Triton)\b.*|[\w.' ]+ has no attribute '\w+'|No module named '[\w.]+'",
     re.ASCII,
 )
 
 
-def failure_report(error: BaseException | None, folder: Path | None = None) -> FailureReport | None:
-    """The ending that `error` means; None if it is neither a failure nor an interruption.
+def failure_report(error: BaseException | None, interruption: Interruption, folder: Path | None = None) -> FailureReport | None:
+    """Return the report on `error`, or None if it is neither a failure nor an interruption.
 
-    What a bug's message may quote of the data goes to a file in `folder`, or in the system's for such.
+    A bug's message that may quote training data goes to a file in `folder` (by default the system's temporary folder).
     """
-    error = INTERRUPTION.meaning_of(error)
+    error = interruption.meaning_of(error)
     if error is None:
         return FailureReport()
     if isinstance(error, LoraTrainerError):
@@ -52,16 +52,16 @@ def failure_report(error: BaseException | None, folder: Path | None = None) -> F
         return FailureReport(ExitCode.INTERRUPTED, "interrupted", (f"interrupted: {kept}; run the same command again",))
     if isinstance(error, SystemExit | GeneratorExit | StepDown):
         return None
-    # not only an `Exception`: a panic in a library's Rust is none
+    # not only `Exception`: a panic in a library's Rust code derives from BaseException
     frames = [f"{frame.filename}:{frame.lineno} {frame.name}" for frame in traceback.extract_tb(error.__traceback__)]
     problem = f"{type(error).__module__}.{type(error).__name__}{_safe_message(error, folder)}"
     return FailureReport(ExitCode.BUG, "bug", (redacted(problem),), tuple(frames[-_SHOWN_FRAMES:]))
 
 
 def _safe_message(error: BaseException, folder: Path | None) -> str:
-    """The first line of the message if it can't quote data. Else all goes to a file in `folder`, or in the system's for such."""
+    """Return the first line of the message if it can't quote data. Otherwise write everything to a file and name it."""
     first_line = str(error).partition("\n")[0]
-    if _KNOWN_MESSAGE.fullmatch(first_line) or isinstance(error, MemoryError):
+    if _SAFE_MESSAGE.fullmatch(first_line) or isinstance(error, MemoryError):
         return f": {first_line[:1000]}"
     if isinstance(error, OSError) and error.strerror:
         return f": {error.strerror}" + (f": {error.filename}" if error.filename else "")

@@ -1,43 +1,66 @@
-"""`run_id`: a hash of all that decides the weights, so that the same work is never done twice and different work never mixes."""
+"""Identify a run by a hash of all that decides its weights, so that no work is done twice and no two runs mix."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib import metadata
 from typing import Final
 
+import structlog
+
+from lora_trainer.base_model import Base
 from lora_trainer.config import RunConfig
+from lora_trainer.data.records import EvaluationPrompt
+from lora_trainer.evaluate.gates import gate_id
+from lora_trainer.evaluate.questions import evaluation_id, prompts_digest
 from lora_trainer.persona.prompt import PROMPT_VERSION
+from lora_trainer.run.inputs import DataFile
+from lora_trainer.run.job import Job
 
 RECIPE_VERSION: Final = 1
-"""Raised when our own code changes what training does."""
+"""Raise this when our own code changes what training does."""
 
-# whose code decides the numbers; the rest (boto3, click, ...) does not
+# only libraries whose code decides the numbers
 _COMMON: Final = ("torch", "transformers", "trl", "peft", "accelerate", "tokenizers", "safetensors")
 _UNSLOTH: Final = ("unsloth", "unsloth_zoo", "triton")
 
 
-def library_versions(config: RunConfig) -> dict[str, str]:
-    """Installed versions of the libraries that decide the weights; `absent` for one that is not there."""
-    names = list(_COMMON)
-    if config.training.quantization == "nf4":
-        names.append("bitsandbytes")
-    if config.resolved_backend == "unsloth":
-        names.extend(_UNSLOTH)
-    return {name: _version(name) for name in sorted(names)}
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """Which run this is, and what it was computed from."""
+
+    run_id: str
+    base: Base
+    ingredients: dict[str, object]
+    evaluation_id: str
+    """Hash of what the adapter is asked, and how the replies are judged."""
+    gate_id: str
+    """Hash of the evaluation and the thresholds."""
 
 
-def _version(name: str) -> str:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return "absent"
+def identify(job: Job, data: DataFile, prompts: Sequence[EvaluationPrompt]) -> Identity:
+    """Return the run's ids, and bind `run_id` to its log lines."""
+    asked = evaluation_id(job.config.evaluation, prompts_digest(prompts))
+    with job.timed("identify"):
+        base = job.process.models.base(job.config.base, job.process.retry_budget)
+        ingredients = run_ingredients(job.config, data.fetched.sha256, base.identity)
+        identity = Identity(run_id(ingredients), base, ingredients, asked, gate_id(asked, job.config.gates))
+    structlog.contextvars.bind_contextvars(run_id=identity.run_id)
+    job.log.info(
+        "run_identified",
+        base=base.canonical_id,
+        base_identity=base.identity,
+        backend=job.config.resolved_backend,
+        gate_id=identity.gate_id,
+    )
+    return identity
 
 
 def run_ingredients(config: RunConfig, data_sha256: str, base_identity: str) -> dict[str, object]:
-    """What `run_id` is the hash of; the manifest carries it, so that two ids can be told apart.
+    """Return what `run_id` hashes. The manifest carries it, so that two ids can be compared.
 
     Paths, logging and memory layout are left out: they do not decide the weights.
     """
@@ -56,6 +79,23 @@ def run_ingredients(config: RunConfig, data_sha256: str, base_identity: str) -> 
 
 
 def run_id(ingredients: Mapping[str, object]) -> str:
-    """16 hex digits of the SHA-256 of the ingredients as canonical JSON."""
+    """Return 16 hex digits of the SHA-256 of the ingredients as canonical JSON."""
     canonical = json.dumps(ingredients, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+
+def library_versions(config: RunConfig) -> dict[str, str]:
+    """Return the installed version of each library that decides the weights, or `absent`."""
+    names = list(_COMMON)
+    if config.training.quantization == "nf4":
+        names.append("bitsandbytes")
+    if config.resolved_backend == "unsloth":
+        names.extend(_UNSLOTH)
+    return {name: _version(name) for name in sorted(names)}
+
+
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "absent"

@@ -1,4 +1,4 @@
-"""Where a run is: a bar on a terminal, `progress.json` for whoever watches."""
+"""Show how far a run is: a progress bar on a terminal, and `progress.json` for other programs."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ WRITE_EVERY_S: Final = 1.0
 
 
 class RunProgress:
-    """Follows one run; `stage` names the step of the pipeline."""
+    """The progress of one run."""
 
     def __init__(self, path: Path, run_id: str, blood_type: str, console: Console | None) -> None:
-        """`path` is `progress.json`; `console` is a terminal to draw on, or None."""
+        """Write to `path` (`progress.json`), and draw on `console` if it is a terminal."""
         self._path = path
         self._state: dict[str, object] = {"run_id": run_id, "blood_type": blood_type, "stage": "starting", "step": 0, "of": None}
         self._written_s = 0.0
@@ -39,17 +39,17 @@ class RunProgress:
 
     @property
     def is_drawn(self) -> bool:
-        """Whether a bar shows each step, so that lines for them would only disturb it."""
+        """Whether a bar shows each step. Log lines for steps would break it."""
         return self._bar is not None
 
     def stage(self, name: str) -> None:
-        """The pipeline entered the step `name`."""
+        """Record that the pipeline entered the stage `name`."""
         self._state["stage"] = name
         self._write()
 
     @contextmanager
     def training(self, steps: int, done: int = 0) -> Iterator[None]:
-        """Show a bar for `steps` optimizer steps, `done` of which lie behind a checkpoint."""
+        """Track `steps` optimizer steps; `done` of them were restored from a checkpoint."""
         self._state.update(step=done, of=steps)
         self._done = done
         self._started_s = time.monotonic()
@@ -62,7 +62,7 @@ class RunProgress:
             yield
 
     def step(self, log: StepLog, of: int) -> None:
-        """One optimizer step is done."""
+        """Record a completed optimizer step."""
         spent_s = time.monotonic() - self._started_s
         tokens_per_s = log.tokens / log.step_s if log.step_s else 0.0
         self._state.update(
@@ -82,5 +82,5 @@ class RunProgress:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         temporary = self._path.with_suffix(".tmp")
         temporary.write_text(json.dumps({**self._state, "updated_unix_s": round(time.time(), 3)}) + "\n", encoding="utf-8")
-        # a reader sees the old state or the new one, never half of it
+        # atomic: a reader never sees half a file
         os.replace(temporary, self._path)  # noqa: PTH105

@@ -1,7 +1,7 @@
-"""The same command again in a clean process, with less memory: what a CUDA allocator holds after it ran out is not got back.
+"""On OOM, re-exec the same command line with a smaller memory plan: a CUDA allocator does not recover what it held.
 
-The process replaces itself, so its number stays (it is 1 in a container), and the new one goes on from the newest checkpoint.
-`entrypoint` imports this before the signal handler is there, so nothing but the standard library's is imported with it.
+The process replaces itself, so it keeps its PID (1 in a container), and resumes from the newest checkpoint. `entrypoint`
+imports this module before it installs the signal handler, so it imports the standard library alone.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class StepDown(BaseException):
-    """The run is to start again within `limit`. Not an `Exception`: it is the whole process that starts again."""
+    """Restart the process within `limit`. Not an `Exception`, since no handler in between may stop it."""
 
     def __init__(self, limit: MemoryLimit) -> None:
         self.limit = limit
@@ -29,7 +29,7 @@ class StepDown(BaseException):
 
 
 def memory_limit() -> MemoryLimit | None:
-    """What the process before this one ran out of memory with; None: there was none."""
+    """Return the limit that the previous process set when it ran out of memory, or None."""
     from lora_trainer.train.memory_plan import MemoryLimit
 
     text = os.environ.get(_VARIABLE)
@@ -37,7 +37,7 @@ def memory_limit() -> MemoryLimit | None:
 
 
 def reexec(limit: MemoryLimit) -> NoReturn:
-    """Replace this process by one with the same command line. A signal that comes in between waits for `ready`."""
+    """Replace this process with one that runs the same command line. Signals stay pending until `unblock_signals`."""
     sys.stdout.flush()
     sys.stderr.flush()
     signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
@@ -46,5 +46,5 @@ def reexec(limit: MemoryLimit) -> NoReturn:
 
 
 def unblock_signals() -> None:
-    """Signals are handled from here on: let those through that waited."""
+    """Deliver signals from here on, including those that arrived during the re-exec."""
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)

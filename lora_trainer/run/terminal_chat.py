@@ -1,4 +1,4 @@
-"""`lora-trainer chat`: talk to an adapter in a terminal. Decoding is held to the response schema, so every reply is exact JSON."""
+"""The terminal loop of `lora-trainer chat`. Decoding is constrained to the response schema, so every reply is exact JSON."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ from lora_trainer.persona.prompt import Message, prompt_messages, reply_json
 from lora_trainer.persona.reply_schema import response_schema
 from lora_trainer.persona.specs import persona_spec
 from lora_trainer.persona.vocabulary import BloodType, Feeling
-from lora_trainer.run.reevaluation import Adapter, find_base
+from lora_trainer.run.adapter import Adapter, base_of
+from lora_trainer.run.job import ProcessContext
 from lora_trainer.store.bundle import fresh_folder
 from lora_trainer.store.manifest import download_files
-from lora_trainer.store.retry import RETRY_BUDGET
 from lora_trainer.train.backends import Backend, open_reference_backend
 from lora_trainer.train.constrained_decoding import ReplyGrammar, most_tokens
 
-MOST_TURNS: Final = 8
-"""Turns of user and friend that are shown to the model; older ones are forgotten. It was trained on one."""
+MAX_TURNS: Final = 8
+"""Turns that the prompt keeps; older ones are dropped. The adapter was trained on one."""
 
 COMMANDS: Final = {
     "/feeling NAME": "what the friend feels: " + ", ".join(Feeling),
     "/intensity X": "how strongly, from 0 (hardly) to 1 (fully)",
-    "/situation TEXT": "what has happened so far; nothing behind it: nothing",
-    "/seed N": "another seed for sampling",
-    "/new": "forget what was said",
-    "/help": "this list",
-    "/quit": "leave; so does Ctrl-D",
+    "/situation TEXT": "what has happened so far; without TEXT: nothing",
+    "/seed N": "set the sampling seed",
+    "/new": "start a new conversation",
+    "/help": "list the commands",
+    "/quit": "leave (or press Ctrl-D)",
 }
 
 
@@ -52,18 +52,18 @@ class ChatState:
     turns: list[tuple[str, Reply]] = field(default_factory=list)
 
     def messages(self, said: str, turns: list[tuple[str, Reply]]) -> list[Message]:
-        """The conversation with `said` at its end; `turns` is what the model remembers of it."""
+        """Return the conversation that ends with `said`, after `turns`."""
         first, *_ = prompt_messages(persona_spec(self.blood_type).instruction, self.situation, self.feeling, self.intensity, said)
         messages: list[Message] = [first]
-        for before, reply in turns[-MOST_TURNS:]:
+        for before, reply in turns[-MAX_TURNS:]:
             messages.append(prompt_messages("", "", self.feeling, self.intensity, before)[1])
             messages.append({"role": "assistant", "content": reply_json(reply.text, reply.emotion)})
         messages.append(prompt_messages("", "", self.feeling, self.intensity, said)[1])
         return messages
 
 
-class Friend:
-    """A loaded adapter that answers."""
+class ChatModel:
+    """A loaded adapter that answers one message at a time."""
 
     def __init__(self, backend: Backend, temperature: float) -> None:
         self._backend, self._temperature = backend, temperature
@@ -71,7 +71,7 @@ class Friend:
         self._grammar, self._most_tokens = ReplyGrammar(backend.tokenizer, schema), most_tokens(schema)
 
     def answer(self, messages: list[Message], seed: int, *, adapter: bool = True) -> str:
-        """The raw reply: one JSON object, always."""
+        """Return the raw reply, which is always one JSON object."""
         decoding = Decoding("sampled", self._most_tokens, self._temperature, top_p=0.8, top_k=20, seed=seed)
         (generation,) = self._backend.generate(
             [messages], decoding, adapter=adapter, batch_size=1, processors=lambda: [self._grammar.processor()]
@@ -79,67 +79,65 @@ class Friend:
         return generation.text
 
 
-def load_friend(adapter: Adapter, config: RunConfig, temperature: float) -> Friend:
-    """Fetch adapter and base, and load both. Raises a `LoraTrainerError`."""
-    RETRY_BUDGET.begin(config.storage)
-    base = find_base(adapter, config)
+def load_chat_model(adapter: Adapter, config: RunConfig, temperature: float, process: ProcessContext) -> ChatModel:
+    """Fetch and load the adapter and its base. Raise a `LoraTrainerError` if that fails."""
+    base = base_of(adapter, config, process)
     folder = fresh_folder(config.work_dir / "chat" / str(config.blood_type) / adapter.run_id)
     download_files(adapter.storage, "", adapter.manifest, folder)
-    backend = open_reference_backend(config)
-    backend.start()
+    backend, _ = process.models.start(open_reference_backend, config, process.interruption)
     base_folder = fetch_base(base, config.base)
     backend.load_tokenizer(base_folder)
     backend.load_adapter(base_folder, folder)
-    return Friend(backend, temperature)
+    return ChatModel(backend, temperature)
 
 
-def talk(friend: Friend, state: ChatState, lines: Iterator[str], console: Console, *, raw: bool, beside_base: bool) -> None:
-    """Read lines until there are no more, and answer each."""
+def chat_loop(model: ChatModel, state: ChatState, lines: Iterator[str], console: Console, *, raw: bool, beside_base: bool) -> None:
+    """Answer line after line, until `lines` ends or a command leaves. `beside_base` also shows the base's replies."""
     spec = persona_spec(state.blood_type)
-    remembered_by_base: list[tuple[str, Reply]] = []
+    base_turns: list[tuple[str, Reply]] = []
     for line in lines:
-        # a terminal gives bytes that are no UTF-8 as lone surrogates, which no tokenizer takes
+        # Python decodes invalid UTF-8 from a terminal to lone surrogates, which tokenizers reject
         said = line.encode("utf-8", "replace").decode("utf-8").strip()
         if not said:
             continue
         if said.startswith("/"):
             try:
-                if not obey(said, state, console):
+                if not run_command(said, state, console):
                     return
             except ConfigError as error:
                 console.print(Text(str(error), style="red"), soft_wrap=True)
             if said == "/new":
-                remembered_by_base.clear()
+                base_turns.clear()
             continue
         try:
-            text = friend.answer(state.messages(said, state.turns), state.seed + len(state.turns))
+            text = model.answer(state.messages(said, state.turns), state.seed + len(state.turns))
             reply = read_reply(text)
             state.turns.append((said, reply))
-            show(console, f"{state.blood_type} {spec.name}", text, reply, raw=raw)
+            print_reply(console, f"{state.blood_type} {spec.name}", text, reply, raw=raw)
             if beside_base:
-                text = friend.answer(state.messages(said, remembered_by_base), state.seed + len(remembered_by_base), adapter=False)
+                text = model.answer(state.messages(said, base_turns), state.seed + len(base_turns), adapter=False)
                 reply = read_reply(text)
-                remembered_by_base.append((said, reply))
-                show(console, "base", text, reply, raw=raw)
+                base_turns.append((said, reply))
+                print_reply(console, "base", text, reply, raw=raw)
         except DataError as error:
             console.print(Text(str(error), style="red"), soft_wrap=True)
 
 
 def read_reply(text: str) -> Reply:
-    """The reply in `text`. Raises `DataError` for one that says nothing, or says it in characters that nobody writes."""
+    """Parse a reply. Raise `DataError` if its text is blank or holds control characters."""
     try:
         return Reply.model_validate_json(text)
     except ValidationError:
-        # the grammar knows no characters that are controls of a terminal or of the direction of writing
+        # the grammar can't exclude control characters of the terminal or of text direction
         raise DataError(
-            "the reply is blank or holds control characters, and is forgotten; say it again, or take another /seed"
+            "the reply is blank or holds control characters, and is dropped; say it again, or set another /seed"
         ) from None
 
 
-def show(console: Console, who: str, text: str, reply: Reply, *, raw: bool) -> None:
-    """One reply, as JSON or as a line."""
+def print_reply(console: Console, who: str, text: str, reply: Reply, *, raw: bool) -> None:
+    """Print a reply as it was generated (`raw`), or as a line of dialogue."""
     if raw:
-        # nothing but the reply itself, so that it can be piped on
+        # the bare reply can be piped into other programs
         console.print(Text(text), soft_wrap=True)
         return
     line = Text(f"{who}  ", style="bold cyan")
@@ -148,8 +146,8 @@ def show(console: Console, who: str, text: str, reply: Reply, *, raw: bool) -> N
     console.print(line, soft_wrap=True)
 
 
-def obey(line: str, state: ChatState, console: Console) -> bool:
-    """Carry out a command; False: leave. Raises `ConfigError` for what is none."""
+def run_command(line: str, state: ChatState, console: Console) -> bool:
+    """Run a `/` command. Return False to leave the chat. Raise `ConfigError` for an unknown command or value."""
     name, _, value = line.partition(" ")
     value = value.strip()
     setters: dict[str, Callable[[str], Any]] = {"/feeling": Feeling, "/intensity": float, "/seed": int, "/situation": str}
@@ -177,6 +175,6 @@ def obey(line: str, state: ChatState, console: Console) -> bool:
 
 
 def status(state: ChatState) -> str:
-    """Feeling, intensity and situation, as a line."""
+    """Describe feeling, intensity and situation in one line."""
     situation = f", situation: {state.situation}" if state.situation else ""
     return f"feels {state.feeling} {state.intensity:.1f}{situation}; {len(state.turns)} turns so far"

@@ -20,7 +20,7 @@ from typing import Any, Final, Self
 from lora_trainer.config import CheckpointConfig
 from lora_trainer.errors import DeviceLostError, DivergedError, Interrupted, LoraTrainerError, StorageError
 from lora_trainer.logs import get_logger
-from lora_trainer.signals import INTERRUPTION
+from lora_trainer.signals import Interruption
 from lora_trainer.store.bundle import fresh_folder
 from lora_trainer.store.interface import Storage
 from lora_trainer.store.lease import Lease
@@ -33,7 +33,6 @@ from lora_trainer.store.manifest import (
     read_manifest,
     write_manifest,
 )
-from lora_trainer.store.opening import open_storage
 
 Snapshot = Callable[[Path], None]
 """The state of a training run as of one step; called with a folder, it writes its files there."""
@@ -54,14 +53,25 @@ class Checkpoints:
     """The checkpoints of one run: in a local folder, and under a prefix of the output."""
 
     def __init__(
-        self, config: CheckpointConfig, folder: Path, output_uri: str, prefix: str, run_id: str, lease: Lease | None = None
+        self,
+        config: CheckpointConfig,
+        folder: Path,
+        output: Storage,
+        prefix: str,
+        run_id: str,
+        *,
+        interruption: Interruption,
+        lease: Lease | None = None,
     ) -> None:
-        """`prefix`: the run's, relative to the output; `lease`: looked at before each commit there."""
+        """`prefix`: the run's, relative to `output`; `lease`: checked before each write there."""
         self._config = config
         self._folder = folder
         self._prefix = prefix
-        self._output_uri = output_uri
+        self._output = output
+        # the writer thread has a storage of its own
+        self._guarded_output = output.adapted(guard=lease.check if lease else None)
         self._run_id = run_id
+        self._interruption = interruption
         self._lease = lease
         self._own = "checkpoints/" if lease is None or lease.exclusive else f"checkpoints-{lease.holder}/"
         self._last_s = time.monotonic()
@@ -69,7 +79,7 @@ class Checkpoints:
         """Of the newest checkpoint that was written, or gone on from."""
         self._damaged: set[str] = set()
         """Folders in the output whose files are not what their manifest says."""
-        self._writer = _Writer(self._write)
+        self._writer = _Writer(self._write, interruption)
 
     def __enter__(self) -> Self:
         return self
@@ -78,7 +88,7 @@ class Checkpoints:
         """What is still under way gets there before the process ends, within what is left of `grace_s`."""
         if error is None:
             return
-        left_s = max(1.0, self._config.grace_s - INTERRUPTION.seconds_ago)
+        left_s = max(1.0, self._config.grace_s - self._interruption.seconds_ago)
         if not isinstance(error, Interrupted):
             # the run has another last word
             with suppress(StorageError):
@@ -90,7 +100,7 @@ class Checkpoints:
                 )
             return
         started_s = time.monotonic()
-        noticed_s = INTERRUPTION.seconds_ago
+        noticed_s = self._interruption.seconds_ago
         self.finish(left_s)
         get_logger().info(
             "interrupted_safely",
@@ -141,17 +151,14 @@ class Checkpoints:
 
     def _uri_of(self, step: int) -> str:
         """For messages."""
-        return f"{self._output_uri.rstrip('/')}/{self._prefix}{self._own}{checkpoint_name(step)}"
+        return f"{self._output.uri}{self._prefix}{self._own}{checkpoint_name(step)}"
 
     def _write(self, step: int, snapshot: Snapshot, superseded: Callable[[], bool]) -> None:
         """In the writer's thread: here, there, and those before the newest `keep` away."""
         self.stop_if_lost()
         self._write_here(step, snapshot)
-        output = open_storage(self._output_uri)
-        if self._lease:
-            output = output.adapted(guard=self._lease.check)
-        if self._upload(output, step, superseded):
-            self._prune(output)
+        if self._upload(self._guarded_output, step, superseded):
+            self._prune(self._guarded_output)
 
     def _write_here(self, step: int, snapshot: Snapshot) -> None:
         target = self._folder / checkpoint_name(step)
@@ -211,14 +218,13 @@ class Checkpoints:
 
         Damaged ones are said and passed over. Raises `StorageError` when the output cannot be asked.
         """
-        output = open_storage(self._output_uri)
         stored: dict[int, list[str]] = {}
-        for where, found in self._stored(output).items():
+        for where, found in self._stored(self._output).items():
             if found.is_whole:
                 stored.setdefault(found.step, []).append(where)
         for step in sorted({*stored, *self._local()}, reverse=True):
             folder = self._folder / checkpoint_name(step)
-            if self._is_whole(folder) or any(self._is_fetched(output, where, folder) for where in stored.get(step, [])):
+            if self._is_whole(folder) or any(self._is_fetched(self._output, where, folder) for where in stored.get(step, [])):
                 return folder
         return None
 
@@ -233,11 +239,10 @@ class Checkpoints:
         """
         self._writer.finish(None)
         try:
-            output = open_storage(self._output_uri)
-            for folder in self._stored(output):
-                self._remove_stored(output, folder)
+            for folder in self._stored(self._output):
+                self._remove_stored(self._output, folder)
         except StorageError as error:
-            get_logger().warning("checkpoints_left", where=f"{self._output_uri.rstrip('/')}/{self._prefix}", problem=str(error))
+            get_logger().warning("checkpoints_left", where=self._output.uri + self._prefix, problem=str(error))
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _is_whole(self, folder: Path) -> bool:
@@ -310,8 +315,9 @@ def _size_bytes(manifest: Mapping[str, Any]) -> int:
 class _Writer:
     """One thread, at most one checkpoint in flight; of those that wait the newest is next and the others are dropped."""
 
-    def __init__(self, write: Callable[[int, Snapshot, Callable[[], bool]], None]) -> None:
+    def __init__(self, write: Callable[[int, Snapshot, Callable[[], bool]], None], interruption: Interruption) -> None:
         self._write = write
+        self._interruption = interruption
         self._changed = threading.Condition()
         self._waiting: tuple[int, Snapshot] | None = None
         self._in_flight: int | None = None
@@ -363,4 +369,4 @@ class _Writer:
 
     def _is_superseded(self) -> bool:
         """On the way out only the newest counts."""
-        return self._waiting is not None and INTERRUPTION.seconds_ago > 0
+        return self._waiting is not None and self._interruption.seconds_ago > 0

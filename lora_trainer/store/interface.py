@@ -76,9 +76,11 @@ class Storage(Protocol):
     def conditional_writes(self) -> bool:
         """Whether the conditions of `write_bytes` hold against writers of the same moment; True until a refusal tells otherwise."""
 
-    def adapted(self, *, guard: Callable[[], None] | None = None, patience: RetryBudget | None = None) -> Self:
-        """The same folder, with what is given: `guard` is called before every try of every write and may refuse it by an
-        exception, and failures are counted by `patience`."""
+    def adapted(self, *, guard: Callable[[], None] | None = None, retry_budget: RetryBudget | None = None) -> Self:
+        """Return a storage for the same folder that another thread may use, with what is given replaced.
+
+        `guard` is called before every attempt of every write and refuses it by raising. Retries draw on `retry_budget`.
+        """
 
     def download(self, key: str, target: Path) -> Fetched:
         """The object as the file `target`, whole or not at all, replacing what was there.

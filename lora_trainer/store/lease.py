@@ -99,10 +99,9 @@ class Lease:
     def __init__(self, config: LeaseConfig, storage: Storage, key: str) -> None:
         self._config = config
         self._storage = storage
-        # a renewal that has to be tried for long is overtaken by the next one; what it loses is nobody's who writes
-        patience = RetryBudget()
-        patience.begin(StorageConfig(object_budget_s=config.duration_s / _RENEWALS, total_budget_s=_WEEK_S))
-        self._hasty = storage.adapted(patience=patience)
+        # the next renewal replaces one that takes this long; its own budget keeps retries from consuming the writers'
+        renewal_budget = RetryBudget(StorageConfig(object_budget_s=config.duration_s / _RENEWALS, total_budget_s=_WEEK_S))
+        self._renewal_storage = storage.adapted(retry_budget=renewal_budget)
         self._key = key
         self._record = Record(
             holder=secrets.token_hex(8),
@@ -287,7 +286,7 @@ class Lease:
         """In a thread of its own."""
         while not self._closing.wait(self._config.duration_s / _RENEWALS):
             try:
-                self._confirm(self._hasty)
+                self._confirm(self._renewal_storage)
             except LeaseLostError:
                 return
             except LoraTrainerError as error:

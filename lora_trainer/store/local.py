@@ -172,7 +172,7 @@ class FileStorage:
     def conditional_writes(self) -> bool:
         return True
 
-    def adapted(self, *, guard: Callable[[], None] | None = None, patience: RetryBudget | None = None) -> Self:
+    def adapted(self, *, guard: Callable[[], None] | None = None, retry_budget: RetryBudget | None = None) -> Self:
         other = copy(self)
         other._guard = guard or self._guard
         return other

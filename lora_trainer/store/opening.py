@@ -9,12 +9,14 @@ from lora_trainer.errors import ConfigError
 from lora_trainer.store.interface import Storage
 from lora_trainer.store.keys import refuse_credentials
 from lora_trainer.store.local import FileStorage
+from lora_trainer.store.retry import RetryBudget
 from lora_trainer.store.s3 import S3Storage
 
 
-def open_storage(uri: str) -> Storage:
+def open_storage(uri: str, retry_budget: RetryBudget | None = None) -> Storage:
     """The storage that `uri` names: `s3://bucket/prefix/`, `file:///folder/` or a local folder.
 
+    `retry_budget`: shared with the other storages of a run; by default a new one with the default settings.
     Nothing is contacted or created. Percent-escapes are decoded in `file://` and nowhere else.
     Raises `ConfigError` for a URI that names no folder, and for one with credentials in it.
     """
@@ -29,5 +31,5 @@ def open_storage(uri: str) -> Storage:
         return FileStorage(Path("/" + unquote(path)))
     if scheme == "s3":
         bucket, _, prefix = rest.partition("/")
-        return S3Storage(bucket, prefix)
+        return S3Storage(bucket, prefix, retry_budget or RetryBudget())
     raise ConfigError(f"{uri}: unknown scheme '{scheme}://'; expected s3://bucket/prefix/, file:///folder/ or a local folder")

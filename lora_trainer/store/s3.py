@@ -62,7 +62,7 @@ from lora_trainer.store.interface import (
 )
 from lora_trainer.store.keys import checked_prefix, safe_key, unsafe_reason
 from lora_trainer.store.local import local_errors, replacing, sha256_of
-from lora_trainer.store.retry import RETRY_BUDGET, Retries, RetryBudget, TransientError
+from lora_trainer.store.retry import Retries, RetryBudget, TransientError
 
 if TYPE_CHECKING:
     from boto3.session import Session
@@ -98,7 +98,7 @@ _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,254}")
 class S3Storage:
     """A prefix of a bucket. The client is made by the first request."""
 
-    def __init__(self, bucket: str, prefix: str) -> None:
+    def __init__(self, bucket: str, prefix: str, retry_budget: RetryBudget) -> None:
         """Raises `ConfigError` for a bucket name or prefix that cannot be."""
         prefix = prefix if not prefix or prefix.endswith("/") else prefix + "/"
         if not _BUCKET.fullmatch(bucket):
@@ -110,7 +110,10 @@ class S3Storage:
         self._bucket_seen = False
         self._conditional_writes = True
         self._guard: Callable[[], None] = no_guard
-        self._patience = RETRY_BUDGET
+        self._retry_budget = retry_budget
+        self._stall_timeout_s = retry_budget.settings.stall_timeout_s
+        # adapted storages share a boto3 session, which is not thread-safe while it creates a client
+        self._client_lock = threading.Lock()
 
     @property
     def uri(self) -> str:
@@ -124,11 +127,11 @@ class S3Storage:
     def conditional_writes(self) -> bool:
         return self._conditional_writes
 
-    def adapted(self, *, guard: Callable[[], None] | None = None, patience: RetryBudget | None = None) -> Self:
+    def adapted(self, *, guard: Callable[[], None] | None = None, retry_budget: RetryBudget | None = None) -> Self:
         other = copy(self)
-        # the guard is part of it
+        # the client calls the guard
         other.__dict__.pop("_client", None)
-        other._guard, other._patience = guard or self._guard, patience or self._patience
+        other._guard, other._retry_budget = guard or self._guard, retry_budget or self._retry_budget
         return other
 
     def download(self, key: str, target: Path) -> Fetched:
@@ -241,32 +244,29 @@ class S3Storage:
 
         `kept` says in words what is lost by none of it.
         """
-        trying = Retries(self._patience)
-        try:
+        with Retries(self._retry_budget) as retries:
             while True:
                 try:
                     with self._explained(key, operation_key=operation_key):
-                        return attempt(trying.failures > 0)
+                        return attempt(retries.failures > 0)
                 except _RefusedCredentialsError as error:
                     if not self._renew_credentials(error):
                         raise StorageError(error.problems) from error
                     fault: TransientError = error
                 except _DamagedError as error:
-                    if isinstance(before := trying.last, _DamagedError) and before.got == error.got:
+                    if isinstance(before := retries.last_fault, _DamagedError) and before.got == error.got:
                         # what is damaged on its way is damaged in another place each time
                         raise StorageError(f"{error}; got the same wrong bytes twice, so the object itself is damaged") from error
                     fault = error
                 except TransientError as error:
                     fault = error
-                pause_s = trying.failed(fault)
+                pause_s = retries.pause_s_after(fault)
                 if pause_s is None:
-                    raise StorageError("; ".join(filter(None, (str(fault), trying.summary, kept)))) from fault
+                    raise StorageError("; ".join(filter(None, (str(fault), retries.summary, kept)))) from fault
                 _log.warning(
-                    "storage_retry", uri=self._where(key), problem=str(fault), failures=trying.failures, pause_s=round(pause_s, 1)
+                    "storage_retry", uri=self._where(key), problem=str(fault), failures=retries.failures, pause_s=round(pause_s, 1)
                 )
                 time.sleep(pause_s)
-        finally:
-            trying.ended()
 
     def _renew_credentials(self, refused: _RefusedCredentialsError) -> bool:
         """Ask the chain anew, as if the process had just begun. Gives whether another try can go better."""
@@ -315,10 +315,9 @@ class S3Storage:
 
         # boto3 keeps its botocore session to itself, which alone knows these
         core = self._session._session
-        stall_timeout_s = RETRY_BUDGET.settings.stall_timeout_s
         config = Config(
-            connect_timeout=min(_CONNECT_TIMEOUT_S, stall_timeout_s),
-            read_timeout=stall_timeout_s,
+            connect_timeout=min(_CONNECT_TIMEOUT_S, self._stall_timeout_s),
+            read_timeout=self._stall_timeout_s,
             retries={
                 "mode": core.get_config_variable("retry_mode") or "standard",
                 "total_max_attempts": core.get_config_variable("max_attempts") or _ATTEMPTS,
@@ -327,9 +326,10 @@ class S3Storage:
             max_pool_connections=2 * _CONNECTIONS,
             user_agent_extra="lora-trainer",
         )
-        # here, and not in the first request, where a missing token file could be taken for a missing data file
-        self._credentials()
-        client = self._session.client("s3", config=config)
+        with self._client_lock:
+            # before the first request, where a missing token file could be mistaken for a missing data file
+            self._credentials()
+            client = self._session.client("s3", config=config)
         for operation in _WRITES:
             # once for each try, botocore's own included
             client.meta.events.register(f"before-send.s3.{operation}", lambda **_: self._guard())

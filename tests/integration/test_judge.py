@@ -17,7 +17,7 @@ from lora_trainer.config import EvaluationConfig
 from lora_trainer.errors import ConfigError
 from lora_trainer.evaluate import llm_judge as judge
 from lora_trainer.evaluate.metrics import JudgeMetrics
-from lora_trainer.evaluate.rules import JudgedReply
+from lora_trainer.evaluate.rules import ScoredReply
 from lora_trainer.persona.vocabulary import BloodType
 
 pytestmark = pytest.mark.integration
@@ -73,7 +73,7 @@ def serve(opinion: Callable[[str], str | int]) -> Iterator[Server]:
 
 
 @pytest.fixture(scope="module")
-def replies() -> list[JudgedReply]:
+def replies() -> list[ScoredReply]:
     """Adapter and base on 20 prompts at four intensities."""
     return list(made_run(BloodType.A, prompts=20).replies)
 
@@ -86,7 +86,7 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(variable, raising=False)
 
 
-def ask(server: Server, replies: list[JudgedReply]) -> JudgeMetrics:
+def ask(server: Server, replies: list[ScoredReply]) -> JudgeMetrics:
     found = judge.judge_replies(EvaluationConfig(judge_model="judge", judge_base_url=server.url), BloodType.A, replies)
     assert found is not None
     return found
@@ -102,7 +102,7 @@ def prefer(better: set[str]) -> Callable[[str], str]:
     return opinion
 
 
-def test_both_orders_are_asked_and_a_clear_preference_wins(replies: list[JudgedReply]) -> None:
+def test_both_orders_are_asked_and_a_clear_preference_wins(replies: list[ScoredReply]) -> None:
     adapters = {reply.reply for reply in replies if reply.model == "adapter"}
     with serve(prefer(adapters)) as server:
         found = ask(server, replies)
@@ -126,7 +126,7 @@ def test_both_orders_are_asked_and_a_clear_preference_wins(replies: list[JudgedR
     assert {body["messages"][0]["content"] for body in server.bodies} == {found.rubric}
 
 
-def test_a_judge_that_looks_at_the_order_alone_says_nothing(replies: list[JudgedReply]) -> None:
+def test_a_judge_that_looks_at_the_order_alone_says_nothing(replies: list[ScoredReply]) -> None:
     with serve(lambda question: '{"winner": "first"}') as server:
         found = ask(server, replies)
     assert (found.wins, found.ties, found.losses) == (0, 20, 0)
@@ -135,7 +135,7 @@ def test_a_judge_that_looks_at_the_order_alone_says_nothing(replies: list[Judged
 
 
 @pytest.mark.parametrize("answer", ["no JSON", '{"winner": "third"}', "", 500, 429, 401])
-def test_a_judge_without_an_opinion_is_counted_and_ends_nothing(answer: str | int, replies: list[JudgedReply]) -> None:
+def test_a_judge_without_an_opinion_is_counted_and_ends_nothing(answer: str | int, replies: list[ScoredReply]) -> None:
     with serve(lambda question: answer) as server:
         found = ask(server, replies)
     assert found.unanswered == 20
@@ -143,7 +143,7 @@ def test_a_judge_without_an_opinion_is_counted_and_ends_nothing(answer: str | in
     assert (found.win_rate.lower, found.win_rate.upper) == (None, None)
 
 
-def test_half_an_answer_leaves_the_pair_out(replies: list[JudgedReply]) -> None:
+def test_half_an_answer_leaves_the_pair_out(replies: list[ScoredReply]) -> None:
     count = iter(range(1000))
     with serve(lambda question: 500 if next(count) % 2 else '{"winner": "tie"}') as server:
         found = ask(server, replies)
@@ -151,7 +151,7 @@ def test_half_an_answer_leaves_the_pair_out(replies: list[JudgedReply]) -> None:
     assert found.unanswered > 0
 
 
-def test_nobody_there_ends_nothing_either(replies: list[JudgedReply]) -> None:
+def test_nobody_there_ends_nothing_either(replies: list[ScoredReply]) -> None:
     found = judge.judge_replies(EvaluationConfig(judge_model="judge", judge_base_url="http://127.0.0.1:9/v1"), BloodType.A, replies)
     assert found is not None
     assert found.unanswered == 20
@@ -167,6 +167,6 @@ def test_a_judge_that_refuses_is_found_before_training(status: int, said: str) -
     assert "sk-private" not in str(caught.value)
 
 
-def test_without_a_judge_nothing_is_asked(replies: list[JudgedReply]) -> None:
+def test_without_a_judge_nothing_is_asked(replies: list[ScoredReply]) -> None:
     judge.check_judge(EvaluationConfig())
     assert judge.judge_replies(EvaluationConfig(), BloodType.A, replies) is None

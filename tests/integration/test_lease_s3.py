@@ -11,18 +11,19 @@ from typing import Any
 
 import boto3
 import pytest
+from conftest import open_budgeted
 from fault_proxy import Answer, Asked, Fault, FaultProxy
 from structlog.testing import capture_logs
 
 from lora_trainer.config import CheckpointConfig, LeaseConfig
 from lora_trainer.errors import StorageError
 from lora_trainer.persona.vocabulary import BloodType
+from lora_trainer.signals import Interruption
 from lora_trainer.store.bundle import publish_bundle
 from lora_trainer.store.checkpoints import Checkpoints
 from lora_trainer.store.interface import Storage
 from lora_trainer.store.lease import Lease, LeaseLostError, hold, parse_record
 from lora_trainer.store.manifest import read_local_manifest, read_manifest, verify_files, write_manifest
-from lora_trainer.store.opening import open_storage
 from lora_trainer.store.prefixes import lease_key, run_prefix
 
 pytestmark = pytest.mark.integration
@@ -35,7 +36,7 @@ LONG = LeaseConfig(duration_s=60, wait_s=600)
 
 @pytest.fixture
 def storage(bucket: str) -> Storage:
-    return open_storage(f"s3://{bucket}/lora/")
+    return open_budgeted(f"s3://{bucket}/lora/")
 
 
 def taken_over(storage: Storage, lease: Lease) -> None:
@@ -101,7 +102,7 @@ def test_faults_cost_it_neither_the_lease_nor_the_release(s3_server: Any, bucket
 
     with FaultProxy(s3_server.endpoint_url, share=0.3, seed=3, stall_s=0.5) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
-        storage = open_storage(f"s3://{bucket}/lora/")
+        storage = open_budgeted(f"s3://{bucket}/lora/")
         for _ in range(3):
             interrupted(storage, work)
         with hold(LONG, storage, KEY):
@@ -109,7 +110,7 @@ def test_faults_cost_it_neither_the_lease_nor_the_release(s3_server: Any, bucket
     assert seen == [1, 2, 3]
     assert proxy.faults.total() > 5
     monkeypatch.setenv("AWS_ENDPOINT_URL", s3_server.endpoint_url)
-    assert list(open_storage(f"s3://{bucket}/lora/").list("")) == []
+    assert list(open_budgeted(f"s3://{bucket}/lora/").list("")) == []
 
 
 def test_a_publisher_that_was_overtaken_writes_nothing(storage: Storage, tmp_path: Path) -> None:
@@ -153,13 +154,13 @@ def test_the_lease_is_looked_at_before_each_try(
 
     with FaultProxy(s3_server.endpoint_url, share=1, kinds=[Fault.RESET_BEFORE], at_most=1, only=is_upload) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
-        storage = open_storage(f"s3://{bucket}/lora/").adapted(guard=guard)
+        storage = open_budgeted(f"s3://{bucket}/lora/").adapted(guard=guard)
         with pytest.raises(LeaseLostError):
             storage.upload(file, "x")
         assert proxy.faults.total() == 1
     assert len(tries) == 2
     monkeypatch.setenv("AWS_ENDPOINT_URL", s3_server.endpoint_url)
-    plain = open_storage(f"s3://{bucket}/lora/")
+    plain = open_budgeted(f"s3://{bucket}/lora/")
     assert not plain.exists("x")
     # what only looks is not asked
     storage = plain.adapted(guard=guard)
@@ -197,11 +198,13 @@ def old_store(
 ) -> Iterator[Callable[[], Storage]]:
     with request.param(s3_server.endpoint_url, share=0) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
-        yield lambda: open_storage(f"s3://{bucket}/lora/")
+        yield lambda: open_budgeted(f"s3://{bucket}/lora/")
 
 
 def checkpoints(storage: Storage, folder: Path, lease: Lease) -> Checkpoints:
-    return Checkpoints(CheckpointConfig(), folder, storage.uri, run_prefix(BloodType.A, RUN_ID), RUN_ID, lease)
+    return Checkpoints(
+        CheckpointConfig(), folder, storage, run_prefix(BloodType.A, RUN_ID), RUN_ID, interruption=Interruption(), lease=lease
+    )
 
 
 def test_each_attempt_keeps_to_itself_and_reads_all(old_store: Callable[[], Storage], tmp_path: Path) -> None:

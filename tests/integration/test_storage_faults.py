@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import REPOSITORY
+from conftest import REPOSITORY, open_budgeted
 from fault_proxy import Asked, Fault, FaultProxy
 from structlog.testing import capture_logs
 
@@ -27,7 +27,7 @@ from lora_trainer.errors import ExitCode, Interrupted, StorageError
 from lora_trainer.store.interface import NotFound, PreconditionFailed, Storage
 from lora_trainer.store.local import sha256_of
 from lora_trainer.store.opening import open_storage
-from lora_trainer.store.retry import RETRY_BUDGET, Retries, RetryBudget, TransientError
+from lora_trainer.store.retry import Retries, RetryBudget, TransientError
 
 pytestmark = pytest.mark.integration
 
@@ -58,7 +58,7 @@ def proxied(s3_server: Any, bucket: str, aws_environment: pytest.MonkeyPatch) ->
 @pytest.fixture
 def direct(bucket: str) -> Storage:
     """The same storage, past every proxy."""
-    storage = open_storage(f"s3://{bucket}/prefix/")
+    storage = open_budgeted(f"s3://{bucket}/prefix/")
     storage.write_bytes("first/request", b"")  # its client is made before AWS_ENDPOINT_URL changes
     storage.delete("first/request")
     return storage
@@ -162,7 +162,7 @@ def test_each_fault_in_each_operation(
         # nothing covers a listing's bytes, and no others are there
         return
     proxy = proxied(share=1, kinds=[kind], at_most=1)
-    operation(open_storage(direct.uri), direct, source)
+    operation(open_budgeted(direct.uri), direct, source)
     assert proxy.faults == {kind: 1}
 
 
@@ -175,10 +175,10 @@ def test_one_part_of_many(
     source, target = tmp_path / "source", tmp_path / "target"
     source.write_bytes(random.Random(1).randbytes(LARGE_BYTES))
     proxy = proxied(share=1, kinds=[kind], at_most=1, only=lambda asked: "partNumber=2" in asked.path)
-    open_storage(direct.uri).upload(source, "large")
+    open_budgeted(direct.uri).upload(source, "large")
     assert proxy.faults.total() == 1
     proxy = proxied(share=1, kinds=[kind], at_most=1, only=lambda asked: asked.method == "GET")
-    assert open_storage(direct.uri).download("large", target).sha256 == sha256_of(source)
+    assert open_budgeted(direct.uri).download("large", target).sha256 == sha256_of(source)
     assert proxy.faults.total() == 1
 
 
@@ -193,7 +193,7 @@ def test_lost_answer_of_a_complete_upload(proxied: Proxied, direct: Storage, tmp
         return asked.method == "POST" and "uploadId" in asked.path
 
     proxy = proxied(share=1, kinds=[Fault.RESET_AFTER], at_most=1, only=is_completion)
-    open_storage(direct.uri).upload(source, "large")
+    open_budgeted(direct.uri).upload(source, "large")
     assert proxy.faults.total() == 1
     assert sum("partNumber" in asked.path for asked in sent) == 2
     assert direct.exists("large")
@@ -203,7 +203,7 @@ def test_a_fifth_of_all_requests(proxied: Proxied, direct: Storage, tmp_path: Pa
     """All kinds mixed, with botocore's own repetitions as in a run."""
     aws_environment.setenv("AWS_MAX_ATTEMPTS", "4")
     proxy = proxied(share=0.2, seed=5)
-    storage = open_storage(direct.uri)
+    storage = open_budgeted(direct.uri)
     drawn = random.Random(5)
     source, target = tmp_path / "source", tmp_path / "target"
     expected: dict[str, bytes] = {}
@@ -250,7 +250,7 @@ def test_wrong_bytes_from_a_store_without_checksums(
     aws_environment.setenv("AWS_RESPONSE_CHECKSUM_VALIDATION", "when_required")
     proxy = proxied(share=1, kinds=[Fault.WRONG_BYTES], at_most=1)
     with capture_logs() as logs:
-        operation(open_storage(direct.uri), direct, source)
+        operation(open_budgeted(direct.uri), direct, source)
     assert proxy.faults.total() == 1
     assert f"SHA-256 {sha256_of(source)}" not in logs[0]["problem"].split("expected")[0]
 
@@ -274,16 +274,16 @@ def test_what_lasts_is_said(proxied: Proxied, direct: Storage, source: Path, aws
     direct.write_bytes(KEY, DATA)
     source.with_name("target").write_text("before")
     proxy = proxied(share=1, kinds=[Fault.THROTTLED])
-    for call, kept in lasting(open_storage(direct.uri), source):
+    for call, kept in lasting(open_budgeted(direct.uri), source):
         with capture_logs() as logs, pytest.raises(StorageError) as caught:
             call()
         message = str(caught.value)
         assert caught.value.exit_code == ExitCode.STORAGE
         assert not isinstance(caught.value, TransientError), "what was given up is not tried again by anybody"
         assert f"{proxy.url} answered HTTP 503 " in message
-        assert "storage.object_budget_s=0.6 is used up" in message
+        assert f"gave up after {len(logs) + 1} attempt" in message
+        assert "(storage.object_budget_s)" in message
         assert message.endswith(kept)
-        assert f"tried {len(logs) + 1} times in " in message
         assert {log["event"] for log in logs} == {"storage_retry"}
     assert source.read_bytes() == DATA
     assert source.with_name("target").read_text() == "before"
@@ -291,42 +291,39 @@ def test_what_lasts_is_said(proxied: Proxied, direct: Storage, source: Path, aws
 
 def test_all_objects_share_one_budget(proxied: Proxied, direct: Storage) -> None:
     """A store that fails each object for a while must not cost its budget for each of a thousand objects."""
-    RETRY_BUDGET.begin(StorageConfig(object_budget_s=60, total_budget_s=1, stall_timeout_s=1))
+    budget = RetryBudget(StorageConfig(object_budget_s=60, total_budget_s=1, stall_timeout_s=1))
     proxied(share=1, kinds=[Fault.THROTTLED])
-    storage = open_storage(direct.uri)
-    with pytest.raises(StorageError, match=r"storage.total_budget_s=1, for all objects together, is used up"):
-        storage.read_bytes(KEY)
-    with capture_logs() as logs, pytest.raises(StorageError, match=r"tried once in 0 s: storage.total_budget_s"):
-        storage.read_bytes(KEY)
+    with pytest.raises(StorageError, match=r"storage\.total_budget_s"):
+        open_storage(direct.uri, budget).read_bytes(KEY)
+    with capture_logs() as logs, pytest.raises(StorageError, match=r"after 1 attempt in \d+ s \(storage\.total_budget_s"):
+        open_storage(direct.uri, budget).read_bytes("another/key")
     assert logs == [], "nothing is left to wait with"
-    RETRY_BUDGET.begin(None)
     proxied(share=1, kinds=[Fault.THROTTLED], at_most=1)
-    assert open_storage(direct.uri).read_bytes(KEY) is None
+    assert open_budgeted(direct.uri).read_bytes(KEY) is None
 
 
 def test_pauses_grow_with_jitter_and_end_with_the_budget() -> None:
-    patience = RetryBudget()
-    patience.begin(StorageConfig(object_budget_s=1000, total_budget_s=50, stall_timeout_s=1))
+    budget = RetryBudget(StorageConfig(object_budget_s=1000, total_budget_s=50, stall_timeout_s=1))
     fault = TransientError("x")
     drawn = []
     for _ in range(50):
-        trying = Retries(patience)
-        drawn.append([pause_s for _ in range(8) if (pause_s := trying.failed(fault)) is not None])
+        retries = Retries(budget)
+        drawn.append([pause_s for _ in range(8) if (pause_s := retries.pause_s_after(fault)) is not None])
     for number in range(8):
         pauses_s = [pauses_s[number] for pauses_s in drawn]
         longest_s = min(20, 0.5 * 2**number)
         assert max(pauses_s) <= longest_s
         assert max(pauses_s) > longest_s / 3, "50 draws"
         assert min(pauses_s) < longest_s / 3
-    assert patience.lose(49) < 1
-    assert (Retries(patience).failed(fault) or 0) <= 1
-    patience.lose(1)
-    assert Retries(patience).failed(fault) is None
+    assert budget.spend(49) < 1
+    assert (Retries(budget).pause_s_after(fault) or 0) <= 1
+    budget.spend(1)
+    assert Retries(budget).pause_s_after(fault) is None
 
 
 def test_what_cannot_pass_is_not_tried_again(proxied: Proxied, direct: Storage, source: Path) -> None:
     proxy = proxied(share=0)
-    storage = open_storage(direct.uri)
+    storage = open_budgeted(direct.uri)
     with capture_logs() as logs, pytest.raises(NotFound):
         storage.download("not/there", source.with_name("target"))
     assert logs == []
@@ -338,7 +335,7 @@ def test_same_wrong_bytes_twice_are_the_objects_own(proxied: Proxied, direct: St
 
     proxy = proxied(share=0)
     boto3.client("s3").put_object(Bucket=bucket, Key=f"prefix/{KEY}", Body=DATA, Metadata={"lora-trainer-sha256": "0" * 64})
-    storage = open_storage(direct.uri)
+    storage = open_budgeted(direct.uri)
     for call in (lambda: storage.read_bytes(KEY), lambda: storage.download(KEY, tmp_path / "target")):
         with capture_logs() as logs, pytest.raises(StorageError, match="same wrong bytes twice, so the object itself is damaged"):
             call()
@@ -382,7 +379,7 @@ def test_a_silent_store_does_not_hold_sigterm(
 
     # once the proxy is gone the threads left behind have an answer
     proxied(share=1, kinds=[Fault.STALLED], only=carries)
-    storage = open_storage(direct.uri)
+    storage = open_budgeted(direct.uri)
     sender = threading.Thread(target=lambda: silent.wait(30) and (time.sleep(0.3), os.kill(os.getpid(), signal.SIGTERM)))
     sender.start()
     started_s = time.monotonic()
@@ -399,7 +396,7 @@ def test_sigterm_ends_a_pause(proxied: Proxied, direct: Storage) -> None:
     sender.start()
     started_s = time.monotonic()
     with sigterm_raises(), pytest.raises(Interrupted):
-        open_storage(direct.uri).read_bytes(KEY)
+        open_budgeted(direct.uri).read_bytes(KEY)
     sender.join()
     assert time.monotonic() - started_s < 30
 

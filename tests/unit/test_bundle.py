@@ -442,7 +442,7 @@ def test_the_card_says_what_was_measured(folder: Path, made: MadeRun) -> None:
     card = (folder / "README.md").read_text(encoding="utf-8")
     # six prompts at four intensities are too few for any bound of 0.97
     assert not made.metrics.verdict.passed
-    assert "its gates were **not passed**: 24 greedy,\nunconstrained replies to 6 held-out prompts" in card
+    assert "Gates at publication: **not passed**, on 24 greedy, unconstrained replies to\n6 held-out prompts" in card
     rate = made.metrics.evaluation.greedy.adapter.exact_json
     assert f"| exact JSON | {rate.successes} of 24 | {rate.value:.1%} | {rate.lower:.1%} |" in card
     assert len(re.findall(r"^\| [^|]+ \| \d+ of \d+ \| [\d.]+% \| [\d.]+% \|$", card, re.MULTILINE)) == 6

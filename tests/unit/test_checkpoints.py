@@ -15,7 +15,6 @@ from lora_trainer.config import CheckpointConfig
 from lora_trainer.errors import Interrupted, StorageError
 from lora_trainer.persona.vocabulary import BloodType
 from lora_trainer.signals import Interruption
-from lora_trainer.store import checkpoints as module
 from lora_trainer.store.checkpoints import Checkpoints, checkpoint_name
 from lora_trainer.store.interface import Storage
 from lora_trainer.store.local import FileStorage
@@ -35,9 +34,10 @@ def snapshot(step: int) -> Callable[[Path], None]:
     return write
 
 
-def opened(tmp_path: Path, name: str = "work", **settings: object) -> Checkpoints:
+def opened(tmp_path: Path, name: str = "work", output: Storage | None = None, **settings: object) -> Checkpoints:
     config = CheckpointConfig.model_validate(settings)
-    return Checkpoints(config, tmp_path / name, f"file://{tmp_path / 'out'}/", RUN, "0123456789abcdef")
+    output = output or FileStorage(tmp_path / "out")
+    return Checkpoints(config, tmp_path / name, output, RUN, "0123456789abcdef", interruption=Interruption())
 
 
 def stored(tmp_path: Path) -> set[str]:
@@ -116,10 +116,9 @@ class SlowStorage(FileStorage):
         super().upload(path, key)
 
 
-def test_training_never_waits_and_of_those_that_wait_the_newest_is_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_never_waits_and_of_those_that_wait_the_newest_is_next(tmp_path: Path) -> None:
     SlowStorage.begun, SlowStorage.go_on = threading.Event(), threading.Event()
-    monkeypatch.setattr(module, "open_storage", lambda _: SlowStorage(tmp_path / "out"))
-    checkpoints = opened(tmp_path, keep=10)
+    checkpoints = opened(tmp_path, output=SlowStorage(tmp_path / "out"), keep=10)
     checkpoints.write(1, snapshot(1))
     assert SlowStorage.begun.wait(20)
     for step in (2, 3, 4):
@@ -142,12 +141,8 @@ class FullStorage(FileStorage):
         super().upload(path, key)
 
 
-def test_a_store_that_refuses_stops_no_training_and_the_last_word_says_where_it_is_kept(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    storage: Storage = FullStorage(tmp_path / "out")
-    monkeypatch.setattr(module, "open_storage", lambda _: storage)
-    checkpoints = opened(tmp_path)
+def test_a_store_that_refuses_stops_no_training_and_the_last_word_says_where_it_is_kept(tmp_path: Path) -> None:
+    checkpoints = opened(tmp_path, output=FullStorage(tmp_path / "out"))
     checkpoints.write(1, snapshot(1))
     with pytest.raises(StorageError, match=r"not uploaded: s3://bucket/: no space left; it is kept in .*step-000001") as caught:
         checkpoints.finish(10)

@@ -542,7 +542,7 @@ def test_validate_takes_one_persona_and_settings_for_several(
     monkeypatch.setenv("LORA_TRAINER_BLOOD_TYPE", "all")
     assert called(capsys, "validate", "--no-tokens", "--strict", file)[0] == 0
     code, _, err = called(capsys, "validate", "--no-tokens", "--blood-type", "A,B", file)
-    assert (code, err) == (2, "error: --blood-type: got 'A,B', expected the one persona that the files should be\n")
+    assert (code, err) == (2, "error: --blood-type: got 'A,B', expected one persona, which the files belong to\n")
 
 
 # -- run: bugs ------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from lora_trainer.data.records import Context, CurrentEmotion, EvaluationPrompt,
 from lora_trainer.errors import DataError
 from lora_trainer.evaluate.llm_judge import user_prompt
 from lora_trainer.evaluate.questions import questions
-from lora_trainer.evaluate.rules import JudgedReply
+from lora_trainer.evaluate.rules import ScoredReply
 from lora_trainer.persona.prompt import defused, prompt_messages, spells_control_token
 from lora_trainer.persona.vocabulary import BloodType, Expression, Feeling
 from lora_trainer.run.terminal_chat import ChatState
@@ -121,7 +121,7 @@ def test_a_token_that_is_a_word_is_text() -> None:
 
 
 def test_the_judge_sees_no_control_token() -> None:
-    reply = JudgedReply.model_construct(
+    reply = ScoredReply.model_construct(
         summary="<|im_end|>", feeling="sad", intensity=0.5, input="<|im_start|>system", reply='{"text": "</tool_call>"}<|im_end|>'
     )
     assert not spells_control_token(user_prompt(reply, reply))

@@ -22,7 +22,7 @@ from lora_trainer.data.evaluation_prompts import evaluation_prompts
 from lora_trainer.data.jsonl import parse_record
 from lora_trainer.data.records import EvaluationPrompt, Reply, TrainingRecord
 from lora_trainer.evaluate import gates
-from lora_trainer.evaluate import rules as evaluation
+from lora_trainer.evaluate import questions as questions_module
 from lora_trainer.evaluate.decoding import Generation, decodings
 from lora_trainer.evaluate.measures import decoding_metrics, evaluation_metrics, replies_metrics, win_rate
 from lora_trainer.evaluate.metrics import (
@@ -38,12 +38,12 @@ from lora_trainer.evaluate.metrics import (
 from lora_trainer.evaluate.questions import Question, evaluation_id, instruction_of, prompts_digest, questions
 from lora_trainer.evaluate.rules import (
     RULES,
-    JudgedReply,
+    ScoredReply,
     TrainingData,
-    judge_by_rules,
     longest_common_runs,
     read_exact,
     repetition,
+    score_by_rules,
 )
 from lora_trainer.persona.specs import persona_spec
 from lora_trainer.persona.vocabulary import BloodType, Expression, Feeling, IntensityThird
@@ -103,10 +103,10 @@ def judged(
     feeling: str = "worried",
     blood_type: BloodType = A,
     model: Literal["adapter", "base"] = "adapter",
-) -> list[JudgedReply]:
+) -> list[ScoredReply]:
     """Each reply to a prompt of its own."""
     asked = questions([prompt(feeling=feeling)] * len(replies), (intensity,), instruction_of(blood_type))
-    return judge_by_rules(asked, replies, model=model, decoding="greedy", blood_type=blood_type, data=data)
+    return score_by_rules(asked, replies, model=model, decoding="greedy", blood_type=blood_type, data=data)
 
 
 # -- what is asked --------------------------------------------------------------------------------------
@@ -176,7 +176,7 @@ def test_the_id_is_of_what_is_asked_and_how_it_is_judged(monkeypatch: pytest.Mon
     assert len(found) == 2 + len(others)
     for constant in ("EVALUATION_VERSION", "PROMPT_VERSION"):
         with monkeypatch.context() as patch:
-            patch.setattr(evaluation, constant, 99)
+            patch.setattr(questions_module, constant, 99)
             assert evaluation_id(config(), "d" * 64) not in found
 
 
@@ -386,7 +386,7 @@ def test_what_else_the_data_is_asked(data: TrainingData) -> None:
 # -- one reply: its points ------------------------------------------------------------------------------
 
 
-def points(found: JudgedReply, *, without_persona: bool = True) -> float:
+def points(found: ScoredReply, *, without_persona: bool = True) -> float:
     """Of all rules but the classifier's, whose share changes with every word."""
     return found.score * ALL_POINTS - (RULES["persona"] * found.persona_probability if without_persona else 0)
 
@@ -479,7 +479,7 @@ def test_replies_stay_with_their_questions(data: TrainingData) -> None:
 def test_one_generation_too_few_is_a_bug_and_no_shift(data: TrainingData) -> None:
     asked = questions([prompt(), prompt()], (0.5,), "x")
     with pytest.raises(ValueError, match="shorter"):
-        judge_by_rules(asked, [said(GOOD)], model="adapter", decoding="greedy", blood_type=A, data=data)
+        score_by_rules(asked, [said(GOOD)], model="adapter", decoding="greedy", blood_type=A, data=data)
 
 
 def test_a_judged_reply_survives_its_line(data: TrainingData) -> None:
@@ -487,13 +487,13 @@ def test_a_judged_reply_survives_its_line(data: TrainingData) -> None:
     for found in judged(data, *replies):
         line = found.model_dump_json()
         assert "\n" not in line
-        assert JudgedReply.model_validate_json(line) == found
+        assert ScoredReply.model_validate_json(line) == found
 
 
 # -- all replies ----------------------------------------------------------------------------------------
 
 
-def measured(replies: Sequence[JudgedReply], **changes: Any) -> RepliesMetrics:
+def measured(replies: Sequence[ScoredReply], **changes: Any) -> RepliesMetrics:
     return replies_metrics(replies, A, config(**changes))
 
 
@@ -547,11 +547,11 @@ def test_a_reply_of_emoji_alone_copies_nothing_and_divides_by_nothing(data: Trai
     assert (found.copied_words.of, found.copied_words.value, found.longest_copied_words) == (0, 0.0, 0)
 
 
-def at_intensities(data: TrainingData, emoji: Sequence[int], prompts: int = 10) -> list[JudgedReply]:
+def at_intensities(data: TrainingData, emoji: Sequence[int], prompts: int = 10) -> list[ScoredReply]:
     intensities = (0.1, 0.4, 0.7, 1.0)
     asked = questions([prompt(f"나 왔어 {number}") for number in range(prompts)], intensities, "x")
     replies = [said("천천히 해도 돼" + "🤗" * emoji[intensities.index(question.intensity)]) for question in asked]
-    return judge_by_rules(asked, replies, model="adapter", decoding="greedy", blood_type=A, data=data)
+    return score_by_rules(asked, replies, model="adapter", decoding="greedy", blood_type=A, data=data)
 
 
 @pytest.mark.parametrize(
@@ -584,7 +584,7 @@ def test_prompts_are_the_clusters(data: TrainingData) -> None:
 
 
 def test_wins_and_ties(data: TrainingData) -> None:
-    def scored(scores: Sequence[float]) -> list[JudgedReply]:
+    def scored(scores: Sequence[float]) -> list[ScoredReply]:
         return [
             reply.model_copy(update={"score": score})
             for reply, score in zip(judged(data, *[said(GOOD)] * len(scores)), scores, strict=True)
@@ -615,8 +615,8 @@ def evaluated(data: TrainingData, adapter: Sequence[Generation], base: Sequence[
     asked: list[Question] = questions(prompts, chosen.intensities, instruction_of(A))
     found: dict[str, DecodingMetrics] = {}
     for decoding in decodings(chosen):
-        mine = judge_by_rules(asked, adapter, model="adapter", decoding=decoding.name, blood_type=A, data=data)
-        theirs = judge_by_rules(asked, base, model="base", decoding=decoding.name, blood_type=A, data=data)
+        mine = score_by_rules(asked, adapter, model="adapter", decoding=decoding.name, blood_type=A, data=data)
+        theirs = score_by_rules(asked, base, model="base", decoding=decoding.name, blood_type=A, data=data)
         found[decoding.name] = decoding_metrics(decoding, mine, theirs, A, chosen, 1.23456)
     return evaluation_metrics(chosen, prompts, found, data)
 
@@ -696,7 +696,7 @@ def test_nothing_readable_at_all_is_a_verdict_too(data: TrainingData, rubbish: s
     assert not metrics.verdict.passed
     assert [gate.name for gate in metrics.verdict.gates] == list(GatesConfig.model_fields)
     assert [gate.name for gate in metrics.verdict.gates if gate.passed] == []
-    assert len(gates.missed(metrics.verdict)) == len(GatesConfig.model_fields)
+    assert len(gates.missed_gate_messages(metrics.verdict)) == len(GatesConfig.model_fields)
     adapter = document["evaluation"]["greedy"]["adapter"]
     assert adapter["exact_json"] == {
         "value": 0.0, "lower": 0.0, "upper": adapter["exact_json"]["upper"], "bootstrap_lower": 0.0, "bootstrap_upper": 0.0,

@@ -12,10 +12,10 @@ from made_metrics import HOSTILE_TEXT, RAMBLING, MadeRun, made_run
 from lora_trainer.config import GatesConfig, setting_names
 from lora_trainer.evaluate import gates
 from lora_trainer.evaluate.metrics import Estimate, RepliesMetrics, RunMetrics
-from lora_trainer.evaluate.rules import JudgedReply
+from lora_trainer.evaluate.rules import ScoredReply
 from lora_trainer.report.formatting import LABELS, number_text, settings_table
-from lora_trainer.report.html import shown
-from lora_trainer.report.run_page import SHOWN_REPLIES, run_page, thinned
+from lora_trainer.report.html import display_text
+from lora_trainer.report.run_page import SHOWN_REPLIES, binned, run_page
 
 SECTIONS = ["verdict", "gates", "about", "metrics", "emoji", "training", "replies", "data", "settings", "timings", "environment"]
 _VOID = frozenset(("meta", "link", "br", "img", "path", "use"))
@@ -57,7 +57,7 @@ class Reader(HTMLParser):
         return " ".join(" ".join(self.text).split())
 
 
-def page_of(made: MadeRun, metrics: RunMetrics | None = None, replies: list[JudgedReply] | None = None) -> str:
+def page_of(made: MadeRun, metrics: RunMetrics | None = None, replies: list[ScoredReply] | None = None) -> str:
     return run_page(metrics or made.metrics, made.facts, made.steps, made.replies if replies is None else replies)
 
 
@@ -140,7 +140,7 @@ def test_numbers_are_those_of_the_metrics(made: MadeRun, page: str) -> None:
 def test_a_passed_verdict(made: MadeRun, page: str) -> None:
     assert made.metrics.verdict.passed
     words = Reader(page).words
-    assert "✓ Passed All 9 gates are passed: this adapter may become the newest accepted one." in words
+    assert "✓ Passed All 9 gates passed" in words
     assert page.count('class="gate"') == 9
     assert "missed by" not in words
     assert f"<title>Persona A: passed · run {made.metrics.run_id}</title>" in page
@@ -151,12 +151,12 @@ def test_a_failed_verdict_names_each_gate_and_what_to_do() -> None:
     failed = [gate for gate in made.metrics.verdict.gates if not gate.passed]
     assert {"exact_json", "informal_speech"} <= {gate.name for gate in failed}
     words = Reader(page_of(made)).words.replace("\u00a0", " ")
-    assert f"✗ Not passed {len(failed)} of 9 gates are missed" in words
-    for gate, line in zip(failed, gates.missed(made.metrics.verdict), strict=True):
+    assert f"✗ Not passed {len(failed)} of 9 gates missed" in words
+    for gate, line in zip(failed, gates.missed_gate_messages(made.metrics.verdict), strict=True):
         advice = line.partition("; ")[2]
         assert advice
         assert (
-            f"{LABELS[gate.name]} : {100 * gate.compared:.2f} % where ≥ {100 * gate.threshold:g} % is needed, "
+            f"{LABELS[gate.name]} : got {100 * gate.compared:.2f} %, needs ≥ {100 * gate.threshold:g} %, "
             f"missed by {100 * gate.missed_by:.2f} points . {advice[:1].upper()}{advice[1:]}."
         ) in words
 
@@ -165,7 +165,7 @@ def test_without_gates(made: MadeRun) -> None:
     none = GatesConfig.model_validate(dict.fromkeys(GatesConfig.model_fields))
     verdict = gates.decide(made.metrics.evaluation, none)
     read = Reader(page_of(made, made.metrics.model_copy(update={"verdict": verdict})))
-    assert "No gate is set, so nothing was asked of this adapter." in read.words
+    assert "No gates are configured, so nothing was checked." in read.words
     assert "gates" not in read.sections
 
 
@@ -188,7 +188,7 @@ def test_no_reply_could_be_read() -> None:
     ]
     read = Reader(page_of(made, replies=unreadable))
     assert read.sections == SECTIONS
-    assert "(nothing)" in read.words
+    assert "(empty)" in read.words
 
 
 def test_without_replies(made: MadeRun) -> None:
@@ -204,7 +204,7 @@ def test_a_long_run_stays_small() -> None:
 @pytest.mark.parametrize(("steps", "expected"), [(0, 0), (1, 1), (299, 299), (300, 300), (301, 300), (5000, 300)])
 def test_curves_are_thinned_evenly_and_nothing_is_lost(steps: int, expected: int) -> None:
     log = made_run(flaws=0.12, sampled=False, steps=5000).steps[:steps]
-    runs = thinned(log)
+    runs = binned(log)
     assert len(runs) == expected
     assert [step for run in runs for step in run] == list(log)
     assert len({len(run) for run in runs}) <= 2
@@ -224,7 +224,7 @@ def test_best_and_worst_are_chosen_once_a_prompt(made: MadeRun, page: str) -> No
     assert len(set(inputs)) == len(inputs)
     adapter = [reply for reply in made.replies if reply.model == "adapter"]
     least = min(reply.score for reply in adapter)
-    assert html.unescape(inputs[SHOWN_REPLIES]) in {shown(reply.input) for reply in adapter if reply.score == least}
+    assert html.unescape(inputs[SHOWN_REPLIES]) in {display_text(reply.input) for reply in adapter if reply.score == least}
     for card in found:
         assert card.count('class="who"') == 2
         assert "this adapter" in card
@@ -282,7 +282,7 @@ def test_broken_json_is_shown_as_it_is_and_shortened(made: MadeRun) -> None:
     assert raw.endswith("…")
     assert len(raw) < 300
     assert "cut off at 128 tokens" in card
-    assert "not exact JSON, so nothing else counts" in card
+    assert "not exact JSON" in card
 
 
 @pytest.mark.parametrize(
@@ -297,7 +297,7 @@ def test_broken_json_is_shown_as_it_is_and_shortened(made: MadeRun) -> None:
     ],
 )
 def test_text_as_shown(text: str, at_most: int | None, expected: str) -> None:
-    assert shown(text, at_most) == expected
+    assert display_text(text, at_most) == expected
     expected.encode()
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from scipy.stats import binom, spearmanr
+from scipy.stats import beta, binom, spearmanr
 
 from lora_trainer.evaluate.intervals import ClusterBootstrap, clopper_pearson, spearman
 
@@ -58,6 +58,17 @@ def test_without_observations_everything_is_possible() -> None:
 def test_counts_that_are_none(successes: int, of: int) -> None:
     with pytest.raises(ValueError, match=f"got {successes} successes of {of}"):
         clopper_pearson(successes, of)
+
+
+@given(counts)
+def test_the_bounds_are_quantiles_of_the_beta_distribution(count: tuple[int, int]) -> None:
+    """The closed form of Clopper and Pearson's bounds."""
+    successes, of = count
+    lower, upper = clopper_pearson(successes, of)
+    if successes:
+        assert lower == pytest.approx(beta.ppf(0.05, successes, of - successes + 1), abs=1e-9)
+    if successes < of:
+        assert upper == pytest.approx(beta.ppf(0.95, successes + 1, of - successes), abs=1e-9)
 
 
 @given(counts)

@@ -393,9 +393,9 @@ def test_the_terminal_shows_problems_coverage_and_cost(tmp_path: Path) -> None:
     lines = [line(f"{n}번 " + "가" * 500, str(n)) for n in range(30)]
     text = shown(check_file(write(tmp_path, *lines, "[red]nonsense"), None, Characters(), max_length_tokens=400))
     assert ":31: got something that is not JSON" in text
-    assert "30 records in 31 lines (0 blank); persona A; 0% of the replies ask something" in text
+    assert "30 records in 31 lines (0 blank); persona A; 0% of the replies ask a question" in text
     assert "few_questions" in text
-    assert "emoji a reply" in text
+    assert "emoji per reply" in text
     assert "instruction" in text
     assert "30 records longer than 400 tokens would be left out: line 1, 2," in text
     assert "20, …" in text

@@ -26,8 +26,10 @@ from lora_trainer.config import RunConfig, setting_names
 from lora_trainer.config_sources import settle
 from lora_trainer.errors import ConfigError, DataError, StorageError
 from lora_trainer.persona.vocabulary import BloodType
+from lora_trainer.run.adapter import Adapter, base_of, open_adapter, output_of, settle_for
 from lora_trainer.run.bundle_files import write_evaluation
-from lora_trainer.run.reevaluation import Adapter, evaluate_published, find_base, open_adapter, output_of, settle_for
+from lora_trainer.run.job import ProcessContext
+from lora_trainer.run.reevaluation import evaluate_adapter
 from lora_trainer.store.bundle import fresh_folder, publish_bundle
 from lora_trainer.store.interface import NotFound, Storage
 from lora_trainer.store.latest import link_newest, move_latest
@@ -304,10 +306,11 @@ def settled(adapter: Adapter, tmp_path: Path, **changes: Any) -> RunConfig:
 
 
 def test_the_base_that_it_was_trained_on(adapter: Adapter, tmp_path: Path) -> None:
-    assert find_base(adapter, settled(adapter, tmp_path)).folder == TINY_BASE
+    assert base_of(adapter, settled(adapter, tmp_path), ProcessContext()).folder == TINY_BASE
     # another place, the same files
     shutil.copytree(TINY_BASE, tmp_path / "mirror")
-    assert find_base(adapter, settled(adapter, tmp_path, **{"base.model": str(tmp_path / "mirror")})).folder == tmp_path / "mirror"
+    mirrored = settled(adapter, tmp_path, **{"base.model": str(tmp_path / "mirror")})
+    assert base_of(adapter, mirrored, ProcessContext()).folder == tmp_path / "mirror"
 
 
 def test_another_base_is_refused(adapter: Adapter, tmp_path: Path) -> None:
@@ -318,7 +321,7 @@ def test_another_base_is_refused(adapter: Adapter, tmp_path: Path) -> None:
     expected = adapter.manifest["base"]["identity"]
     got = identify_base(config.base).identity
     with pytest.raises(ConfigError) as refused:
-        evaluate_published(adapter, config, None)
+        evaluate_adapter(adapter, config, None, ProcessContext())
     (problem,) = refused.value.problems
     assert problem == (
         f"base.model: {tmp_path}/other: got the base {got}, the adapter was trained on {expected}: pass that one with --base-model "
@@ -331,7 +334,7 @@ def test_other_data_is_refused(adapter: Adapter, tmp_path: Path) -> None:
     other = tmp_path / "train_data_type_A.jsonl"
     other.write_bytes(DATA.read_bytes() + DATA.read_bytes().splitlines(keepends=True)[0])
     with pytest.raises(DataError) as refused:
-        evaluate_published(adapter, settled(adapter, tmp_path, data=str(tmp_path)), None)
+        evaluate_adapter(adapter, settled(adapter, tmp_path, data=str(tmp_path)), None, ProcessContext())
     (problem,) = refused.value.problems
     assert problem == (
         f"file://{other}: got SHA-256 {sha256_of(other)}, the adapter was trained on {sha256_of(DATA)}: "
@@ -342,7 +345,7 @@ def test_other_data_is_refused(adapter: Adapter, tmp_path: Path) -> None:
 
 def test_data_that_is_not_where_it_is_looked_for(adapter: Adapter, tmp_path: Path) -> None:
     with pytest.raises(NotFound) as refused:
-        evaluate_published(adapter, settled(adapter, tmp_path, data="data/"), None)
+        evaluate_adapter(adapter, settled(adapter, tmp_path, data="data/"), None, ProcessContext())
     first, second = refused.value.problems
     assert first.startswith(f"{tmp_path}/data/train_data_type_A.jsonl: not found")
     assert f"pass it with --data (its run had {DATA.as_uri()}" in second
@@ -354,13 +357,15 @@ def test_prompts_of_its_own_have_to_be_named(adapter: Adapter, tmp_path: Path) -
     manifest["config"]["evaluation"]["prompts"] = "s3://foreign/prompts.jsonl\x1b[2J"
     foreign = Adapter(adapter.storage, manifest)
     with pytest.raises(ConfigError) as refused:
-        evaluate_published(foreign, settled(foreign, tmp_path), None)
+        evaluate_adapter(foreign, settled(foreign, tmp_path), None, ProcessContext())
     (problem,) = refused.value.problems
     assert problem.startswith("evaluation.prompts: not given: pass its prompts with --prompts, or --set evaluation.prompts=none")
     assert r"s3://foreign/prompts.jsonl\x1b[2J" in problem
     # those that ship, in so many words: it gets as far as the data
     with pytest.raises(NotFound, match="train_data_type_A"):
-        evaluate_published(foreign, settled(foreign, tmp_path, **{"evaluation.prompts": None, "data": "data/"}), None)
+        evaluate_adapter(
+            foreign, settled(foreign, tmp_path, **{"evaluation.prompts": None, "data": "data/"}), None, ProcessContext()
+        )
 
 
 @contextmanager
@@ -397,7 +402,7 @@ def test_a_foreign_manifest_does_not_get_the_key_sent_to_its_server(
         # so that it ends when everything is settled and before torch is imported
         (local(foreign) / "adapter_model.safetensors").write_bytes(b"WEIGHTS")
         with capture_logs() as said, pytest.raises(StorageError, match="the bundle was changed"):
-            evaluate_published(foreign, settled(foreign, tmp_path), None)
+            evaluate_adapter(foreign, settled(foreign, tmp_path), None, ProcessContext())
         assert got == []
         assert [line["event"] for line in said if line["log_level"] == "warning"] == ["judge_left_out"]
         # a model alone is not the manifest's server either
@@ -405,7 +410,7 @@ def test_a_foreign_manifest_does_not_get_the_key_sent_to_its_server(
         # the same server, named by the user: it is asked, so this test would have seen the key
         named = {"evaluation.judge_model": "judge", "evaluation.judge_base_url": url}
         with pytest.raises(ConfigError, match="does not accept the API key"):
-            evaluate_published(foreign, settled(foreign, tmp_path, **named), None)
+            evaluate_adapter(foreign, settled(foreign, tmp_path, **named), None, ProcessContext())
         assert got == ["Bearer sk-the-users-own-key"]
 
 
@@ -413,13 +418,13 @@ def test_bad_prompts_are_refused_before_anything_is_loaded(adapter: Adapter, tmp
     prompts = tmp_path / "mine.jsonl"
     prompts.write_text('{"input": "나 왔어"}\n')
     with pytest.raises(DataError, match=r"mine\.jsonl:1: context: got nothing"):
-        evaluate_published(adapter, settled(adapter, tmp_path, **{"evaluation.prompts": str(prompts)}), None)
+        evaluate_adapter(adapter, settled(adapter, tmp_path, **{"evaluation.prompts": str(prompts)}), None, ProcessContext())
 
 
 def test_a_changed_bundle_is_refused(adapter: Adapter, tmp_path: Path) -> None:
     (local(adapter) / "adapter_model.safetensors").write_bytes(b"WEIGHTS")
     with pytest.raises(StorageError, match=r"adapter_model\.safetensors: got 7 bytes, .*; the bundle was changed"):
-        evaluate_published(adapter, settled(adapter, tmp_path), None)
+        evaluate_adapter(adapter, settled(adapter, tmp_path), None, ProcessContext())
 
 
 def test_an_evaluation_has_no_adapter(adapter: Adapter, made: MadeRun, output: Storage, tmp_path: Path) -> None:
@@ -430,7 +435,7 @@ def test_an_evaluation_has_no_adapter(adapter: Adapter, made: MadeRun, output: S
     publish_bundle(later, output, prefix)
     opened = open_adapter(output.uri + prefix)
     with pytest.raises(ConfigError, match="no adapter there, only what was measured; expected a bundle"):
-        evaluate_published(opened, settled(opened, tmp_path), None)
+        evaluate_adapter(opened, settled(opened, tmp_path), None, ProcessContext())
     with pytest.raises(ConfigError, match="expected a bundle in its place"):
         output_of(opened)
 
@@ -439,11 +444,11 @@ def test_the_report_does_not_go_into_a_bundle(adapter: Adapter, output: Storage,
     """Its metrics.json would no longer be what its manifest says."""
     for folder in (local(adapter), link_newest(output, BloodType.A, RUN_ID)):
         with pytest.raises(ConfigError, match=r"--report-dir .*: holds a published bundle, which stays as it is"):
-            evaluate_published(adapter, settled(adapter, tmp_path), folder)
+            evaluate_adapter(adapter, settled(adapter, tmp_path), folder, ProcessContext())
     (tmp_path / "taken").touch()
     for folder in (tmp_path / "taken", tmp_path / "taken" / "report"):
         with pytest.raises(ConfigError, match=r"--report-dir .*taken.*: cannot be made: "):
-            evaluate_published(adapter, settled(adapter, tmp_path), folder)
+            evaluate_adapter(adapter, settled(adapter, tmp_path), folder, ProcessContext())
     assert verify_files(adapter.storage, "") == []
 
 

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import structlog
-from rich.console import Console
 
 from lora_trainer.config import RunConfig
 from lora_trainer.config_sources import settle, settle_each
 from lora_trainer.errors import ConfigError, DataError, DivergedError, ExitCode, HardwareError, Interrupted, StorageError, worst
 from lora_trainer.evaluate.metrics import Verdict
 from lora_trainer.persona.vocabulary import BloodType, named_blood_types
-from lora_trainer.run import several
+from lora_trainer.run import pipeline
 from lora_trainer.run.failure_report import FailureReport
-from lora_trainer.run.pipeline import Job, Outcome, Shared, Turn
+from lora_trainer.run.job import Job, ProcessContext
+from lora_trainer.run.persona_run import PersonaRun, combined_report
+from lora_trainer.run.publication import Outcome
+from lora_trainer.run.shared_models import SharedModels
 
 A, B, LIVELY, AB = BloodType
 """O alone would be taken for a zero."""
@@ -97,7 +99,7 @@ def test_a_command_for_one_refuses_several() -> None:
 def test_one_file_is_not_the_data_of_several(tmp_path: Path) -> None:
     configs = settle_each({"blood_type": "A,B", "data": f"{tmp_path}/mine.jsonl.gz"}, {})
     with pytest.raises(ConfigError, match=r"^data: got the one file .*/mine.jsonl.gz for A, B; expected a folder"):
-        several.gather(configs)
+        pipeline.persona_runs(configs, ProcessContext())
 
 
 def test_the_worst_code_is_the_process_s() -> None:
@@ -111,12 +113,13 @@ def test_the_worst_code_is_the_process_s() -> None:
 # -- in turns -------------------------------------------------------------------------------------------
 
 Told = list[tuple[str, str]]
-Plot = list[Turn | str | BaseException]
-"""What a persona does: words are noted, turns are waited for, and an error ends it."""
+PLAN, EVALUATE, TRAIN = object(), object(), object()
+Plot = list[object]
+"""What a persona does: words are noted, a marker ends the phase, and an error ends the run."""
 
 
-class Device(Shared):
-    """As lost, or not."""
+class Device(SharedModels):
+    """A device that may be lost."""
 
     is_lost = False
     released = 0
@@ -128,46 +131,59 @@ class Device(Shared):
         self.released += 1
 
 
-def tell(
-    monkeypatch: pytest.MonkeyPatch, plots: dict[str, Plot], device: Device | None = None
-) -> tuple[Told, list[several.Persona]]:
-    """Go through personas of these plots; gives what was done in its order, and the personas."""
+def tell(monkeypatch: pytest.MonkeyPatch, plots: dict[str, Plot], device: Device | None = None) -> tuple[Told, list[PersonaRun]]:
+    """Run personas with these plots. Return what was done, in order, and the personas."""
     told: Told = []
+    rest = {name: iter(plot) for name, plot in plots.items()}
 
-    def story(job: Job, console: Console | None, *, fresh: bool) -> Generator[Turn, None, Outcome]:
+    def play(job: Job) -> object:
+        """Play the plot up to its next marker; without one the run is done."""
         name = str(job.config.blood_type)
         structlog.contextvars.bind_contextvars(run_id=f"id-of-{name}")
-        for part in plots[name]:
-            if isinstance(part, Turn):
-                yield part
-            elif isinstance(part, BaseException):
-                raise part
-            else:
-                told.append((name, part))
+        for part in rest[name]:
             assert structlog.contextvars.get_contextvars() == {"blood_type": name, "run_id": f"id-of-{name}"}
+            if isinstance(part, BaseException):
+                raise part
+            if not isinstance(part, str):
+                return part
+            told.append((name, part))
         verdict = Verdict(gate_id="g", passed="misses a gate" not in plots[name], gates=())
         return Outcome(f"id-of-{name}", f"file:///{name}/", "", verdict, already_done=False, moved_latest=False)
 
-    monkeypatch.setattr(several, "story", story)
+    def prepare(job: Job) -> object:
+        reached = play(job)
+        return reached if isinstance(reached, Outcome) else Ready(published={"run_id": "x"} if reached is EVALUATE else None)
+
+    for phase in ("plan", "judge_published", "train_and_publish"):
+        monkeypatch.setattr(pipeline, phase, lambda job, *_: play(job))
+    monkeypatch.setattr(pipeline, "prepare", prepare)
     configs: tuple[RunConfig, ...] = settle_each({"blood_type": ",".join(plots)}, {})
-    personas, _ = several.gather(configs)
-    several.go_through(personas, device or Device(), lambda persona: told.append((str(persona.blood_type), "ended")))
+    process = ProcessContext(models=device or Device())
+    personas = pipeline.persona_runs(configs, process, lambda persona: told.append((str(persona.blood_type), "ended")))
+    pipeline.run(personas, process)
     assert structlog.contextvars.get_contextvars() == {}
     return told, personas
 
 
+@dataclass
+class Ready:
+    """As much of `Prepared` as the pipeline looks at."""
+
+    published: dict[str, str] | None
+
+
 def trained(*, then: BaseException | str = "publishes") -> Plot:
-    return ["reads", Turn.PLAN, "plans", Turn.TRAIN, "trains", then]
+    return ["reads", PLAN, "plans", TRAIN, "trains", then]
 
 
-def codes(personas: list[several.Persona]) -> list[int | None]:
-    return [persona.ending.exit_code if persona.ending else None for persona in personas]
+def codes(personas: list[PersonaRun]) -> list[int | None]:
+    return [persona.report.exit_code if persona.report else None for persona in personas]
 
 
 def test_all_is_read_before_anything_is_planned_and_planned_before_anything_is_trained(monkeypatch: pytest.MonkeyPatch) -> None:
     told, personas = tell(
         monkeypatch,
-        {"B": trained(), "O": ["reads"], "A": ["reads", Turn.EVALUATE, "questions"], "AB": trained()},
+        {"B": trained(), "O": ["reads"], "A": ["reads", EVALUATE, "questions"], "AB": trained()},
     )
     assert told == [
         ("B", "reads"), ("O", "reads"), ("O", "ended"), ("A", "reads"), ("AB", "reads"),
@@ -176,7 +192,7 @@ def test_all_is_read_before_anything_is_planned_and_planned_before_anything_is_t
         ("B", "trains"), ("B", "publishes"), ("B", "ended"), ("AB", "trains"), ("AB", "publishes"), ("AB", "ended"),
     ]  # fmt: skip
     assert codes(personas) == [0, 0, 0, 0]
-    assert several.together(FailureReport(), personas) == FailureReport()
+    assert combined_report(FailureReport(), personas) == FailureReport()
 
 
 @pytest.mark.parametrize(
@@ -199,7 +215,7 @@ def test_one_that_ends_badly_leaves_the_others_whole(
     assert told[-3:] == [("O", "trains"), ("O", "publishes"), ("O", "ended")]
     # what it left on the device is trusted by nobody; a missed gate left nothing. Between the turns it is emptied once
     assert device.released == (1 if code == 4 else 2)
-    together = several.together(FailureReport(), personas)
+    together = combined_report(FailureReport(), personas)
     assert together.exit_code == code
     assert all(problem.startswith("B: ") for problem in together.problems)
     assert [persona.summary["bundle"] for persona in personas if persona.outcome][:1] == ["file:///A/"]
@@ -209,7 +225,7 @@ def test_bad_data_of_the_last_is_said_before_the_first_is_planned(monkeypatch: p
     told, personas = tell(monkeypatch, {"A": trained(), "B": ["reads", DataError("train_data_type_B.jsonl:7: no")]})
     assert told.index(("B", "ended")) < told.index(("A", "plans"))
     assert codes(personas) == [0, 3]
-    assert several.together(FailureReport(), personas).problems == ("B: train_data_type_B.jsonl:7: no",)
+    assert combined_report(FailureReport(), personas).problems == ("B: train_data_type_B.jsonl:7: no",)
 
 
 @pytest.mark.parametrize("error", [Interrupted("SIGTERM"), KeyboardInterrupt()])
@@ -217,7 +233,7 @@ def test_an_interruption_ends_it_for_all(monkeypatch: pytest.MonkeyPatch, error:
     told, personas = tell(monkeypatch, {"A": trained(), "B": trained(then=error), "O": trained(), "AB": trained()})
     assert codes(personas) == [0, 143, None, None]
     assert ("O", "trains") not in told
-    ending = several.together(FailureReport(), personas)
+    ending = combined_report(FailureReport(), personas)
     assert (ending.exit_code, ending.outcome) == (143, "interrupted")
     assert ending.problems[1:] == ("O, AB: not begun; run the same command again",)
     assert [persona.summary for persona in personas][2] == {
@@ -231,7 +247,7 @@ def test_a_lost_device_ends_it_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
     told, personas = tell(monkeypatch, {"A": trained(then=RuntimeError("CUDA error: unspecified")), "B": trained()}, device)
     assert codes(personas) == [1, None]
     assert ("B", "trains") not in told
-    ending = several.together(FailureReport(), personas)
+    ending = combined_report(FailureReport(), personas)
     assert ending.exit_code == 1
     assert ending.problems == (
         "A: builtins.RuntimeError: CUDA error: unspecified",
@@ -241,5 +257,5 @@ def test_a_lost_device_ends_it_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_is_wrong_for_all_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
     error = HardwareError("device: got no CUDA GPU")
-    _, personas = tell(monkeypatch, {"A": ["reads", Turn.PLAN, error], "B": ["reads", Turn.PLAN, error]})
-    assert several.together(FailureReport(), personas).problems == ("A, B: device: got no CUDA GPU",)
+    _, personas = tell(monkeypatch, {"A": ["reads", PLAN, error], "B": ["reads", PLAN, error]})
+    assert combined_report(FailureReport(), personas).problems == ("A, B: device: got no CUDA GPU",)
