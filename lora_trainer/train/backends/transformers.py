@@ -160,7 +160,7 @@ class TransformersBackend:
         self._model = self._trainer = self._training_base = self._evaluation_base = None
         self._device.free_memory()
 
-    def answers(self) -> bool:
+    def is_device_working(self) -> bool:
         """Return whether the device still works."""
         return self._device.is_working()
 
