@@ -50,4 +50,4 @@ class SharedModels:
 
     def device_answers(self) -> bool:
         """Whether the device still works; True if no backend was started."""
-        return all(backend.answers() for backend, _ in self._started.values())
+        return all(backend.is_device_working() for backend, _ in self._started.values())

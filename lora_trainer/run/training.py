@@ -23,7 +23,7 @@ from lora_trainer.train.backends import Backend
 from lora_trainer.train.memory_plan import MemoryPlan, plan_memory, step_down
 from lora_trainer.train.packing import plan_steps
 from lora_trainer.train.step_log import StepLog, TrainingLog
-from lora_trainer.train.tokenization import Tokenizer, TokenSequence, tokenize
+from lora_trainer.train.tokenization import ChatTokenizer, TokenSequence, tokenize
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +63,7 @@ class Trained:
     loss_adapter: float
 
 
-def tokenize_and_split(job: Job, records: Sequence[TrainingRecord], tokenizer: Tokenizer) -> TokenizedData:
+def tokenize_and_split(job: Job, records: Sequence[TrainingRecord], tokenizer: ChatTokenizer) -> TokenizedData:
     """Apply the prompt and the base's chat template, and hold records out. Raise `DataError` if either side is empty."""
     training = job.config.training
     sequences = tokenize(records, tokenizer)

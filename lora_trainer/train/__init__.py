@@ -1,1 +1,1 @@
-"""Train an adapter: tokens, steps, memory plan and the backends, which alone import torch."""
+"""Train an adapter: tokens, steps, memory plan, and the backends, the only modules that import torch."""

@@ -1,40 +1,43 @@
-"""Decoding that can't leave the contract: a grammar of the response schema forbids every token that would.
+"""Constrain decoding to the response schema: a grammar forbids every token that would violate it.
 
-For `chat`, and for whoever serves an adapter with transformers; the evaluation never uses it, since it would hide what was
-not learned. By llguidance (docs/adr/0008-constrained-decoding.md), which is imported when a grammar is made.
+For `chat`, and for servers that use transformers. The evaluation never uses it, because it would hide what the adapter did not
+learn. llguidance does the work (docs/adr/0008-constrained-decoding.md); it is imported when a grammar is created.
 
-B: rows of a batch, T: tokens so far, V: width of the model's logits, which may be more than the tokenizer has.
+B: rows of a batch, T: tokens so far, V: width of the model's logits, which may exceed the tokenizer's vocabulary.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, cast
 
 from lora_trainer.errors import ConfigError, InvariantError
 
 if TYPE_CHECKING:
+    import torch
     from llguidance import LLMatcher
+    from llguidance._lib import JsonCompileOptions
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-# nothing between the signs of the JSON, as `formatter.reply_json` writes it and the adapters are trained to
-_COMPACT: Final = {"whitespace_flexible": False, "item_separator": ",", "key_separator": ":"}
+# JSON without white space, as `reply_json` writes it and adapters learn it
+_COMPACT: Final[JsonCompileOptions] = {"whitespace_flexible": False, "item_separator": ",", "key_separator": ":"}
 _WIDEST_CHARACTER: Final = "\U0010ffff"
-"""Four bytes in UTF-8. An escape costs two, since only the quotation mark and the backslash need one."""
-# what `Reply` takes for something to see: no white space, control characters, zero-width ones or Hangul fillers
+"""Four bytes in UTF-8. An escape takes only two: the grammar escapes only quotation mark and backslash."""
+# characters that `Reply` counts as visible: no white space, control, zero-width or Hangul filler characters
 _VISIBLE: Final = (
     r"[^\u0000-\u0020\u007f-\u00a0\u00ad\u115f\u1160\u1680\u180e\u2000-\u200f\u2028-\u202f\u205f-\u206f\u3000\u3164"
     r"\ufe00-\ufe0f\ufeff\uffa0]"
 )
-# llguidance has masks of exactly this class ready (`LLTokenizer.json_slices`): another one costs 20 times as much a token
+# llguidance precomputes masks for exactly this class (`LLTokenizer.json_slices`): another class takes 20 times as long per token
 _PLAIN: Final = r"[^\u0000-\u001f\u007f]"
 
 
 def strict_schema(schema: Mapping[str, Any]) -> dict[str, Any]:
-    """`schema` and what `Reply` asks of a text beyond it: it begins with something to see and holds no control character.
+    """Return `schema` with `Reply`'s further rules: the text begins with a visible character and has no control characters.
 
-    The length is counted by the pattern, because beside one xgrammar drops `maxLength` and llguidance takes 20 times as long.
-    Not in the published schema: xgrammar, vLLM's default, does not compile a pattern of this kind.
+    The pattern also limits the length: combined with a pattern, xgrammar ignores `maxLength` and llguidance takes 20 times as long.
+    The published schema has no pattern, because xgrammar, vLLM's default, does not compile this one.
     """
     bounds = schema["properties"]["text"]
     text = {"type": "string", "pattern": f"^{_VISIBLE}{_PLAIN}{{0,{bounds['maxLength'] - 1}}}$"}
@@ -42,10 +45,10 @@ def strict_schema(schema: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def most_tokens(schema: Mapping[str, Any]) -> int:
-    """The most tokens that a reply by `schema` can cost, its end-of-turn token included: generation up to here cuts none.
+    """Return the largest number of tokens that a reply by `schema` can have, including its end-of-turn token.
 
-    A token of a byte-level tokenizer is at least one byte, so it is the bytes of the longest reply. Every property of
-    `schema` has to be a string with `enum` or `maxLength`.
+    Tokens of a byte-level tokenizer have at least one byte, so this is the byte length of the longest reply plus one. Every
+    property of `schema` has to be a string with `enum` or `maxLength`.
     """
     longest = {
         name: max(bounds["enum"], key=len) if "enum" in bounds else _WIDEST_CHARACTER * bounds["maxLength"]
@@ -55,32 +58,32 @@ def most_tokens(schema: Mapping[str, Any]) -> int:
 
 
 class ReplyGrammar:
-    """What may be said, for one tokenizer and one schema. Costs a second or two to make with Qwen2.5's tokenizer; keep it."""
+    """The grammar of replies for one tokenizer and one schema. With Qwen2.5's tokenizer it takes a second or two to build."""
 
-    def __init__(self, tokenizer: Any, schema: Mapping[str, Any]) -> None:
-        """`tokenizer` is a fast tokenizer of transformers, `schema` the response schema.
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, schema: Mapping[str, Any]) -> None:
+        """Compile the response schema `schema` for a fast tokenizer of transformers.
 
-        Raises `ConfigError` if llguidance is not installed, and ValueError if `schema` is none that it can hold to.
+        Raises `ConfigError` if llguidance is not installed, `ValueError` if it does not support `schema`.
         """
         try:
             from llguidance import LLMatcher
             from llguidance.hf import from_tokenizer
         except ImportError:
             raise ConfigError("constrained decoding: llguidance is not installed; pip install 'lora-trainer[cpu]'") from None
-        self._tokenizer = from_tokenizer(tokenizer, eos_token=tokenizer.eos_token_id)
+        self._tokenizer = from_tokenizer(cast("PreTrainedTokenizerFast", tokenizer), eos_token=tokenizer.eos_token_id)
         self._grammar = LLMatcher.grammar_from_json_schema(json.dumps(strict_schema(schema)), overrides=_COMPACT)
         if problem := LLMatcher.validate_grammar(self._grammar, self._tokenizer):
-            raise ValueError(f"the response schema is no grammar: {problem}")
+            raise ValueError(f"llguidance does not support the response schema: {problem}")
 
     def matcher(self) -> LLMatcher:
-        """The state of one reply, at its beginning."""
+        """Return the matcher of a new reply."""
         from llguidance import LLMatcher
 
-        # 0: it writes no rejected text to stderr
+        # level 0 keeps rejected text off stderr
         return LLMatcher(self._tokenizer, self._grammar, log_level=0)
 
-    def forbid(self, matchers: Sequence[LLMatcher], scores: Any) -> Any:
-        """`scores` [B, V] with -inf for each token that may not come next; one matcher for each row."""
+    def forbid(self, matchers: Sequence[LLMatcher], scores: torch.Tensor) -> torch.Tensor:
+        """Return `scores` [B, V] with -inf for each token that the row's matcher forbids next."""
         import numpy as np
         import torch
         from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask
@@ -88,39 +91,39 @@ class ReplyGrammar:
         packed = allocate_token_bitmask(len(matchers), self._tokenizer.vocab_size)
         for row, matcher in enumerate(matchers):
             fill_next_token_bitmask(matcher, packed, row)
-            # one that gave up would allow the end of the turn, wherever it is
+            # a failed matcher would allow the end of the turn anywhere
             if matcher.is_error():
                 raise InvariantError("constrained decoding: llguidance gave up on the response schema")
-        # one bit a token, the lowest first; what V is wider than the tokenizer is filled up with zeros, so it is forbidden
+        # one bit per token, lowest first; logits beyond the tokenizer's vocabulary are padded with zeros, so forbidden
         allowed = np.unpackbits(packed.view(np.uint8), axis=1, count=scores.shape[1], bitorder="little")
         return scores.masked_fill(torch.from_numpy(allowed == 0).to(scores.device), float("-inf"))
 
     def processor(self) -> ReplyProcessor:
-        """A logits processor for one call of `generate`."""
+        """Return a logits processor for one call of `generate`."""
         return ReplyProcessor(self)
 
 
 class ReplyProcessor:
-    """Holds each row of a batch to the grammar, for one call of transformers' `generate` without beam search.
+    """Constrain each row of a batch to the grammar, for one call of transformers' `generate` without beam search.
 
-    The end-of-turn token is forbidden until a row's JSON is complete, and then it is all that is left. Padding is
-    forbidden throughout; transformers writes it behind a row's end without asking.
+    Until a row's JSON is complete the end-of-turn token is forbidden; afterwards it is the only one allowed. Padding is always
+    forbidden: transformers appends it to finished rows without consulting the processor.
     """
 
     def __init__(self, grammar: ReplyGrammar) -> None:
         self._grammar = grammar
         self._matchers: list[LLMatcher] | None = None
 
-    def __call__(self, input_ids: Any, scores: Any) -> Any:
-        """`scores` [B, V] with -inf for each token that would leave the contract behind `input_ids` [B, T].
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Return `scores` [B, V] with -inf for each token that the grammar forbids after `input_ids` [B, T].
 
-        Raises `InvariantError` if a token was drawn that it had forbidden.
+        Raises `InvariantError` if the last token of a row was forbidden.
         """
         if self._matchers is None:
             self._matchers = [self._grammar.matcher() for _ in range(input_ids.shape[0])]
         else:
             for matcher, token in zip(self._matchers, input_ids[:, -1].tolist(), strict=True):
-                # a complete row has only its end-of-turn token and padding before it
+                # only the end-of-turn token and padding can follow a complete reply
                 if not matcher.is_stopped() and not matcher.consume_token(token):
-                    raise InvariantError(f"constrained decoding: token {token} was drawn, which the grammar forbids")
+                    raise InvariantError(f"constrained decoding: got token {token}, which the grammar forbids")
         return self._grammar.forbid(self._matchers, scores)

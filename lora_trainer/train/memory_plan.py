@@ -1,11 +1,10 @@
-"""The rule that picks checkpointing and micro-batch size from a GPU's memory.
+"""Choose gradient checkpointing and micro-batch size from the GPU's memory.
 
-Until measured planning replaces it, one rule fitted to measurements: a 7B-shaped NF4 base with rank-16
-adapters took 13.5, 21.3, 36.4 and 67.2 GiB at 2,048, 4,096, 8,192 and 16,384 tokens without
-checkpointing, and 6.7 and 9.1 GiB at 4,096 and 16,384 with "unsloth" checkpointing (Unsloth 2026.10.9 on
-one H100). Both are straight lines through the weights' own size, and their slopes are, per token and
-layer, `2 * (3 * intermediate + 4 * hidden)` bytes without recomputation (142 kB; the line's slope is
-142 kB) and 1.5 times one layer's share for the whole model with it (213 kB; measured 205 kB).
+The rule is fitted to measurements on one H100 with Unsloth 2026.10.9. A 7B-shaped NF4 base with rank-16 adapters took 13.5, 21.3,
+36.4 and 67.2 GiB at 2,048, 4,096, 8,192 and 16,384 tokens without checkpointing, and 6.7 and 9.1 GiB at 4,096 and 16,384 tokens
+with "unsloth" checkpointing. Both series are straight lines whose value at 0 tokens is the size of the weights. Without
+checkpointing the slope is `2 * (3 * intermediate + 4 * hidden)` bytes per token and layer (142 kB, as measured); with it, 1.5 times
+one layer's share per token for the whole model (213 kB; measured 205 kB).
 """
 
 from __future__ import annotations
@@ -20,18 +19,18 @@ from lora_trainer.errors import ConfigError, HardwareError
 
 GIB: Final = 1024**3
 USABLE_SHARE: Final = 0.9
-"""Of the free memory: the allocator fragments, and other processes come and go."""
+"""Fraction of the free memory that a plan uses: the allocator fragments, and other processes may need some."""
 FIXED_BYTES: Final = int(0.75 * GIB)
-"""CUDA context, library work spaces, optimizer state and gradients of the adapter."""
+"""CUDA context, library workspaces, optimizer state and gradients of the adapter."""
 CPU_ROW_TOKENS: Final = 2048
-"""On a CPU longer rows save nothing, and attention without a fused kernel grows with their square."""
+"""Row length on a CPU: longer rows save nothing, and attention without a fused kernel grows with their square."""
 
 LEAST_ROW_TOKENS: Final = 512
-"""Rows shorter than a few records save little: the weights are most of what is left."""
+"""Shortest row to step down to: below it, most of the memory holds the weights."""
 
 Checkpointing = Literal["off", "on", "unsloth"]
 
-# from fastest to smallest; the two without recomputation stop where the measurements stop paying
+# (recompute, row tokens), from the fastest to the smallest; longer rows were not faster in measurements
 _CANDIDATES: Final[tuple[tuple[bool, int], ...]] = (
     (False, 8192),
     (False, 4096),
@@ -44,7 +43,7 @@ _CANDIDATES: Final[tuple[tuple[bool, int], ...]] = (
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
-    """The sizes of a Qwen2-like decoder that decide its memory, from its `config.json`."""
+    """The sizes in a Qwen2-like decoder's `config.json` that determine its memory."""
 
     layers: int
     hidden: int
@@ -54,7 +53,7 @@ class ModelShape:
     vocabulary: int
     tied_embeddings: bool
     positions: int
-    """`max_position_embeddings`: the longest text that the base was made for, in tokens."""
+    """`max_position_embeddings`: the longest text that the base supports, in tokens."""
 
     @classmethod
     def of(cls, base: Path) -> ModelShape:
@@ -77,25 +76,25 @@ class ModelShape:
 
     @property
     def linear_parameters(self) -> int:
-        """Weights of the seven linear projections of all layers."""
+        """Number of weights in the seven linear projections of all layers."""
         key_value = self.hidden * self.key_value_heads // self.attention_heads
         return self.layers * (2 * self.hidden * self.hidden + 2 * self.hidden * key_value + 3 * self.hidden * self.intermediate)
 
     def weight_bytes(self, quantization: Literal["nf4", "none"], bytes_per_value: int) -> int:
-        """Size of the loaded base: NF4 takes 4.13 bits a weight with double quantization (QLoRA, arXiv 2305.14314)."""
+        """Return the size of the loaded base. NF4 with double quantization takes 4.13 bits a weight (QLoRA, arXiv 2305.14314)."""
         linear = self.linear_parameters * 4.13 / 8 if quantization == "nf4" else self.linear_parameters * bytes_per_value
         embeddings = self.vocabulary * self.hidden * bytes_per_value * (1 if self.tied_embeddings else 2)
         return int(linear) + embeddings
 
     def activation_bytes(self, tokens: int, recompute: bool) -> int:
-        """Peak activations of one micro-batch; the slopes are this module's docstring's."""
+        """Return the peak activation size of one micro-batch in bfloat16, by the slopes in the module docstring."""
         layer = 2 * (3 * self.intermediate + 4 * self.hidden)
         return int(tokens * layer * (1.5 if recompute else self.layers))
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryPlan:
-    """How the work is laid out on the device, and why."""
+    """How training uses the device's memory, and why."""
 
     gradient_checkpointing: Checkpointing
     micro_batch_tokens: int
@@ -106,19 +105,19 @@ class MemoryPlan:
 
 @dataclass(frozen=True, slots=True)
 class MemoryLimit:
-    """What memory ran out at: no plan that settles something itself may ask for as much again."""
+    """Upper bound for the next plan after memory ran out. Settings of the user override it."""
 
     recompute: bool
-    """Whether activations have to be recomputed."""
+    """Whether the plan has to recompute activations."""
     row_tokens: int
-    """Longest row, unless a single record is longer."""
+    """Longest row, unless one record is longer."""
 
 
 def step_down(plan: MemoryPlan, memory: MemoryConfig, longest_tokens: int) -> MemoryLimit | None:
-    """The limit to try next when memory ran out with `plan`; None: nothing is left that the user did not set.
+    """Return the limit for the next plan after memory ran out with `plan`, or None if the user's settings leave no smaller one.
 
-    First the activations go, which costs a third of the speed and frees most; then the rows get shorter. What an optimizer step
-    holds stays as it is: its records go through in more rows.
+    First recompute activations: this frees the most and costs a third of the speed. Then shorten the rows. An optimizer step keeps
+    its records and only needs more rows for them.
     """
     if plan.gradient_checkpointing == "off" and memory.gradient_checkpointing == "auto":
         return MemoryLimit(recompute=True, row_tokens=plan.micro_batch_tokens)
@@ -137,17 +136,18 @@ def plan_memory(
     backend: Literal["unsloth", "transformers"],
     limit: MemoryLimit | None = None,
 ) -> MemoryPlan:
-    """Settle what `memory` leaves to `auto`, within `limit`.
+    """Choose the memory settings that `memory` leaves on `auto`, within `limit`.
 
-    `free_bytes` is the GPU's free memory, None on a CPU. A value that the user set is taken as it is, but no row is longer than
-    `shape.positions`: Unsloth would stretch the rotary embedding to the row, and the base would be another model (of 480 greedy
-    replies 7 began as they should with rows of 8,192 on a base of 2,048 positions). Raises `HardwareError` if not even the
-    smallest candidate fits, `ConfigError` if a record is longer than the base's positions.
+    `free_bytes` is the GPU's free memory, None on a CPU. Values that the user set are used unchanged, except that no row is longer
+    than `shape.positions`: Unsloth would stretch the rotary embedding to the row and change the base's output (with rows of 8,192
+    on a base of 2,048 positions, 7 of 480 greedy replies began as they should).
+
+    Raises `HardwareError` if the smallest candidate does not fit, `ConfigError` if a record is longer than the base's positions.
     """
     if longest_tokens > shape.positions:
         raise ConfigError(
             f"training.max_length_tokens: the longest record has {longest_tokens:,} tokens, expected at most {shape.positions:,}, "
-            "the positions that base.model was made for (max_position_embeddings); lower training.max_length_tokens to leave "
+            "the positions that base.model supports (max_position_embeddings); lower training.max_length_tokens to leave "
             "such records out"
         )
     recompute_with: Checkpointing = "unsloth" if backend == "unsloth" else "on"
@@ -161,7 +161,7 @@ def plan_memory(
     if free_bytes is None:
         tokens = row_tokens(CPU_ROW_TOKENS)
         checkpointing = chosen_checkpointing or (recompute_with if limit and limit.recompute else "off")
-        reason = "on the CPU: no recomputation, short rows" if limit is None else "on the CPU, where memory ran out before"
+        reason = "on the CPU: no recomputation, short rows" if limit is None else "on the CPU, after memory ran out"
         return MemoryPlan(checkpointing, tokens, None, reason)
     value_bytes = 2 if training.compute_dtype == "bfloat16" else 4
     weights = shape.weight_bytes(training.quantization, value_bytes) + FIXED_BYTES
@@ -178,12 +178,12 @@ def plan_memory(
         need = peak(checkpointing != "off", tokens)
         both_set = chosen_checkpointing is not None and chosen_tokens is not None
         if need <= usable or both_set:
-            verb = "asked for" if both_set else "fastest that fits" if limit is None else "memory ran out before, the next smaller"
+            verb = "asked for" if both_set else "fastest that fits" if limit is None else "next smaller after memory ran out"
             reason = f"{verb}: {need / GIB:.1f} GiB estimated, {usable / GIB:.1f} GiB usable of {free_bytes / GIB:.1f} GiB free"
             return MemoryPlan(checkpointing, tokens, round(need / GIB, 1), reason)
     least = peak(chosen_checkpointing != "off", row_tokens(_CANDIDATES[-1][1]))
     raise HardwareError(
         f"GPU memory: {free_bytes / GIB:.1f} GiB free, expected at least {least / USABLE_SHARE / GIB:.1f} GiB for this base; "
-        "use a larger GPU, free the memory another process holds, or set memory.micro_batch_tokens and "
-        "memory.gradient_checkpointing yourself to try all the same"
+        "use a larger GPU, free the memory that other processes hold, or set memory.micro_batch_tokens and "
+        "memory.gradient_checkpointing yourself to try anyway"
     )

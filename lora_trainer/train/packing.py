@@ -1,8 +1,8 @@
-"""Which records make up which optimizer step, and how a step's records share rows.
+"""Assign records to optimizer steps, and pack the records of a step into rows.
 
-Steps belong to the recipe: they depend on the number of records and the seed alone. Rows belong to the
-memory layout: a step's records are spread over as few rows as the micro-batch size allows, so that
-another GPU packs differently and still takes the same optimizer steps.
+Steps belong to the recipe: they depend only on the number of records and the seed. Rows belong to the memory layout: a step's
+records are packed into as few rows as the micro-batch size allows. Another GPU may pack differently, but takes the same optimizer
+steps.
 """
 
 from __future__ import annotations
@@ -13,11 +13,10 @@ from collections.abc import Sequence
 
 
 def plan_steps(records: int, sequences_per_step: int, epochs: float, seed: int, max_steps: int | None = None) -> list[list[int]]:
-    """Indices of the records of each optimizer step.
+    """Return the record indices of each optimizer step.
 
-    Each epoch is its own permutation and epochs follow one another without a gap, so only the very last
-    step may be smaller. The permutation sorts by a hash and not by a random generator: it is the same on
-    every platform and version.
+    Each epoch is a permutation of its own, and a step may span two epochs: only the last step may be smaller. The permutation
+    sorts by a hash, which unlike a random generator is the same on every platform and version.
     """
     wanted = max(1, round(records * epochs))
     order: list[int] = []
@@ -31,10 +30,10 @@ def plan_steps(records: int, sequences_per_step: int, epochs: float, seed: int, 
 
 
 def pack(lengths: Sequence[int], row_tokens: int) -> list[list[int]]:
-    """Positions in `lengths` of the sequences of each row, no row above `row_tokens`.
+    """Return, for each row, the positions in `lengths` of its sequences. No row exceeds `row_tokens`.
 
-    Fewest rows that longest-first-into-emptiest (LPT, Graham 1969) can fill; it also keeps them even,
-    and even rows mean even peak memory. Raises `ValueError` for a sequence longer than a row.
+    Put the longest remaining sequence into the emptiest row (LPT, Graham 1969), with the fewest rows for which that works. This
+    also evens out the rows, and with them the peak memory. Raises `ValueError` for a sequence longer than a row.
     """
     if not lengths:
         return []
@@ -50,6 +49,6 @@ def pack(lengths: Sequence[int], row_tokens: int) -> list[list[int]]:
             rows[row].append(position)
             filled[row] += lengths[position]
         if max(filled) <= row_tokens:
-            # longest first: where attention has no varlen kernel, records of one length that stand together share a call
+            # keep longest first: without a varlen kernel, adjacent records of equal length share an attention call
             return [row for row in rows if row]
         count += 1

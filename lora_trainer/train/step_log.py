@@ -1,4 +1,4 @@
-"""What training reports after each optimizer step, and what the steps add up to."""
+"""Records of the optimizer steps and their totals."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True, slots=True)
 class StepLog:
-    """One optimizer step, as `train_log.jsonl` has it."""
+    """One optimizer step, as written to `train_log.jsonl`."""
 
     step: int
     loss: float
-    """Mean over the step's loss tokens, nats."""
+    """Mean over the step's loss tokens, in nats."""
     learning_rate: float
     grad_norm: float
     tokens: int
-    """Real tokens; rows are never padded."""
+    """Tokens of the step. Rows have no padding."""
     loss_tokens: int
     rows: int
     step_s: float
@@ -24,7 +24,7 @@ class StepLog:
 
 @dataclass(slots=True)
 class TrainingLog:
-    """All steps of a training run, and what they add up to."""
+    """All steps of a training run and their totals."""
 
     steps: list[StepLog] = field(default_factory=list)
     packed_rows: int = 0
@@ -33,16 +33,16 @@ class TrainingLog:
 
     @property
     def tokens(self) -> int:
-        """Real tokens that went through the model."""
+        """Tokens of all steps."""
         return sum(step.tokens for step in self.steps)
 
     @property
     def tokens_per_s(self) -> float:
-        """Real tokens a second, from the first step to the last, compilation and warm-up included."""
+        """Tokens a second over all steps, including compilation and warm-up."""
         return self.tokens / self.train_s if self.train_s else 0.0
 
 
 OnStep = Callable[[StepLog, int], None]
-"""Called after each optimizer step with its log and the number of all steps."""
+"""Called after each optimizer step with its log and the total number of steps."""
 AfterStep = Callable[[int], None]
-"""Called between two optimizer steps with the number of the one behind it: the place to checkpoint."""
+"""Called after each optimizer step with its number, before the next step begins: the place to checkpoint."""

@@ -1,4 +1,4 @@
-"""Records -> token sequences, through the base's own chat template and tokenizer."""
+"""Tokenize records with the base's own chat template and tokenizer."""
 
 from __future__ import annotations
 
@@ -12,31 +12,31 @@ from lora_trainer.errors import ConfigError, DataError, InvariantError
 from lora_trainer.persona.prompt import Message, prompt_messages, reply_json
 
 IGNORED_LABEL = -100
-"""Label of a token that the loss leaves out (PyTorch's `cross_entropy(ignore_index=-100)`)."""
+"""Label of tokens that the loss ignores (PyTorch's `cross_entropy(ignore_index=-100)`)."""
 _MARKUP: Final = re.compile(r"<.+>|\[.+\]", re.DOTALL)
 _SHOWN_FORGERIES: Final = 50
 
 
-class Tokenizer(Protocol):
-    """What this module uses of a transformers tokenizer."""
+class ChatTokenizer(Protocol):
+    """The part of a transformers tokenizer that this module uses."""
 
     eos_token: str
     eos_token_id: int
 
     @property
     def added_tokens_decoder(self) -> Mapping[int, Any]:
-        """Tokens that were added to the vocabulary, with `content` and `special`, by id."""
+        """Tokens added to the vocabulary by id, with the attributes `content` and `special`."""
 
-    def apply_chat_template(self, conversation: list[Message], *, tokenize: bool, add_generation_prompt: bool) -> Any:
-        """The conversation as text."""
+    def apply_chat_template(self, conversation: list[Any], *, tokenize: bool, add_generation_prompt: bool) -> Any:
+        """Render the messages of a conversation as text."""
 
     def __call__(self, text: list[str], *, add_special_tokens: bool) -> Any:
-        """A mapping with `input_ids`."""
+        """Encode texts. Return a mapping with their `input_ids`."""
 
 
 @dataclass(frozen=True, slots=True)
 class TokenSequence:
-    """One record as the model sees it; the loss covers `input_ids[prompt_tokens:]`."""
+    """The tokens of one record. The loss covers `input_ids[prompt_tokens:]`."""
 
     input_ids: tuple[int, ...]
     prompt_tokens: int
@@ -46,25 +46,25 @@ class TokenSequence:
 
     @property
     def reply_tokens(self) -> int:
-        """Tokens in the loss: the reply and the end-of-turn token that closes it."""
+        """Number of tokens in the loss: the reply and its end-of-turn token."""
         return len(self.input_ids) - self.prompt_tokens
 
     @property
     def labels(self) -> list[int]:
-        """Unshifted labels, the prompt ignored."""
+        """Unshifted labels; the prompt's are `IGNORED_LABEL`."""
         return [IGNORED_LABEL] * self.prompt_tokens + list(self.input_ids[self.prompt_tokens :])
 
 
 def record_messages(record: TrainingRecord) -> list[Message]:
-    """System and user turn of a record."""
+    """Return the system and user messages of a record."""
     emotion = record.context.current_emotion
     return prompt_messages(record.instruction, record.context.summary, emotion.type, emotion.intensity, record.input)
 
 
-def control_tokens(tokenizer: Tokenizer) -> dict[int, str]:
-    """What no text may become, id and spelling: special tokens, and others that are written as markup (`<tool_call>`).
+def control_tokens(tokenizer: ChatTokenizer) -> dict[int, str]:
+    """Return the tokens that text must not turn into, by id: special tokens, and tokens spelled as markup such as `<tool_call>`.
 
-    Added tokens that are words, as bases with a wider vocabulary have them, are text like any other.
+    Some bases extend their vocabulary with words; such added tokens are ordinary text.
     """
     return {
         token: added.content
@@ -73,11 +73,11 @@ def control_tokens(tokenizer: Tokenizer) -> dict[int, str]:
     }
 
 
-def render_prompts(conversations: Iterable[Sequence[Message]], tokenizer: Tokenizer) -> list[str]:
-    """Each conversation through the base's chat template, ready for a reply.
+def render_prompts(conversations: Iterable[Sequence[Message]], tokenizer: ChatTokenizer) -> list[str]:
+    """Render each conversation with the base's chat template, up to where the reply begins.
 
-    The formatter has put a space into what spells a control token. What it does not know is refused here: raises
-    `DataError` if the text of a conversation would become a control token of this base.
+    `prompt_messages` has already put a space into the control tokens that it knows. Raises `DataError` if text would still become
+    a control token of this base.
     """
     listed = [list(messages) for messages in conversations]
     prompts = [str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)) for messages in listed]
@@ -86,9 +86,9 @@ def render_prompts(conversations: Iterable[Sequence[Message]], tokenizer: Tokeni
 
 
 def _encode_prompts(
-    conversations: Sequence[list[Message]], prompts: Sequence[str], tokenizer: Tokenizer, what: str
+    conversations: Sequence[list[Message]], prompts: Sequence[str], tokenizer: ChatTokenizer, what: str
 ) -> list[list[int]]:
-    """Tokens of `prompts`, in which the template alone has put control tokens. Raises `DataError`, which counts by `what`."""
+    """Encode `prompts`. Raises `DataError` for control tokens that the template did not insert; it names prompts by `what`."""
     if not prompts:
         return []
     encoded: list[list[int]] = tokenizer(list(prompts), add_special_tokens=False)["input_ids"]
@@ -117,19 +117,18 @@ def _forgery(what: str, number: int, found: Sequence[int], expected: Sequence[in
     names = sorted({control[token] for token in found if found.count(token) != expected.count(token)})
     return (
         f"{what} {number}: got text that the base's tokenizer takes for its control token {' and '.join(names) or 'order'}, "
-        "expected words; write it another way, such as with a space inside"
+        "expected plain text; write it differently, for example with a space inside"
     )
 
 
-def tokenize(records: Iterable[TrainingRecord], tokenizer: Tokenizer) -> list[TokenSequence]:
-    """One sequence a record, in order.
+def tokenize(records: Iterable[TrainingRecord], tokenizer: ChatTokenizer) -> list[TokenSequence]:
+    """Return one token sequence for each record, in order.
 
-    Prompt and reply are encoded apart, as they are when the adapter is served: the prompt is encoded
-    before there is a reply. What the template puts behind the end-of-turn token (ChatML: a line break)
-    is cut, since generation ends at that token.
+    Prompt and reply are encoded separately, because a server encodes the prompt before a reply exists. Text that the template adds
+    after the end-of-turn token (ChatML: a line break) is cut, because generation ends at that token.
 
-    Raises `ConfigError` if the base's chat template can't be used so, `DataError` if a record's text would become a
-    control token of this base, `InvariantError` if a sequence would not end in exactly one end-of-turn token.
+    Raises `ConfigError` if the base's chat template does not have this form, `DataError` if a record's text would become a control
+    token of this base, `InvariantError` if a sequence does not end in exactly one end-of-turn token.
     """
     conversations: list[list[Message]] = []
     prompts: list[str] = []
@@ -143,7 +142,7 @@ def tokenize(records: Iterable[TrainingRecord], tokenizer: Tokenizer) -> list[To
         closing = whole.rfind(tokenizer.eos_token)
         if not whole.startswith(prompt) or closing < len(prompt):
             raise ConfigError(
-                "base.model: its chat template cannot be trained on: expected prompt + reply + "
+                "base.model: its chat template cannot be used for training: expected prompt + reply + "
                 f"'{tokenizer.eos_token}', but the rendered conversation does not have that form; use a ChatML base such as Qwen2.5"
             )
         conversations.append(messages)

@@ -1,12 +1,11 @@
-"""Trackers around one training: the libraries' runs opened before it, closed behind it however it ends.
+"""Open the experiment trackers' runs before training, and close them however it ends.
 
-transformers' own callbacks do the logging. They also open a run, by environment variables and defaults of the
-library that reach for the network or the current folder; so the run is opened here, and the callback takes the
-one it finds. Nothing leaves the machine unless the library's own variable says so: `MLFLOW_TRACKING_URI`,
-`WANDB_MODE` or `TENSORBOARD_LOGGING_DIR`.
+transformers' own callbacks log the numbers. They would also open a run, but with defaults that use the network or the current
+folder. So this module opens the run, and the callback uses the open one. Nothing leaves the machine unless the library's own
+variable asks for it: `MLFLOW_TRACKING_URI`, `WANDB_MODE` or `TENSORBOARD_LOGGING_DIR`.
 
-What they record: the numbers of each step, all of `SFTConfig`, the model's configuration; MLflow the names of user
-and program, the others that of the host. Never the environment, the command line or a record's text.
+Trackers record the numbers of each step, all of `SFTConfig` and the model's configuration. MLflow adds the names of the user and
+the program, the others the host's name. None records the environment, the command line or a record's text.
 """
 
 from __future__ import annotations
@@ -27,9 +26,9 @@ if TYPE_CHECKING:
     from transformers import TrainerCallback
 
 PROJECT: Final = "lora-trainer"
-"""MLflow's experiment and W&B's project, unless `MLFLOW_EXPERIMENT_NAME` or `WANDB_PROJECT` names another."""
+"""Default name of MLflow's experiment and W&B's project. `MLFLOW_EXPERIMENT_NAME` and `WANDB_PROJECT` override it."""
 
-# what the tracker imports; MLflow without a server keeps its runs in SQLite
+# modules that each tracker imports; without a server, MLflow stores runs in SQLite
 _MODULES: Final[Mapping[Tracker, tuple[str, ...]]] = {
     "tensorboard": ("tensorboard",),
     "mlflow": ("mlflow", "sqlalchemy", "alembic"),
@@ -38,7 +37,7 @@ _MODULES: Final[Mapping[Tracker, tuple[str, ...]]] = {
 
 
 def require_installed(trackers: Sequence[Tracker]) -> None:
-    """Raise `ConfigError` for each of `trackers` whose library is not there; imports none of them."""
+    """Raise `ConfigError` naming every tracker whose library is not installed. Import none of them."""
     missing = {tracker: [module for module in _MODULES[tracker] if not _is_installed(module)] for tracker in trackers}
     problems = [
         f"logging.report_to: {tracker} is not installed ({', '.join(modules)} missing): pip install 'lora-trainer[trackers]'"
@@ -51,13 +50,13 @@ def require_installed(trackers: Sequence[Tracker]) -> None:
 
 def _is_installed(module: str) -> bool:
     spec = importlib.util.find_spec(module)
-    # W&B calls the folder of its runs `wandb`: in the current folder that is a package without a file
+    # W&B stores runs in a folder `wandb`, which in the current folder looks like a package without a file
     return spec is not None and spec.origin is not None
 
 
 @contextmanager
 def tracking(trackers: Sequence[Tracker], folder: Path, run_name: str) -> Iterator[list[TrainerCallback]]:
-    """Open a run called `run_name` with each of `trackers`, in `folder/<tracker>`; gives the callbacks that log to them."""
+    """Open a run named `run_name` with each of `trackers`, in `folder/<tracker>`. Yield the callbacks that log to the runs."""
     with ExitStack() as stack:
         yield [stack.enter_context(_OPEN[tracker](folder.absolute() / tracker, run_name)) for tracker in trackers]
 
@@ -69,9 +68,9 @@ def _tensorboard(folder: Path, run_name: str) -> Iterator[TrainerCallback]:
 
     target = str(folder)
     if users := os.environ.get("TENSORBOARD_LOGGING_DIR"):
-        # TensorBoard names a run by its folder, and this one is for all of them; it may be a URI
+        # TensorBoard names a run by its folder, and the user's folder holds all runs; it may be a URI
         target = f"{os.path.expanduser(users).rstrip('/')}/{run_name}"  # noqa: PTH111
-    # the steps of an attempt that was interrupted are hidden, as this one begins with the first again
+    # hide the steps of an interrupted attempt: this one logs from the first step again
     writer = SummaryWriter(log_dir=target, purge_step=0)
     try:
         yield TensorBoardCallback(writer)
@@ -81,16 +80,16 @@ def _tensorboard(folder: Path, run_name: str) -> Iterator[TrainerCallback]:
 
 @contextmanager
 def _mlflow(folder: Path, run_name: str) -> Iterator[TrainerCallback]:
-    # read at import; it reports to its makers otherwise
+    # opt out of MLflow's telemetry; the variable is read at import
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    # GitPython prints a page where there is no git
+    # without git installed, GitPython prints a long warning
     os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
     import mlflow
     from transformers.integrations import MLflowCallback
 
     adopt_library_loggers()
     logging.getLogger("mlflow").setLevel(logging.WARNING)
-    # MLflow writes what it was told into the environment, where the next run would take it for the user's word
+    # MLflow writes its settings to the environment, where the next run would read them as the user's
     with _restored_environment("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_ID", "MLFLOW_RUN_ID"):
         experiment_id = None
         offline = not os.environ.get("MLFLOW_TRACKING_URI")
@@ -99,7 +98,7 @@ def _mlflow(folder: Path, run_name: str) -> Iterator[TrainerCallback]:
             mlflow.set_tracking_uri(f"sqlite:///{folder / 'mlflow.db'}")
             name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or PROJECT
             found = mlflow.get_experiment_by_name(name)
-            # artifacts would go to the current folder
+            # the default artifact location is the current folder
             experiment_id = (
                 found.experiment_id if found else mlflow.create_experiment(name, artifact_location=(folder / "artifacts").as_uri())
             )
@@ -120,7 +119,7 @@ def _mlflow(folder: Path, run_name: str) -> Iterator[TrainerCallback]:
 
 @contextmanager
 def _wandb(folder: Path, run_name: str) -> Iterator[TrainerCallback]:
-    # read when its service starts; it reports to its makers otherwise
+    # opt out of W&B's error reports; the variable is read when its service starts
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     import wandb
     from transformers.integrations import WandbCallback
@@ -129,7 +128,7 @@ def _wandb(folder: Path, run_name: str) -> Iterator[TrainerCallback]:
     logging.getLogger("wandb").setLevel(logging.WARNING)
     folder.mkdir(parents=True, exist_ok=True)
     with _restored_environment("WANDB_CACHE_DIR"):
-        # its service logs there, and to our standard error where it can't: a home is read-only in the image
+        # the service logs to the cache folder, or to our standard error if it can't: the image's home is read-only
         os.environ.setdefault("WANDB_CACHE_DIR", str(folder / "cache"))
         try:
             wandb.init(
@@ -138,14 +137,14 @@ def _wandb(folder: Path, run_name: str) -> Iterator[TrainerCallback]:
                 dir=os.environ.get("WANDB_DIR") or str(folder),
                 mode=os.environ.get("WANDB_MODE") or "offline",
                 settings=wandb.Settings(
-                    # what is printed may quote data, and the command line is the user's own
+                    # output may quote data, and the command line may hold private settings
                     console="off",
                     disable_code=True,
                     save_code=False,
                     disable_git=True,
                     x_disable_meta=True,
                     x_save_requirements=False,
-                    # asks a cloud's metadata server where it runs, offline too
+                    # system metrics query the cloud's metadata server, even offline
                     x_disable_stats=True,
                     x_disable_machine_info=True,
                     silent=True,
@@ -159,13 +158,13 @@ def _wandb(folder: Path, run_name: str) -> Iterator[TrainerCallback]:
             exit_code = 0
         finally:
             wandb.finish(exit_code=exit_code)
-            # its service is a process of its own, and keeps the environment of the first run
+            # W&B's service process would keep the environment of the first run
             wandb.teardown(exit_code=exit_code)
 
 
 @contextmanager
 def _restored_environment(*names: str) -> Iterator[None]:
-    """Variables as they were before the block, whatever it does to them."""
+    """Restore the named environment variables after the block."""
     before = {name: os.environ.get(name) for name in names}
     try:
         yield

@@ -110,7 +110,7 @@ def test_a_token_that_only_this_base_has_is_refused(token: str, special: bool) -
         with pytest.raises(DataError) as refused:
             what()
         assert token in str(refused.value)
-        assert "expected words" in str(refused.value)
+        assert "expected plain text" in str(refused.value)
 
 
 def test_a_token_that_is_a_word_is_text() -> None:

@@ -68,7 +68,7 @@ def test_no_records_no_sequences(tokenizer: Any) -> None:
 )
 def test_a_template_that_cannot_be_trained_on(tokenizer: Any, template: str) -> None:
     tokenizer.chat_template = template
-    with pytest.raises(ConfigError, match=r"base\.model: its chat template cannot be trained on"):
+    with pytest.raises(ConfigError, match=r"base\.model: its chat template"):
         tokenize([record()], tokenizer)
 
 

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+
+from peft import PeftModel
+from transformers import PreTrainedTokenizerBase
 
 
-def save_adapter(model: Any, tokenizer: Any, folder: Path, canonical_id: str, revision: str | None) -> None:
+def save_adapter(
+    model: PeftModel, tokenizer: PreTrainedTokenizerBase, folder: Path, canonical_id: str, revision: str | None
+) -> None:
     """Write adapter and tokenizer to `folder`, naming the base by its public id and revision instead of a local path."""
     model.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
     # the bundle gets its own model card later, with the run's numbers

@@ -6,19 +6,18 @@ Import only from a started backend: unsloth has to be imported before transforme
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import peft
 import torch
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lora_trainer.config import LoraConfig, TrainingConfig
 from lora_trainer.train.backends.model_modes import enable_checkpointing
 
 
-def load_base(base: Path, training: TrainingConfig, tokenizer: Any, *, on_cuda: bool) -> Any:
+def load_base(base: Path, training: TrainingConfig, tokenizer: PreTrainedTokenizerBase, *, on_cuda: bool) -> PreTrainedModel:
     """Load the base from its folder, quantized and in the data type that `training` asks for."""
-    model = AutoModelForCausalLM.from_pretrained(
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
         str(base),
         local_files_only=True,
         dtype=compute_dtype(training),
@@ -31,7 +30,7 @@ def load_base(base: Path, training: TrainingConfig, tokenizer: Any, *, on_cuda: 
     return model
 
 
-def attach_adapter(model: Any, lora: LoraConfig, *, checkpointing: bool, seed: int) -> Any:
+def attach_adapter(model: PreTrainedModel, lora: LoraConfig, *, checkpointing: bool, seed: int) -> peft.PeftModel:
     """Freeze the base and attach a new adapter, initialized from `seed`."""
     for parameter in model.parameters():
         parameter.requires_grad_(False)
@@ -43,7 +42,7 @@ def attach_adapter(model: Any, lora: LoraConfig, *, checkpointing: bool, seed: i
         model,
         peft.LoraConfig(
             r=lora.r,
-            lora_alpha=lora.alpha,
+            lora_alpha=lora.alpha,  # type: ignore[arg-type]  # PEFT only divides it by r
             lora_dropout=lora.dropout,
             target_modules=list(lora.target_modules),
             bias="none",
@@ -52,7 +51,7 @@ def attach_adapter(model: Any, lora: LoraConfig, *, checkpointing: bool, seed: i
     )
 
 
-def align_special_tokens(model: Any, tokenizer: Any) -> None:
+def align_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Copy the tokenizer's special tokens to the model. The trainer would do the same, with a warning."""
     for settings in (model.config, model.generation_config):
         settings.bos_token_id = tokenizer.bos_token_id

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 
 from lora_trainer.train.backends.fingerprints import base_fingerprints, fingerprints
 from lora_trainer.train.backends.training_state import set_weights, weights_of
@@ -33,7 +34,7 @@ class TrainingBase:
     as prepared, and skips a marked model: without a reset the next persona would train without mixed precision."""
 
     @classmethod
-    def of(cls, model: Any, folder: Path, checkpointing: Checkpointing, row_tokens: int) -> TrainingBase:
+    def of(cls, model: PeftModel, folder: Path, checkpointing: Checkpointing, row_tokens: int) -> TrainingBase:
         """Record a model that was just loaded from `folder`."""
         modules = (model, model.get_base_model())
         attributes = tuple((module, dict(vars(module))) for module in modules)
@@ -43,18 +44,18 @@ class TrainingBase:
         """Return whether loading `folder` again with these settings would give the same model."""
         return (self.folder, self.checkpointing) == (folder, checkpointing) and self.row_tokens >= row_tokens
 
-    def reset_modules(self, model: Any) -> None:
+    def reset_modules(self, model: PeftModel) -> None:
         """Remove what the last trainer left on the modules: attributes and gradients."""
         for module, attributes in self.attributes:
             vars(module).clear()
             vars(module).update(attributes)
         model.zero_grad(set_to_none=True)
 
-    def is_unchanged(self, model: Any) -> bool:
+    def is_unchanged(self, model: PeftModel) -> bool:
         """Return whether the base's weights are the loaded ones."""
         return base_fingerprints(model) == self.fingerprints
 
-    def reset_adapter(self, model: Any) -> None:
+    def reset_adapter(self, model: PeftModel) -> None:
         """Give the adapter its initial weights."""
         set_weights(model, self.adapter)
 

@@ -1,6 +1,6 @@
-"""Batched generation with a loaded model: for the evaluation unconstrained, for `chat` behind a grammar.
+"""Generate replies in batches: unconstrained for the evaluation, constrained by a grammar for `chat`.
 
-Import only from a backend that has done its own imports first (unsloth before transformers).
+Import only from a started backend: unsloth has to be imported before transformers.
 """
 
 from __future__ import annotations
@@ -9,31 +9,35 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, LogitsProcessorList
+from peft import PeftModel
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedTokenizerBase
 
 from lora_trainer.evaluate.decoding import Decoding, Generation
 
+LogitsProcessor = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""Maps the token ids so far [B, T] and the next token's logits [B, V] to new logits."""
+
 
 def generate(
-    model: Any,
-    tokenizer: Any,
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[str],
     decoding: Decoding,
     batch_size: int,
-    processors: Callable[[], Sequence[Any]] | None = None,
+    processors: Callable[[], Sequence[LogitsProcessor]] | None = None,
 ) -> list[Generation]:
-    """What `model` writes behind each of `prompts` (rendered by the chat template), in their order.
+    """Return the continuation of each prompt, in order. The chat template has already rendered the prompts.
 
-    Prompts of about one length share a batch, padded on the left. Greedy replies depend on nothing but the prompt, up to
-    rounding; sampled ones on the seed and on the batch, so the same prompts in the same order give the same replies.
-    `processors` makes fresh logits processors for each batch; [B, V] logits go through them.
+    Prompts of similar length share a batch, padded on the left. Greedy replies depend only on the prompt, up to rounding. Sampled
+    replies also depend on the seed and on the batch: the same prompts in the same order give the same replies.
+    `processors` returns new logits processors for each batch.
     """
     encoded: list[list[int]] = tokenizer(list(prompts), add_special_tokens=False)["input_ids"] if prompts else []
     order = sorted(range(len(encoded)), key=lambda index: len(encoded[index]))
     found: dict[int, Generation] = {}
     device = next(model.parameters()).device
     settings = _settings(tokenizer, decoding)
-    # the caller's random numbers go on as if nothing had been drawn
+    # sampling must not advance the caller's random number generators
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.inference_mode():
         torch.manual_seed(decoding.seed)
         for at in range(0, len(order), batch_size):
@@ -45,14 +49,14 @@ def generate(
                 generation_config=settings,
                 logits_processor=LogitsProcessorList(processors() if processors else []),
             )
-            # [B, T + N]: the prompt comes first
+            # [B, T + N]: generate() returns the prompt as well
             for index, row in zip(members, written[:, ids.shape[1] :].tolist(), strict=True):
                 found[index] = _read(tokenizer, row)
     return [found[index] for index in range(len(encoded))]
 
 
-def _settings(tokenizer: Any, decoding: Decoding) -> GenerationConfig:
-    """All that decides the text is said here: a base's own generation_config.json, with its repetition penalty, is not asked."""
+def _settings(tokenizer: PreTrainedTokenizerBase, decoding: Decoding) -> GenerationConfig:
+    """Set every option that affects the text: the base's own generation_config.json has a repetition penalty."""
     sampling: dict[str, Any] = (
         {"do_sample": True, "temperature": decoding.temperature, "top_p": decoding.top_p, "top_k": decoding.top_k}
         if decoding.temperature > 0
@@ -62,7 +66,7 @@ def _settings(tokenizer: Any, decoding: Decoding) -> GenerationConfig:
         max_new_tokens=decoding.max_new_tokens,
         num_beams=1,
         repetition_penalty=1.0,
-        # padding (<|endoftext|>) ends a text, too, but is no end of a turn
+        # <|endoftext|>, Qwen's padding token, ends the text as well, but does not end the turn
         eos_token_id=sorted({tokenizer.eos_token_id, tokenizer.pad_token_id}),
         pad_token_id=tokenizer.pad_token_id,
         use_cache=True,
@@ -71,7 +75,7 @@ def _settings(tokenizer: Any, decoding: Decoding) -> GenerationConfig:
 
 
 def _left_padded(rows: Sequence[Sequence[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids and attention mask, both [B, T]."""
+    """Return token ids and attention mask, both [B, T]."""
     longest = max(map(len, rows))
     ids = torch.full((len(rows), longest), pad)
     mask = torch.zeros(len(rows), longest, dtype=torch.long)
@@ -81,10 +85,10 @@ def _left_padded(rows: Sequence[Sequence[int]], pad: int) -> tuple[torch.Tensor,
     return ids, mask
 
 
-def _read(tokenizer: Any, row: Sequence[int]) -> Generation:
+def _read(tokenizer: PreTrainedTokenizerBase, row: Sequence[int]) -> Generation:
     ends = [at for at, token in enumerate(row) if token in (tokenizer.eos_token_id, tokenizer.pad_token_id)]
     kept = tuple(row[: ends[0]] if ends else row)
     stopped = bool(ends) and row[ends[0]] == tokenizer.eos_token_id
-    # special tokens stay visible: one inside a reply is not part of the contract
-    text = tokenizer.decode(list(kept), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    # keep special tokens visible: inside a reply they violate the contract
+    text = str(tokenizer.decode(list(kept), skip_special_tokens=False, clean_up_tokenization_spaces=False))
     return Generation(text, stopped, kept)

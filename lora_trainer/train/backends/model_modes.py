@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
+from peft import PeftModel
+from transformers import PreTrainedModel
 
 
 @contextmanager
-def inference_mode(model: Any, *, on_cpu: bool) -> Iterator[None]:
+def inference_mode(model: PeftModel, *, on_cpu: bool) -> Iterator[None]:
     """Put the model into evaluation mode without gradient checkpointing, and restore both afterwards."""
     was_training = model.training
     # a key-value cache and gradient checkpointing exclude each other
@@ -28,7 +29,7 @@ def inference_mode(model: Any, *, on_cpu: bool) -> Iterator[None]:
             enable_checkpointing(model)
 
 
-def enable_checkpointing(model: Any) -> None:
+def enable_checkpointing(model: PeftModel | PreTrainedModel) -> None:
     """Recompute activations in the backward pass, by torch's non-reentrant checkpointing."""
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 

@@ -1,12 +1,10 @@
 """TRL's `SFTTrainer`, fed one optimizer step at a time.
 
-The parent knows a fixed number of equally many rows a step. Ours differ: a step is a fixed number of
-*records*, packed into as few rows as the device's memory allows, so that the optimizer sees the same
-batches on every GPU. One item of the data loader is therefore a whole step, and `training_step` goes
-through its rows. Everything else (optimizer, schedule, clipping, state) is the parent's.
+`SFTTrainer` takes the same number of rows at every step. Here a step is a fixed number of *records*, packed into as few rows as
+the device's memory allows, so that the optimizer sees the same batches on every GPU. So one item of the data loader is a whole
+step, and `training_step` iterates over its rows. Optimizer, schedule, clipping and state stay the parent's.
 
-Import this module only from a backend that has done its own imports first: unsloth has to come before
-trl, transformers and peft.
+Import only from a started backend: unsloth has to be imported before trl, transformers and peft.
 """
 
 from __future__ import annotations
@@ -16,12 +14,12 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from datasets import Dataset
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from trl import SFTConfig, SFTTrainer
 
@@ -42,11 +40,16 @@ from lora_trainer.train.schedule import Schedule, learning_rate_factor
 from lora_trainer.train.step_log import AfterStep, OnStep, StepLog, TrainingLog
 from lora_trainer.train.tokenization import TokenSequence
 
+if TYPE_CHECKING:
+    from peft import PeftModel
+
 
 class StepTrainer(SFTTrainer):
     """`SFTTrainer` whose batch is one optimizer step (`Step`)."""
 
+    model: PeftModel
     train_dataset: Dataset
+    lr_scheduler: LambdaLR
 
     def __init__(
         self,
@@ -59,8 +62,12 @@ class StepTrainer(SFTTrainer):
         model_loss: bool,
         **kwargs: Any,
     ) -> None:
-        """`model_takes_lengths`: the forward takes `packed_seq_lengths`. `model_loss`: take the model's own loss
-        and not TRL's fused head, which needs Triton: on the CPU, and where Unsloth's forward has a fused loss of its own."""
+        """Build the trainer; `kwargs` go to `SFTTrainer`.
+
+        `model_takes_lengths`: the model's forward takes `packed_seq_lengths`.
+        `model_loss`: use the model's own loss instead of TRL's fused head. The head needs Triton, so not on a CPU, and Unsloth's
+        forward has a fused loss of its own.
+        """
         self.recipe_schedule = schedule
         super().__init__(**kwargs)
         self.model_takes_lengths = model_takes_lengths
@@ -70,10 +77,10 @@ class StepTrainer(SFTTrainer):
         self._after_step = after_step
         self._interruption = interruption
         self.steps_before = 0
-        """Optimizer steps of the run that lie behind this process's first one."""
+        """Optimizer steps that earlier processes of this run completed."""
         self._restored: TrainingState | None = None
         self._step_end_random: dict[str, torch.Tensor] | None = None
-        self._whole_steps = 0
+        self._completed_steps = 0
         self._is_tracked = False
         for printing in (PrinterCallback, ProgressCallback):
             self.remove_callback(printing)
@@ -82,37 +89,40 @@ class StepTrainer(SFTTrainer):
         self._mark_s = 0.0
 
     def track(self, trackers: Sequence[TrainerCallback]) -> None:
-        """Let trackers' callbacks have each step's numbers. They start before the clock does."""
-        step_end = self.pop_callback(_StepEnd)
-        for callback in (*trackers, step_end):
+        """Send each step's numbers to the trackers' callbacks. They start before the clock does."""
+        self.remove_callback(_StepEnd)
+        for callback in (*trackers, _StepEnd(self)):
             self.add_callback(callback)
         self._is_tracked = bool(trackers)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Step], num_batches: int, device: torch.device
     ) -> tuple[list[Step], torch.Tensor]:
-        """One step, and the number of its loss tokens: the divisor that makes its loss a mean over tokens."""
+        """Return one step and the number of its loss tokens, by which its summed loss is divided."""
         step = next(epoch_iterator)
         return [step], torch.tensor(step.loss_tokens, device=device)
 
-    def training_step(self, model: torch.nn.Module, inputs: Step, num_items_in_batch: torch.Tensor) -> torch.Tensor:
-        """Forward and backward over the step's rows; gives the step's mean loss, nats a token."""
+    def training_step(
+        self, model: torch.nn.Module, inputs: Any, num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
+        """Run forward and backward over the rows of `inputs`, a `Step`. Return the step's mean loss, nats a token."""
+        step: Step = inputs
         model.train()
-        if self._restored is not None and self._whole_steps == self.steps_before:
+        if self._restored is not None and self._completed_steps == self.steps_before:
             set_random_state(self._restored.random, self.args.device)
         total = torch.zeros((), device=self.args.device)
-        for row in inputs.rows:
-            # an unfinished step changes no weight: it can be dropped between any two rows
+        for row in step.rows:
+            # an unfinished step changes no weight, so it can be dropped between two rows
             self._interruption.check()
             with self.compute_loss_context_manager():
                 loss = self.row_loss(model, row, num_items_in_batch)
             self.accelerator.backward(loss)
             total += loss.detach()
-        self._unread = _UnreadStep(inputs, total, self._unread)
+        self._unread = _UnreadStep(step, total, self._unread)
         return total
 
-    def row_loss(self, model: torch.nn.Module, row: Row, divisor: torch.Tensor) -> torch.Tensor:
-        """Sum of a row's token losses over `divisor`."""
+    def row_loss(self, model: torch.nn.Module, row: Row, divisor: torch.Tensor | int | None) -> torch.Tensor:
+        """Return the sum of a row's token losses, divided by `divisor`."""
         inputs: dict[str, Any] = self._prepare_inputs(dict(row))
         if not self.model_takes_lengths:
             del inputs["packed_seq_lengths"]
@@ -120,11 +130,13 @@ class StepTrainer(SFTTrainer):
         if self.model_loss:
             loss = model(**inputs, use_cache=False, num_items_in_batch=divisor).loss
         else:
-            loss = super().compute_loss(model, inputs, num_items_in_batch=divisor)
+            loss = super().compute_loss(  # type: ignore[no-untyped-call]  # TRL does not annotate it
+                model, inputs, num_items_in_batch=divisor
+            )
         return loss
 
     def mean_loss(self, sequences: Sequence[TokenSequence], row_tokens: int) -> float:
-        """Mean loss over all reply tokens of `sequences` without training, nats a token."""
+        """Return the mean loss over all reply tokens of `sequences` in evaluation mode, nats a token."""
         step = make_step(sequences, row_tokens)
         divisor = torch.tensor(step.loss_tokens, device=self.args.device)
         self.model.eval()
@@ -148,74 +160,82 @@ class StepTrainer(SFTTrainer):
         return logits[0].float()
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LambdaLR:
-        """The recipe's schedule. Unlike transformers' own, no step has a learning rate of zero: theirs wastes the first
-        one on it whenever there is a warm-up, and runs of a few dozen steps are common here."""
+        """Create the recipe's schedule, whose learning rate is never zero.
+
+        transformers' schedules waste the first step of a warm-up on a learning rate of zero, and runs of a few dozen steps are
+        common here.
+        """
+        optimizer = optimizer or self.optimizer
+        if optimizer is None:
+            raise RuntimeError("create_optimizer comes first")
+        warmup_steps = int(self.args.warmup_steps)
         self.lr_scheduler = LambdaLR(
-            optimizer or self.optimizer,
-            lambda step: learning_rate_factor(
-                step + self.steps_before, self.all_steps, self.args.warmup_steps, self.recipe_schedule
-            ),
+            optimizer,
+            lambda step: learning_rate_factor(step + self.steps_before, self.all_steps, warmup_steps, self.recipe_schedule),
         )
         self._created_lr_scheduler = True
         return self.lr_scheduler
 
     @property
     def could_pack(self) -> bool:
-        """Whether some step has two records that fit one row together."""
-        collator: StepCollator = self.data_collator
+        """Whether two records of some step fit into one row."""
+        collator = cast("StepCollator", self.data_collator)
         for step in self.train_dataset["records"]:
             lengths = sorted(len(collator.sequences[index]) for index in step)
             if len(lengths) > 1 and lengths[0] + lengths[1] <= collator.row_tokens:
                 return True
         return False
 
-    def floating_point_ops(self, inputs: Step) -> int:
-        """The parent counts by a key that a step does not have; nothing here uses the count."""
+    def floating_point_ops(self, inputs: Any) -> int:
+        """Return 0. The parent's count needs a key that a `Step` does not have, and nothing here uses it."""
         return 0
 
     def _clip_grad_norm(self, model: torch.nn.Module) -> torch.Tensor:
-        norm: torch.Tensor = super()._clip_grad_norm(model)
+        norm: torch.Tensor = super()._clip_grad_norm(model)  # type: ignore[no-untyped-call]  # not annotated in transformers
         if self._unread is not None:
             self._unread.grad_norm = norm
-            self._unread.learning_rate = self.lr_scheduler.get_last_lr()[0]
+            self._unread.learning_rate = float(self.lr_scheduler.get_last_lr()[0])
         return norm
 
     @property
     def all_steps(self) -> int:
-        """Optimizer steps of the whole run."""
+        """Optimizer steps of the whole run, earlier processes included."""
         return self.steps_before + int(self.args.max_steps)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        """The parent's, with the moments of the checkpoint that training goes on from."""
+        """Create the parent's optimizer, with the moments of the restored checkpoint."""
         optimizer: torch.optim.Optimizer = super().create_optimizer(*args, **kwargs)
         if self._restored is not None:
             set_moments(self.model, optimizer, self._restored.moments)
         return optimizer
 
     def restore(self, state: TrainingState) -> None:
-        """Go on behind `state.step`: weights now, moments and random numbers when training begins. Before `train`, once."""
+        """Continue after step `state.step`. Call it once, before `train`.
+
+        Weights are set now, moments and random numbers when training begins.
+        """
         set_weights(self.model, state.weights)
         self._restored = state
-        self.steps_before = self._whole_steps = state.step
+        self.steps_before = self._completed_steps = state.step
         self.training_log = state.log
         self.train_dataset = Dataset.from_dict({"records": self.train_dataset["records"][state.step :]})
         self.args.max_steps -= state.step
 
-    def state_now(self) -> TrainingState:
-        """A copy as of the last whole step; from `after_step`, or once training was interrupted."""
+    def copy_state(self) -> TrainingState:
+        """Copy the state as of the last completed step. Call it from `after_step`, or after an interruption."""
         self._report_unread()
         if self._step_end_random is None or self.optimizer is None:
-            raise RuntimeError("no step is done yet")
+            raise RuntimeError("no step is completed yet")
         log = TrainingLog(list(self.training_log.steps), self.training_log.packed_rows, self._train_s())
-        return state_of(self.model, self.optimizer, self._whole_steps, self._step_end_random, log)
+        return state_of(self.model, self.optimizer, self._completed_steps, self._step_end_random, log)
 
     @property
     def has_stepped(self) -> bool:
-        """Whether this process has done a whole step."""
-        return self._whole_steps > self.steps_before
+        """Whether this process has completed a step."""
+        return self._completed_steps > self.steps_before
 
     def begin_clock(self) -> None:
-        """Start of the first step."""
+        """Start the clock of the first step."""
         self._mark_s = self._began_s = time.perf_counter()
 
     def _train_s(self) -> float:
@@ -223,19 +243,20 @@ class StepTrainer(SFTTrainer):
         return before_s + time.perf_counter() - self._began_s
 
     def end_step(self, number: int) -> None:
-        """Note the step just done and report the one before it.
+        """Record step `number` and report the step before it.
 
-        Its numbers are on the device: read at once, the host would wait for the device before it can
-        prepare the next step. A tracker has to have them at once, as its callback takes the step's
-        number from the trainer's state.
+        A step's numbers are on the device. Reading them at once would make the host wait for the device before it can prepare
+        the next step. With trackers they are read at once, because a tracker takes the step's number from the trainer's state.
         """
         step = self._unread
         if step is None:
-            raise InvariantError("a step ended that never began: the trainer's loop is not the one this class was written for")
+            raise InvariantError(
+                "a step ended that never began: StepTrainer does not fit this transformers version's training loop"
+            )
         if self._is_tracked:
-            # waits for the device, so that the seconds are this step's too
+            # wait for the device, so that step_s covers this step's work
             step.loss = step.loss.cpu()
-        self._step_end_random, self._whole_steps = random_state(self.args.device), number
+        self._step_end_random, self._completed_steps = random_state(self.args.device), number
         now_s = time.perf_counter()
         step.number, step.step_s, self._mark_s = number, now_s - self._mark_s, now_s
         if self._is_tracked:
@@ -253,7 +274,7 @@ class StepTrainer(SFTTrainer):
         self.training_log.train_s = self._train_s()
 
     def _report_unread(self) -> None:
-        """What was not read yet of whole steps; one that was broken off has no number."""
+        """Report the completed steps whose numbers are still on the device. An interrupted step has no number."""
         last = self._unread
         self._unread = None
         for step in (last.previous, last) if last is not None else ():
@@ -286,16 +307,16 @@ class StepTrainer(SFTTrainer):
                 "learning_rate": log.learning_rate,
                 "tokens_per_s": log.tokens / log.step_s,
             }
-            # what is shown is the run's step; the loop counts its own
+            # trackers show the run's step; the training loop counts this process's
             state = replace(self.state, global_step=log.step)
             self.callback_handler.on_log(self.args, state, self.control, numbers)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Nothing: the parent would give trackers a summary at the end that counts a step as a sample."""
+        """Ignore the parent's final summary: it counts a step as a sample."""
 
 
-def mean_loss(model: Any, sequences: Sequence[TokenSequence], row_tokens: int) -> float:
-    """As `StepTrainer.mean_loss`, for a model that no trainer was built for."""
+def mean_loss(model: torch.nn.Module, sequences: Sequence[TokenSequence], row_tokens: int) -> float:
+    """Return what `StepTrainer.mean_loss` does, for a model without a trainer."""
     step = make_step(sequences, row_tokens)
     device = next(model.parameters()).device
     divisor = torch.tensor(step.loss_tokens, device=device)
@@ -322,24 +343,24 @@ class _UnreadStep:
 
 
 class _StepEnd(TrainerCallback):
-    """Tells the trainer where its parent's loop is."""
+    """Tell the trainer where the parent's training loop is."""
 
     def __init__(self, trainer: StepTrainer) -> None:
         self.trainer = trainer
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.trainer.begin_clock()
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.trainer.end_step(state.global_step + self.trainer.steps_before)
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.trainer.end_training()
 
 
 def build_trainer(
     *,
-    model: Any,
+    model: PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     sequences: Sequence[TokenSequence],
     steps: Sequence[Sequence[int]],
@@ -354,20 +375,23 @@ def build_trainer(
     model_takes_lengths: bool,
     model_loss: bool,
 ) -> StepTrainer:
-    """A trainer for `steps` (record indices each). Every default that differs between TRL, Unsloth and us is set here."""
+    """Build a trainer for `steps`, each a list of record indices.
+
+    Set every default that differs between TRL, Unsloth and this project.
+    """
     arguments = SFTConfig(
         output_dir=str(output_dir),
         max_steps=len(steps),
         per_device_train_batch_size=1,
         gradient_accumulation_steps=1,
-        # max_steps and create_scheduler decide; these two are what trackers show
+        # only for trackers to show: max_steps and create_scheduler decide
         num_train_epochs=recipe.epochs,
         lr_scheduler_type=recipe.schedule,
         learning_rate=recipe.learning_rate,
         warmup_steps=round(recipe.warmup_fraction * len(steps)),
         weight_decay=recipe.weight_decay,
         max_grad_norm=recipe.max_grad_norm,
-        # full-precision AdamW: the adapter's states are small, 8-bit ones would save 0.2 GiB of 6
+        # AdamW with full-precision states: 8-bit states of so small an adapter would save 0.2 GiB of 6
         optim="adamw_torch_fused" if on_cuda else "adamw_torch",
         adam_beta1=0.9,
         adam_beta2=0.999,
@@ -379,7 +403,7 @@ def build_trainer(
         tf32=None,
         use_cpu=not on_cuda,
         gradient_checkpointing=checkpointing,
-        # steps come planned, packed and labelled
+        # the data loader returns steps that are already packed and labelled
         train_sampling_strategy="sequential",
         packing=False,
         padding_free=False,
@@ -388,7 +412,7 @@ def build_trainer(
         dataset_kwargs={"skip_prepare_dataset": True},
         dataloader_num_workers=0,
         dataloader_pin_memory=on_cuda,
-        # reports go through on_step; a NaN must not be averaged away
+        # steps are reported through on_step; the filter would average a NaN away
         logging_nan_inf_filter=False,
         logging_strategy="no",
         save_strategy="no",

@@ -1,7 +1,7 @@
-"""The state of training between two optimizer steps, as tensors and JSON: no pickle is ever written or loaded.
+"""Save and restore the state of training between two optimizer steps, without pickle.
 
-`adapter.safetensors` holds the trainable weights by name, `optimizer.safetensors` AdamW's moments as `<weight>.<moment>`,
-`state.json` the step, the log so far and the random numbers. All else follows from the recipe and the data.
+`adapter.safetensors` holds the trainable weights by name, `optimizer.safetensors` AdamW's moments as `<weight>.<moment>`, and
+`state.json` the step, the log so far and the random generators. Everything else follows from the recipe and the data.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -23,25 +23,25 @@ ADAPTER_NAME: Final = "adapter.safetensors"
 OPTIMIZER_NAME: Final = "optimizer.safetensors"
 STATE_NAME: Final = "state.json"
 
-_ROOM: Final = 3
-"""Copies stay on the GPU where this many times their size is free: one may wait while another is written."""
+_FREE_FACTOR: Final = 3
+"""Copies stay on the GPU if this many times their size is free: while one copy is written, another may wait."""
 
 
 @dataclass(frozen=True, slots=True)
 class TrainingState:
-    """Copies where the originals are if there is room, else in the host's memory; whatever goes on training leaves them alone."""
+    """Copies of the state, on the GPU if there is room, else in host memory. Training does not modify them."""
 
     step: int
-    """Whole optimizer steps behind it."""
+    """Completed optimizer steps."""
     weights: dict[str, torch.Tensor]
     moments: dict[str, torch.Tensor]
     random: dict[str, torch.Tensor]
     log: TrainingLog
     copied: torch.cuda.Event | None = None
-    """On a GPU: when the copies are made."""
+    """Completes when the copies on the GPU do."""
 
     def write(self, folder: Path) -> None:
-        """Fill `folder`; from any thread, beside training. Raises `OSError`."""
+        """Write the files to `folder`. Any thread may call it while training continues. Raises `OSError`."""
         save_file(self._on_host(self.weights), folder / ADAPTER_NAME)
         save_file(self._on_host(self.moments), folder / OPTIMIZER_NAME)
         state = {
@@ -56,14 +56,14 @@ class TrainingState:
     def _on_host(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         if self.copied is None:
             return tensors
-        # on a stream of its own: on training's the copies would stand between its kernels
+        # a separate stream, so that the transfer does not delay training's kernels
         with torch.cuda.stream(torch.cuda.Stream()):
             torch.cuda.current_stream().wait_event(self.copied)
             return {name: value.cpu() for name, value in tensors.items()}
 
 
 def read_state(folder: Path) -> TrainingState:
-    """What `TrainingState.write` wrote. Raises `OSError`, `ValueError`, `KeyError`."""
+    """Read what `TrainingState.write` wrote. Raises `OSError`, `ValueError`, `KeyError` or `TypeError` for anything else."""
     state = json.loads((folder / STATE_NAME).read_text(encoding="utf-8"))
     steps = [StepLog(**step) for step in state["steps"]]
     return TrainingState(
@@ -78,7 +78,7 @@ def read_state(folder: Path) -> TrainingState:
 
 
 def random_state(device: torch.device) -> dict[str, torch.Tensor]:
-    """The generators that training draws from: dropout's, on its device."""
+    """Return the state of each random generator that training uses: dropout draws from the device's."""
     found = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
         found["cuda"] = torch.cuda.get_rng_state(device)
@@ -86,7 +86,7 @@ def random_state(device: torch.device) -> dict[str, torch.Tensor]:
 
 
 def set_random_state(random: dict[str, torch.Tensor], device: torch.device) -> None:
-    """As it was. A generator that the state does not know (it comes from another kind of device) stays as it is."""
+    """Restore the generators. A state saved on a CPU leaves the GPU's generator unchanged."""
     torch.set_rng_state(random["cpu"])
     if device.type == "cuda" and "cuda" in random:
         torch.cuda.set_rng_state(random["cuda"], device)
@@ -95,32 +95,33 @@ def set_random_state(random: dict[str, torch.Tensor], device: torch.device) -> N
 def state_of(
     model: torch.nn.Module, optimizer: torch.optim.Optimizer, step: int, random: dict[str, torch.Tensor], log: TrainingLog
 ) -> TrainingState:
-    """The state as it is now, copied. On a GPU with room that takes a millisecond, and `write` does the rest.
+    """Copy the current state. On a GPU with enough free memory this takes a millisecond; `write` transfers the copies.
 
-    A copy to the host holds the GPU up for half a second at a 7B's 0.5 GB (`benchmarks/results/checkpoint-cost*.json`).
+    Copying the 0.5 GB of a 7B base's adapter to the host would stop training for half a second
+    (`benchmarks/results/checkpoint-cost*.json`).
     """
-    # themselves at first: whether there is room for copies depends on how large they are
+    # not copied yet: their size decides where the copies go
     weights = {name: parameter.detach() for name, parameter in _trainable(model)}
     moments = _moments(model, optimizer)
     tensors = [*weights.values(), *moments.values()]
     size_bytes = sum(tensor.nbytes for tensor in tensors if tensor.is_cuda)
-    # what the allocator holds in reserve is not counted: training needs that for its next step
-    stays = size_bytes > 0 and torch.cuda.mem_get_info()[0] > _ROOM * size_bytes
-    weights, moments = ({name: _copy(value, stays=stays) for name, value in found.items()} for found in (weights, moments))
+    # mem_get_info leaves out the allocator's reserve, which training needs for its next step
+    on_gpu = size_bytes > 0 and torch.cuda.mem_get_info()[0] > _FREE_FACTOR * size_bytes
+    weights, moments = ({name: _copy(value, on_gpu=on_gpu) for name, value in found.items()} for found in (weights, moments))
     copied = None
-    if stays:
+    if on_gpu:
         copied = torch.cuda.Event()
         copied.record()
     return TrainingState(step, weights, moments, random, log, copied)
 
 
 def weights_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Copies of the trainable weights by name, in the host's memory."""
-    return {name: _copy(parameter.detach(), stays=False) for name, parameter in _trainable(model)}
+    """Copy the trainable weights to host memory, by name."""
+    return {name: _copy(parameter.detach(), on_gpu=False) for name, parameter in _trainable(model)}
 
 
 def set_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor]) -> None:
-    """Raises `InvariantError` unless `weights` are just the model's trainable ones."""
+    """Set the trainable weights. Raises `InvariantError` if names or shapes differ from the model's."""
     own = dict(_trainable(model))
     if {name: value.shape for name, value in own.items()} != {name: value.shape for name, value in weights.items()}:
         raise InvariantError("the checkpoint's adapter is not this run's: names or shapes differ")
@@ -130,7 +131,7 @@ def set_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor]) -> Non
 
 
 def _moments(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """What the optimizer keeps of each weight, `<weight>.<moment>`; empty before the first step."""
+    """Return the optimizer's state of each weight as `<weight>.<moment>`; empty before the first step."""
     names = {id(parameter): name for name, parameter in _trainable(model)}
     return {
         f"{names[id(parameter)]}.{moment}": value.detach()
@@ -141,7 +142,7 @@ def _moments(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[s
 
 
 def set_moments(model: torch.nn.Module, optimizer: torch.optim.Optimizer, moments: dict[str, torch.Tensor]) -> None:
-    """Give an optimizer that has not stepped yet the moments of one that has."""
+    """Set the moments of a new optimizer. Raises `InvariantError` if they belong to other weights."""
     names = {id(parameter): name for name, parameter in _trainable(model)}
     by_weight: dict[str, dict[str, torch.Tensor]] = {}
     for key, value in moments.items():
@@ -150,14 +151,14 @@ def set_moments(model: torch.nn.Module, optimizer: torch.optim.Optimizer, moment
     order = [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
     if set(order) != set(by_weight):
         raise InvariantError("the checkpoint's optimizer state is not this run's: names differ")
-    # through its own loader, which knows what belongs on which device
+    # the optimizer's own loader puts each tensor on the right device
     optimizer.load_state_dict({**optimizer.state_dict(), "state": {at: by_weight[name] for at, name in enumerate(order)}})
 
 
-def _trainable(model: torch.nn.Module) -> Iterator[tuple[str, Any]]:
+def _trainable(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
     return ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
 
 
-def _copy(tensor: torch.Tensor, *, stays: bool) -> torch.Tensor:
-    # AdamW counts its steps on the host whatever the weights are on
-    return tensor.to(tensor.device if stays else "cpu", copy=True).contiguous()
+def _copy(tensor: torch.Tensor, *, on_gpu: bool) -> torch.Tensor:
+    # AdamW keeps its step counts on the host, even with weights on a GPU
+    return tensor.to(tensor.device if on_gpu else "cpu", copy=True).contiguous()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from lora_trainer.base_model import require_safetensors
 from lora_trainer.config import RunConfig
@@ -18,12 +18,16 @@ from lora_trainer.train.backends.device import Device
 from lora_trainer.train.backends.libraries import import_stack, import_torch
 from lora_trainer.train.memory_plan import Checkpointing, MemoryPlan, ModelShape
 from lora_trainer.train.step_log import AfterStep, OnStep, TrainingLog
-from lora_trainer.train.tokenization import Tokenizer, TokenSequence, render_prompts
+from lora_trainer.train.tokenization import ChatTokenizer, TokenSequence, render_prompts
 from lora_trainer.train.trackers import tracking
 
 if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
     from lora_trainer.train.backends.adapter_checks import ReadBack
     from lora_trainer.train.backends.base_reuse import EvaluationBase, TrainingBase
+    from lora_trainer.train.backends.generation import LogitsProcessor
     from lora_trainer.train.backends.step_trainer import StepTrainer
 
 
@@ -39,8 +43,8 @@ class TransformersBackend:
 
     def __init__(self, config: RunConfig, interruption: Interruption | None = None) -> None:
         self.config = config
-        self.model: Any = None
-        self.tokenizer: Any = None
+        self._model: PeftModel | None = None
+        self._tokenizer: PreTrainedTokenizerBase | None = None
         self._interruption = Interruption() if interruption is None else interruption
         self._device = Device(config.device)
         self._trainer: StepTrainer | None = None
@@ -50,6 +54,20 @@ class TransformersBackend:
         self._reserved_tokens = 0
         self._training_base: TrainingBase | None = None
         self._evaluation_base: EvaluationBase | None = None
+
+    @property
+    def model(self) -> PeftModel:
+        """The base with its adapter, loaded by `load` or `load_adapter`."""
+        if self._model is None:
+            raise RuntimeError("load comes first")
+        return self._model
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The base's tokenizer, loaded by `load_tokenizer`."""
+        if self._tokenizer is None:
+            raise RuntimeError("load_tokenizer comes first")
+        return self._tokenizer
 
     # -- before the base is loaded ------------------------------------------------------------------
 
@@ -83,16 +101,15 @@ class TransformersBackend:
         """Read the base's sizes from its `config.json`. Raises `ConfigError` if it is not a Qwen2-like decoder."""
         return ModelShape.of(base)
 
-    def load_tokenizer(self, base: Path) -> Tokenizer:
+    def load_tokenizer(self, base: Path) -> ChatTokenizer:
         """Load the base's own tokenizer. Raises `ConfigError` if it has no chat template."""
         from transformers import AutoTokenizer
 
-        tokenizer: Any = AutoTokenizer.from_pretrained(str(base), local_files_only=True)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(base), local_files_only=True)
         if not getattr(tokenizer, "chat_template", None):
             raise ConfigError(f"base.model: {base} has no chat template; use an instruction-tuned base such as Qwen2.5-7B-Instruct")
-        self.tokenizer = tokenizer
-        checked: Tokenizer = tokenizer
-        return checked
+        self._tokenizer = tokenizer
+        return tokenizer
 
     # -- the model ----------------------------------------------------------------------------------
 
@@ -111,11 +128,11 @@ class TransformersBackend:
         if self._reset(base, plan.gradient_checkpointing):
             return True
         self.release()
-        self.model = self._load_with_adapter(base, plan.gradient_checkpointing)
+        self._model = self._load_with_adapter(base, plan.gradient_checkpointing)
         self._training_base = TrainingBase.of(self.model, base, plan.gradient_checkpointing, self._reserved_tokens)
         return False
 
-    def _load_with_adapter(self, base: Path, checkpointing: Checkpointing) -> Any:
+    def _load_with_adapter(self, base: Path, checkpointing: Checkpointing) -> PeftModel:
         """Load the base and attach a new adapter."""
         from lora_trainer.train.backends.base_loading import attach_adapter, load_base
 
@@ -140,10 +157,10 @@ class TransformersBackend:
 
     def release(self) -> None:
         """Drop the model and free its memory."""
-        self.model = self._trainer = self._training_base = self._evaluation_base = None
+        self._model = self._trainer = self._training_base = self._evaluation_base = None
         self._device.free_memory()
 
-    def answers(self) -> bool:
+    def is_device_working(self) -> bool:
         """Return whether the device still works."""
         return self._device.is_working()
 
@@ -164,14 +181,15 @@ class TransformersBackend:
             self.release()
             model = load_base(base, self.config.training, self.tokenizer, on_cuda=self._device.is_cuda)
             self._evaluation_base = EvaluationBase.of(model, base)
-        self.model = PeftModel.from_pretrained(model, str(adapter), is_trainable=False, local_files_only=True).eval()
+        self._model = PeftModel.from_pretrained(model, str(adapter), is_trainable=False, local_files_only=True).eval()
         return is_reused
 
-    def _unload_adapter(self, base: Path) -> Any:
+    def _unload_adapter(self, base: Path) -> PreTrainedModel | None:
         """Return the base that the last adapter was evaluated on, or None if it is another one or was modified."""
         if self._evaluation_base is None or self._evaluation_base.folder != base:
             return None
-        model, self.model = self.model.unload(), None
+        model: PreTrainedModel = self.model.unload()
+        self._model = None
         self._device.free_memory()
         return model if self._evaluation_base.is_unchanged(model) else None
 
@@ -242,7 +260,7 @@ class TransformersBackend:
         trainer = self._ready_trainer()
         if not trainer.has_stepped:
             return None
-        state = trainer.state_now()
+        state = trainer.copy_state()
         return state.step, state.write
 
     def train(self) -> TrainingLog:
@@ -338,7 +356,7 @@ class TransformersBackend:
         *,
         adapter: bool,
         batch_size: int,
-        processors: Callable[[], Sequence[Any]] | None = None,
+        processors: Callable[[], Sequence[LogitsProcessor]] | None = None,
     ) -> list[Generation]:
         """Return the reply of the adapter, or of the base without it, to each conversation, in order.
 

@@ -1,39 +1,42 @@
-"""Unsloth: fused kernels and varlen attention on CUDA, the default where there is a GPU."""
+"""Unsloth: fused kernels and varlen attention. The default backend on a GPU."""
 
 from __future__ import annotations
 
 import os
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from lora_trainer.errors import ConfigError
 from lora_trainer.train.backends.transformers import TransformersBackend
 from lora_trainer.train.memory_plan import Checkpointing
 
+if TYPE_CHECKING:
+    from peft import PeftModel
+
 
 class UnslothBackend(TransformersBackend):
-    """As the reference, with Unsloth's loader, adapter and forward."""
+    """The reference backend with Unsloth's loader, adapter and forward."""
 
     name: Literal["transformers", "unsloth"] = "unsloth"
 
     def _import_stack(self) -> str:
         if self._device.is_cuda:
-            # otherwise it trains on the CPU without a word when the driver is broken
+            # by default a broken driver makes Unsloth train on the CPU without a warning
             os.environ["UNSLOTH_DISABLE_CPU_FALLBACK"] = "1"
-        # it downloads a file from the hub to be counted
+        # its usage statistics download a file from the hub
         os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
-        # generated code goes to the working folder unless told; that is read-only in the image
+        # the default is the current folder, which is read-only in the image
         os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(self.config.work_dir.absolute() / "unsloth_compiled_cache"))
         try:
-            # before trl, transformers and peft: it patches them as they are imported
+            # has to precede trl, transformers and peft, because it patches them on import
             import unsloth  # noqa: F401
         except ImportError as error:
             raise ConfigError(f"the unsloth backend is not installed ({error}): {self._install_command()}") from None
         name = super()._import_stack()
         return _varlen_attention() if self._device.is_cuda else name
 
-    def _load_with_adapter(self, base: Path, checkpointing: Checkpointing) -> Any:
+    def _load_with_adapter(self, base: Path, checkpointing: Checkpointing) -> PeftModel:
         from unsloth import FastLanguageModel
 
         from lora_trainer.train.backends.base_loading import align_special_tokens, compute_dtype, quantization
@@ -41,7 +44,7 @@ class UnslothBackend(TransformersBackend):
         use_gradient_checkpointing = "unsloth" if checkpointing == "unsloth" else checkpointing == "on"
         training = self.config.training
         model, _ = FastLanguageModel.from_pretrained(
-            # a folder: by its hub name Unsloth would take its own pre-quantized copy instead
+            # a folder: Unsloth replaces a hub name by its own pre-quantized copy
             model_name=str(base),
             max_seq_length=self._reserved_tokens,
             dtype=compute_dtype(training),
@@ -57,7 +60,7 @@ class UnslothBackend(TransformersBackend):
         )
         align_special_tokens(model, self.tokenizer)
         lora = self.config.lora
-        return FastLanguageModel.get_peft_model(
+        adapted: PeftModel = FastLanguageModel.get_peft_model(
             model,
             r=lora.r,
             lora_alpha=lora.alpha,
@@ -67,6 +70,7 @@ class UnslothBackend(TransformersBackend):
             use_gradient_checkpointing=use_gradient_checkpointing,
             random_state=training.seed,
         )
+        return adapted
 
     def _reset(self, base: Path, checkpointing: Checkpointing) -> bool:
         from unsloth import FastLanguageModel
@@ -91,14 +95,12 @@ class UnslothBackend(TransformersBackend):
 
 
 def _varlen_attention() -> str:
-    """The name of the kernel by which packed rows attend within their records.
+    """Return the name of the kernel that attends within the records of a packed row, after enabling it on torch 2.11.
 
-    Unsloth takes flash-attn where it is installed, and torch's own varlen function from torch 2.12 on,
-    when that took on grouped queries. On 2.11 it attends record by record, which costs more than the
-    arithmetic: 6,782 tokens a second against 17,165 with rows of 8,192 on one H200
-    (benchmarks/results/train-speed-h200.json). The flash kernel underneath takes grouped queries in 2.11
-    already, so there Unsloth's own autograd function around that kernel is switched on.
-    `UNSLOTH_TORCH_VARLEN=0` leaves it off, as on later versions.
+    Unsloth uses flash-attn if it is installed, and torch's varlen function from torch 2.12 on, the first that supports grouped
+    queries. On torch 2.11 it attends record by record, which is slow: 6,782 tokens a second instead of 17,165 with rows of 8,192 on
+    one H200 (benchmarks/results/train-speed-h200.json). The flash kernel in torch 2.11 already supports grouped queries, so this
+    enables Unsloth's own autograd function for it. `UNSLOTH_TORCH_VARLEN=0` leaves it disabled, as on later versions.
     """
     import torch
     import unsloth.utils.attention_dispatch as dispatch
@@ -116,6 +118,6 @@ def _varlen_attention() -> str:
         return "record by record"
     dispatch._TORCH_VARLEN_ATTN = torch.ops.aten._flash_attention_forward
     dispatch._LEAN_VARLEN = True
-    # torch 2.11 has no cuDNN varlen path to prefer
+    # torch 2.11 has no cuDNN varlen kernel
     dispatch._varlen_can_use_cudnn = lambda *_, **__: False
     return "torch 2.11 flash kernel varlen"
