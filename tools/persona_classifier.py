@@ -23,7 +23,7 @@ from lora_trainer.persona.vocabulary import BloodType
 REPOSITORY: Final = Path(__file__).resolve().parents[1]
 
 
-ARTEFACT: Final = REPOSITORY / "lora_trainer" / "assets" / "persona_classifier.npz"
+ARTEFACT: Final = REPOSITORY / "lora_trainer" / "evaluate" / "assets" / "persona_classifier.npz"
 
 Matrix = Mapping[BloodType, Mapping[BloodType, int]]
 
