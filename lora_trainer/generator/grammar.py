@@ -51,7 +51,7 @@ class Scene(_Part):
     scene: Annotated[str, Field(pattern=r"^[a-z0-9_]+$")]
     family: Annotated[str, Field(pattern=r"^[a-z_]+$")]
     is_grave: bool = Field(default=False, alias="grave")
-    """Serious topic: at most one emoji and subdued punctuation."""
+    """Serious topic: at most one emoji, and sentences end in a full stop."""
     emoji: tuple[str, ...] = ()
     """Emoji that fit the topic."""
     slots: Mapping[str, Annotated[tuple[SlotValue, ...], Field(min_length=2)]] = {}

@@ -80,7 +80,7 @@ class TeacherSettings(BaseModel):
     request_timeout_s: float = 120.0
     """Time without a response after which a request is sent again."""
     max_retries: int = 5
-    """Retries of the OpenAI client for 408, 409, 429, 5xx and connection errors, with exponential backoff and jitter."""
+    """The OpenAI client's retries, for 408, 409, 429, 5xx and connection errors: exponential backoff, jitter and Retry-After."""
     temperature: float = 1.0
 
 
