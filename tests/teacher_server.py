@@ -18,8 +18,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 from lora_trainer.data.records import TrainingRecord
+from lora_trainer.generator.collector import RecordCollector
 from lora_trainer.generator.compose import compose
-from lora_trainer.generator.intake import Intake
 from lora_trainer.persona.vocabulary import BloodType, Feeling, IntensityThird
 
 ORDER = re.compile(r"^(\d+)\. 주제: .*친구의 감정: (\w+) ([\d.]+)", re.MULTILINE)
@@ -82,9 +82,9 @@ class Teacher:
             self._dialogues += 1
             stock = self._pool.get((persona, feeling, third))
             if not stock:
-                intake = Intake(persona)
-                compose(intake, [(feeling, third)] * 25, random.randrange(1 << 30))
-                stock = self._pool[persona, feeling, third] = intake.taken
+                collector = RecordCollector(persona)
+                compose(collector, [(feeling, third)] * 25, random.randrange(1 << 30))
+                stock = self._pool[persona, feeling, third] = collector.accepted
             record = stock.pop()
         text = SAME_AGAIN if slip == "same again" else record.reply.text
         if slip == "formal":

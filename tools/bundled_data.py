@@ -22,9 +22,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from lora_trainer.data.evaluation_prompts import evaluation_prompts
 from lora_trainer.data.records import TrainingRecord
+from lora_trainer.generator.collector import RecordCollector, all_cells
 from lora_trainer.generator.compose import compose
 from lora_trainer.generator.dataset_summary import summarise
-from lora_trainer.generator.intake import Intake, all_cells
 from lora_trainer.generator.teacher import families
 from lora_trainer.persona.specs import persona_spec
 from lora_trainer.persona.vocabulary import BloodType, Expression, Feeling, IntensityThird
@@ -110,15 +110,15 @@ def build(blood_type: BloodType) -> list[TrainingRecord]:
     by_hand = handwritten_records(blood_type)
     have = Counter((r.context.current_emotion.type, IntensityThird.of(r.context.current_emotion.intensity)) for r in by_hand)
     wanted = [cell for cell in all_cells() for _ in range(RECORDS_IN_A_CELL - have[cell])]
-    intake = Intake(blood_type)
-    intake.hold_out(prompt.input for prompt in evaluation_prompts())
-    intake.hold_against(by_hand)
-    compose(intake, wanted, SEED)
-    if len(intake.taken) < len(wanted):
+    collector = RecordCollector(blood_type)
+    collector.exclude_inputs(prompt.input for prompt in evaluation_prompts())
+    collector.exclude_similar(by_hand)
+    compose(collector, wanted, SEED)
+    if len(collector.accepted) < len(wanted):
         raise ValueError(
-            f"{blood_type}: the grammar composed {len(intake.taken)} records, expected {len(wanted)}; add scenes or slot values"
+            f"{blood_type}: the grammar composed {len(collector.accepted)} records, expected {len(wanted)}; add scenes or slot values"
         )
-    return [*by_hand, *intake.taken]
+    return [*by_hand, *collector.accepted]
 
 
 def coverage(records: Mapping[BloodType, list[TrainingRecord]]) -> str:

@@ -29,7 +29,7 @@ def replies_metrics(scored: Sequence[ScoredReply], blood_type: BloodType, config
         known = [value for value in held if value is not None]
         successes = sum(known)
         lower, upper = clopper_pearson(successes, len(known))
-        drawn_lower, drawn_upper = _known(bootstrap.mean(held))
+        drawn_lower, drawn_upper = _nan_to_none(bootstrap.mean(held))
         return Estimate(
             value=successes / len(known) if known else 0.0,
             lower=lower,
@@ -45,7 +45,7 @@ def replies_metrics(scored: Sequence[ScoredReply], blood_type: BloodType, config
 
     intensities: list[float | None] = [reply.intensity for reply in scored]
     emoji: list[float | None] = [reply.emoji for reply in scored]
-    lower, upper = _known(bootstrap.spearman(intensities, emoji))
+    lower, upper = _nan_to_none(bootstrap.spearman(intensities, emoji))
     by_intensity: dict[float, list[int]] = defaultdict(list)
     for reply in readable:
         by_intensity[reply.intensity].append(reply.emoji or 0)
@@ -85,7 +85,7 @@ def replies_metrics(scored: Sequence[ScoredReply], blood_type: BloodType, config
 def mean_estimate(bootstrap: ClusterBootstrap, values: Sequence[float | None]) -> Estimate:
     """Return the mean of `values`, ignoring None, with bootstrap bounds."""
     known = [value for value in values if value is not None]
-    lower, upper = _known(bootstrap.mean(values))
+    lower, upper = _nan_to_none(bootstrap.mean(values))
     return Estimate(
         value=sum(known) / len(known) if known else 0.0,
         lower=lower,
@@ -96,7 +96,7 @@ def mean_estimate(bootstrap: ClusterBootstrap, values: Sequence[float | None]) -
     )
 
 
-def _known(bounds: tuple[float, float]) -> tuple[float | None, float | None]:
+def _nan_to_none(bounds: tuple[float, float]) -> tuple[float | None, float | None]:
     # JSON has no NaN, so missing bounds become None
     lower, upper = bounds
     return (None, None) if lower != lower else (lower, upper)

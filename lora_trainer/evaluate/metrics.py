@@ -32,8 +32,10 @@ class Estimate(_Part):
 
 
 class RepliesMetrics(_Part):
-    """Metrics of one model's replies under one decoding. Unreadable replies fail every check, or are
-    excluded where a metric is defined over readable replies."""
+    """Metrics of one model's replies under one decoding.
+
+    Unreadable replies fail every check; metrics over readable replies exclude them.
+    """
 
     exact_json: Estimate = Field(description="The reply is exactly one JSON object of the contract.")
     emotion_in_vocabulary: Estimate = Field(description="The reply is a JSON object with one of the 15 emotions.")

@@ -1,4 +1,4 @@
-"""What a set of records is like, in numbers, for the table on the terminal and for the report."""
+"""Statistics of a set of records, for the terminal table and the HTML report."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lora_trainer.data.duplicates import NearDuplicateFinder, normalized
 from lora_trainer.data.korean import sentence_count
 from lora_trainer.data.lint import has_question
 from lora_trainer.data.records import TrainingRecord
-from lora_trainer.generator.intake import Cell
+from lora_trainer.generator.collector import Cell
 from lora_trainer.persona.emoji import emoji_count
 from lora_trainer.persona.vocabulary import BloodType, Expression, Feeling, IntensityThird
 
@@ -22,34 +22,34 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class DatasetSummary:
-    """Counts and rates over one persona's records."""
+    """Counts and rates of one persona's records."""
 
     blood_type: BloodType
     records: int
     cells: Mapping[Cell, int]
     expressions: Mapping[Expression, int]
     sentences: Mapping[int, int]
-    """Replies by their number of sentences."""
+    """Number of sentences -> number of replies."""
     reply_characters: Sequence[int]
     input_characters: Sequence[int]
     question_rate: float
     emoji_by_intensity: Mapping[float, tuple[int, float]]
-    """Intensity, to one decimal -> records and mean number of emoji."""
+    """Intensity, rounded to one decimal -> number of records and mean number of emoji."""
     emoji_by_third: Mapping[IntensityThird, float]
     unique_replies: int
     near_duplicate_replies: int
-    """Replies that are nearly an earlier one (character 5-grams, Jaccard of 0.7 or more)."""
+    """Replies similar to an earlier one (Jaccard index of character 5-grams of 0.7 or more)."""
     near_duplicate_dialogues: int
-    """The same of input and reply together."""
+    """The same for input and reply together."""
 
     @property
     def near_duplicate_rate(self) -> float:
-        """Share of records that are near-duplicates by either measure, in [0, 1]; never less than the true share."""
+        """Upper bound of the share of records that are near-duplicates by either measure."""
         return (self.near_duplicate_replies + self.near_duplicate_dialogues) / self.records if self.records else 0.0
 
 
 def summarise(blood_type: BloodType, records: Iterable[TrainingRecord]) -> DatasetSummary:
-    """Read `records` once. Near-duplicates are measured here again, whatever wrote the records."""
+    """Summarise `records` in one pass. Detects near-duplicates anew instead of trusting the source of the records."""
     cells: Counter[Cell] = Counter()
     expressions: Counter[Expression] = Counter()
     sentences: Counter[int] = Counter()
@@ -94,7 +94,7 @@ def summarise(blood_type: BloodType, records: Iterable[TrainingRecord]) -> Datas
 
 
 def dataset_table(summary: DatasetSummary, rejects: Mapping[str, int]) -> RenderableType:
-    """The summary for a terminal."""
+    """Render the summary and the rejections for a terminal."""
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text
@@ -107,7 +107,7 @@ def dataset_table(summary: DatasetSummary, rejects: Mapping[str, int]) -> Render
     for feeling in Feeling:
         table.add_row(str(feeling), *(f"{summary.cells.get((feeling, third), 0):,}" for third in IntensityThird))
     table.add_section()
-    table.add_row("emoji a reply", *(f"{summary.emoji_by_third[third]:.2f}" for third in IntensityThird))
+    table.add_row("emoji per reply", *(f"{summary.emoji_by_third[third]:.2f}" for third in IntensityThird))
     facts = Table(show_header=False, box=None)
     facts.add_column()
     facts.add_column(justify="right")
@@ -115,34 +115,34 @@ def dataset_table(summary: DatasetSummary, rejects: Mapping[str, int]) -> Render
         facts.add_row(name, value)
     parts: list[RenderableType] = [table, facts]
     if rejects:
-        rejected = Table("rejected because", title="Rejects", title_justify="left")
+        rejected = Table("reason", title="Rejected records", title_justify="left")
         rejected.add_column("count", justify="right")
         for reason, times in sorted(rejects.items(), key=lambda item: -item[1]):
             rejected.add_row(reason, f"{times:,}")
         parts.append(rejected)
     else:
-        parts.append(Text("nothing was rejected"))
+        parts.append(Text("no rejected records"))
     return Group(*parts)
 
 
 def facts_of(summary: DatasetSummary) -> list[tuple[str, str]]:
-    """The single numbers, as name and value."""
+    """Return the scalar statistics as name and value."""
     count = max(1, summary.records)
     return [
-        ("replies that ask something back", f"{summary.question_rate:.1%}"),
+        ("replies that ask a question", f"{summary.question_rate:.1%}"),
         (
-            "sentences in a reply: " + ", ".join(map(str, summary.sentences)),
+            "sentences per reply: " + ", ".join(map(str, summary.sentences)),
             " / ".join(f"{times / count:.1%}" for times in summary.sentences.values()),
         ),
         (
-            "characters in a reply, mean and longest",
+            "characters per reply, mean and maximum",
             f"{mean(summary.reply_characters or [0]):.1f}, {max(summary.reply_characters, default=0)}",
         ),
         (
-            "characters in an input, mean and longest",
+            "characters per input, mean and maximum",
             f"{mean(summary.input_characters or [0]):.1f}, {max(summary.input_characters, default=0)}",
         ),
         ("unique replies", f"{summary.unique_replies / count:.2%}"),
-        ("near-duplicates, by the reply alone", f"{summary.near_duplicate_replies / count:.2%}"),
+        ("near-duplicates, by reply", f"{summary.near_duplicate_replies / count:.2%}"),
         ("near-duplicates, by input and reply", f"{summary.near_duplicate_dialogues / count:.2%}"),
     ]

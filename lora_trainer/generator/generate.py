@@ -1,4 +1,4 @@
-"""`lora-trainer generate`, top to bottom: settle where things go, fill an intake by one of the engines, write, count, report."""
+"""`lora-trainer generate`: resolve the targets, collect records from an engine, write them, summarise, report."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from lora_trainer.data.problems import Severity
 from lora_trainer.data.records import TrainingRecord
 from lora_trainer.errors import ConfigError, DataError
 from lora_trainer.evaluate.persona_classifier import bundled_classifier
+from lora_trainer.generator.collector import RecordCollector, wanted_cells
 from lora_trainer.generator.compose import compose
 from lora_trainer.generator.dataset_summary import DatasetSummary, summarise
-from lora_trainer.generator.html_report import PersonaSection, dataset_page, evenly
-from lora_trainer.generator.intake import Intake, wanted_cells
+from lora_trainer.generator.html_report import PersonaSection, dataset_page, evenly_spaced
 from lora_trainer.generator.teacher import Checkpoint, Teacher, TeacherSettings
 from lora_trainer.persona.vocabulary import BloodType
 from lora_trainer.store.interface import Storage
@@ -38,32 +38,32 @@ Engine = Literal["compose", "teacher"]
 
 @dataclass(frozen=True, slots=True)
 class GenerateSettings:
-    """What one call of `generate` is to do."""
+    """Settings of one `generate` command."""
 
     blood_types: tuple[BloodType, ...]
     count: int
-    """Records for each persona."""
+    """Records per persona."""
     output: str
-    """A folder, or for one persona a `.jsonl`: path, `file://` or `s3://`."""
+    """A folder, or a `.jsonl` file for a single persona: a path, `file://` or `s3://`."""
     seed: int = 1
     engine: Engine = "compose"
     against: tuple[str, ...] = ()
-    """JSONL files that the output must not repeat."""
+    """JSONL files whose records the output must not resemble."""
     report: Path | None = None
     work_dir: Path = Path(".lora-trainer")
     overwrite: bool = False
     teacher: TeacherSettings | None = None
-    """For `engine="teacher"`."""
+    """Required by `engine="teacher"`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Generated:
-    """One persona's file."""
+    """The result for one persona."""
 
     blood_type: BloodType
     uri: str
     is_new: bool
-    """Whether the file was written; one with the same content is left alone."""
+    """False if a file with the same content already existed."""
     summary: DatasetSummary
     rejects: dict[str, int]
     notes: list[tuple[str, str]]
@@ -73,48 +73,48 @@ class Generated:
 def generate(
     settings: GenerateSettings, progress: Progress | None = None, retry_budget: RetryBudget | None = None
 ) -> Iterator[Generated]:
-    """Write the files one persona after the other, and the report last.
+    """Generate and write one file per persona, then the report.
 
-    Raises `ConfigError` for a target that is already there with other content, `DataError` when the grammar or the model
-    gives too little or `against` has errors, `StorageError` when a store or the teacher fails for good.
+    Raises `ConfigError` if a target exists with other content, `DataError` if the engine yields too few records or `against`
+    has errors, and `StorageError` if a store or the teacher fails permanently.
     """
     targets = {blood_type: _target(settings, blood_type, retry_budget) for blood_type in settings.blood_types}
     if settings.engine == "teacher":
         for storage, key, uri in targets.values():
-            # asking costs money, so before anything is asked for
+            # check before the first request, because requests cost money
             if not settings.overwrite and storage.exists(key):
-                raise _in_the_way(uri)
-    held_against = [record for uri in settings.against for record in _read(uri, retry_budget)]
+                raise _already_exists(uri)
+    excluded = [record for uri in settings.against for record in _read(uri, retry_budget)]
     sections = []
     for blood_type, (storage, key, uri) in targets.items():
         started_s = time.monotonic()
-        intake = Intake(blood_type)
-        intake.hold_out(prompt.input for prompt in evaluation_prompts())
-        intake.hold_against(held_against)
+        collector = RecordCollector(blood_type)
+        collector.exclude_inputs(prompt.input for prompt in evaluation_prompts())
+        collector.exclude_similar(excluded)
         advance = _bar(progress, blood_type, settings.count)
-        notes, checkpoint = _fill(settings, intake, advance)
-        if len(intake.taken) < settings.count:
+        notes, checkpoint = _fill(settings, collector, advance)
+        if len(collector.accepted) < settings.count:
             raise DataError(
-                f"{blood_type}: composed {len(intake.taken):,} records, expected {settings.count:,}: the grammar has no more that "
-                f"differ enough from each other and from --against; lower --count, or ask a model with --engine teacher"
+                f"{blood_type}: composed {len(collector.accepted):,} records, expected {settings.count:,}: the grammar cannot "
+                "produce more distinct records; lower --count or use --engine teacher"
             )
-        is_new = _write(intake.taken, storage, key, uri, overwrite=settings.overwrite)
+        is_new = _write(collector.accepted, storage, key, uri, overwrite=settings.overwrite)
         if checkpoint:
             checkpoint.remove()
-        summary = summarise(blood_type, intake.taken)
-        done = Generated(blood_type, uri, is_new, summary, dict(intake.rejects), notes, round(time.monotonic() - started_s, 1))
+        summary = summarise(blood_type, collector.accepted)
+        done = Generated(blood_type, uri, is_new, summary, dict(collector.rejects), notes, round(time.monotonic() - started_s, 1))
         logs.get_logger().info(
             "data_generated",
             blood_type=str(blood_type),
             uri=uri,
-            records=len(intake.taken),
-            rejected=sum(intake.rejects.values()),
-            rejected_by_reason=dict(intake.rejects),
+            records=len(collector.accepted),
+            rejected=sum(collector.rejects.values()),
+            rejected_by_reason=dict(collector.rejects),
             duration_s=done.duration_s,
         )
         if settings.report:
-            taken_for = Counter(bundled_classifier().predict(record.reply.text for record in intake.taken))
-            sections.append(PersonaSection(summary, taken_for, intake.rejects, uri, evenly(intake.taken), notes))
+            taken_for = Counter(bundled_classifier().predict(record.reply.text for record in collector.accepted))
+            sections.append(PersonaSection(summary, taken_for, collector.rejects, uri, evenly_spaced(collector.accepted), notes))
         yield done
     if settings.report:
         settings.report.parent.mkdir(parents=True, exist_ok=True)
@@ -122,24 +122,24 @@ def generate(
 
 
 def _fill(
-    settings: GenerateSettings, intake: Intake, on_record: Callable[[TrainingRecord], None]
+    settings: GenerateSettings, collector: RecordCollector, on_record: Callable[[TrainingRecord], None]
 ) -> tuple[list[tuple[str, str]], Checkpoint | None]:
     if settings.engine == "compose":
-        compose(intake, wanted_cells(settings.count, random.Random(settings.seed)), settings.seed, on_record)
+        compose(collector, wanted_cells(settings.count, random.Random(settings.seed)), settings.seed, on_record)
         return [], None
     if settings.teacher is None:
         raise ConfigError(
-            "--engine teacher: got no --model, expected the name of the model to ask; see 'lora-trainer generate --help'"
+            "--engine teacher: got no --model, expected the name of the teacher model; see 'lora-trainer generate --help'"
         )
-    checkpoint = Checkpoint.of(settings.work_dir, intake.blood_type, settings.count, settings.seed, settings.teacher)
-    teacher = Teacher(settings.teacher, intake, checkpoint, settings.seed)
+    checkpoint = Checkpoint.of(settings.work_dir, collector.blood_type, settings.count, settings.seed, settings.teacher)
+    teacher = Teacher(settings.teacher, collector, checkpoint, settings.seed)
     teacher.generate(settings.count, on_record)
     usage = teacher.usage
     return [
-        ("requests, retries included", f"{usage.requests:,}"),
+        ("requests, including retries", f"{usage.requests:,}"),
         ("prompt tokens", f"{usage.prompt_tokens:,}"),
         ("completion tokens", f"{usage.completion_tokens:,}"),
-        ("taken over from an interrupted run", f"{usage.resumed_records:,}"),
+        ("records resumed from an interrupted run", f"{usage.resumed_records:,}"),
         *((f"requests failed: {kind}", f"{times:,}") for kind, times in usage.failures.most_common()),
     ], checkpoint
 
@@ -157,7 +157,7 @@ def _target(settings: GenerateSettings, blood_type: BloodType, retry_budget: Ret
 
 
 def _write(records: Sequence[TrainingRecord], storage: Storage, key: str, uri: str, *, overwrite: bool) -> bool:
-    """Put the records there, whole or not at all; gives whether anything was written."""
+    """Write the records atomically. Return False if the same content already existed."""
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "new.jsonl"
         with path.open("w", encoding="utf-8", newline="\n") as file:
@@ -166,13 +166,13 @@ def _write(records: Sequence[TrainingRecord], storage: Storage, key: str, uri: s
             if storage.download(key, Path(scratch) / "old.jsonl").sha256 == sha256_of(path):
                 return False
             if not overwrite:
-                raise _in_the_way(uri)
+                raise _already_exists(uri)
         storage.upload(path, key)
     return True
 
 
-def _in_the_way(uri: str) -> ConfigError:
-    return ConfigError(f"{uri}: got a file that is already there, expected none; choose another --output, or say --overwrite")
+def _already_exists(uri: str) -> ConfigError:
+    return ConfigError(f"{uri}: got an existing file, expected none; choose another --output or pass --overwrite")
 
 
 def _read(uri: str, retry_budget: RetryBudget | None) -> list[TrainingRecord]:
@@ -180,7 +180,7 @@ def _read(uri: str, retry_budget: RetryBudget | None) -> list[TrainingRecord]:
         path = Path(uri)
         if "://" in uri:
             folder, key = split_uri(uri)
-            # its end says how it is compressed
+            # keep the name: its suffix selects the decompression
             path = Path(scratch) / Path(key).name
             open_storage(folder, retry_budget).download(key, path)
         elif not path.is_file():
@@ -203,7 +203,7 @@ def _facts(settings: GenerateSettings) -> list[tuple[str, str]]:
     facts = [
         ("engine", settings.engine),
         ("seed", str(settings.seed)),
-        ("records a persona", f"{settings.count:,}"),
+        ("records per persona", f"{settings.count:,}"),
         ("lora-trainer", __version__),
     ]
     if settings.teacher and settings.engine == "teacher":

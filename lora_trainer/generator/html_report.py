@@ -1,4 +1,4 @@
-"""`generate --report`: one HTML page that needs no network, with what was written and what was refused."""
+"""`generate --report`: a self-contained HTML page about the generated and rejected records."""
 
 from __future__ import annotations
 
@@ -14,31 +14,31 @@ from lora_trainer.report import plots
 from lora_trainer.report.html import render_page
 
 SAMPLES: Final = 12
-"""Records that are shown, evenly spaced over the output."""
+"""Number of sample records, evenly spaced over the output."""
 
 
 @dataclass(frozen=True, slots=True)
 class PersonaSection:
-    """What the report says of one persona."""
+    """Content of one persona's section."""
 
     summary: DatasetSummary
     taken_for: Mapping[BloodType, int]
-    """Replies by whose they are for the persona classifier."""
+    """Replies by predicted persona."""
     rejects: Mapping[str, int]
     output: str
     samples: Sequence[TrainingRecord]
     notes: Sequence[tuple[str, str]] = ()
-    """More facts, as name and value: the teacher's requests and tokens."""
+    """Additional facts as name and value, such as the teacher's requests and tokens."""
 
 
-def evenly(records: Sequence[TrainingRecord]) -> list[TrainingRecord]:
-    """At most `SAMPLES` of `records`, evenly spaced."""
+def evenly_spaced(records: Sequence[TrainingRecord]) -> list[TrainingRecord]:
+    """Return at most `SAMPLES` evenly spaced records."""
     step = max(1, len(records) // SAMPLES)
     return list(records[::step][:SAMPLES])
 
 
 def dataset_page(title: str, facts: Sequence[tuple[str, str]], sections: Sequence[PersonaSection]) -> str:
-    """The page. `facts` is what holds for the whole run: engine, seed, versions."""
+    """Render the page. `facts` describe the whole run: engine, seed, version."""
     return render_page(
         "dataset_page.html.jinja",
         title=title,
@@ -69,31 +69,31 @@ def _section(section: PersonaSection) -> dict[str, object]:
             "Emoji by intensity",
             plots.svg(
                 plots.bars(
-                    intensities, [value for _, value in summary.emoji_by_intensity.values()], "intensity", "emoji a reply, mean"
+                    intensities, [value for _, value in summary.emoji_by_intensity.values()], "intensity", "mean emoji per reply"
                 ),
-                label="Mean number of emoji in a reply at each intensity",
+                label="Mean number of emoji per reply at each intensity",
             ),
         ),
         (
-            "Length of replies",
-            plots.svg(plots.histogram(summary.reply_characters, "characters", "replies"), label="Histogram of the replies' length"),
+            "Reply length",
+            plots.svg(plots.histogram(summary.reply_characters, "characters", "replies"), label="Histogram of reply lengths"),
         ),
         (
-            "Sentences in a reply",
+            "Sentences per reply",
             plots.svg(
                 plots.bars([str(number) for number in summary.sentences], list(summary.sentences.values()), "sentences", "replies"),
-                label="Replies by their number of sentences",
+                label="Replies by number of sentences",
             ),
         ),
         (
-            "Faces",
+            "Emotions",
             plots.svg(
                 plots.horizontal_bars(
                     [str(face) for face, _ in sorted(summary.expressions.items(), key=lambda item: -item[1])],
                     sorted(summary.expressions.values(), reverse=True),
                     "replies",
                 ),
-                label="Replies by expression",
+                label="Replies by emotion",
                 height=4.2,
             ),
         ),

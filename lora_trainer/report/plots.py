@@ -1,4 +1,4 @@
-"""Plots as inline SVG. Text stays text, so the browser renders Korean, and lines of the axes use the page's text colour."""
+"""Plots as inline SVG. Text stays text, so the browser renders Korean, and axes use the page's text colour."""
 
 from __future__ import annotations
 

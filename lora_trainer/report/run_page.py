@@ -180,7 +180,7 @@ def _about(metrics: RunMetrics, facts: Mapping[str, Any]) -> list[tuple[str, str
     return [(name, display_text(str(value), MAX_CHARACTERS), is_id) for name, value, is_id in rows]
 
 
-# --- adapter against base --------------------------------------------------------------------------------------------
+# --- adapter and base ------------------------------------------------------------------------------------------------
 
 
 def _decodings(evaluation: EvaluationMetrics) -> Iterator[tuple[str, DecodingMetrics]]:

@@ -69,7 +69,7 @@ def test_a_good_server(capsys: pytest.CaptureFixture[str]) -> None:
     assert_as_ordered(Path("out/train_data_type_O.jsonl"))
     assert teacher.most_at_once <= 3
     out = capsys.readouterr().out
-    assert f"requests, retries included: {teacher.requests}" in out
+    assert f"requests, including retries: {teacher.requests}" in out
     assert f"prompt tokens: {100 * teacher.requests:,}" in out
     assert f"completion tokens: {50 * teacher.requests:,}" in out
     page = Path("report.html").read_text(encoding="utf-8")
@@ -149,7 +149,7 @@ def test_a_killed_run_goes_on_where_it_stopped(slow_teacher: Teacher, number: si
     assert_as_ordered(Path("out/train_data_type_O.jsonl"))
     written = Path("out/train_data_type_O.jsonl").read_text(encoding="utf-8").splitlines()
     assert written[: len(taken)] == taken
-    assert f"taken over from an interrupted run: {len(taken)}" in second.stdout
+    assert f"records resumed from an interrupted run: {len(taken)}" in second.stdout
     # what was there was not asked for again
     assert slow_teacher.requests - before <= (COUNT - len(taken)) // 2 + 12
 
@@ -168,8 +168,8 @@ def test_output_goes_to_s3(bucket: str, s3_server: Any) -> None:
     [
         ({"api_key": "right"}, [], ExitCode.CONFIG, "does not accept the API key (HTTP 401); set OPENAI_API_KEY"),
         ({}, ["--model", "other"], ExitCode.CONFIG, "has no model 'other' at this URL (HTTP 404)"),
-        ({"faults": ("500",)}, ["--retries", "0"], ExitCode.STORAGE, "5 requests in a row failed, the last one by http_500"),
-        ({"slips": ("formal",)}, [], ExitCode.DATA, "answers in a row without one record that could be taken (formal_speech"),
+        ({"faults": ("500",)}, ["--retries", "0"], ExitCode.STORAGE, "5 requests in a row failed, the last one with http_500"),
+        ({"slips": ("formal",)}, [], ExitCode.DATA, "responses in a row without an acceptable record (formal_speech"),
     ],
 )
 def test_what_ends_a_run(
@@ -187,7 +187,7 @@ def test_nobody_is_there(capsys: pytest.CaptureFixture[str]) -> None:
     with serve(Teacher()) as teacher:
         pass
     assert run_cli(arguments(teacher, "--retries", "0", "--concurrency", "1")) == ExitCode.STORAGE
-    assert "the last one by connection" in capsys.readouterr().err
+    assert "the last one with connection" in capsys.readouterr().err
 
 
 def test_the_key_and_the_texts_are_in_no_log(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -218,7 +218,7 @@ def test_a_damaged_checkpoint_is_named_and_kept(capsys: pytest.CaptureFixture[st
         kept.write_text("{}\n" + kept.read_text(encoding="utf-8"), encoding="utf-8")
         before = kept.read_bytes()
         assert run_cli(arguments(teacher, "--retries", "0", "--concurrency", "1")) == ExitCode.DATA
-    assert f"{kept}: got lines that are no records" in capsys.readouterr().err
+    assert f"{kept}: got lines that are not records" in capsys.readouterr().err
     assert kept.read_bytes() == before
 
 
@@ -241,7 +241,7 @@ def test_servers_that_know_less_are_asked_otherwise(refuses: tuple[str, ...], le
 def test_a_server_that_refuses_everything(capsys: pytest.CaptureFixture[str]) -> None:
     with serve(Teacher(refuses=("messages",))) as teacher:
         assert run_cli(arguments(teacher)) == ExitCode.CONFIG
-    assert "refuses every way of asking (HTTP 400)" in capsys.readouterr().err
+    assert "rejects every request variant (HTTP 400)" in capsys.readouterr().err
 
 
 def test_many_requests_that_are_told_to_wait_at_once_are_one_failure() -> None:

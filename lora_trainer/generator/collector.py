@@ -1,4 +1,4 @@
-"""What both engines share: how many records of which feeling and intensity are wanted, and which record is taken."""
+"""Shared by both engines: the wanted distribution of feelings and intensities, and the filter that accepts records."""
 
 from __future__ import annotations
 
@@ -14,25 +14,26 @@ from lora_trainer.data.records import TrainingRecord
 from lora_trainer.persona.vocabulary import BloodType, Feeling, IntensityThird
 
 Cell = tuple[Feeling, IntensityThird]
+"""Records are balanced over these cells."""
 
 INTENSITIES: Final[Mapping[IntensityThird, tuple[float, ...]]] = {
     IntensityThird.LOW: (0.0, 0.1, 0.2, 0.3),
     IntensityThird.MIDDLE: (0.4, 0.5, 0.6),
     IntensityThird.HIGH: (0.7, 0.8, 0.9, 1.0),
 }
-"""One decimal, as the prompt shows it."""
+"""Intensities to draw from, with one decimal as in the prompt."""
 
 QUESTION_RATE: Final = 0.65
-"""Share of the replies that are to ask something back: in the middle of the 50 to 75 % that the data is meant to have."""
+"""Target share of replies that ask a question back; the data should have 50 to 75 %."""
 
 
 def all_cells() -> list[Cell]:
-    """Every feeling at every third of intensity."""
+    """Return every combination of feeling and third of intensity."""
     return [(feeling, third) for feeling in Feeling for third in IntensityThird]
 
 
 def wanted_cells(count: int, rng: random.Random) -> list[Cell]:
-    """`count` cells in random order, each as often as every other, or once more."""
+    """Return `count` cells in random order; the counts of any two cells differ by at most 1."""
     cells = all_cells()
     whole, rest = divmod(count, len(cells))
     wanted = cells * whole + rng.sample(cells, rest)
@@ -41,36 +42,37 @@ def wanted_cells(count: int, rng: random.Random) -> list[Cell]:
 
 
 @dataclass(slots=True)
-class Intake:
-    """Takes records one by one, and says of each that it does not take why.
+class RecordCollector:
+    """Accepts or rejects records one by one, and counts the reasons for rejections.
 
-    What is refused: anything that the linter warns about, and near-duplicates, by the reply alone and by input and reply
-    together, of what was taken before and of what the output is held against.
+    Rejects records with a linter warning, inputs similar to an excluded one, and near-duplicates of an accepted or excluded
+    record, by the reply alone or by input and reply together.
     """
 
     blood_type: BloodType
-    taken: list[TrainingRecord] = field(default_factory=list)
+    accepted: list[TrainingRecord] = field(default_factory=list)
     rejects: Counter[str] = field(default_factory=Counter)
+    """Number of rejected records by reason."""
     _replies: NearDuplicateFinder = field(default_factory=NearDuplicateFinder)
     _dialogues: NearDuplicateFinder = field(default_factory=NearDuplicateFinder)
-    _held_out: NearDuplicateFinder = field(default_factory=NearDuplicateFinder)
+    _excluded_inputs: NearDuplicateFinder = field(default_factory=NearDuplicateFinder)
 
-    def hold_against(self, records: Iterable[TrainingRecord]) -> None:
-        """Refuse what is nearly one of `records`."""
+    def exclude_similar(self, records: Iterable[TrainingRecord]) -> None:
+        """Reject near-duplicates of `records` from now on."""
         for record in records:
             self._remember(record)
 
-    def hold_out(self, inputs: Iterable[str]) -> None:
-        """Refuse records whose input is nearly one of `inputs`: the evaluation's prompts must stay unseen."""
+    def exclude_inputs(self, inputs: Iterable[str]) -> None:
+        """Reject records with an input similar to one of `inputs`, to keep evaluation prompts out of the data."""
         for text in inputs:
-            self._held_out.add(text)
+            self._excluded_inputs.add(text)
 
-    def problem(self, record: TrainingRecord) -> str | None:
-        """Why `record` is not taken, as one word that counts are kept by; `None` when it can be."""
+    def rejection_reason(self, record: TrainingRecord) -> str | None:
+        """Return the reason to reject `record`, a key of `rejects`, or None to accept it."""
         emotion = record.context.current_emotion
         for problem in lint_reply(record.reply.text, emotion.intensity, blood_type=self.blood_type):
             return problem.code
-        if self._held_out.find(record.input) is not None:
+        if self._excluded_inputs.find(record.input) is not None:
             return "evaluation_prompt"
         if self._replies.find(record.reply.text) is not None:
             return "near_duplicate_reply"
@@ -78,13 +80,13 @@ class Intake:
             return "near_duplicate_dialogue"
         return None
 
-    def take(self, record: TrainingRecord) -> bool:
-        """Take `record`, or count why not."""
-        if problem := self.problem(record):
-            self.rejects[problem] += 1
+    def accept(self, record: TrainingRecord) -> bool:
+        """Add `record` and return True, or count the reason for the rejection and return False."""
+        if reason := self.rejection_reason(record):
+            self.rejects[reason] += 1
             return False
         self._remember(record)
-        self.taken.append(record)
+        self.accepted.append(record)
         return True
 
     def _remember(self, record: TrainingRecord) -> None:
