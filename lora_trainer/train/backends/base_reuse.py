@@ -41,7 +41,7 @@ class TrainingBase:
         return cls(folder, checkpointing, row_tokens, base_fingerprints(model), weights_of(model), attributes)
 
     def fits(self, folder: Path, checkpointing: Checkpointing, row_tokens: int) -> bool:
-        """Return whether loading `folder` again with these settings would give the same model."""
+        """Return whether the base was loaded from `folder`, with this checkpointing, for rows of at least `row_tokens`."""
         return (self.folder, self.checkpointing) == (folder, checkpointing) and self.row_tokens >= row_tokens
 
     def reset_modules(self, model: PeftModel) -> None:

@@ -36,7 +36,7 @@ class TransformersBackend:
 
     Several personas can use one backend in turn, each from `load` on: the base stays loaded.
 
-    Methods import what needs torch when they are called, so that a config is checked without it.
+    Methods import torch and what depends on it when they are called: the rest of the project runs without torch.
     """
 
     name: Literal["transformers", "unsloth"] = "transformers"
@@ -114,11 +114,11 @@ class TransformersBackend:
     # -- the model ----------------------------------------------------------------------------------
 
     def reserve(self, row_tokens: int) -> None:
-        """Announce rows of `row_tokens`: the base is loaded for the longest row that was announced."""
+        """Announce rows of `row_tokens`. `load` prepares the base for the longest row announced so far."""
         self._reserved_tokens = max(self._reserved_tokens, row_tokens)
 
     def load(self, base: Path, plan: MemoryPlan, longest_tokens: int) -> bool:
-        """Load the base with a new adapter, or reset the adapter on a base that is already loaded as `plan` asks.
+        """Load the base with a new adapter. Reuse a base that is already loaded as `plan` needs it, and reset its adapter.
 
         Return whether the loaded base was reused.
         """
