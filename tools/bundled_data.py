@@ -115,9 +115,8 @@ def build(blood_type: BloodType) -> list[TrainingRecord]:
     collector.exclude_similar(by_hand)
     compose(collector, wanted, SEED)
     if len(collector.accepted) < len(wanted):
-        raise ValueError(
-            f"{blood_type}: the grammar composed {len(collector.accepted)} records, expected {len(wanted)}; add scenes or slot values"
-        )
+        got = len(collector.accepted)
+        raise ValueError(f"{blood_type}: the grammar composed {got} records, expected {len(wanted)}; add scenes or slot values")
     return [*by_hand, *collector.accepted]
 
 
