@@ -28,9 +28,9 @@ from lora_trainer.run import pipeline
 from lora_trainer.run.bundle_files import write_evaluation
 from lora_trainer.run.pipeline import Evaluated, Job, Trained
 from lora_trainer.run.progress import RunProgress
-from lora_trainer.store.bundle import fresh_folder, publish_bundle
+from lora_trainer.store.bundle import publish_bundle
 from lora_trainer.store.lease import Record
-from lora_trainer.store.local import sha256_of
+from lora_trainer.store.local import fresh_folder, sha256_of
 from lora_trainer.store.manifest import read_manifest, verify_files, write_manifest
 from lora_trainer.store.prefixes import bundle_prefix
 from lora_trainer.train.backends import open_backend

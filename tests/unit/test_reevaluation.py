@@ -28,10 +28,10 @@ from lora_trainer.errors import ConfigError, DataError, StorageError
 from lora_trainer.persona.vocabulary import BloodType
 from lora_trainer.run.bundle_files import write_evaluation
 from lora_trainer.run.reevaluation import Adapter, evaluate_published, find_base, open_adapter, output_of, settle_for
-from lora_trainer.store.bundle import fresh_folder, publish_bundle
+from lora_trainer.store.bundle import publish_bundle
 from lora_trainer.store.interface import NotFound, Storage
 from lora_trainer.store.latest import link_newest, move_latest
-from lora_trainer.store.local import sha256_of
+from lora_trainer.store.local import fresh_folder, sha256_of
 from lora_trainer.store.manifest import verify_files, write_manifest
 from lora_trainer.store.opening import open_storage
 from lora_trainer.store.prefixes import bundle_prefix, evaluation_prefix
