@@ -145,7 +145,7 @@ class S3Errors:
         action = _ACTIONS.get(operation, f"s3:{operation}")
         hint = {
             "s3:GetObject": "; without s3:ListBucket a missing key is refused the same way, so check its name as well",
-            "s3:ListBucket": "; checkpoints and a base's files are found by listing; only training data works without it",
+            "s3:ListBucket": "; checkpoints and a base's files are found by listing; only training data can do without",
         }.get(action, "")
         resource = f"arn:aws:s3:::{self.bucket}" + ("" if action == "s3:ListBucket" else f"/{self.prefix}{key}")
         return StorageError(f"{self.uri_of(key)}: {action} refused: {got}; expected it to be allowed on {resource}{hint}")

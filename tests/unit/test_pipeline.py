@@ -596,7 +596,7 @@ def test_a_bundle_that_was_changed_is_not_judged_again(tmp_path: Path, made: Mad
     assert (code, out, last["outcome"]) == (6, "", "DamagedError")
     (problem,) = last["problems"]
     assert problem.startswith(f"file://{finished.bundle}/{name}: got ")
-    assert problem.endswith("the bundle was changed: move that prefix away and run again")
+    assert problem.endswith("the file was changed: move that prefix away and run again")
     assert not (finished.bundle / "evaluations").exists()
     assert not (finished.output / "adapters" / "A" / "latest.json").exists()
 

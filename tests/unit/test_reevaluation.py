@@ -396,7 +396,7 @@ def test_a_foreign_manifest_does_not_get_the_key_sent_to_its_server(
         foreign = open_adapter(publish(output, made, tmp_path, config=config))
         # so that it ends when everything is settled and before torch is imported
         (local(foreign) / "adapter_model.safetensors").write_bytes(b"WEIGHTS")
-        with capture_logs() as said, pytest.raises(StorageError, match="the bundle was changed"):
+        with capture_logs() as said, pytest.raises(StorageError, match="the file was changed"):
             evaluate_published(foreign, settled(foreign, tmp_path), None)
         assert got == []
         assert [line["event"] for line in said if line["log_level"] == "warning"] == ["judge_left_out"]
@@ -418,7 +418,7 @@ def test_bad_prompts_are_refused_before_anything_is_loaded(adapter: Adapter, tmp
 
 def test_a_changed_bundle_is_refused(adapter: Adapter, tmp_path: Path) -> None:
     (local(adapter) / "adapter_model.safetensors").write_bytes(b"WEIGHTS")
-    with pytest.raises(StorageError, match=r"adapter_model\.safetensors: got 7 bytes, .*; the bundle was changed"):
+    with pytest.raises(StorageError, match=r"adapter_model\.safetensors: got 7 bytes, .*; the file was changed"):
         evaluate_published(adapter, settled(adapter, tmp_path), None)
 
 
