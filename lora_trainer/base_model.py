@@ -1,4 +1,4 @@
-"""Where the base model's files come from: a hub id pinned to a commit, a folder, or an `s3://` prefix."""
+"""The base model and its files: a hub id pinned to a commit, a local folder, or an `s3://` prefix."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from lora_trainer.store.opening import open_storage
 from lora_trainer.store.retry import RetryBudget
 
 MODEL_FILES: Final = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model")
-"""Configuration, tokenizer, chat template and weights. Weights only as safetensors: other formats can run code."""
+"""Configuration, tokenizer, chat template and weights. Weights must be safetensors, because other formats can run code."""
 _PICKLED: Final = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".npy")
 _MIRROR_RECORD: Final = ".mirror.json"
 _HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -30,22 +30,23 @@ _HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 @dataclass(frozen=True, slots=True)
 class Base:
-    """A base model, identified; `folder` is None as long as a hub model has not been fetched."""
+    """An identified base model."""
 
     canonical_id: str
     revision: str | None
     identity: str
-    """What `run_id` takes of it: `hub id@commit`, or `sha256:` over its files."""
+    """The part of it that `run_id` hashes: `hub id@commit`, or `sha256:` over its files."""
     folder: Path | None
+    """Its files; None for a hub model, which `fetch_base` downloads."""
 
 
 def identify_base(config: BaseModelConfig, retry_budget: RetryBudget | None = None) -> Base:
-    """Settle which weights the run is about, with as little traffic as that needs.
+    """Identify the base's weights with as little traffic as possible.
 
-    A hub id is identified by its commit and fetched later; a folder's files are hashed; an `s3://` prefix
-    is mirrored into `cache_dir`, hashed, and reused when it has not changed.
+    The commit identifies a hub model, which is downloaded later. The files of a folder are hashed. An `s3://` prefix
+    is mirrored into `cache_dir`, fetching only what has changed, and hashed there.
 
-    Raises `ConfigError` for a folder or prefix that holds no model, `StorageError` if it can't be read.
+    Raises `ConfigError` for a folder or prefix without a model, `StorageError` if it cannot be read.
     """
     model = config.model
     if model.startswith("s3://"):
@@ -61,7 +62,7 @@ def identify_base(config: BaseModelConfig, retry_budget: RetryBudget | None = No
             )
         if config.revision is None:
             raise ConfigError(
-                f"base.revision: not given for the hub id {model}; expected the full commit, so that the base cannot change"
+                f"base.revision: not given for the hub id {model}; expected the full commit hash, so that the base cannot change"
             )
         return Base(config.canonical_id or model, config.revision, f"{model}@{config.revision}", None)
     files = _model_files(folder)
@@ -69,28 +70,28 @@ def identify_base(config: BaseModelConfig, retry_budget: RetryBudget | None = No
 
 
 def pickled(where: str, names: Iterable[str]) -> list[str]:
-    """A problem for each file of an adapter whose format can run code when it is loaded."""
+    """Return one problem for each file of an adapter whose format can run code when it is loaded."""
     return [
         f"{where.rstrip('/')}/{name}: got weights that are pickled, which can run code when they are loaded; "
-        "expected adapter_model.safetensors: convert them where you trust their origin"
+        "expected adapter_model.safetensors: convert them if you trust their origin"
         for name in sorted(names)
         if name.lower().endswith(_PICKLED)
     ]
 
 
 def require_safetensors(folder: Path) -> None:
-    """Raise `ConfigError` unless the adapter in `folder` has its weights as safetensors, and nothing that is pickled."""
+    """Raise `ConfigError` unless the adapter in `folder` has safetensors weights and no pickled files."""
     problems = pickled(str(folder), [path.name for path in folder.iterdir()])
     if not problems and not (folder / "adapter_model.safetensors").is_file():
-        problems = [f"{folder}: no adapter_model.safetensors there; expected an adapter as PEFT saves it"]
+        problems = [f"{folder}: has no adapter_model.safetensors; expected an adapter as PEFT saves it"]
     if problems:
         raise ConfigError(problems)
 
 
 def fetch_base(base: Base, config: BaseModelConfig) -> Path:
-    """The folder with the base's files, downloaded into the hub's own cache if it is a hub model.
+    """Return the folder with the base's files. A hub model is downloaded into the hub's own cache.
 
-    Raises `ConfigError` if the hub does not have it or wants a token, `StorageError` if the hub can't be reached.
+    Raises `ConfigError` if the hub does not have it or requires a token, `StorageError` if the hub cannot be reached.
     """
     return base.folder or _download(config, MODEL_FILES)
 
@@ -130,7 +131,7 @@ def _download(config: BaseModelConfig, patterns: Sequence[str]) -> Path:
 
 
 def tokenizer_folder(config: BaseModelConfig, retry_budget: RetryBudget | None = None) -> Path:
-    """A folder with the base's `tokenizer.json`, fetched without the weights. Raises as `fetch_base` does."""
+    """Return a folder with the base's `tokenizer.json`, fetched without the weights. Raises as `fetch_base` does."""
     if config.model.startswith("s3://"):
         storage = open_storage(config.model.rstrip("/") + "/", retry_budget)
         folder = config.cache_dir.expanduser() / "tokenizers" / hashlib.sha256(storage.uri.encode()).hexdigest()[:16]
@@ -139,27 +140,28 @@ def tokenizer_folder(config: BaseModelConfig, retry_budget: RetryBudget | None =
     if _is_folder(config.model):
         folder = _local_folder(config.model)
         if not (folder / "tokenizer.json").is_file():
-            raise ConfigError(f"base.model: {folder}: no tokenizer.json there; expected a folder as save_pretrained writes it")
+            raise ConfigError(f"base.model: {folder}: has no tokenizer.json; expected a folder as save_pretrained writes it")
         return folder
     return _download(config, ("tokenizer*.json",))
 
 
 def require_base(config: BaseModelConfig, retry_budget: RetryBudget | None = None) -> str:
-    """Says what is there of a base in a folder or an `s3://` prefix, by the names and by one small file. A hub is not asked.
+    """Check that a folder or an `s3://` prefix holds a readable model, by its file names and one small file.
 
-    Raises `ConfigError` where it holds no model, `StorageError` if it can't be listed or read.
+    Return the finding in words. A hub id is not checked. Raises `ConfigError` if there is no model, `StorageError` if
+    the files cannot be listed or read.
     """
     if config.model.startswith("s3://"):
         storage = open_storage(config.model.rstrip("/") + "/", retry_budget)
         names = [item.key for item in storage.list("") if "/" not in item.key and _is_model_file(item.key)]
         _check_complete(storage.uri, names)
-        # a store may let list what it does not let read
+        # permission to list does not imply permission to read
         storage.read_bytes("config.json")
     elif _is_folder(config.model):
         names = [path.name for path in _model_files(_local_folder(config.model))]
     else:
-        return "a hub id, which was not asked for"
-    return f"{len(names)} files of a model"
+        return "a hub id, which is not checked"
+    return f"{len(names)} model files"
 
 
 def _is_folder(model: str) -> bool:
@@ -168,7 +170,7 @@ def _is_folder(model: str) -> bool:
 
 def _local_folder(model: str) -> Path:
     folder = open_storage(model).local_folder
-    assert folder is not None  # noqa: S101  only an s3:// URI has none
+    assert folder is not None  # noqa: S101  only s3:// URIs have none
     return folder
 
 
@@ -181,7 +183,7 @@ def _model_files(folder: Path) -> list[Path]:
 
 
 def _is_model_file(name: str) -> bool:
-    # not a dot file: neither the mirror's record nor what a platform leaves behind is part of a model
+    # dot files, such as the mirror's record or a .DS_Store, are not part of a model
     return not name.startswith(".") and any(fnmatch(name, pattern) for pattern in MODEL_FILES)
 
 
@@ -197,7 +199,7 @@ def _check_complete(where: str, names: Iterable[str]) -> None:
 
 
 def _hash_files(files: list[Path]) -> str:
-    # hashlib lets other threads run: four shards of a 7B model take the time of one
+    # hashlib releases the GIL: hashing the four shards of a 7B model takes as long as one
     with ThreadPoolExecutor(max_workers=4) as pool:
         digests = list(pool.map(sha256_of, files))
     return hashlib.sha256(
@@ -206,13 +208,13 @@ def _hash_files(files: list[Path]) -> str:
 
 
 def _mirror(uri: str, cache_dir: Path, retry_budget: RetryBudget | None) -> Path:
-    """Copy of an `s3://` prefix under `cache_dir`, brought up to date; objects that did not change are not fetched again."""
+    """Update the local copy of an `s3://` prefix under `cache_dir`, downloading only changed objects, and return its folder."""
     storage = open_storage(uri if uri.endswith("/") else uri + "/", retry_budget)
     folder = cache_dir / "bases" / hashlib.sha256(storage.uri.encode()).hexdigest()[:16]
     wanted = {item.key: item for item in storage.list("") if "/" not in item.key and _is_model_file(item.key)}
     _check_complete(storage.uri, wanted)
     local_storage = FileStorage(folder)
-    known = _mirrored(local_storage.read_bytes(_MIRROR_RECORD))
+    known = _parse_record(local_storage.read_bytes(_MIRROR_RECORD))
     for item in local_storage.list(""):
         if item.key not in wanted and item.key != _MIRROR_RECORD:
             (folder / item.key).unlink(missing_ok=True)
@@ -227,13 +229,13 @@ def _mirror(uri: str, cache_dir: Path, retry_budget: RetryBudget | None) -> Path
         storage.download(key, local)
         known[key] = {"size": item.size_bytes, "etag": item.etag}
         kept = {name: known[name] for name in sorted(known) if name in wanted}
-        # replaced as a whole: a pod that dies here must not leave half a record for the next one
+        # written atomically, so that a pod that dies here leaves a usable record
         local_storage.write_bytes(_MIRROR_RECORD, json.dumps(kept).encode())
     return folder
 
 
-def _mirrored(record: ReadResult | None) -> dict[str, dict[str, object]]:
-    """What the mirror holds, by its own record; nothing is known of a mirror whose record is damaged."""
+def _parse_record(record: ReadResult | None) -> dict[str, dict[str, object]]:
+    """Return size and etag of each object that the mirror holds; nothing if its record is missing or damaged."""
     with suppress(ValueError):
         if record is not None and isinstance(known := json.loads(record.data), dict):
             return known

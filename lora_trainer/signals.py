@@ -1,6 +1,6 @@
-"""SIGTERM and SIGINT: raised at once where nothing can be torn, at the next safe point where something could.
+"""SIGTERM and SIGINT: an interruption raises at once, or at the next safe point of a deferred block.
 
-`entrypoint` installs the handler before any heavy import, so this module imports nothing but the standard library's.
+`entrypoint` installs the handler before any heavy import, so this module imports only the standard library and `errors`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from lora_trainer.errors import ExitCode, Interrupted, StorageError
 
 
 class Interruption:
-    """What has been asked of this process, and since when."""
+    """Whether and when a signal has asked this process to end."""
 
     def __init__(self) -> None:
         self._signal_name: str | None = None
@@ -24,13 +24,13 @@ class Interruption:
         self._deferred = 0
 
     def install(self) -> None:
-        """Handle SIGTERM and SIGINT from here on: PID 1 has no default handler, without one SIGTERM is ignored."""
+        """Handle SIGTERM and SIGINT from now on. Linux ignores SIGTERM for PID 1 unless it has a handler."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._handle)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self._signal_name is not None:
-            # a second signal means now: what is visible has its manifest, and what has none does not exist
+            # a second signal ends the process here, which is safe: readers ignore files without a manifest
             os._exit(ExitCode.INTERRUPTED)
         self._signal_name, self._asked_s = signal.Signals(number).name, time.monotonic()
         if not self._deferred:
@@ -38,7 +38,7 @@ class Interruption:
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """Within the block a signal is only noted: `check` raises it, and so does leaving the block."""
+        """Only record a signal during the block. `check`, or the end of the outermost block, raises it."""
         self._deferred += 1
         try:
             yield
@@ -48,16 +48,15 @@ class Interruption:
             self.check()
 
     def check(self) -> None:
-        """A safe point. Raises `Interrupted` if a signal has come."""
+        """Raise `Interrupted` if a signal has arrived. Call it at safe points of a deferred block."""
         if self._signal_name is not None:
             raise Interrupted(self._signal_name)
 
     def meaning_of(self, error: BaseException | None) -> BaseException | None:
-        """`error`, or the interruption if a signal has come.
+        """Return the interruption that `error` stands for if a signal has arrived, else `error`.
 
-        What a signal raises inside an import that a library's C code asked for comes out of it as an `ImportError`: neither a bug
-        nor a missing package. An interrupted run is begun again, and meets an error that was there in earnest once more. A store
-        that fails stays one: something did not get there.
+        Library code may replace `Interrupted`: raised inside an import that C code requested, it becomes an `ImportError`. A
+        genuine error will recur when the interrupted run is started again. `StorageError`s stay: data did not reach the store.
         """
         if self._signal_name is None or isinstance(error, StorageError) or not isinstance(error, Exception):
             return error
@@ -67,7 +66,7 @@ class Interruption:
 
     @contextmanager
     def recognised(self) -> Iterator[None]:
-        """What comes out of the block is what it means. Raises `Interrupted` instead of what a library made of it."""
+        """Raise `Interrupted` instead of an error that a library made of it in the block."""
         try:
             yield
         except Exception as error:
@@ -78,5 +77,5 @@ class Interruption:
 
     @property
     def seconds_ago(self) -> float:
-        """Since the signal came; 0 if none has."""
+        """Seconds since the signal; 0 without one."""
         return time.monotonic() - self._asked_s if self._signal_name is not None else 0.0

@@ -91,7 +91,7 @@ class StorageContract:
         assert list(tmp_path.glob("target*")) == []
 
     def test_missing_key_in_an_empty_folder(self, storage: Storage, tmp_path: Path) -> None:
-        with pytest.raises(NotFound, match=r"nothing is in .*data/; check the folder"):
+        with pytest.raises(NotFound, match=r"no files in .*data/; check the folder"):
             storage.download("data/train.jsonl", tmp_path / "target")
 
     def test_missing_file_to_upload(self, storage: Storage, tmp_path: Path) -> None:
@@ -175,7 +175,7 @@ class StorageContract:
 
     def test_read_bytes_is_bounded(self, storage: Storage) -> None:
         storage.write_bytes(KEY, b"x" * 11)
-        with pytest.raises(StorageError, match="more than the 10 bytes"):
+        with pytest.raises(StorageError, match="more than 10 bytes"):
             storage.read_bytes(KEY, max_bytes=10)
         assert storage.read_bytes(KEY, max_bytes=11) is not None
 

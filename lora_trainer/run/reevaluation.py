@@ -34,8 +34,9 @@ from lora_trainer.run.job import Job, ProcessContext
 from lora_trainer.run.progress import RunProgress
 from lora_trainer.run.publication import Outcome, accept
 from lora_trainer.run.training import tokenize_and_split
-from lora_trainer.store.bundle import fresh_folder, publish_bundle
+from lora_trainer.store.bundle import publish_bundle
 from lora_trainer.store.lease import Lease
+from lora_trainer.store.local import fresh_folder
 from lora_trainer.store.manifest import MANIFEST_NAME, write_manifest
 from lora_trainer.store.prefixes import bundle_prefix, evaluation_prefix
 from lora_trainer.train.backends import open_reference_backend

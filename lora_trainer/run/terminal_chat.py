@@ -21,7 +21,7 @@ from lora_trainer.persona.specs import persona_spec
 from lora_trainer.persona.vocabulary import BloodType, Feeling
 from lora_trainer.run.adapter import Adapter, base_of
 from lora_trainer.run.job import ProcessContext
-from lora_trainer.store.bundle import fresh_folder
+from lora_trainer.store.local import fresh_folder
 from lora_trainer.store.manifest import download_files
 from lora_trainer.train.backends import Backend, open_reference_backend
 from lora_trainer.train.constrained_decoding import ReplyGrammar, most_tokens

@@ -15,9 +15,10 @@ from lora_trainer.run.identity import Identity
 from lora_trainer.run.job import Job
 from lora_trainer.run.progress import RunProgress
 from lora_trainer.run.reexec import StepDown, memory_limit
-from lora_trainer.store.bundle import check_complete, fresh_folder
+from lora_trainer.store.bundle import check_complete
 from lora_trainer.store.checkpoints import Checkpoints
 from lora_trainer.store.lease import Lease
+from lora_trainer.store.local import fresh_folder
 from lora_trainer.store.prefixes import run_prefix
 from lora_trainer.train.backends import Backend
 from lora_trainer.train.memory_plan import MemoryPlan, plan_memory, step_down

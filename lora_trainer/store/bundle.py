@@ -1,9 +1,8 @@
-"""Publish a bundle: everything a server needs of a finished run in one folder, its manifest last."""
+"""Publish a bundle: one folder with everything that serving the adapter needs, its manifest last."""
 
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 from lora_trainer.errors import InvariantError, StorageError
@@ -12,10 +11,18 @@ from lora_trainer.store.lease import Lease
 from lora_trainer.store.manifest import MANIFEST_NAME, verify_files
 
 
-def publish_bundle(folder: Path, storage: Storage, prefix: str, lease: Lease | None = None) -> None:
-    """Upload a bundle under `prefix`, its manifest last. Safe to repeat; a manifest that is there is never replaced.
+def check_complete(folder: Path) -> None:
+    """Raise `InvariantError` if the backend did not save every file that the bundle requires."""
+    expected = ("adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "tokenizer_config.json")
+    missing = [name for name in expected if not (folder / name).is_file()]
+    if missing:
+        raise InvariantError(f"the backend saved no {', '.join(missing)}: the bundle would not load")
 
-    `lease`: of this run, looked at before each write. Raises `LeaseLostError`, `StorageError`.
+
+def publish_bundle(folder: Path, storage: Storage, prefix: str, lease: Lease | None = None) -> None:
+    """Upload a bundle under `prefix`, its manifest last. Safe to repeat; an existing manifest is never replaced.
+
+    Checks the run's `lease` before each write. Raises `LeaseLostError`, `StorageError`.
     """
     data = (folder / MANIFEST_NAME).read_bytes()
     if lease:
@@ -31,25 +38,9 @@ def publish_bundle(folder: Path, storage: Storage, prefix: str, lease: Lease | N
         if theirs is None or theirs.data != data:
             raise StorageError(
                 f"{storage.uri}{prefix}{MANIFEST_NAME}: another attempt at this run has published a bundle in the meantime; run "
-                "the same command again: it looks at what is there"
+                "the same command again: it uses the published bundle"
             ) from None
     if lease and not lease.exclusive and (problems := verify_files(storage, prefix)):
-        # two attempts wrote at once, and the store could not keep them apart: what is mixed must not be found
+        # without conditional writes, two attempts may have mixed their files; readers ignore a bundle without its manifest
         storage.delete(prefix + MANIFEST_NAME)
         raise StorageError([*problems, f"{storage.uri}{prefix}: withdrawn; run the same command again"])
-
-
-def fresh_folder(folder: Path) -> Path:
-    """An empty folder at this path; what an interrupted run left there goes."""
-    if folder.exists():
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True)
-    return folder
-
-
-def check_complete(folder: Path) -> None:
-    """Raise `InvariantError` if a backend did not save what a bundle has to have."""
-    expected = ("adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "tokenizer_config.json")
-    missing = [name for name in expected if not (folder / name).is_file()]
-    if missing:
-        raise InvariantError(f"the backend saved no {', '.join(missing)}: the bundle would not load")

@@ -1,4 +1,13 @@
-"""The storage interface that S3 and local folders share, and the types that cross it."""
+"""The storage interface that S3 and local folders implement, with the types and messages that both use.
+
+A storage is a folder named by a URI. Keys address its objects, relative to that folder. Both kinds behave the same:
+
+- Keys are exact, and prefixes end in `/`.
+- An object is visible with all its bytes or not at all.
+- A missing key raises `NotFound` (exit 3). A missing bucket or a wrong setting raises `ConfigError` (exit 2): a retry would fail
+  the same way. Refused access, an unreachable store, missing credentials and a full disk raise `StorageError` (exit 6): a later
+  attempt may succeed.
+"""
 
 from __future__ import annotations
 
@@ -14,15 +23,15 @@ from lora_trainer.store.keys import unsafe_reason
 from lora_trainer.store.retry import RetryBudget
 
 MAX_DOCUMENT_BYTES: Final = 16 * 2**20
-"""Largest object that `read_bytes` takes into memory unless told: manifests and pointers are kilobytes."""
+"""Default size limit of `read_bytes`. Manifests and pointers are kilobytes."""
 
 
-class NotFound(DataError):  # noqa: N818  it reads as what it says: not found
-    """A key that is not there. The message names the nearest keys that are."""
+class NotFound(DataError):  # noqa: N818  named after what it reports, as HTTP does
+    """A missing key. The message suggests the nearest existing names."""
 
 
 class PreconditionFailed(Exception):  # noqa: N818  HTTP's own name for it
-    """A compare-and-swap lost: the key is no longer what the caller last read.
+    """A compare-and-swap lost: the object has changed since the caller read it.
 
     Not a `LoraTrainerError`: the caller reads again and decides.
     """
@@ -30,7 +39,7 @@ class PreconditionFailed(Exception):  # noqa: N818  HTTP's own name for it
 
 @dataclass(frozen=True, slots=True)
 class Fetched:
-    """What a download put on the disk."""
+    """A downloaded file."""
 
     size_bytes: int
     sha256: str
@@ -45,12 +54,12 @@ class ObjectInfo:
     """Relative to the storage's URI."""
     size_bytes: int
     etag: str
-    """Changes when the object does; opaque, and comparable only within one storage."""
+    """Changes when the object changes. Opaque, and comparable only within one storage."""
 
 
 @dataclass(frozen=True, slots=True)
 class ReadResult:
-    """A small object, and the tag that names exactly these bytes to `write_bytes(if_match=…)`."""
+    """A small object, with the tag that identifies its bytes for `write_bytes(if_match=…)`."""
 
     data: bytes
     etag: str
@@ -58,7 +67,7 @@ class ReadResult:
 
 
 class Storage(Protocol):
-    """A folder of objects. Both kinds behave the same; every method may be repeated safely.
+    """A folder of objects, in S3 or on this machine. Every method is safe to repeat.
 
     Every method raises `ValueError` for a key that `safe_key` refuses, and `ConfigError` or `StorageError` as
     the module's docstring says.
@@ -66,78 +75,87 @@ class Storage(Protocol):
 
     @property
     def uri(self) -> str:
-        """Canonical, ends in `/`."""
+        """The canonical URI, which ends in `/`."""
 
     @property
     def local_folder(self) -> Path | None:
-        """The folder itself, absolute, or None where it is not on this machine."""
+        """The absolute path of the folder, or None if it is not on this machine."""
 
     @property
     def conditional_writes(self) -> bool:
-        """Whether the conditions of `write_bytes` hold against writers of the same moment; True until a refusal tells otherwise."""
+        """Whether `write_bytes` enforces its conditions against concurrent writers. True until the store refuses one."""
 
     def adapted(self, *, guard: Callable[[], None] | None = None, retry_budget: RetryBudget | None = None) -> Self:
-        """Return a storage for the same folder that another thread may use, with what is given replaced.
+        """Return a storage for the same folder with another guard or retry budget, usable in another thread.
 
-        `guard` is called before every attempt of every write and refuses it by raising. Retries draw on `retry_budget`.
+        `guard` runs before every attempt of every write and refuses the write by raising. Connection timeouts stay as they are.
         """
 
     def download(self, key: str, target: Path) -> Fetched:
-        """The object as the file `target`, whole or not at all, replacing what was there.
+        """Download the object to the file `target`, replacing it atomically.
 
         Raises `NotFound`. Memory use does not depend on the object's size.
         """
 
     def upload(self, path: Path, key: str, *, sha256: str | None = None) -> None:
-        """The file `path` as the object `key`, whole or not at all, replacing what was there.
+        """Upload the file `path` as the object `key`, replacing it atomically.
 
-        `sha256` is what a manifest says the file is: whoever downloads it from an object store is held to that, and it is not
-        hashed once more. Raises `NotFound` when there is no such file. Memory use does not depend on its size.
+        `sha256` is the file's hash, for example from a manifest; without it the file is hashed here. Downloads from an object
+        store are verified against it. Raises `NotFound` for a missing file. Memory use does not depend on the file's size.
         """
 
     def upload_all(self, folder: Path, prefix: str, sha256: Mapping[str, str]) -> None:
-        """The files of `folder` that are the keys of `sha256`, each as `upload` does it, in any order, several at a time."""
+        """Upload the files of `folder` that `sha256` names, each as `upload` does, several at a time and in any order."""
 
     def read_bytes(self, key: str, *, max_bytes: int = MAX_DOCUMENT_BYTES) -> ReadResult | None:
-        """A small object, or None when the key is not there. Raises `StorageError` for more than `max_bytes`."""
+        """Return a small object, or None for a missing key. Raises `StorageError` for more than `max_bytes`."""
 
     def write_bytes(self, key: str, data: bytes, *, if_match: str | None = None, if_absent: bool = False) -> None:
-        """A small object, replacing what was there.
+        """Write a small object, replacing it atomically.
 
-        With `if_match` only when the key still has that etag, with `if_absent` only when it is not there;
-        raises `PreconditionFailed` otherwise. A key should be written with conditions always or never.
+        `if_match` requires the object's current etag, `if_absent` requires that the key is missing; otherwise the write
+        raises `PreconditionFailed`. Write a key always with conditions or never.
         """
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
-        """Every object below `prefix`, which is empty or ends in `/`, sorted by the key's UTF-8 bytes, streamed.
+        """Yield every object below `prefix`, sorted by the UTF-8 bytes of its key.
 
-        Nothing at all under a prefix is an empty listing, not an error. Raises `ValueError` for another prefix
-        (`A` would also match `AB/`) and `StorageError` for an object whose key is not a safe relative path.
+        `prefix` is empty or ends in `/`; any other one raises `ValueError` (`A` would also match `AB/`). A prefix without
+        objects yields nothing. Raises `StorageError` for an object whose key is not a safe relative path.
         """
 
     def delete(self, key: str) -> None:
-        """Remove the object; one that is not there is none to remove."""
+        """Delete the object. Deleting a missing key is a no-op."""
 
     def exists(self, key: str) -> bool:
-        """Whether this exact key is there."""
+        """Return whether this exact key exists."""
 
 
 def no_guard() -> None:
-    pass
+    """Allow every write."""
 
 
 def check_one_condition(if_match: str | None, if_absent: bool) -> None:
+    """Raise `ValueError` if a write has both conditions."""
     if if_match is not None and if_absent:
         raise ValueError("if_match and if_absent exclude each other")
 
 
+def listed_key(key: str, where: str) -> str:
+    """Return a key from a listing of `where`. Raises `StorageError` if it is not a safe relative path."""
+    problem = unsafe_reason(key)
+    if problem:
+        raise StorageError(f"{where}: holds an object called {key!r}: {problem}; rename or remove it")
+    return key
+
+
 def not_found(where: str, key: str, folder_uri: str, names: Sequence[str] | None) -> NotFound:
-    """`names` are those in the key's own folder, or None where they could not be listed."""
+    """Return the error for a missing key. `names` are those in its folder, or None if they could not be listed."""
     wanted = key.rpartition("/")[2]
     if names is None:
-        hint = "its folder may not be listed with these credentials, so check the name by hand"
+        hint = "these credentials may not list its folder, so check the name by hand"
     elif not names:
-        hint = f"nothing is in {folder_uri}; check the folder, or put the file there"
+        hint = f"no files in {folder_uri}; check the folder, or put the file there"
     elif close := difflib.get_close_matches(wanted, names, n=3, cutoff=0.6):
         hint = f"the nearest names in {folder_uri} are {', '.join(close)}"
     else:
@@ -145,12 +163,6 @@ def not_found(where: str, key: str, folder_uri: str, names: Sequence[str] | None
     return NotFound(f"{where}: not found; {hint}")
 
 
-def listed_key(key: str, where: str) -> str:
-    problem = unsafe_reason(key)
-    if problem:
-        raise StorageError(f"{where}: holds an object called {key!r}: {problem}; rename or remove it")
-    return key
-
-
 def too_large(where: str, max_bytes: int) -> StorageError:
-    return StorageError(f"{where}: got more than the {max_bytes:,} bytes expected; it is not what belongs under this name")
+    """Return the error for an object that `read_bytes` refuses."""
+    return StorageError(f"{where}: got more than {max_bytes:,} bytes, expected a small document; check what was stored there")

@@ -1,4 +1,7 @@
-"""`latest.json`: the pointer to a persona's newest accepted bundle. It moves by compare-and-swap and never backwards in time."""
+"""`latest.json`, the pointer to a persona's newest accepted bundle.
+
+It moves by compare-and-swap, and never from a later run to an earlier one unless somebody promotes that run.
+"""
 
 from __future__ import annotations
 
@@ -20,11 +23,11 @@ _SWAP_ATTEMPTS: Final = 8
 
 @dataclass(frozen=True, slots=True)
 class LatestMove:
-    """What became of `latest.json`."""
+    """The outcome of `move_latest`."""
 
     moved: bool
     names_this_run: bool
-    """Now, or already before: what a crash left undone behind the move may have to be completed."""
+    """True after a move, and if an earlier attempt already moved it: steps that follow the move may still be missing."""
     reason: str
 
 
@@ -42,22 +45,22 @@ def move_latest(storage: Storage, blood_type: BloodType, manifest: Mapping[str, 
     for _ in range(_SWAP_ATTEMPTS):
         found = storage.read_bytes(key)
         if found is not None:
-            theirs = _pointer(found.data, f"{storage.uri}{key}")
+            theirs = _parse_pointer(found.data, f"{storage.uri}{key}")
             if theirs["run_id"] == mine["run_id"]:
                 return LatestMove(False, True, "it already names this run")
-            if _when(theirs["started_at"]) > _when(mine["started_at"]):
+            if _parse_time(theirs["started_at"]) > _parse_time(mine["started_at"]):
                 return LatestMove(False, False, f"it names run {theirs['run_id']}, which started later")
-            if _when(theirs.get("promoted_at", theirs["started_at"])) > _when(mine["started_at"]):
+            if _parse_time(theirs.get("promoted_at", theirs["started_at"])) > _parse_time(mine["started_at"]):
                 return LatestMove(False, False, f"it names run {theirs['run_id']}, which was promoted after this run started")
         if _swap(storage, key, mine, found):
             return LatestMove(True, True, "this run started last")
-    raise _always_beaten(storage, key)
+    raise _lost_every_swap(storage, key)
 
 
 def promote_latest(storage: Storage, blood_type: BloodType, manifest: Mapping[str, Any]) -> str | None:
-    """Point `latest.json` at the manifest's run whatever it names; gives the run that it named before.
+    """Point `latest.json` at the manifest's run, whichever run it names, and return the id of that run.
 
-    Runs that started before now don't move it back. Raises `StorageError` as `move_latest` does.
+    Runs that have already started will not move it back. Raises `StorageError` as `move_latest` does.
     """
     key = latest_key(blood_type)
     mine = {
@@ -68,10 +71,24 @@ def promote_latest(storage: Storage, blood_type: BloodType, manifest: Mapping[st
     }
     for _ in range(_SWAP_ATTEMPTS):
         found = storage.read_bytes(key)
-        before = _pointer(found.data, f"{storage.uri}{key}")["run_id"] if found else None
+        before = _parse_pointer(found.data, f"{storage.uri}{key}")["run_id"] if found else None
         if _swap(storage, key, mine, found):
             return before
-    raise _always_beaten(storage, key)
+    raise _lost_every_swap(storage, key)
+
+
+def link_newest(storage: Storage, blood_type: BloodType, run_id: str) -> Path | None:
+    """Link `adapter_<blood type>` in a local output to the run's bundle. Return the link, or None for a remote output."""
+    if storage.local_folder is None:
+        return None
+    link = storage.local_folder / f"adapter_{blood_type}"
+    if link.exists() and not link.is_symlink():
+        raise StorageError(f"{link}: in the way: got a file or folder, expected nothing or a link; move it away and run again")
+    temporary = link.with_name(f".{link.name}.{os.getpid()}")
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(bundle_prefix(blood_type, run_id).rstrip("/"))
+    os.replace(temporary, link)  # noqa: PTH105  atomic: a reader sees the old link or the new one
+    return link
 
 
 def _swap(storage: Storage, key: str, pointer: Mapping[str, str], found: ReadResult | None) -> bool:
@@ -83,39 +100,25 @@ def _swap(storage: Storage, key: str, pointer: Mapping[str, str], found: ReadRes
     return True
 
 
-def _always_beaten(storage: Storage, key: str) -> StorageError:
+def _lost_every_swap(storage: Storage, key: str) -> StorageError:
     return StorageError(f"{storage.uri}{key}: other writers changed it {_SWAP_ATTEMPTS} times in a row; run the same command again")
 
 
-def _pointer(data: bytes, where: str) -> dict[str, str]:
+def _parse_pointer(data: bytes, where: str) -> dict[str, str]:
     try:
         pointer: dict[str, str] = json.loads(data)
-        _when(pointer["started_at"])
-        _when(pointer.get("promoted_at", pointer["started_at"]))
+        _parse_time(pointer["started_at"])
+        _parse_time(pointer.get("promoted_at", pointer["started_at"]))
         _ = pointer["run_id"]
     except (ValueError, KeyError, TypeError, RecursionError):
         raise StorageError(
-            f"{where}: not a pointer to a bundle; expected run_id, bundle and started_at: remove it or mend it"
+            f"{where}: not a pointer to a bundle; expected run_id, bundle and started_at: remove or repair it"
         ) from None
     return pointer
 
 
-def _when(text: str) -> datetime:
+def _parse_time(text: str) -> datetime:
     moment = datetime.fromisoformat(text)
     if moment.tzinfo is None:
-        raise ValueError("a time without its zone")
+        raise ValueError("no time zone")
     return moment
-
-
-def link_newest(storage: Storage, blood_type: BloodType, run_id: str) -> Path | None:
-    """Point the folder `adapter_<blood type>` in a local output at the bundle; None where the output is not local."""
-    if storage.local_folder is None:
-        return None
-    link = storage.local_folder / f"adapter_{blood_type}"
-    if link.exists() and not link.is_symlink():
-        raise StorageError(f"{link}: in the way: got a file or folder, expected nothing or a link; move it away and run again")
-    temporary = link.with_name(f".{link.name}.{os.getpid()}")
-    temporary.unlink(missing_ok=True)
-    temporary.symlink_to(bundle_prefix(blood_type, run_id).rstrip("/"))
-    os.replace(temporary, link)  # noqa: PTH105  a reader sees the old link or the new one
-    return link

@@ -1,8 +1,8 @@
-"""One attempt at a run at a time: an object beside the checkpoints that names who is at work and has to be renewed.
+"""Leases: only one attempt works on a run at a time. An object next to the checkpoints names the holder, who renews it.
 
-Nobody trusts another machine's clock. Who waits watches the object: when it has not changed for as long as its holder said
-that it is good for, by the watcher's own clock, it has expired. The holder counts from before it sent its last renewal, so
-it knows earlier than anyone else. Why it is so: docs/adr/0011-leases.md.
+No machine trusts another one's clock. A waiting attempt measures with its own clock how long the object has not changed; after
+the duration that the object states, the lease has expired. The holder counts from before it sent its last renewal, so it
+notices the expiry before anyone else. docs/adr/0011-leases.md explains the design.
 """
 
 from __future__ import annotations
@@ -29,33 +29,33 @@ from lora_trainer.store.process_identity import Document, Process, is_gone, this
 from lora_trainer.store.retry import RetryBudget
 
 _RENEWALS: Final = 3
-"""In the time that a lease is good for: two may fail."""
+"""Renewals per lease duration, of which two may fail."""
 _LONGEST_POLL_S: Final = 2.0
-_SAY_AGAIN_S: Final = 60.0
+_LOG_AGAIN_S: Final = 60.0
 _RELEASE_S: Final = 5.0
-"""How long the end of a process waits for the release; one that does not get through expires."""
+"""How long an ending process waits for the release. A lease that is not released expires."""
 _SETTLE_S: Final = 1.0
-"""Longer than a write takes: without conditional writes, who wrote last is the holder."""
+"""Longer than a write takes. Without conditional writes, the last writer is the holder."""
 _MOST_DURATION_S: Final = 86_400.0
 _WEEK_S: Final = 604_800.0
 _NO_ETAG: Final = f'"{"0" * 32}"'
 
 
 class LeaseLostError(StorageError):
-    """Another attempt has taken this one's place, which must write nothing more."""
+    """Another attempt has taken over, so this one must not write any more."""
 
 
 class Record(Document):
-    """What the lease's object says."""
+    """The content of the lease's object."""
 
     schema_version: Literal[1] = Field(default=1, alias="schema")
     holder: str
-    """Random; another one for each attempt."""
+    """Random 16 hex digits, new for each attempt."""
     attempt: int = Field(ge=0)
-    """Counts the attempts at this run."""
+    """Number of this attempt at the run, from 1."""
     host: str = Field(max_length=255)
     duration_s: float = Field(gt=0, le=_MOST_DURATION_S)
-    """How long it is good for behind each change of the object."""
+    """Time to live, counted from each write."""
     acquired_at: str = Field(default="", max_length=64)
     renewed_at: str = Field(default="", max_length=64)
     renewals: int = 0
@@ -63,18 +63,18 @@ class Record(Document):
     process: Process | None = None
 
     def as_bytes(self) -> bytes:
-        """JSON."""
+        """Return the record as JSON."""
         return (self.model_dump_json(indent=2, by_alias=True) + "\n").encode()
 
     @property
-    def whose(self) -> str:
-        """For messages."""
+    def described_holder(self) -> str:
+        """The holder, for messages."""
         pid = f", process {self.process.pid}" if self.process else ""
         return f"attempt {self.attempt} on host {self.host}{pid}, since {self.acquired_at}, last renewed at {self.renewed_at}"
 
 
 def parse_record(data: bytes) -> Record | None:
-    """None for what is no lease of this version."""
+    """Return the lease in `data`, or None if this version cannot read it."""
     try:
         return Record.model_validate_json(data)
     except ValidationError:
@@ -83,23 +83,24 @@ def parse_record(data: bytes) -> Record | None:
 
 @dataclass(frozen=True, slots=True)
 class _Seen:
-    """The lease's object as read."""
+    """The lease's object as read from the store."""
 
     record: Record | None
-    """None: it can't be read as a lease."""
+    """None if this version cannot read it as a lease."""
     etag: str
 
 
-Free = Literal["absent", "released", "expired", "its process is gone"]
+FreeReason = Literal["absent", "released", "expired", "its process is gone"]
+"""Why an attempt may take the lease."""
 
 
 class Lease:
-    """Of one run, for one attempt. `check` and `confirm` may be called from any thread."""
+    """One attempt's lease on one run. `stop_if_lost`, `check` and `confirm` may be called from any thread."""
 
     def __init__(self, config: LeaseConfig, storage: Storage, key: str) -> None:
         self._config = config
         self._storage = storage
-        # the next renewal replaces one that takes this long; its own budget keeps retries from consuming the writers'
+        # a renewal is retried until the next one is due; with a budget of its own, it does not consume the writers'
         renewal_budget = RetryBudget(StorageConfig(object_budget_s=config.duration_s / _RENEWALS, total_budget_s=_WEEK_S))
         self._renewal_storage = storage.adapted(retry_budget=renewal_budget)
         self._key = key
@@ -117,29 +118,29 @@ class Lease:
         self._lock = threading.Lock()
         self._closing = threading.Event()
         self.exclusive = True
-        """Whether the store's conditional writes keep a second holder out; where it has none, each attempt keeps to itself."""
+        """Whether the store's conditional writes keep out a second holder. If not, each attempt has its own checkpoint folder."""
 
     @property
     def holder(self) -> str:
-        """Names this attempt: 16 hex digits."""
+        """The id of this attempt, 16 hex digits."""
         return self._record.holder
 
     @property
     def where(self) -> str:
-        """For messages."""
+        """The URI of the lease's object, for messages."""
         return self._storage.uri + self._key
 
-    # -- taking it ----------------------------------------------------------------------------------
+    # -- acquire ------------------------------------------------------------------------------------
 
     def acquire(self) -> None:
-        """Take the lease, waiting for another holder as long as `lease.wait_s` says, and keep it from then on.
+        """Take the lease, waiting up to `lease.wait_s` for another holder, and renew it in the background from then on.
 
-        Raises `StorageError` when somebody else has it to the end, or the store can't be asked.
+        Raises `StorageError` if another attempt still holds it after that, or the store cannot be reached.
         """
         started_s = time.monotonic()
         while True:
             free = self._take(started_s)
-            self.exclusive = self._compares()
+            self.exclusive = self._enforces_conditions()
             if self.exclusive or self._has_settled():
                 break
         if not self.exclusive:
@@ -147,36 +148,36 @@ class Lease:
         get_logger().info(
             "lease_taken", attempt=self._record.attempt, because=free, waited_s=round(time.monotonic() - started_s, 1)
         )
-        self._start_thread(self._keep)
+        self._start_thread(self._keep_renewing)
 
-    def _take(self, started_s: float) -> Free:
-        watched, since_s, said_s = "", 0.0, -_SAY_AGAIN_S
-        free: Free = "absent"
+    def _take(self, started_s: float) -> FreeReason:
+        watched_etag, unchanged_since_s, logged_s = "", 0.0, -_LOG_AGAIN_S
+        free: FreeReason = "absent"
         while True:
             asked_s = time.monotonic()
             seen = self._read()
             if self._adopt(seen):
-                # what was written came through, whatever its answer was
+                # our write arrived, even if its response was lost
                 return free
             if seen is None:
-                self._claim(None)
+                self._try_to_claim(None)
                 continue
-            if seen.etag != watched:
-                # it changed somewhere before now, and the clock starts anew
-                watched, since_s = seen.etag, time.monotonic()
-            if found := _why_free(seen.record, asked_s - since_s, self._config.duration_s):
+            if seen.etag != watched_etag:
+                # it may have changed only just now, so the duration starts here
+                watched_etag, unchanged_since_s = seen.etag, time.monotonic()
+            if found := _why_free(seen.record, asked_s - unchanged_since_s, self._config.duration_s):
                 free = found
-                self._claim(seen)
+                self._try_to_claim(seen)
                 continue
             if asked_s - started_s >= self._config.wait_s:
                 raise self._still_held(seen.record)
-            if asked_s - said_s >= _SAY_AGAIN_S:
-                said_s = asked_s
-                self._say_waiting(seen.record)
+            if asked_s - logged_s >= _LOG_AGAIN_S:
+                logged_s = asked_s
+                self._log_waiting(seen.record)
             time.sleep(min(_LONGEST_POLL_S, self._config.duration_s / 10))
 
-    def _claim(self, seen: _Seen | None) -> None:
-        """Write the lease over what was seen. Whether that worked is what the next look tells."""
+    def _try_to_claim(self, seen: _Seen | None) -> None:
+        """Try to replace what was seen with our lease. The caller reads the object again to see whether that worked."""
         before = seen.record.attempt if seen and seen.record else 0
         now = _utc_now()
         self._record = _changed(self._record, attempt=before + 1, acquired_at=now, renewed_at=now, renewals=0)
@@ -189,13 +190,13 @@ class Lease:
         self._good_until_s = sent_s + self._config.duration_s
 
     def _has_settled(self) -> bool:
-        """Without conditional writes: whether nobody who looked at the same moment wrote over it."""
+        """Return whether the lease is still ours once concurrent writers, whom no condition stops, are done."""
         time.sleep(_SETTLE_S)
         return self._adopt(self._read())
 
-    def _compares(self) -> bool:
-        """Whether the store refuses what its conditions forbid. Some take the header and write all the same."""
-        # what would be written is a renewal, so that nothing is lost where it is
+    def _enforces_conditions(self) -> bool:
+        """Return whether the store enforces the conditions of writes. Some accept the header and ignore it."""
+        # if a store does write the probe, it is a valid renewal
         probe = _changed(self._record, renewals=self._record.renewals + 1).as_bytes()
         try:
             self._storage.write_bytes(self._key, probe, if_absent=True)
@@ -209,13 +210,13 @@ class Lease:
             return self._storage.conditional_writes
 
     def _still_held(self, record: Record | None) -> StorageError:
-        whose = record.whose if record else "somebody whose lease this version can't read"
+        holder = record.described_holder if record else "a holder whose lease this version cannot read"
         return StorageError(
-            f"{self.where}: another run of this id is at work: {whose}; waited {self._config.wait_s:.0f} s (lease.wait_s) for it "
-            "to end or to stop renewing its lease; let it end, or end it, then run the same command again"
+            f"{self.where}: another attempt is working on this run: {holder}; waited {self._config.wait_s:.0f} s (lease.wait_s) "
+            "for it to finish or to stop renewing its lease; wait for it or stop it, then run the same command again"
         )
 
-    def _say_waiting(self, record: Record | None) -> None:
+    def _log_waiting(self, record: Record | None) -> None:
         get_logger().warning(
             "lease_waiting",
             where=self.where,
@@ -227,38 +228,38 @@ class Lease:
             at_most_s=self._config.wait_s,
         )
 
-    # -- having it ----------------------------------------------------------------------------------
+    # -- hold ---------------------------------------------------------------------------------------
 
     def stop_if_lost(self) -> None:
-        """Asks nobody. Raises `LeaseLostError` if another attempt is known to have taken over."""
+        """Raise `LeaseLostError` if another attempt is known to have taken over. Sends no request."""
         if self._lost:
             raise LeaseLostError(self._lost)
 
     def check(self) -> None:
-        """Before anything is written that others see: asks the store only where time alone can't tell.
+        """Verify the lease before a write that others see. Asks the store only if the lease may have expired.
 
-        Raises `LeaseLostError` if another attempt has taken over, `StorageError` if that can't be found out.
+        Raises `LeaseLostError` if another attempt has taken over, `StorageError` if the store cannot tell.
         """
         self.stop_if_lost()
         if _clock_s() >= self._good_until_s:
             self.confirm()
 
     def confirm(self) -> None:
-        """Renew now, before what can't be taken back. Raises as `check` does."""
+        """Renew the lease now, before a write that cannot be undone. Raises as `check` does."""
         self._confirm(self._storage)
 
     def _confirm(self, storage: Storage) -> None:
         with self._lock:
             self.stop_if_lost()
-            # a second time where an earlier renewal came through whose answer was lost
+            # the first one fails if an earlier renewal arrived and its response was lost
             for _ in range(2):
                 if self._renew(storage):
                     return
-        raise StorageError(f"{self.where}: the lease could not be renewed: it changes under our hands; run the same command again")
+        raise StorageError(f"{self.where}: the lease could not be renewed: the object keeps changing; run the same command again")
 
     def _renew(self, storage: Storage) -> bool:
         if not self.exclusive:
-            # a store that does not compare would let us write over another's
+            # this store would let us overwrite another attempt's lease
             self._adopt_or_stop(_read(storage, self._key))
         sent_s = _clock_s()
         renewed = _changed(self._record, renewed_at=_utc_now(), renewals=self._record.renewals + 1)
@@ -273,55 +274,55 @@ class Lease:
     def _adopt_or_stop(self, seen: _Seen | None) -> None:
         if self._adopt(seen):
             return
-        now = "it is gone" if seen is None else f"{seen.record.whose} has it" if seen.record else "it is no lease any more"
+        now = "it was deleted" if seen is None else f"{seen.record.described_holder} has it" if seen.record else "it is unreadable"
         self._lost = (
             f"{self.where}: this attempt ({self._record.attempt}, since {self._record.acquired_at}) has lost its lease: {now}; it "
-            f"was paused or cut off for more than {self._config.duration_s:.0f} s (lease.duration_s) and writes nothing more; run "
-            "the same command again: it goes on from the newest checkpoint, or finds the work done"
+            f"was paused or disconnected for more than {self._config.duration_s:.0f} s (lease.duration_s) and has stopped writing; "
+            "run the same command again: it resumes from the newest checkpoint, or finds the work done"
         )
         get_logger().error("lease_lost", where=self.where, attempt=self._record.attempt, now=now)
         raise LeaseLostError(self._lost)
 
-    def _keep(self) -> None:
-        """In a thread of its own."""
+    def _keep_renewing(self) -> None:
+        """Renew the lease until it is released or lost. Runs in a thread."""
         while not self._closing.wait(self._config.duration_s / _RENEWALS):
             try:
                 self._confirm(self._renewal_storage)
             except LeaseLostError:
                 return
             except LoraTrainerError as error:
-                # nothing is written without it, and it may be had again
+                # writers check the lease themselves, and a later renewal may succeed
                 get_logger().warning("lease_not_renewed", where=self.where, problem=str(error))
 
-    # -- giving it back -----------------------------------------------------------------------------
+    # -- release ------------------------------------------------------------------------------------
 
     def release(self, *, done: bool) -> None:
-        """Let the next one have it at once. `done`: nothing is left to do, and the object goes.
+        """Let the next attempt take the lease at once. With `done`, the work is complete and the object is deleted.
 
-        Waits a few seconds at most, and raises nothing: what is not released expires.
+        Waits at most a few seconds and never raises: a lease that is not released expires.
         """
         self._closing.set()
         if self._lost or not self._written:
             return
         released = threading.Event()
 
-        def give_back() -> None:
+        def send_release() -> None:
             try:
                 with self._lock:
-                    self._give_back(done=done)
+                    self._delete_or_mark_released(done=done)
                 released.set()
             except (LoraTrainerError, PreconditionFailed) as error:
                 get_logger().warning("lease_not_released", where=self.where, problem=str(error))
 
-        self._start_thread(give_back).join(_RELEASE_S)
+        self._start_thread(send_release).join(_RELEASE_S)
         if not released.is_set():
             get_logger().warning("lease_not_released", where=self.where, problem=f"not within {_RELEASE_S:.0f} s")
 
-    def _give_back(self, *, done: bool) -> None:
+    def _delete_or_mark_released(self, *, done: bool) -> None:
         if not self._adopt(self._read()):
             return
         if done:
-            # no harm if another one takes it just now: it looks for the finished bundle first
+            # an attempt that takes it right now does no harm: it looks for the finished bundle first
             self._storage.delete(self._key)
             return
         self._storage.write_bytes(self._key, _changed(self._record, released_at=_utc_now()).as_bytes(), if_match=self._etag)
@@ -332,14 +333,14 @@ class Lease:
         return _read(self._storage, self._key)
 
     def _adopt(self, seen: _Seen | None) -> bool:
-        """Go by what was read, if it is ours; gives whether it is."""
+        """Take over the record and etag of what was read if it is our lease, and return whether it is."""
         if seen is None or seen.record is None or seen.record.holder != self.holder:
             return False
         self._record, self._etag = seen.record, seen.etag
         return True
 
     def _start_thread(self, work: Callable[[], None]) -> threading.Thread:
-        # a daemon: a request that hangs must not keep the process from ending; the log's bound values come along
+        # a daemon, because a hanging request must not block the process's exit; the context carries the log's bound values
         context = contextvars.copy_context()
         thread = threading.Thread(target=context.run, args=(work,), name="lease", daemon=True)
         thread.start()
@@ -348,7 +349,7 @@ class Lease:
 
 @contextmanager
 def hold(config: LeaseConfig, storage: Storage, key: str) -> Iterator[Lease]:
-    """The lease for as long as the block lasts. Raises as `Lease.acquire` does."""
+    """Hold the lease for the duration of the block. Raises as `Lease.acquire` does."""
     lease = Lease(config, storage, key)
     try:
         lease.acquire()
@@ -360,7 +361,7 @@ def hold(config: LeaseConfig, storage: Storage, key: str) -> Iterator[Lease]:
 
 
 def is_left_over(storage: Storage, key: str) -> bool:
-    """Whether nobody is behind the lease any more, as far as can be told without waiting; also where there is none.
+    """Return whether the lease is missing, released, or held by a process of this machine that has ended.
 
     Raises `StorageError`.
     """
@@ -373,7 +374,7 @@ def _read(storage: Storage, key: str) -> _Seen | None:
     return _Seen(parse_record(found.data), found.etag) if found else None
 
 
-def _why_free(record: Record | None, unchanged_s: float, default_s: float) -> Free | None:
+def _why_free(record: Record | None, unchanged_s: float, default_s: float) -> FreeReason | None:
     if record and record.released_at:
         return "released"
     if record and record.process and is_gone(record.process, record.host):
@@ -382,7 +383,7 @@ def _why_free(record: Record | None, unchanged_s: float, default_s: float) -> Fr
 
 
 def _clock_s() -> float:
-    """Counts the time that the machine sleeps, too, where the system can tell."""
+    """Return a monotonic time that on Linux includes the time that the machine was suspended."""
     return time.clock_gettime(time.CLOCK_BOOTTIME) if sys.platform == "linux" else time.monotonic()
 
 

@@ -1,4 +1,4 @@
-"""A local folder as a storage."""
+"""A local folder as a storage, and the atomic file operations that it is built on."""
 
 from __future__ import annotations
 
@@ -35,121 +35,12 @@ from lora_trainer.store.keys import checked_prefix, safe_key
 from lora_trainer.store.retry import RetryBudget
 
 _OWN_PREFIX: Final = ".~lora-trainer."
-"""Names of our temporary and lock files in a folder storage. Listings leave them out."""
+"""Starts the names of our temporary and lock files. Listings leave them out."""
 _STALE_TEMPORARY_S: Final = 3600
 
 
-def sha256_of(path: Path) -> str:
-    """SHA-256 of a file, 64 lower-case hex digits. Raises `NotFound` or `StorageError`."""
-    with local_errors(path), path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-# ---------------------------------------------------------------------------------------------- local disk
-
-
-@contextmanager
-def local_errors(path: Path) -> Iterator[None]:
-    """Says which file, and what to do about it, when the disk refuses."""
-    try:
-        yield
-    except OSError as error:
-        raise _explain_local(error, path) from error
-
-
-def _explain_local(error: OSError, path: Path) -> LoraTrainerError:
-    where = str(error.filename2 or error.filename or path)
-    if Path(where).name.startswith(_OWN_PREFIX):
-        where = str(path)
-    said = error.strerror or str(error)
-    match error.errno:
-        case errno.ENOENT:
-            return NotFound(f"{where}: no such file; check the path")
-        case errno.ENOTDIR | errno.EEXIST:
-            return ConfigError(f"{where}: got a file where a folder is expected; choose another folder or move the file away")
-        case errno.EISDIR:
-            return ConfigError(f"{where}: got a folder where a file is expected; choose another name or move the folder away")
-        case errno.ENAMETOOLONG:
-            return ConfigError(f"{where}: {said}; choose a shorter path")
-        case errno.ENOSPC | errno.EDQUOT:
-            return StorageError(f"{where}: {said}; free some space there, or use a folder on a larger volume")
-        case errno.EACCES | errno.EPERM | errno.EROFS:
-            return StorageError(f"{where}: {said}; expected to be allowed this as uid {os.geteuid()}: check owner, mode and mount")
-        case _:
-            return StorageError(f"{where}: {said}; check the disk or the mount")
-
-
-def _make_folder(folder: Path) -> None:
-    missing = []
-    while not folder.is_dir():
-        missing.append(folder)
-        folder = folder.parent
-    for new in reversed(missing):
-        new.mkdir(exist_ok=True)
-        _sync_folder(new.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Makes renames in `folder` survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        # some network and FUSE mounts have no fsync for folders; they have nothing better to offer either
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
-            raise
-    finally:
-        os.close(descriptor)
-
-
-@contextmanager
-def replacing(target: Path, *, is_new: bool = False) -> Iterator[BufferedRandom]:
-    """A file that becomes `target` when the block ends well, and leaves no trace when it does not.
-
-    `is_new`: raises `FileExistsError` if there is one by then.
-    """
-    _make_folder(target.parent)
-    _remove_stale_temporaries(target.parent)
-    temporary = target.parent / f"{_OWN_PREFIX}{secrets.token_hex(8)}.tmp"
-    try:
-        # "x": umask decides the mode, unlike tempfile's 0600, which nobody else could read once published
-        with temporary.open("x+b") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        if is_new:
-            # unlike a rename, a link replaces nothing
-            target.hardlink_to(temporary)
-            temporary.unlink()
-        else:
-            temporary.replace(target)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    _sync_folder(target.parent)
-
-
-def _remove_stale_temporaries(folder: Path) -> None:
-    """What a killed process left: on a volume that outlives the pod, gigabytes a time."""
-    oldest_s = time.time() - _STALE_TEMPORARY_S
-    for temporary in folder.glob(f"{_OWN_PREFIX}*.tmp"):
-        with suppress(OSError):
-            # one that is being written was touched within the last read timeout
-            if temporary.stat().st_mtime < oldest_s:
-                temporary.unlink()
-
-
-@contextmanager
-def _exclusive(path: Path) -> Iterator[None]:
-    """Holds the lock file beside `path`. It stays: taking a lock file away safely is not possible on NFS."""
-    _make_folder(path.parent)
-    with (path.parent / f"{_OWN_PREFIX}{path.name}.lock").open("wb") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
 class FileStorage:
-    """A folder on this machine. It need not exist: like a prefix, it comes with its first object."""
+    """A folder on this machine. Writing the first object creates it."""
 
     def __init__(self, folder: Path) -> None:
         """Raises `ConfigError` when `folder` is a file."""
@@ -195,7 +86,6 @@ class FileStorage:
             self._guard()
 
     def upload_all(self, folder: Path, prefix: str, sha256: Mapping[str, str]) -> None:
-        # one disk
         for name in sha256:
             self.upload(folder / name, prefix + name)
 
@@ -206,7 +96,7 @@ class FileStorage:
                 with path.open("rb") as file:
                     data = file.read(max_bytes + 1)
             except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
-                # a folder of that name is no object, exactly as in S3
+                # as in S3, a folder with this name is not an object
                 return None
         if len(data) > max_bytes:
             raise too_large(str(path), max_bytes)
@@ -220,12 +110,12 @@ class FileStorage:
             if if_match is None and not if_absent:
                 self._replace(path, data)
                 return
-            if if_absent and self._is_created(path, data):
+            if if_absent and self._create(path, data):
                 return
-            with _exclusive(path):
+            with _locked(path):
                 current = sha256_of(path) if path.is_file() else None
                 if current != if_match:
-                    raise PreconditionFailed(f"{path}: no longer what was last read")
+                    raise PreconditionFailed(f"{path}: changed since it was last read")
                 self._replace(path, data)
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
@@ -252,8 +142,11 @@ class FileStorage:
             file.write(data)
 
     @staticmethod
-    def _is_created(path: Path, data: bytes) -> bool:
-        """Needs no lock file, which would stay in a published folder; False where the file system has no links."""
+    def _create(path: Path, data: bytes) -> bool:
+        """Create the file without a lock file, which would stay in a published folder.
+
+        Return False if the file system has no hard links. Raises `PreconditionFailed` if the file exists.
+        """
         try:
             with replacing(path, is_new=True) as file:
                 file.write(data)
@@ -262,7 +155,7 @@ class FileStorage:
                 raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path)) from None
             if not path.is_file():
                 raise
-            raise PreconditionFailed(f"{path}: no longer what was last read") from None
+            raise PreconditionFailed(f"{path}: changed since it was last read") from None
         except OSError as error:
             if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS):
                 raise
@@ -273,7 +166,7 @@ class FileStorage:
         with local_errors(folder):
             try:
                 with os.scandir(folder) as found:
-                    # a folder sorts as its name with "/", so that the walk as a whole is in the order of the keys
+                    # a folder sorts as its name with "/", which gives the whole walk the order of the keys
                     entries = sorted(
                         (os.fsencode(entry.name) + (b"/" if entry.is_dir(follow_symlinks=False) else b""), entry)
                         for entry in found
@@ -287,7 +180,7 @@ class FileStorage:
                 yield from self._walk(Path(entry.path), key + "/")
                 continue
             with local_errors(Path(entry.path)):
-                # a link to a folder is left out: what it shows has its own key already, or lies outside
+                # skip links to folders: their files are outside the storage or already have keys of their own
                 status = entry.stat() if entry.is_file() else None
             if status is not None:
                 yield ObjectInfo(listed_key(key, str(folder)), status.st_size, f"{status.st_mtime_ns}-{status.st_size}")
@@ -298,3 +191,124 @@ class FileStorage:
         with suppress(OSError), os.scandir(folder) as found:
             names = [entry.name + ("/" if entry.is_dir() else "") for entry in islice(found, 1000)]
         return not_found(str(self._path(key)), key, f"{folder}/", names)
+
+
+# -- files ----------------------------------------------------------------------------------------
+
+
+def sha256_of(path: Path) -> str:
+    """Return the SHA-256 of a file, 64 lower-case hex digits. Raises `NotFound` or `StorageError`."""
+    with local_errors(path), path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fresh_folder(folder: Path) -> Path:
+    """Create an empty folder, removing what an interrupted run left there, and return its path."""
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+    return folder
+
+
+@contextmanager
+def replacing(target: Path, *, is_new: bool = False) -> Iterator[BufferedRandom]:
+    """Yield a temporary file that becomes `target` when the block succeeds and is deleted when it fails.
+
+    With `is_new`, raises `FileExistsError` if `target` exists by then.
+    """
+    _make_folder(target.parent)
+    _remove_stale_temporaries(target.parent)
+    temporary = target.parent / f"{_OWN_PREFIX}{secrets.token_hex(8)}.tmp"
+    try:
+        # mode "x" respects the umask; tempfile's 0600 would hide published files from other users
+        with temporary.open("x+b") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        if is_new:
+            # unlike a rename, a link never replaces an existing file
+            target.hardlink_to(temporary)
+            temporary.unlink()
+        else:
+            temporary.replace(target)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _sync_folder(target.parent)
+
+
+def _remove_stale_temporaries(folder: Path) -> None:
+    """Delete temporary files of killed processes, which can leave gigabytes on a volume that outlives the pod."""
+    oldest_s = time.time() - _STALE_TEMPORARY_S
+    for temporary in folder.glob(f"{_OWN_PREFIX}*.tmp"):
+        with suppress(OSError):
+            # a live writer touches its file more often: its read timeout is at most 10 minutes
+            if temporary.stat().st_mtime < oldest_s:
+                temporary.unlink()
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold an exclusive lock for `path`. The lock file stays, because removing one is unsafe on NFS."""
+    _make_folder(path.parent)
+    with (path.parent / f"{_OWN_PREFIX}{path.name}.lock").open("wb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _make_folder(folder: Path) -> None:
+    """Create the folder and its parents durably."""
+    missing = []
+    while not folder.is_dir():
+        missing.append(folder)
+        folder = folder.parent
+    for new in reversed(missing):
+        new.mkdir(exist_ok=True)
+        _sync_folder(new.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Flush the folder to disk, so that a rename in it survives a power failure."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # some network and FUSE mounts cannot fsync a folder, and have no alternative
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+# -- errors ---------------------------------------------------------------------------------------
+
+
+@contextmanager
+def local_errors(path: Path) -> Iterator[None]:
+    """Translate the `OSError`s of the block into errors that name the file and the fix."""
+    try:
+        yield
+    except OSError as error:
+        raise _explain(error, path) from error
+
+
+def _explain(error: OSError, path: Path) -> LoraTrainerError:
+    where = str(error.filename2 or error.filename or path)
+    if Path(where).name.startswith(_OWN_PREFIX):
+        where = str(path)
+    reason = error.strerror or str(error)
+    match error.errno:
+        case errno.ENOENT:
+            return NotFound(f"{where}: no such file; check the path")
+        case errno.ENOTDIR | errno.EEXIST:
+            return ConfigError(f"{where}: got a file where a folder is expected; choose another folder or move the file away")
+        case errno.EISDIR:
+            return ConfigError(f"{where}: got a folder where a file is expected; choose another name or move the folder away")
+        case errno.ENAMETOOLONG:
+            return ConfigError(f"{where}: {reason}; choose a shorter path")
+        case errno.ENOSPC | errno.EDQUOT:
+            return StorageError(f"{where}: {reason}; free some space there, or use a folder on a larger volume")
+        case errno.EACCES | errno.EPERM | errno.EROFS:
+            return StorageError(f"{where}: {reason}; expected access as uid {os.geteuid()}: check owner, mode and mount")
+        case _:
+            return StorageError(f"{where}: {reason}; check the disk or the mount")

@@ -1,4 +1,4 @@
-"""The manifest of a folder of files: their sizes and SHA-256, written last, and verified on the way back."""
+"""Manifests: the size and SHA-256 of every file in a folder, written last and verified on every download."""
 
 from __future__ import annotations
 
@@ -18,28 +18,11 @@ MANIFEST_SCHEMA: Final = 1
 
 
 class DamagedError(StorageError):
-    """Files under a prefix that are not what its manifest says, or a manifest that is none."""
-
-
-def download_files(storage: Storage, prefix: str, manifest: Mapping[str, Any], folder: Path) -> None:
-    """The files of the bundle under `prefix` in `folder`, each as the manifest says. Raises `DamagedError`, `StorageError`."""
-    for name, expected in manifest["files"].items():
-        try:
-            got = storage.download(prefix + safe_key(name), folder / name)
-        except (NotFound, ValueError) as error:
-            raise DamagedError(
-                f"{storage.uri}{prefix}{name}: the manifest names it and it cannot be had ({error}); the bundle is damaged: "
-                "move that prefix away and run again"
-            ) from None
-        if (got.size_bytes, got.sha256) != (expected["size_bytes"], expected["sha256"]):
-            raise DamagedError(
-                f"{storage.uri}{prefix}{name}: got {got.size_bytes} bytes, SHA-256 {got.sha256}, expected {expected['size_bytes']} "
-                f"bytes, {expected['sha256']}; the bundle was changed: move that prefix away and run again"
-            )
+    """Files that differ from their manifest, or an invalid manifest."""
 
 
 def write_manifest(folder: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Hash all files of `folder` and write `manifest.json` with `facts` beside them; gives the manifest."""
+    """Hash all files of `folder`, write `manifest.json` with the hashes and `facts`, and return its content."""
     files = {
         path.relative_to(folder).as_posix(): {"size_bytes": path.stat().st_size, "sha256": sha256_of(path)}
         for path in sorted(folder.rglob("*"))
@@ -50,8 +33,16 @@ def write_manifest(folder: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
     return manifest
 
 
+def write_json(path: Path, value: object) -> None:
+    """Write `value` as indented JSON."""
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
 def read_manifest(storage: Storage, prefix: str) -> dict[str, Any] | None:
-    """The manifest under `prefix`, or None: then there is no bundle. Raises `DamagedError` for one that is not a manifest."""
+    """Return the manifest under `prefix`, or None if the prefix has none and so does not count as written.
+
+    Raises `DamagedError` for a file that is not a manifest.
+    """
     found = storage.read_bytes(prefix + MANIFEST_NAME)
     if found is None:
         return None
@@ -68,16 +59,33 @@ def read_manifest(storage: Storage, prefix: str) -> dict[str, Any] | None:
 
 
 def read_local_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest in `folder`. Raises `OSError`, `ValueError`."""
+    """Return the manifest in `folder`. Raises `OSError` or `ValueError`."""
     manifest: dict[str, Any] = json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8"))
     return manifest
 
 
+def download_files(storage: Storage, prefix: str, manifest: Mapping[str, Any], folder: Path) -> None:
+    """Download the files that the manifest lists into `folder`, verifying each. Raises `DamagedError`, `StorageError`."""
+    for name, expected in manifest["files"].items():
+        try:
+            got = storage.download(prefix + safe_key(name), folder / name)
+        except (NotFound, ValueError) as error:
+            raise DamagedError(
+                f"{storage.uri}{prefix}{name}: the manifest lists it, but it cannot be downloaded ({error}); the files are "
+                "damaged: move that prefix away and run again"
+            ) from None
+        if (got.size_bytes, got.sha256) != (expected["size_bytes"], expected["sha256"]):
+            raise DamagedError(
+                f"{storage.uri}{prefix}{name}: got {got.size_bytes} bytes, SHA-256 {got.sha256}, expected {expected['size_bytes']} "
+                f"bytes, {expected['sha256']}; the file was changed: move that prefix away and run again"
+            )
+
+
 def verify_files(storage: Storage, prefix: str) -> list[str]:
-    """Download a published bundle and compare every file with the manifest; gives one line for each that differs."""
+    """Download a published bundle, compare every file with the manifest, and return one line for each that differs."""
     manifest = read_manifest(storage, prefix)
     if manifest is None:
-        return [f"{storage.uri}{prefix}: no manifest, so no bundle"]
+        return [f"{storage.uri}{prefix}: got no manifest, so there is no bundle"]
     problems = []
     with tempfile.TemporaryDirectory() as scratch:
         for name, expected in manifest["files"].items():
@@ -91,10 +99,7 @@ def verify_files(storage: Storage, prefix: str) -> list[str]:
                 continue
             if (got.size_bytes, got.sha256) != (expected["size_bytes"], expected["sha256"]):
                 problems.append(
-                    f"{storage.uri}{prefix}{name}: got {got.size_bytes} bytes, SHA-256 {got.sha256}; manifest says otherwise"
+                    f"{storage.uri}{prefix}{name}: got {got.size_bytes} bytes, SHA-256 {got.sha256}, expected "
+                    f"{expected['size_bytes']} bytes, {expected['sha256']}"
                 )
     return problems
-
-
-def write_json(path: Path, value: object) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

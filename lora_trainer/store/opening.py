@@ -14,11 +14,10 @@ from lora_trainer.store.s3 import S3Storage
 
 
 def open_storage(uri: str, retry_budget: RetryBudget | None = None) -> Storage:
-    """The storage that `uri` names: `s3://bucket/prefix/`, `file:///folder/` or a local folder.
+    """Return the storage at `uri`: `s3://bucket/prefix/`, `file:///folder/` or a local folder.
 
-    `retry_budget`: shared with the other storages of a run; by default a new one with the default settings.
-    Nothing is contacted or created. Percent-escapes are decoded in `file://` and nowhere else.
-    Raises `ConfigError` for a URI that names no folder, and for one with credentials in it.
+    Pass the `retry_budget` of the run to share it; by default the storage has its own. Opening contacts and creates nothing.
+    Only `file://` URIs have percent-escapes. Raises `ConfigError` for a URI that names no folder or contains credentials.
     """
     refuse_credentials(uri)
     scheme, separator, rest = uri.partition("://")
@@ -27,7 +26,7 @@ def open_storage(uri: str, retry_budget: RetryBudget | None = None) -> Storage:
     if scheme == "file":
         host, slash, path = rest.partition("/")
         if not slash or host not in ("", "localhost"):
-            raise ConfigError(f"{uri}: got '{host}' where a host would be; expected file:/// with three slashes and a full path")
+            raise ConfigError(f"{uri}: got the host '{host}'; expected file:/// with three slashes and an absolute path")
         return FileStorage(Path("/" + unquote(path)))
     if scheme == "s3":
         bucket, _, prefix = rest.partition("/")

@@ -1,4 +1,4 @@
-"""Which process holds a lease, and whether it still runs on this machine."""
+"""Which process holds a lease, and whether it is still running on this machine."""
 
 from __future__ import annotations
 
@@ -10,22 +10,24 @@ from pydantic import BaseModel, ConfigDict, Field
 
 
 class Document(BaseModel):
+    """A part of the lease's JSON: immutable and strictly validated."""
+
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class Process(Document):
-    """A process of Linux, so that another one of the same machine can tell whether it is still there."""
+    """A Linux process, identified well enough for another process of the machine to tell whether it is still running."""
 
     boot_id: str
     pid_namespace: str
-    """Each container has its own, where the same number is another process."""
+    """Containers have their own, in which the same pid is another process."""
     pid: int = Field(ge=1, lt=2**31)
     started_ticks: int
-    """Since the machine's start; tells it from a later process with the same number."""
+    """Clock ticks from boot to the process's start. A later process with the same pid has another value."""
 
 
 def this_process() -> Process | None:
-    """None where the system does not tell."""
+    """Return the current process, or None if the system has no usable `/proc`."""
     try:
         boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         namespace = str(Path("/proc/self/ns/pid").readlink())
@@ -35,7 +37,7 @@ def this_process() -> Process | None:
 
 
 def is_gone(process: Process, host: str) -> bool:
-    """Whether it ran on this machine, where it could be seen, and does not any more."""
+    """Return whether the process ran on this machine, in our pid namespace, and has ended. False if that is unknown."""
     here = this_process()
     if here is None or host != socket.gethostname():
         return False
@@ -46,7 +48,7 @@ def is_gone(process: Process, host: str) -> bool:
     except ProcessLookupError:
         return True
     except OSError:
-        # somebody else's, so it is there
+        # a process of another user exists
         pass
     try:
         return _started_ticks(process.pid) != process.started_ticks or _is_zombie(process.pid)
@@ -54,15 +56,16 @@ def is_gone(process: Process, host: str) -> bool:
         return False
 
 
-def _stat(pid: int) -> list[str]:
-    # behind the name, which may hold anything: state, ppid, ...
-    return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
-
-
 def _started_ticks(pid: int) -> int:
-    return int(_stat(pid)[19])
+    return int(_stat_fields(pid)[19])
 
 
 def _is_zombie(pid: int) -> bool:
-    """Dead and not yet waited for. One whose other threads still end may still be writing."""
-    return _stat(pid)[0] in ("Z", "X") and len(list(Path(f"/proc/{pid}/task").iterdir())) == 1
+    """Return whether only the exit status is left. While other threads of a dead main thread run, they may still write."""
+    return _stat_fields(pid)[0] in ("Z", "X") and len(list(Path(f"/proc/{pid}/task").iterdir())) == 1
+
+
+def _stat_fields(pid: int) -> list[str]:
+    """Return the fields of `/proc/<pid>/stat` from the third one, the state, on."""
+    # the second field, the name in parentheses, may contain spaces and parentheses of its own
+    return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()

@@ -91,7 +91,7 @@ def test_a_paused_one_finds_itself_replaced_and_writes_nothing_more(start: Start
 
     first.send("SIGCONT")
     assert ended(first, chaos) == 6
-    assert "has lost its lease: it is gone" in until(first, "run_finished")["problems"][0]
+    assert "has lost its lease: it was deleted" in until(first, "run_finished")["problems"][0]
     assert not first.event("bundle_published")
     assert objects(storage) == before
     assert not any(name.startswith("runs/") for name in before)

@@ -261,7 +261,7 @@ def test_wrong_bytes_from_a_store_without_checksums(
 def lasting(storage: Storage, source: Path) -> list[tuple[Callable[[], Any], str]]:
     return [
         (lambda: storage.upload(source, KEY), f"{source} is kept"),
-        (lambda: storage.download(KEY, source.with_name("target")), "target is as it was before"),
+        (lambda: storage.download(KEY, source.with_name("target")), "target is unchanged"),
         (lambda: storage.read_bytes(KEY), ""),
         (lambda: storage.write_bytes(KEY, DATA), ""),
         (lambda: storage.delete(KEY), ""),

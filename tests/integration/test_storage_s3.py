@@ -386,7 +386,7 @@ def test_expired_credentials_of_a_variable_stay_expired(bad_day: BadDay, aws_env
 
 def test_missing_key_that_may_not_be_listed(bad_day: BadDay, tmp_path: Path) -> None:
     bad_day.answer = lambda request: xml(403, "AccessDenied") if "list-type" in request.path else xml(404, "NoSuchKey")
-    with pytest.raises(NotFound, match="may not be listed with these credentials"):
+    with pytest.raises(NotFound, match="may not list its folder"):
         open_budgeted(STORE).download("x", tmp_path / "target")
 
 

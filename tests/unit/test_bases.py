@@ -123,7 +123,7 @@ def test_no_such_folder(tmp_path: Path, folder: Path) -> None:
         identify(tmp_path / "nowhere")
     with pytest.raises(ConfigError, match=r"config\.json: got a file, expected a folder"):
         identify(folder / "config.json")
-    with pytest.raises(ConfigError, match=r"nowhere: no tokenizer\.json there"):
+    with pytest.raises(ConfigError, match=r"nowhere: has no tokenizer\.json"):
         tokenizer_folder(BaseModelConfig(model=str(tmp_path / "nowhere")))
 
 

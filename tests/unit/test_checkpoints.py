@@ -123,7 +123,7 @@ def test_training_never_waits_and_of_those_that_wait_the_newest_is_next(tmp_path
     assert SlowStorage.begun.wait(20)
     for step in (2, 3, 4):
         checkpoints.write(step, snapshot(step))
-    with pytest.raises(StorageError, match=r"step-000004: the checkpoint was not uploaded: still under way after 0 s"):
+    with pytest.raises(StorageError, match=r"step-000004: the checkpoint was not uploaded: still uploading after 0 s"):
         checkpoints.finish(0.01)
     SlowStorage.go_on.set()
     checkpoints.finish(20)
@@ -163,9 +163,7 @@ def test_a_full_disk_is_said(tmp_path: Path) -> None:
 
     checkpoints = opened(tmp_path)
     checkpoints.write(1, no_space)
-    with pytest.raises(
-        StorageError, match=r"No space left on device; free some space .* and could not be written to work_dir either"
-    ):
+    with pytest.raises(StorageError, match=r"No space left on device; free some space .* could not be written to work_dir either"):
         checkpoints.finish(10)
 
 

@@ -247,7 +247,7 @@ def test_validate_says_why_tokens_are_not_counted_and_goes_on(capsys: pytest.Cap
     file = write(tmp_path / "data.jsonl", record())
     code, out, err = called(capsys, "validate", "--base-model", str(tmp_path), file)
     assert code == 0
-    assert err.startswith(f"tokens not counted: base.model: {tmp_path}: no tokenizer.json there")
+    assert err.startswith(f"tokens not counted: base.model: {tmp_path}: has no tokenizer.json")
     assert "--no-tokens" in err
     assert out
 
@@ -313,7 +313,7 @@ def test_run_with_a_wrong_setting(capsys: pytest.CaptureFixture[str], terminatio
 @pytest.mark.parametrize(
     ("data", "code", "said"),
     [
-        ("nowhere/", 3, "train_data_type_A.jsonl: not found; nothing is in "),
+        ("nowhere/", 3, "train_data_type_A.jsonl: not found; no files in "),
         ("nowhere/mine.jsonl", 3, "mine.jsonl: not found"),
         ("folder.jsonl", 3, "folder.jsonl: not found"),
         ("taken/", 2, "taken: got a file, expected a folder"),

@@ -194,7 +194,7 @@ def test_pickled_weights_are_refused_and_never_unpickled(
 
 
 def test_a_folder_whose_weights_are_pickled_is_not_given_to_peft(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"no adapter_model\.safetensors there"):
+    with pytest.raises(ConfigError, match=r"has no adapter_model\.safetensors"):
         require_safetensors(tmp_path)
     (tmp_path / "adapter_model.safetensors").touch()
     require_safetensors(tmp_path)

@@ -20,6 +20,7 @@ from lora_trainer.config import LeaseConfig
 from lora_trainer.config_sources import settle
 from lora_trainer.errors import ConfigError, ExitCode, StorageError
 from lora_trainer.store import lease as module
+from lora_trainer.store import process_identity
 from lora_trainer.store.interface import PreconditionFailed, Storage
 from lora_trainer.store.lease import Lease, LeaseLostError, Record, hold, is_left_over, parse_record
 from lora_trainer.store.local import FileStorage
@@ -116,7 +117,9 @@ def test_the_wait_has_an_end_that_says_who_has_it(storage: Storage) -> None:
     with pytest.raises(StorageError) as caught, hold(config(0.1, 0.5), storage, KEY):
         pytest.fail("somebody else has it")
     assert caught.value.exit_code == ExitCode.STORAGE
-    assert str(caught.value).startswith(f"{storage.uri}{KEY}: another run of this id is at work: attempt 3 on host elsewhere, ")
+    assert str(caught.value).startswith(
+        f"{storage.uri}{KEY}: another attempt is working on this run: attempt 3 on host elsewhere, "
+    )
     assert "since 2026-01-01T00:00:00+00:00, last renewed at 2026-01-01T00:00:20+00:00; waited 0 s (lease.wait_s)" in str(
         caught.value
     )
@@ -147,7 +150,7 @@ def test_one_that_is_renewed_does_not_expire(storage: Storage) -> None:
 def test_one_that_cannot_be_read_expires_too(storage: Storage, data: bytes) -> None:
     storage.write_bytes(KEY, data)
     assert parse_record(data) is None
-    with pytest.raises(StorageError, match="somebody whose lease this version can't read"), hold(config(5, 0.3), storage, KEY):
+    with pytest.raises(StorageError, match="lease this version cannot read"), hold(config(5, 0.3), storage, KEY):
         pytest.fail("it may be a later version's")
     with hold(config(0.3, 5), storage, KEY):
         assert record(storage).attempt == 1
@@ -207,7 +210,7 @@ def process_of(pid: int) -> Process:
     here = this_process()
     # the job runs on Linux, where there is /proc
     assert here is not None
-    return here.model_copy(update={"pid": pid, "started_ticks": module._started_ticks(pid)})
+    return here.model_copy(update={"pid": pid, "started_ticks": process_identity._started_ticks(pid)})
 
 
 def test_a_killed_process_of_this_machine_is_known_to_be_gone(sleeper: subprocess.Popen[bytes], storage: Storage) -> None:

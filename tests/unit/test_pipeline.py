@@ -31,9 +31,9 @@ from lora_trainer.run.evaluation import Evaluated, decide
 from lora_trainer.run.job import Job
 from lora_trainer.run.progress import RunProgress
 from lora_trainer.run.training import Trained
-from lora_trainer.store.bundle import fresh_folder, publish_bundle
+from lora_trainer.store.bundle import publish_bundle
 from lora_trainer.store.lease import Record
-from lora_trainer.store.local import sha256_of
+from lora_trainer.store.local import fresh_folder, sha256_of
 from lora_trainer.store.manifest import read_manifest, verify_files, write_manifest
 from lora_trainer.store.prefixes import bundle_prefix
 from lora_trainer.train.backends import open_backend
@@ -603,7 +603,7 @@ def test_a_bundle_that_was_changed_is_not_judged_again(tmp_path: Path, made: Mad
     assert (code, out, last["outcome"]) == (6, "", "DamagedError")
     (problem,) = last["problems"]
     assert problem.startswith(f"file://{finished.bundle}/{name}: got ")
-    assert problem.endswith("the bundle was changed: move that prefix away and run again")
+    assert problem.endswith("the file was changed: move that prefix away and run again")
     assert not (finished.bundle / "evaluations").exists()
     assert not (finished.output / "adapters" / "A" / "latest.json").exists()
 

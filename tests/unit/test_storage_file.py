@@ -13,7 +13,7 @@ from storage_contract import UNSAFE, StorageContract, keys
 from lora_trainer.errors import ConfigError, ExitCode, LoraTrainerError, StorageError
 from lora_trainer.store.interface import NotFound, PreconditionFailed, Storage
 from lora_trainer.store.keys import safe_key, split_uri
-from lora_trainer.store.local import FileStorage, _explain_local, sha256_of
+from lora_trainer.store.local import FileStorage, local_errors, sha256_of
 from lora_trainer.store.opening import open_storage
 from lora_trainer.store.s3 import S3Storage
 
@@ -173,11 +173,12 @@ def test_two_storages_share_the_lock(tmp_path: Path) -> None:
     ],
 )
 def test_what_a_disk_may_say(number: int, kind: type[LoraTrainerError], exit_code: ExitCode, advice: str) -> None:
-    error = _explain_local(OSError(number, os.strerror(number), "/data/.~lora-trainer.0.tmp"), Path("/data/x"))
-    assert type(error) is kind
-    assert error.exit_code == exit_code
-    assert str(error).startswith("/data/x: ")
-    assert advice in str(error)
+    with pytest.raises(kind) as caught, local_errors(Path("/data/x")):
+        raise OSError(number, os.strerror(number), "/data/.~lora-trainer.0.tmp")
+    assert type(caught.value) is kind
+    assert caught.value.exit_code == exit_code
+    assert str(caught.value).startswith("/data/x: ")
+    assert advice in str(caught.value)
 
 
 @pytest.mark.parametrize(
