@@ -426,7 +426,7 @@ def test_a_finished_run_that_missed_a_gate_says_so_each_time(
         assert (event["already_done"], event["passed"], event["run_id"]) == (True, False, identity)
         (problem,) = event["problems"]
         assert problem.startswith("gates.persona: got 0.625 (lower 95 % bound (Clopper-Pearson) of 0.800), expected >= 0.7: ")
-        assert "missed by 0.075; check that the data is this persona's, or train longer" in problem
+        assert "missed by 0.075; " in problem
         assert json.loads(termination_log.read_text(encoding="utf-8"))["problems"] == [problem]
         # the newest accepted run is another one, or none
         assert not (tmp_path / "out" / "adapters" / "A" / "latest.json").exists()
