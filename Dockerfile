@@ -1,17 +1,17 @@
-# The job as an image: for one NVIDIA GPU, or, with VARIANT=cpu, the same layout without CUDA for tests and demos.
-#   make image, make image-cpu; every argument and why it is built this way: docs/image.md, docs/adr/0015-image.md
-# There is no `# syntax=` line: BuildKit's own frontend is enough, and nothing but the base is pulled.
+# The job for one NVIDIA GPU, or with VARIANT=cpu the same layout without CUDA, for tests and demos.
+#   make image, make image-cpu; docs/image.md lists the arguments, docs/adr/0015-image.md gives the reasons.
+# Without a `# syntax=` line BuildKit uses its built-in frontend, and the build pulls only the base.
 
-# The `base` flavour: torch's wheels bring the CUDA libraries that they were built with and find them by their own path;
-# `runtime` would add a second copy that nothing loads. 13.0 is what the locked torch is built for; Ubuntu 24.04 has the lock's Python, 3.12.
+# The `base` flavour: torch's wheels contain the CUDA libraries they were built with and load them from their own path, so
+# `runtime` would add a second copy that nothing loads. The locked torch is built for CUDA 13.0; Ubuntu 24.04 has the lock's
+# Python, 3.12.
 ARG BASE_IMAGE=nvidia/cuda:13.0.3-base-ubuntu24.04@sha256:7c7413a56200486f71f181cad9310f6fd31b6bb21816ade15fc9c1e1e927a5c1
 ARG VARIANT=gpu
 
 
-# What the system gives: Python, and a compiler with Python's headers, by which Triton and torch build at run time.
+# System packages: Python, and a compiler with Python's headers, because Triton and torch compile at run time.
 FROM ${BASE_IMAGE} AS system
-# A base that brings a whole Python (python:3.12-slim, say) keeps it. NVIDIA's own package source is not asked: nothing
-# of it is needed.
+# A base with a complete Python (such as python:3.12-slim) keeps it. NVIDIA's package source is removed: nothing comes from it.
 RUN --mount=type=secret,id=ca,target=/run/ca.crt \
     set -eu; \
     export DEBIAN_FRONTEND=noninteractive; \
@@ -23,10 +23,10 @@ RUN --mount=type=secret,id=ca,target=/run/ca.crt \
     apt-get -o "$tls" update; \
     apt-get -o "$tls" install --yes --no-install-recommends "$@"; \
     rm -rf /var/lib/apt/lists/* /var/cache/apt/* /usr/lib/python3*/config-*/*.a /usr/lib/*/libpython3*.a; \
-    python3 -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14) and "Python 3.11 to 3.13 is needed: " + sys.version)'
+    python3 -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14) and "the base needs Python 3.11, 3.12 or 3.13, and has " + sys.version)'
 
 
-# Two environments: /opt/build has pip and stays behind, /opt/venv is what the image gets.
+# /opt/build has pip and stays in this stage; the image gets /opt/venv.
 FROM system AS builder
 RUN python3 -m venv /opt/build && python3 -m venv --without-pip /opt/venv
 ENV PYTHONDONTWRITEBYTECODE=1 PIP_CONFIG_FILE=/run/pip.conf PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
@@ -35,7 +35,7 @@ WORKDIR /build
 
 FROM builder AS packages-gpu
 COPY locks/gpu.txt locks/
-# What comes as source (kiwipiepy-model: data) is built with the lock's own setuptools, and nothing is taken without its hash.
+# kiwipiepy-model (data) exists only as source and is built with the locked setuptools. Every file must match its hash.
 ARG PIP_INDEX_URL
 ARG PIP_EXTRA_INDEX_URL
 ARG PIP_FIND_LINKS
@@ -51,7 +51,7 @@ RUN --mount=type=secret,id=ca,target=/run/ca.crt \
     done
 
 
-# The lock for the CPU has the development tools as well: it bounds what pyproject.toml asks for.
+# The CPU lock also holds the development tools, so it serves as constraints for what pyproject.toml requires.
 FROM builder AS requirements-cpu
 COPY pyproject.toml ./
 RUN python3 -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
@@ -74,12 +74,12 @@ RUN --mount=type=secret,id=ca,target=/run/ca.crt \
         /opt/build/bin/pip --python /opt/venv/bin/python install --no-compile --constraint locks/cpu.txt --no-build-isolation \
             --requirement "$file"; \
     done; \
-    /opt/venv/bin/python -c 'import torch, sys; sys.exit(torch.version.cuda and "pip found a CUDA build of torch: name an index or a \
-folder with the CPU build, --build-arg PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS")'
+    /opt/venv/bin/python -c 'import torch, sys; sys.exit(torch.version.cuda and "pip installed a CUDA build of torch: pass an index or \
+a folder with the CPU build as --build-arg PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS")'
 
 
-# Without what is never used, compiled, and as three layers: what changes least, and weighs most, comes first. Some packages
-# hold files for another Python, which don't compile and are never imported; tests/image/structure.yaml wants bytecode.
+# Trim unused files, compile, and split into three layers, the largest and most stable first. Some packages contain files for
+# another Python that fail to compile and are never imported; tests/image/structure.yaml checks that bytecode exists.
 # hadolint ignore=DL3006
 FROM packages-${VARIANT} AS packages
 COPY tools/trim_packages.py /build/
@@ -94,7 +94,7 @@ RUN set -eu; \
     mv /opt/venv /layers/rest/opt/
 
 
-# The job itself, built from hashed tools and installed without asking an index.
+# The job itself, built with hashed tools and installed without an index.
 FROM builder AS job
 COPY locks/build.txt locks/
 ARG PIP_INDEX_URL
@@ -115,18 +115,18 @@ RUN /opt/build/bin/pip wheel --no-deps --no-index --no-build-isolation --wheel-d
 
 
 FROM system AS image
-# Any user id may work in /job and /cache; 10001 has a name as well, and where no name is known USER says one.
+# Any user id can work in /job and /cache. 10001 has a name; for other ids USER provides one.
 RUN mkdir -m 1777 /job /cache && \
     echo 'trainer:x:10001:10001::/cache:/usr/sbin/nologin' >>/etc/passwd && \
     echo 'trainer:x:10001:' >>/etc/group
 COPY --from=packages /layers/cuda /
 COPY --from=packages /layers/torch /
 COPY --from=packages /layers/rest /
-# What a smoke run needs: the bundled data and a base of 2.4 million parameters.
+# For a smoke run: the bundled data and a base with 2.4 million parameters.
 COPY data /opt/lora-trainer/data/
 COPY examples /opt/lora-trainer/examples/
 COPY --from=job /layer /
-# The root may be read-only: everything that anything keeps goes below /cache, and HOME is there for what has no variable.
+# The root may be read-only: all caches go below /cache, and HOME points there for tools without a variable of their own.
 ENV PATH=/opt/venv/bin:${PATH} \
     LANG=C.UTF-8 \
     PYTHONUNBUFFERED=1 \
@@ -148,8 +148,8 @@ WORKDIR /job
 USER 10001:10001
 ENTRYPOINT ["lora-trainer"]
 CMD ["--help"]
-# Last, because they change with each commit. The manifest of every bundle names GIT_REVISION, and IMAGE_DIGEST where
-# whoever starts the container sets it: an image can't know its own.
+# Last, because they change with each commit. Every bundle's manifest records GIT_REVISION, and IMAGE_DIGEST if the container
+# was started with it: an image cannot know its own digest.
 ARG VARIANT
 ARG BASE_IMAGE
 ARG VERSION

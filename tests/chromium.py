@@ -1,4 +1,4 @@
-"""A headless Chromium that tests look at pages with, over the DevTools protocol on a pipe: it needs no driver and no library."""
+"""Headless Chromium for tests, over the DevTools protocol on a pipe: needs neither a driver nor a library."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from typing import Any, Final, Literal
 
 _NAMES: Final = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 _TIMEOUT_S: Final = 60
-# Chromium reads commands from 3 and writes answers to 4
+# Chromium reads commands from file descriptor 3 and writes answers to 4.
 _ON_3_AND_4: Final = (
     "import fcntl, os, sys\n"
     "fds = [fcntl.fcntl(int(fd), fcntl.F_DUPFD, 10) for fd in sys.argv[1:3]]\n"
@@ -28,28 +28,28 @@ _ON_3_AND_4: Final = (
 
 
 def chromium() -> str | None:
-    """Its path, or None."""
+    """Return its path, or None if it is not installed."""
     return next((path for name in _NAMES if (path := shutil.which(name))), None)
 
 
 @dataclass
 class Page:
-    """One page as the browser has it."""
+    """A page that the browser has loaded."""
 
     browser: Browser
     session: str
     url: str
     said: list[str] = field(default_factory=list)
-    """Console messages, exceptions and complaints of the browser."""
+    """Console messages, exceptions and browser warnings."""
     requested: list[str] = field(default_factory=list)
-    """URLs that were asked for."""
+    """Requested URLs."""
     is_loaded: bool = False
 
     def command(self, method: str, **parameters: Any) -> Any:
         return self.browser.command(method, parameters, self.session)
 
     def evaluate(self, expression: str) -> Any:
-        """The value of a JavaScript expression."""
+        """Return the value of a JavaScript expression."""
         answer = self.command("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
         assert "exceptionDetails" not in answer, answer["exceptionDetails"]
         return answer["result"].get("value")
@@ -84,7 +84,7 @@ class Browser:
 
     @contextmanager
     def page(self, url: str, width: int, height: int = 900, *, scheme: Literal["light", "dark"] = "light") -> Iterator[Page]:
-        """`url`, loaded in a window of that size."""
+        """Load `url` in a window of this size."""
         target = self.command("Target.createTarget", {"url": "about:blank"})["targetId"]
         session = self.command("Target.attachToTarget", {"targetId": target, "flatten": True})["sessionId"]
         page = self._pages[session] = Page(self, session, url)
@@ -102,7 +102,7 @@ class Browser:
         self._number += 1
         number = self._number
         message = {"id": number, "method": method, "params": parameters or {}, **({"sessionId": session} if session else {})}
-        # the answer does not come before all of it is written
+        # The answer only comes after the whole command was written.
         data = json.dumps(message).encode() + b"\0"
         while data:
             data = data[os.write(self._write_fd, data) :]
@@ -129,7 +129,7 @@ class Browser:
 
 @contextmanager
 def open_browser(program: str, profile: Path, extra: Sequence[str] = ()) -> Iterator[Browser]:
-    """Chromium with a fresh profile in `profile`, and without the network's help."""
+    """Start Chromium with a fresh profile in `profile` and without background networking."""
     to_read, write_fd = os.pipe()
     read_fd, to_write = os.pipe()
     process = subprocess.Popen(

@@ -1,4 +1,4 @@
-"""What more than one kind of test needs: a real S3 server, and an AWS environment that is nobody's own."""
+"""Shared by all kinds of tests: a real S3 server, and an AWS environment without the developer's settings."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from lora_trainer.store.interface import Storage
 from lora_trainer.store.opening import open_storage
 from lora_trainer.store.retry import budget_from_environment
 
-# before torch is imported: threads that spin while they wait bring two busy processes on two cores to a stop
+# Set before torch is imported: with threads that spin while they wait, two processes on two cores block each other.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
-def load_tool(name: str) -> ModuleType:
-    """`tools/<name>.py` as a module: tools are scripts, not part of the package."""
+def load_tool(name: str, folder: str = "tools") -> ModuleType:
+    """Import the script `<folder>/<name>.py`: scripts belong to no package."""
     if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, REPOSITORY / "tools" / f"{name}.py")
+        spec = importlib.util.spec_from_file_location(name, REPOSITORY / folder / f"{name}.py")
         assert spec is not None
         assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
@@ -42,7 +42,7 @@ def open_budgeted(uri: str) -> Storage:
 
 @pytest.fixture(scope="session")
 def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """A `DevS3` on loopback, started once."""
+    """Start one `DevS3` on loopback for the session."""
     dev_s3 = load_tool("dev_s3")
     if missing := dev_s3.why_not():
         pytest.skip(missing)
@@ -52,7 +52,7 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
 @pytest.fixture
 def aws_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> pytest.MonkeyPatch:
-    """No AWS setting of the developer's or the machine's is left; a test sets those it is about."""
+    """Remove every AWS setting of the machine; a test sets those it needs."""
     for variable in os.environ:
         if variable.startswith("AWS_") or variable.lower() in ("http_proxy", "https_proxy", "all_proxy"):
             monkeypatch.delenv(variable)
@@ -60,14 +60,14 @@ def aws_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> pytest.M
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "no-aws-credentials"))
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "2")
-    # what fails for good may say so at once
+    # A permanent failure should not be retried for long.
     monkeypatch.setenv("LORA_TRAINER_STORAGE__OBJECT_BUDGET_S", "0.2")
     return monkeypatch
 
 
 @pytest.fixture
 def bucket(s3_server: Any, aws_environment: pytest.MonkeyPatch) -> str:
-    """The name of a fresh bucket; AWS_* point at its server."""
+    """Return the name of a fresh bucket; AWS_* point at its server."""
     for variable, value in s3_server.environment.items():
         aws_environment.setenv(variable, value)
     name = f"test-{secrets.token_hex(6)}"

@@ -1,4 +1,4 @@
-"""Docker for the tests: the engine that tools/docker_engine.sh finds, and images that were built before."""
+"""Docker for tests: the engine that tools/docker_engine.sh finds, and images that were built before."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ class Docker:
     environment: dict[str, str]
 
     def __call__(self, *arguments: str, timeout_s: float = 300) -> subprocess.CompletedProcess[str]:
-        """One command, to its end."""
+        """Run one command to its end."""
         return subprocess.run(
             [self.client, *arguments], env=self.environment, capture_output=True, text=True, timeout=timeout_s, check=False
         )
 
     def start(self, *arguments: str) -> subprocess.Popen[str]:
-        """One command whose standard error is read while it runs."""
+        """Start one command whose standard error the caller reads."""
         return subprocess.Popen(
             [self.client, *arguments],
             env=self.environment,
@@ -36,7 +36,7 @@ class Docker:
 
 
 def docker_with(image: str, target: str) -> Docker:
-    """An engine that has the image; skips, with what to do, where there is none."""
+    """Return an engine that has the image, or skip the test and name the make target."""
     found = subprocess.run([REPOSITORY / "tools" / "docker_engine.sh", "find"], capture_output=True, text=True, check=False)
     if found.returncode:
         pytest.skip(found.stderr.strip())

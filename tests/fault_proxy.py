@@ -5,8 +5,9 @@
         ...
     assert proxy.faults[Fault.STALLED] > 0
 
-Whether a request fails is decided for each request, also where one connection carries several. `Host` is forwarded as the
-client sent it, since its signature covers it.
+The proxy decides for each request whether it fails, even if one connection carries several. It forwards `Host` as the client
+sent it, because the request's signature covers it.
+
 """
 
 from __future__ import annotations
@@ -25,27 +26,27 @@ from urllib.parse import urlsplit
 
 
 class Fault(StrEnum):
-    """What may happen to a request."""
+    """What can happen to a request."""
 
     THROTTLED = "throttled"
-    """503 SlowDown; the server never hears of the request."""
+    """503 SlowDown; the server does not see the request."""
     SERVER_ERROR = "server_error"
-    """500 InternalError; the server never hears of the request."""
+    """500 InternalError; the server does not see the request."""
     RESET_BEFORE = "reset_before"
-    """The connection is reset; the server never hears of the request."""
+    """The connection is reset; the server does not see the request."""
     RESET_AFTER = "reset_after"
-    """The connection is reset when the server has done what was asked, before any answer."""
+    """The server executes the request, then the connection is reset before any answer."""
     STALLED = "stalled"
-    """Done, but the answer stops in the middle for `stall_s`; an answer without a body does not begin."""
+    """Executed, but the answer stops half-way for `stall_s`; an answer without a body does not start."""
     TRUNCATED = "truncated"
-    """Done, but the connection closes in the middle of the answer's body, or of its first line where it has no body."""
+    """Executed, but the connection closes half-way through the body, or through the status line if there is no body."""
     WRONG_BYTES = "wrong_bytes"
-    """One bit of the object is flipped on its way, there or back. Nothing in S3 covers the bytes of a listing or an error."""
+    """One bit of the object is flipped on its way there or back. S3 protects no bytes of listings and errors."""
 
 
 @dataclass(frozen=True)
 class Asked:
-    """One request, as far as a test may choose by it."""
+    """A request, as far as a test can select by it."""
 
     method: str
     path: str
@@ -53,13 +54,13 @@ class Asked:
 
     @property
     def carries_object(self) -> bool:
-        """Whether the request, or its answer, has bytes of an object."""
+        """Whether the request or its answer carries bytes of an object."""
         path, _, query = self.path.partition("?")
         return "/" in path.strip("/") and (self.method == "PUT" or (self.method == "GET" and "uploadId" not in query))
 
 
 class FaultProxy:
-    """Listens on loopback for as long as the block lasts. Counts may be read at any time."""
+    """Listens on loopback while the block runs. Counts may be read at any time."""
 
     def __init__(
         self,
@@ -72,13 +73,14 @@ class FaultProxy:
         only: Callable[[Asked], bool] = lambda _: True,
         stall_s: float = 600,
     ) -> None:
-        """`share` of the requests that `only` picks fail, 0 to 1, but no more than `at_most` of them.
+        """Let `share` (0 to 1) of the requests that `only` selects fail, but at most `at_most` of them.
 
-        A request gets one of the `kinds` that it can have: one that carries no object cannot get wrong bytes. The same
-        seed gives the same faults to the same sequence of requests.
+        A request gets one of the `kinds` that apply to it: one without an object cannot get wrong bytes. The same seed gives
+        the same faults to the same sequence of requests.
+
         """
         self.requests = 0
-        """All that came, those that failed included."""
+        """All requests, including those that failed."""
         self.faults: Counter[Fault] = Counter()
         self._upstream = urlsplit(upstream_url).netloc
         self._share = share
@@ -104,11 +106,11 @@ class FaultProxy:
         self._server.server_close()
 
     def draw(self, asked: Asked) -> Fault | None:
-        """What happens to this request; counts it."""
+        """Draw what happens to this request, and count it."""
         with self._lock:
             self.requests += 1
             kinds = [kind for kind in self._kinds if kind != Fault.WRONG_BYTES or asked.carries_object]
-            # asked of every request, so that a test may take note of them
+            # called for every request, so that a test may record them
             picked = self._only(asked)
             spent = self._at_most is not None and self.faults.total() >= self._at_most
             if not kinds or not picked or spent or self._random.random() >= self._share:
@@ -130,7 +132,7 @@ class FaultProxy:
             upstream.close()
 
     def damaged(self, body: bytes) -> bytes:
-        """`body` with one bit flipped, another one each time."""
+        """Return `body` with one random bit flipped."""
         if not body:
             return body
         with self._lock:
@@ -164,7 +166,7 @@ def _error(fault: Fault) -> Answer:
 
 
 class _Server(ThreadingHTTPServer):
-    # a client that is killed leaves its connections as they are
+    # a killed client leaves its connections open
     daemon_threads = True
     block_on_close = False
     request_queue_size = 128
@@ -172,7 +174,7 @@ class _Server(ThreadingHTTPServer):
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    # an answer is one segment, or the tests wait for delayed acknowledgements
+    # Send an answer in one segment; otherwise the tests wait for delayed acknowledgements.
     wbufsize = -1
     disable_nagle_algorithm = True
     proxy: FaultProxy
@@ -181,12 +183,12 @@ class _Handler(BaseHTTPRequestHandler):
         try:
             super().handle()
         except (ConnectionError, ValueError):
-            # the client gave up, was killed, or was reset by us: then the file that the base class flushes is closed
+            # The client gave up or was killed, or we reset the connection; then the base class flushes a closed file.
             self.close_connection = True
 
     def handle_expect_100(self) -> bool:
         going_on = super().handle_expect_100()
-        # or botocore waits for it for a second
+        # otherwise botocore waits a second for it
         self.wfile.flush()
         return going_on
 
@@ -202,7 +204,7 @@ class _Handler(BaseHTTPRequestHandler):
             return
         if fault == Fault.WRONG_BYTES and self.command == "PUT":
             body = self.proxy.damaged(body)
-        # we have the whole body, so there is nothing to be asked to go on with
+        # The body is already complete, so the server need not ask for it.
         kept = [(name, value) for name, value in self.headers.items() if name.lower() not in ("expect", "connection")]
         answer = self.proxy.forward(asked, [*kept, ("Connection", "close")], body)
         match fault:
@@ -230,7 +232,7 @@ class _Handler(BaseHTTPRequestHandler):
         for name, value in answer.headers:
             if name.lower() not in ("connection", "transfer-encoding", "content-length"):
                 self.send_header(name, value)
-        # what a HEAD announces is not what it sends
+        # a HEAD announces a length without sending a body
         length = {name.lower(): value for name, value in answer.headers}.get("content-length", str(len(answer.body)))
         if answer.status != 204:
             self.send_header("Content-Length", length)
@@ -241,7 +243,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._send_head(answer)
             self.wfile.write(answer.body[: len(answer.body) // 2])
         elif not stall:
-            # not within the headers: clients take those that came for all there are
+            # Do not stop within the headers: clients accept incomplete ones.
             self.wfile.write(b"HTTP/1.1")
         self.wfile.flush()
         if stall:
@@ -250,7 +252,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _reset(self) -> None:
         self.close_connection = True
-        # closed at once and with data unsent, a socket sends RST where it otherwise sends FIN
+        # Closing with linger 0 sends RST instead of FIN.
         self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.wfile.close()
         self.rfile.close()

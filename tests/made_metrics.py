@@ -1,6 +1,7 @@
-"""A finished run as the code makes it, without a model: made-up replies go through the real judging, metrics and gates.
+"""Make a finished run without a model: made-up replies go through the real judging, metrics and gates.
 
-The adapter answers with training replies that are kept from what it is compared with, the base politely and in prose.
+The adapter answers with training replies that are kept out of the data it is compared with; the base answers politely in prose.
+
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from conftest import REPOSITORY
 from lora_trainer.config import RunConfig
 from lora_trainer.config_sources import settle
 from lora_trainer.data.evaluation_prompts import evaluation_prompts
+from lora_trainer.data.jsonl import JsonlReader
 from lora_trainer.data.records import EvaluationPrompt, TrainingRecord
-from lora_trainer.data.validation import read_records
 from lora_trainer.evaluate import gates
 from lora_trainer.evaluate.decoding import Decoding, Generation, decodings
 from lora_trainer.evaluate.measures import decoding_metrics, evaluation_metrics
@@ -44,13 +45,13 @@ BASE_ANSWERS = (
     '{"text": "그렇군요. 제가 도움이 될 수 있으면 좋겠습니다.", "emotion": "neutral"}',
 )
 RAMBLING = '{"text": "' + "그래서 말이야 내가 어제도 말했지만 " * 600
-"""An opened string that never closes: over 10,000 characters."""
+"""A string that never closes: over 10,000 characters."""
 HOSTILE_TEXT = "<script>alert(1)</script><img src=x onerror=alert(2)></pre></div></body>{{ 7 * 7 }}\u202etxet\u202c\x00"
 
 
 @dataclass(frozen=True)
 class MadeRun:
-    """What the report is given, and what a bundle holds."""
+    """The inputs of the report and of a bundle."""
 
     config: RunConfig
     metrics: RunMetrics
@@ -61,7 +62,8 @@ class MadeRun:
 
 @cache
 def _records(blood_type: BloodType) -> tuple[TrainingRecord, ...]:
-    return tuple(read_records(REPOSITORY / "data" / f"train_data_type_{blood_type}.jsonl", blood_type)[0])
+    lines = JsonlReader(REPOSITORY / "data" / f"train_data_type_{blood_type}.jsonl")
+    return tuple(line.record for line in lines if line.record)
 
 
 def _generation(text: str, *, stopped: bool = True) -> Generation:
@@ -121,7 +123,7 @@ def made_run(
     steps: int = 180,
     settings: tuple[tuple[str, Any], ...] = (),
 ) -> MadeRun:
-    """`flaws`: share of the adapter's replies that are the base's or never end. `settings`: beside the defaults, dotted."""
+    """Make a run. `flaws`: the share of adapter replies that are the base's or never end. `settings`: dotted, over the defaults."""
     config = settle(
         {
             "blood_type": blood_type,
@@ -134,7 +136,7 @@ def made_run(
     )
     asked_prompts: tuple[EvaluationPrompt, ...] = evaluation_prompts()[:prompts]
     records = _records(blood_type)
-    # halves: what the adapter answers with is not what its answers are looked up in
+    # Two halves: answers come from one, copies are searched in the other.
     data, answers = TrainingData(records[::2]), records[1::2]
     asked = questions(asked_prompts, config.evaluation.intensities, persona_spec(blood_type).instruction)
     measured: dict[str, DecodingMetrics] = {}
@@ -271,7 +273,7 @@ def _facts(config: RunConfig, run_id: str, blood_type: BloodType, records: int, 
 
 
 def write_bundle(made: MadeRun, folder: Path) -> Path:
-    """The bundle's folder, with the files that the report and `compare` read."""
+    """Write the bundle files that the report and `compare` read."""
     folder.mkdir(parents=True)
     (folder / "metrics.json").write_text(json.dumps(made.metrics.as_json(), indent=2, ensure_ascii=False), encoding="utf-8")
     with (folder / "train_log.jsonl").open("w", encoding="utf-8") as file:

@@ -1,4 +1,4 @@
-"""What both kinds of storage promise. Run against each by a subclass that says what `storage` is."""
+"""The contract of both kinds of storage. Each subclass provides the fixture `storage`."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ class StorageContract:
         for key in ("runs/A/x", "runs/AB/x"):
             storage.write_bytes(key, b"x")
         storage.delete("runs/A/x")
-        # as in S3: what is not there is none to remove
+        # deleting a missing key is a no-op, as in S3
         storage.delete("runs/A/x")
         storage.delete("runs/AB")
         assert keys(storage) == ["runs/AB/x"]
@@ -149,7 +149,7 @@ class StorageContract:
 
     def test_listing_is_sorted_by_bytes_and_sized(self, storage: Storage) -> None:
         expected = ["a-b", "a.txt", "a/b", "a/b-c/d", "a/b/c", "a0", "가/나", "Z"]
-        # on a disk a name is a file or a folder
+        # on a disk a name is either a file or a folder
         expected.remove("a/b")
         for key in expected:
             storage.write_bytes(key, b"x" * len(key))

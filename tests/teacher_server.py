@@ -1,6 +1,7 @@
-"""An OpenAI-compatible chat server over HTTP, which writes dialogues out of the grammar, and misbehaves when told to.
+"""An OpenAI-compatible chat server that writes dialogues from the grammar, and misbehaves on request.
 
-It reads the orders out of the prompt as a model would, answers within the JSON Schema that it was sent, and counts.
+Like a model it reads the orders from the prompt and answers within the JSON schema it was sent; it also counts requests.
+
 """
 
 from __future__ import annotations
@@ -24,21 +25,21 @@ from lora_trainer.persona.vocabulary import BloodType, Feeling, IntensityThird
 
 ORDER = re.compile(r"^(\d+)\. 주제: .*친구의 감정: (\w+) ([\d.]+)", re.MULTILINE)
 PERSONA = re.compile(r"'(AB|A|B|O)형")
-# what it says when it says the same again
+# the dialogue that it repeats
 SAME_AGAIN = "그 얘기 자꾸 생각나네, 오늘은 어떻게 됐어?"
-# what a model does wrong with a dialogue, in turn; None: it does it right
+# A model's mistakes with a dialogue, in turn; None: no mistake.
 SLIPS = (None, None, "formal", None, "three sentences", None, None, "same again", None, "not asked for", None)
 
 
 @dataclass
 class Teacher:
-    """What the server does and what it has seen."""
+    """The server's behaviour and what it has received."""
 
     faults: tuple[str | None, ...] = (None,)
-    """What goes wrong with each request, in turn: 429, 500, malformed, cut off, stall, cut connection, or nothing."""
+    """Faults of the requests, in turn: 429, 500, malformed, truncated, stalled, closed connection, or none."""
     slips: tuple[str | None, ...] = (None,)
     refuses: tuple[str, ...] = ()
-    """Fields of a request that the server does not know."""
+    """Request fields that the server does not know."""
     fenced: bool = False
     stall_s: float = 3.0
     delay_s: float = 0.0
@@ -48,9 +49,9 @@ class Teacher:
     seen: Counter[str] = field(default_factory=Counter)
     bodies: list[dict[str, Any]] = field(default_factory=list)
     most_at_once: int = 0
-    """Requests under way at one time, at the most."""
+    """The largest number of simultaneous requests."""
     not_before_s: float = 0.0
-    """Until when a client that was told to wait should have waited."""
+    """Until when a client that was told to wait must wait."""
     too_early: int = 0
     url: str = ""
     _under_way: int = 0
@@ -105,7 +106,7 @@ def _handler(teacher: Teacher) -> type[BaseHTTPRequestHandler]:
         protocol_version = "HTTP/1.1"
 
         def log_message(self, *_: object) -> None:
-            """Not to the test's output."""
+            """Keep the test's output clean."""
 
         def do_POST(self) -> None:
             with teacher.counted():
@@ -188,7 +189,7 @@ def _handler(teacher: Teacher) -> type[BaseHTTPRequestHandler]:
 
 @contextmanager
 def serve(teacher: Teacher) -> Iterator[Teacher]:
-    """`teacher` on a port of its own, on loopback."""
+    """Serve `teacher` on a free port on loopback."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(teacher))
     server.daemon_threads = True
     thread = threading.Thread(target=server.serve_forever, daemon=True)

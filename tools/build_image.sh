@@ -1,20 +1,20 @@
 #!/usr/bin/env bash
-# Builds the image: make image, make image-cpu.
+# Build the image: make image, make image-cpu.
 #
-#   tools/build_image.sh gpu|cpu [more arguments of docker build]
-#   tools/build_image.sh base gpu|cpu     prints the base that the variant is built on unless told
+#   tools/build_image.sh gpu|cpu [arguments for docker build]
+#   tools/build_image.sh base gpu|cpu     print the variant's default base
 #
-#   IMAGE         its name (localhost/lora-trainer:gpu, localhost/lora-trainer:cpu)
+#   IMAGE         the image's name (default: localhost/lora-trainer:gpu or localhost/lora-trainer:cpu)
 #   BASE_IMAGE    another base: Debian or Ubuntu with Python 3.11 to 3.13 (3.12 for gpu)
-#   CA            a file with CA certificates, where TLS goes through a private one (default: PIP_CERT)
-#   PIP_CONF      a pip.conf, for an index with credentials: a secret of the build, in no layer
-#   PIP_INDEX_URL, PIP_EXTRA_INDEX_URL, PIP_FIND_LINKS     as pip has them; a folder in the last is served to the build on
-#                 loopback. The CPU image takes torch's CPU build from there: PyTorch's install page names the index.
+#   CA            a file with CA certificates, if TLS goes through a private CA (default: PIP_CERT)
+#   PIP_CONF      a pip.conf, for an index with credentials; a build secret that ends up in no layer
+#   PIP_INDEX_URL, PIP_EXTRA_INDEX_URL, PIP_FIND_LINKS     as for pip; a folder in PIP_FIND_LINKS is served to the build on
+#                 loopback. The CPU image needs torch's CPU build from one of them: PyTorch's install page names the index.
 #   BUILD_NETWORK docker build --network
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-# the CPU image's is the distribution of the GPU image's
+# Both images use the same distribution.
 default_base() {
   if [[ $1 == gpu ]]; then
     sed -n 's/^ARG BASE_IMAGE=//p' Dockerfile
@@ -30,7 +30,7 @@ fi
 variant=${1:-}
 [[ $variant == gpu || $variant == cpu ]] || { sed -n '2,/^[^#]/{s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"; exit 2; }
 shift
-engine=$(tools/docker_engine.sh find) || { echo "build_image.sh: see tools/docker_engine.sh for starting one" >&2; exit 1; }
+engine=$(tools/docker_engine.sh find) || { echo "build_image.sh: tools/docker_engine.sh starts an engine" >&2; exit 1; }
 eval "$engine"
 
 revision=$(git rev-parse --verify HEAD 2>/dev/null || true)
@@ -40,7 +40,7 @@ options=(
   --build-arg "BASE_IMAGE=${BASE_IMAGE:-$(default_base "$variant")}"
   --build-arg "VERSION=$(sed -n 's/^version = "\(.*\)"$/\1/p' pyproject.toml)"
   --build-arg "REVISION=$revision"
-  # the commit's time and not now, so that the same commit gives the same labels
+  # The commit's time, so that one commit always gets the same labels.
   --build-arg "CREATED=$(git log -1 --format=%cI 2>/dev/null || date --iso-8601=seconds)"
   --tag "${IMAGE:-localhost/lora-trainer:$variant}"
 )
@@ -48,7 +48,7 @@ ca=${CA:-${PIP_CERT:-}}
 [[ -z $ca ]] || options+=(--secret "id=ca,src=$ca")
 [[ -z ${PIP_CONF:-} ]] || options+=(--secret "id=pip_conf,src=$PIP_CONF")
 if [[ -d ${PIP_FIND_LINKS:-} ]]; then
-  # `docker build` sees no folder but its context; port 0 takes a free one
+  # `docker build` only sees its context. Port 0 picks a free port.
   coproc SERVER { exec python3 -u -m http.server --bind 127.0.0.1 --directory "$PIP_FIND_LINKS" 0 2>/dev/null; }
   trap 'kill "$SERVER_PID"' EXIT
   read -r -u "${SERVER[0]}" line
@@ -57,7 +57,7 @@ if [[ -d ${PIP_FIND_LINKS:-} ]]; then
   export PIP_FIND_LINKS
 fi
 for name in PIP_INDEX_URL PIP_EXTRA_INDEX_URL PIP_FIND_LINKS; do
-  # by name alone: the value is the environment's
+  # Only the name: Docker reads the value from the environment.
   [[ -z ${!name:-} ]] || options+=(--build-arg "$name")
 done
 [[ -z ${BUILD_NETWORK:-} ]] || options+=(--network "$BUILD_NETWORK")

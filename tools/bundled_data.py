@@ -13,6 +13,7 @@ import argparse
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from statistics import mean
 from typing import Annotated, Final
@@ -73,16 +74,17 @@ class HandwrittenFile(_Part):
     families: tuple[Family, ...]
 
 
-def handwritten_families() -> list[Family]:
+@cache  # parsing the YAML takes half a second
+def handwritten_families() -> tuple[Family, ...]:
     """Return all hand-written families in the order of the files. Raises ValueError if families.yaml doesn't list one of them."""
-    found = []
+    found: list[Family] = []
     for path in sorted((DATA / "handwritten").glob("*.yaml")):
         found += HandwrittenFile.model_validate(yaml.safe_load(path.read_text(encoding="utf-8"))).families
     if unknown := {family.family for family in found} - set(families()):
         raise ValueError(
             f"data/handwritten: families missing from families.yaml: {', '.join(sorted(unknown))}; add them there or rename them"
         )
-    return found
+    return tuple(found)
 
 
 def handwritten_records(blood_type: BloodType) -> list[TrainingRecord]:

@@ -1,29 +1,29 @@
 #!/usr/bin/env bash
-# Finds a Docker engine that builds with BuildKit, or starts one of this distribution's own packages.
+# Find a Docker engine that builds with BuildKit, or start one from this distribution's packages.
 #
-#   eval "$(tools/docker_engine.sh find)"             exports DOCKER_HOST and DOCKER (the client) of one that answers
-#   eval "$(tools/docker_engine.sh start FOLDER)"     the same, and where none answers starts dockerd with everything in FOLDER
-#   tools/docker_engine.sh stop FOLDER                ends what `start FOLDER` started, and nothing else
-#   tools/docker_engine.sh base [SUITE]               makes localhost/base:SUITE from the distribution's mirror, prints its name
+#   eval "$(tools/docker_engine.sh find)"             export DOCKER_HOST and DOCKER (the client) of a running engine
+#   eval "$(tools/docker_engine.sh start FOLDER)"     the same; if none answers, start dockerd with all its files in FOLDER
+#   tools/docker_engine.sh stop FOLDER                stop the engine that `start FOLDER` started
+#   tools/docker_engine.sh base [SUITE]               build localhost/base:SUITE from the distribution's mirror and print its name
 #
-# `start` and `base` need root on Debian or Ubuntu, and install docker.io and debootstrap where they are missing. Where
-# something can't be done it is said on standard error, with exit 1.
+# `start` and `base` need root on Debian or Ubuntu, and install docker.io and debootstrap if they are missing. A failure is
+# reported on standard error, with exit 1.
 set -euo pipefail
 
 die() { echo "docker_engine.sh: $*" >&2; exit 1; }
 
-# A client newer than 22 builds only with the plugin buildx, an older one has BuildKit built in.
+# Clients from 23 on build only with the buildx plugin; older ones have BuildKit built in.
 usable() { # CLIENT HOST
   local version
   version=$(DOCKER_HOST=$2 "$1" version --format '{{.Client.Version}} {{.Server.Version}}' 2>/dev/null) || return 1
   [[ ${version%%.*} -lt 23 ]] || "$1" buildx version >/dev/null 2>&1
 }
 
-find_engine() { # HOST...: DOCKER_HOST first, then docker's own default, then these
+find_engine() { # HOST...: try DOCKER_HOST, then docker's default, then these
   local host client
   for host in "${DOCKER_HOST:-}" unix:///var/run/docker.sock "$@"; do
     [[ -n $host ]] || continue
-    # who names a client means that one
+    # A client named in DOCKER is the only one tried.
     for client in ${DOCKER:-docker /usr/bin/docker}; do
       if usable "$client" "$host"; then
         printf 'export DOCKER_HOST=%q DOCKER=%q DOCKER_BUILDKIT=1\n' "$host" "$client"
@@ -34,7 +34,7 @@ find_engine() { # HOST...: DOCKER_HOST first, then docker's own default, then th
   return 1
 }
 
-packages() { # NAME...: installed, those that are missing
+packages() { # NAME...: install those that are missing
   local name missing=()
   for name; do dpkg-query --show --showformat '${db:Status-Abbrev}' "$name" 2>/dev/null | grep -q '^ii' || missing+=("$name"); done
   ((${#missing[@]})) || return 0
@@ -51,7 +51,7 @@ start() {
   packages docker.io iptables
   mkdir -p "$folder"
   if (((0x$(awk '/^CapEff/ { print $2 }' /proc/self/status) >> 24 & 1) == 0)); then
-    # root without CAP_SYS_RESOURCE, in a sandbox: runc may not lower an out-of-memory score or raise a limit
+    # In a sandbox root may lack CAP_SYS_RESOURCE; then runc can neither lower an OOM score nor raise a limit.
     cat >"$folder/runc" <<'RUNC'
 #!/usr/bin/env python3
 import json, os, pathlib, sys
@@ -85,7 +85,7 @@ stop() {
   pid=$(<"$folder/dockerd.pid")
   kill "$pid" 2>/dev/null || return 0
   while kill -0 "$pid" 2>/dev/null; do sleep 0.2; done
-  # it leaves its network namespace mounted
+  # dockerd leaves its network namespace mounted.
   awk -v folder="$folder/" 'index($2, folder) == 1 { print $2 }' /proc/mounts | sort -r | xargs -r -n 1 umount
 }
 
@@ -96,7 +96,7 @@ base() {
   if ! "$DOCKER" image inspect "$name" >/dev/null 2>&1; then
     packages debootstrap
     mirror=$(apt-cache policy | sed -n "s|^ *[0-9]* \([^ ]*\) $suite/main .*|\1|p" | head -n 1)
-    root=$(mktemp -d) # not local: the trap is run when the function is over
+    root=$(mktemp -d) # not local: the trap runs after the function has returned
     trap 'rm -rf "$root"' EXIT
     debootstrap --variant=minbase "$suite" "$root" ${mirror:+"$mirror"} >&2 || die "debootstrap of $suite failed"
     tar -C "$root" --exclude='./var/cache/apt/archives/*.deb' --exclude='./var/lib/apt/lists/*' -c . | "$DOCKER" import - "$name" >/dev/null

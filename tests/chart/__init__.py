@@ -1,1 +1,1 @@
-"""A package, so that its conftest is another module than the one above."""
+"""A package, so that its conftest does not share a module name with tests/conftest.py."""

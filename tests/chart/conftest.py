@@ -1,4 +1,4 @@
-"""Run with --confcutdir=tests/chart: what lies above is for the project's own environment, which has no Helm."""
+"""Run with --confcutdir=tests/chart: tests/conftest.py needs the project's own environment, which has no Helm."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def helm() -> Iterator[Helm]:
 
 @pytest.fixture(scope="session")
 def schemas() -> None:
-    """Each version's schema is read once and not for each object."""
+    """Read each version's schema once, and not for every object."""
     from kubernetes_validate import utils
 
     utils.schema_contents = functools.cache(utils.schema_contents)

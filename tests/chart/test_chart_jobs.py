@@ -1,4 +1,4 @@
-"""What the Jobs are: their names, what differs by Kubernetes version, and what follows from several values together."""
+"""The Jobs: their names, differences between Kubernetes versions, and values that interact."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_names_are_short_enough_and_no_two_are_the_same(helm: Helm) -> None:
             for name in render(helm, merged(values, {"cronJob": {"schedule": schedule}}), release=release).jobs
         ]
         assert len(set(names)) == len(names) == len(RELEASES) * len(settings)
-        # the label job-name of a Job's pods; of a CronJob the Jobs get eleven characters more
+        # A Job's name becomes a label of its pods, and a CronJob appends eleven characters to the names of its Jobs.
         assert max(map(len, names)) <= (52 if schedule else 63)
         assert all(re.fullmatch("[a-z0-9]([-a-z0-9]*[a-z0-9])?", name) for name in names)
 
@@ -80,7 +80,7 @@ def test_objects_of_two_releases_have_their_own_names(helm: Helm) -> None:
 def test_another_setting_is_another_job_with_a_settings_file_of_its_own(helm: Helm) -> None:
     before, after = render(helm, A), render(helm, merged(A, {"config": {"training": {"epochs": 4}}}))
     assert before.jobs.keys() != after.jobs.keys()
-    # the pod of the old Job keeps what it has mounted
+    # The old Job's pod keeps its own settings file.
     assert before.one("ConfigMap")["metadata"]["name"] != after.one("ConfigMap")["metadata"]["name"]
     assert after.one("ConfigMap")["immutable"] is True
     assert (
@@ -95,7 +95,7 @@ def test_one_persona_more_leaves_the_others_alone(helm: Helm) -> None:
 
 
 def test_names_of_digits_alone_are_names(helm: Helm) -> None:
-    """In YAML they are numbers."""
+    """YAML reads them as numbers."""
     import kubernetes_validate
 
     claims = {name: {"existingClaim": "123"} for name in ("workVolume", "modelCache", "compileCache")}
@@ -178,7 +178,7 @@ def test_fields_that_a_version_does_not_know_are_left_out(
     assert ("podFailurePolicy" in nightly["spec"]["jobTemplate"]["spec"]) is policy
 
 
-# all of a Job, its pods and their containers that came after 1.20
+# Fields of a Job, its pods and their containers that are newer than 1.20.
 NEWER_THAN_1_20: Final = {
     "podFailurePolicy", "podReplacementPolicy", "successPolicy", "managedBy", "completionMode", "suspend", "backoffLimitPerIndex",
     "maxFailedIndexes", "hostUsers", "os", "schedulingGates", "resourceClaims", "resizePolicy", "restartPolicyRules", "timeZone",
@@ -270,7 +270,7 @@ def test_the_digest_is_what_the_manifest_of_an_adapter_records(helm: Helm) -> No
 )
 def test_who_asks_for_a_gpu(helm: Helm, device: str, enabled: object, asks: bool) -> None:
     resources = render(helm, merged(A, {"device": device, "gpu": {"enabled": enabled}})).trainer["resources"]
-    # text and no number: server-side apply refuses one
+    # A string, because server-side apply refuses a number.
     expected = "1" if asks else None
     assert [resources[kind].get("nvidia.com/gpu") for kind in ("requests", "limits")] == [expected, expected]
 
@@ -297,7 +297,7 @@ def test_a_claim_of_the_release(helm: Helm) -> None:
     rendered = render(helm, values)
     asked = {"accessModes": ["ReadWriteMany"], "resources": {"requests": {"storage": "77Gi"}}}
     assert {item["metadata"]["name"]: item["spec"] for item in rendered.of_kind("PersistentVolumeClaim")} == {
-        # without a class it is the cluster's default, which an empty one would not be
+        # Without a class the cluster's default applies; an empty class would disable it.
         "persona-train-work": asked,
         "persona-train-models": {**asked, "storageClassName": "nfs"},
     }
@@ -347,7 +347,7 @@ def test_the_policy_is_for_the_trainer_and_the_check(helm: Helm) -> None:
 
 
 def test_kueue_gets_its_label_and_nothing_else(helm: Helm) -> None:
-    """It suspends and admits by itself: a rendered `suspend` would be applied again by every upgrade."""
+    """Kueue suspends and admits Jobs itself; every upgrade would apply a rendered `suspend` again."""
     job = render(helm, merged(A, {"kueue": {"queueName": "personas"}})).one("Job")
     assert job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "personas"
     assert "suspend" not in job["spec"]

@@ -1,4 +1,4 @@
-"""Thirty combinations of values through both Helms, and what any Kubernetes, any policy and the job itself would say of them."""
+"""Thirty combinations of values through both Helms, checked by Kubernetes schemas, policies and the job itself."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import io
 import json
 import os
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -15,9 +14,9 @@ import yaml
 
 from chart.chart_helm import CHART, Helm, Manifests, RefusedError, Values, examples, whole
 from chart.combinations import COMBINATIONS
+from chart.kubernetes_rules import VERSIONS, violations
 
-VERSIONS: Final = ("1.32", "1.33", "1.34", "1.35", "1.36", "1.37")
-# the policy of failures came with 1.26; kubernetes-validate knows 1.25 and newer
+# podFailurePolicy needs 1.26; kubernetes-validate has schemas from 1.25 on.
 OLDER: Final = ("1.25", "1.26", "1.27", "1.28", "1.29", "1.30", "1.31")
 
 
@@ -51,7 +50,7 @@ def test_both_helms_give_the_same(helm: Helm, name: str) -> None:
 @pytest.mark.parametrize("name", COMBINATIONS)
 @pytest.mark.parametrize("version", ["v3", "v4"])
 def test_helm_lint_is_strict_and_content(helm: Helm, version: Any, name: str) -> None:
-    # it is a batch job: nothing shows a picture of it
+    # A batch job has no icon.
     assert helm.lint(COMBINATIONS[name], helm=version) == ["INFO: Chart.yaml: icon is recommended"]
 
 
@@ -62,38 +61,6 @@ def test_helm_lint_refuses_the_bare_defaults(helm: Helm, version: Any) -> None:
 
 
 # -- Pod Security "restricted" ---------------------------------------------------------------------------
-
-VOLUMES: Final = {"configMap", "csi", "downwardAPI", "emptyDir", "ephemeral", "persistentVolumeClaim", "projected", "secret"}
-
-
-def violations(pod: dict[str, Any]) -> Iterator[str]:
-    """What the standard's controls say of a pod's spec (Kubernetes, Pod Security Standards, "restricted")."""
-    spec = pod["spec"]
-    own = spec.get("securityContext", {})
-    for name in ("hostNetwork", "hostPID", "hostIPC"):
-        if spec.get(name):
-            yield name
-    yield from (f"volume {volume['name']}" for volume in spec["volumes"] if set(volume) - {"name"} - VOLUMES)
-    if "windowsOptions" in own or own.get("sysctls"):
-        yield "windows or sysctls"
-    for container in [*spec.get("initContainers", []), *spec["containers"]]:
-        context = container.get("securityContext", {})
-        both = {**own, **context}
-        yield from (
-            f"{container['name']}: {problem}"
-            for problem, holds in {
-                "allowPrivilegeEscalation": context.get("allowPrivilegeEscalation") is False,
-                "privileged": not context.get("privileged"),
-                "capabilities.drop": "ALL" in context.get("capabilities", {}).get("drop", []),
-                "capabilities.add": set(context.get("capabilities", {}).get("add", [])) <= {"NET_BIND_SERVICE"},
-                "runAsNonRoot": both.get("runAsNonRoot") is True,
-                "runAsUser": both.get("runAsUser") != 0,
-                "seccompProfile": both.get("seccompProfile", {}).get("type") in ("RuntimeDefault", "Localhost"),
-                "hostPort": not any(port.get("hostPort") for port in container.get("ports", [])),
-                "procMount": context.get("procMount", "Default") == "Default",
-            }.items()
-            if not holds
-        )
 
 
 @pytest.mark.parametrize("name", COMBINATIONS)
@@ -139,7 +106,7 @@ def test_checkov_has_no_failed_check(helm: Helm, tmp_path: Path) -> None:
     )
     report = json.loads(done.stdout)
     failed = [(check["check_id"], check["file_path"]) for check in report["results"]["failed_checks"]]
-    # OpenShift gives the pod a user of its own range, so the chart may name none there
+    # OpenShift assigns the user id, so the chart must not set one there.
     openshift = f"/{list(COMBINATIONS).index('the user of OpenShift'):02}.yaml"
     assert sorted(failed) == [("CKV_K8S_40", openshift)] * 2
     assert report["summary"]["passed"] > 30 * len(COMBINATIONS)
@@ -154,7 +121,7 @@ def test_what_is_rendered_is_good_yaml(helm: Helm, name: str) -> None:
     from yamllint import linter
     from yamllint.config import YamlLintConfig
 
-    # Helm itself writes lists without indentation, and lines as long as their values
+    # Helm writes lists without indentation and never wraps long values.
     config = YamlLintConfig(
         "{extends: default, rules: {line-length: disable, indentation: {indent-sequences: whatever}, braces: disable}}"
     )
@@ -178,7 +145,7 @@ print(json.dumps(answers))
 
 
 def settle(arguments: list[list[str]]) -> list[tuple[int, str, str]]:
-    """Exit code, output and errors of `show-config --json` with each of `arguments`, by the project's own code."""
+    """Return exit code, output and errors of `show-config --json` with each of `arguments`, run by the project's own Python."""
     python = Path(os.environ.get("PROJECT_PYTHON", CHART.parents[1] / ".venv" / "bin" / "python"))
     assert python.exists(), f"no environment of the project at {python}: make setup"
     done = subprocess.run(
@@ -199,9 +166,9 @@ def test_the_chart_takes_every_default_of_the_job(helm: Helm) -> None:
     assert code == 0
     settings = json.loads(out)
     for name in ("blood_type", "data", "output", "work_dir", "device", "base"):
-        # these are values of the chart's own
+        # The chart has its own values for these.
         del settings[name]
-    # each section and each of its settings
+    # Count each section and each setting in it.
     assert sum(len(part) if isinstance(part, dict) else 1 for part in settings.values()) > 50
     rendered = Manifests(helm.template({"bloodType": "A", "config": settings}))
     assert rendered.settings == settings

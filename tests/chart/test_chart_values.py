@@ -1,4 +1,4 @@
-"""Every value of values.yaml does what its comment says: each is changed by itself, and what comes of it is looked for."""
+"""Every value in values.yaml does what its comment says: change each one alone and look for its effect."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ DIGEST: Final = f"sha256:{'0123456789abcdef' * 4}"
 
 @dataclass(frozen=True)
 class Change:
-    """`value` instead of the default, beside `given`: makes `shows` appear, which is not there otherwise."""
+    """Setting `value` on top of `given` makes `shows` appear in the manifests."""
 
     value: Any
     shows: str
-    """A part of the manifests, white space collapsed."""
+    """A part of the manifests with white space collapsed."""
     given: Values = field(default_factory=dict)
     hides: str = ""
-    """A part that is there only with the default."""
+    """A part that only the default renders."""
     also: Values = field(default_factory=dict)
-    """What has to change with it."""
+    """Values that have to change along with it."""
 
     @property
     def before(self) -> Values:
@@ -156,7 +156,7 @@ CHANGES: Final[dict[str, Change]] = {
 
 
 def leaves(values: Values, prefix: str = "") -> Iterator[str]:
-    """What can be set: scalars, lists, and maps that are empty by default."""
+    """Yield the values that a user can set: scalars, lists, and maps that are empty by default."""
     for name, value in values.items():
         if isinstance(value, dict) and value:
             yield from leaves(value, f"{prefix}{name}.")
@@ -172,7 +172,7 @@ def test_every_value_has_its_test() -> None:
 
 
 def flat(values: Values) -> str:
-    """All manifests without quotation marks, white space collapsed; `kind: X` is followed by a space."""
+    """Return all manifests without quotation marks and with white space collapsed; a space follows `kind: X`."""
     rendered = whole(values)
     del rendered["NOTES.txt"]
     return " ".join(" ".join(text.split()) for text in rendered.values()).replace('"', "") + " "
@@ -197,7 +197,7 @@ def test_the_job_has_another_name_exactly_if_it_could_not_be_changed(helm: Helm,
     before, after = (Manifests(helm.template(values)) for values in (change.before, change.after(dotted)))
 
     def fixed(manifests: Manifests) -> dict[str, list[Any]]:
-        """What a Job that is there keeps, by its name: Kubernetes refuses to change it, or, for the label, Kueue does."""
+        """Return by name what an existing Job keeps: fields that Kubernetes, or for the label Kueue, refuses to change."""
         return {
             job["metadata"]["name"]: [
                 job["spec"]["template"],

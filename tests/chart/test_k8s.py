@@ -1,4 +1,4 @@
-"""What k8s/ holds: taken by Kubernetes, Kueue and Kubeflow Trainer, room for the chart's Jobs, and one pod with the chart's."""
+"""Test k8s/: Kubernetes, Kueue and Kubeflow Trainer accept it, its quotas fit the chart's Jobs, its pod is the chart's."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import yaml
 
 from chart.chart_helm import CHART, REPOSITORY, Helm, Manifests, examples, merged, whole
 from chart.combinations import ALL
-from chart.test_chart_manifests import VERSIONS, violations
+from chart.kubernetes_rules import VERSIONS, violations
 
 FOLDER: Final = REPOSITORY / "k8s"
 RENDERED: Final = sorted((FOLDER / "rendered").glob("*.yaml"))
@@ -72,7 +72,7 @@ def test_the_namespace_refuses_what_is_not_restricted() -> None:
 def test_kustomize_puts_it_together() -> None:
     kinds = ["Namespace", "ResourceQuota", "LimitRange"]
     kustomization = yaml.safe_load((FOLDER / "kustomization.yaml").read_text(encoding="utf-8"))
-    # nothing but a list, so what it lists is what comes out
+    # The kustomization only lists files, so its output is what it lists.
     assert kustomization.keys() == {"apiVersion", "kind", "resources"}
     listed = [yaml.safe_load((FOLDER / name).read_text(encoding="utf-8"))["kind"] for name in kustomization["resources"]]
     assert sorted(listed) == sorted(kinds)
@@ -100,7 +100,7 @@ _UNITS: Final = {"": Decimal(1), "m": Decimal("0.001"), "Ki": Decimal(2**10), "M
 
 
 def amount(quantity: str | int) -> Decimal:
-    """A quantity of Kubernetes, as far as these files need it."""
+    """Parse a Kubernetes quantity, as far as these files need it."""
     match = re.fullmatch(r"([0-9.]+)(m|Ki|Mi|Gi|)", str(quantity))
     assert match, quantity
     return Decimal(match[1]) * _UNITS[match[2]]
@@ -111,7 +111,7 @@ def test_amounts() -> None:
 
 
 def used(pods: list[dict[str, Any]]) -> dict[str, Decimal]:
-    """What a ResourceQuota counts for these pods, once the LimitRange has filled in what they leave out."""
+    """Return what a ResourceQuota counts for these pods after the LimitRange has set its defaults."""
     (container_limits,) = (item for item in one("limit-range.yaml", "LimitRange")["spec"]["limits"] if item["type"] == "Container")
     total: dict[str, Decimal] = {}
     for pod in pods:
@@ -128,7 +128,7 @@ def used(pods: list[dict[str, Any]]) -> dict[str, Decimal]:
 
 
 def default_pods(helm: Helm) -> list[dict[str, Any]]:
-    """Of a Job for each persona, and of `helm test`."""
+    """Return the pods of one Job per persona and of `helm test`."""
     return [*Manifests(helm.template(ALL)).pods, yaml.safe_load(whole(ALL)["tests/check-storage.yaml"])]
 
 
@@ -138,7 +138,7 @@ def test_the_quota_admits_a_job_for_each_persona_and_the_storage_check(helm: Hel
     assert len(pods) == 5
     counted = used(pods)
     bounded = {name for name in hard if name.startswith(("requests.", "limits.")) and name != "requests.storage"}
-    # a GPU's limit is its request, and a quota takes the request alone
+    # A GPU's limit equals its request, and a quota accepts only the request.
     assert bounded == set(counted) - {"limits.nvidia.com/gpu"}
     for name in bounded:
         assert counted[name] <= amount(hard[name]), name
@@ -163,13 +163,13 @@ def test_claims_of_the_chart_fit(helm: Helm) -> None:
         item["max"] for item in one("limit-range.yaml", "LimitRange")["spec"]["limits"] if item["type"] == "PersistentVolumeClaim"
     )
     assert max(sizes) <= amount(bound["storage"])
-    # two releases
+    # Two releases fit.
     assert 2 * sum(sizes) <= amount(hard["requests.storage"])
     assert 2 * len(sizes) <= int(hard["persistentvolumeclaims"])
 
 
 def test_nobody_gets_a_gpu_by_default() -> None:
-    """A bound in a LimitRange is the default of all that name none."""
+    """A LimitRange applies its bound as the default to every container that sets none."""
     for item in one("limit-range.yaml", "LimitRange")["spec"]["limits"]:
         assert not any("gpu" in name for part in item.values() if isinstance(part, dict) for name in part)
         if item["type"] == "Container":
@@ -178,7 +178,7 @@ def test_nobody_gets_a_gpu_by_default() -> None:
 
 # -- Kueue ----------------------------------------------------------------------------------------------
 
-# the fields of kueue.x-k8s.io/v1beta2 that are used here, as its CRDs have them
+# The fields of kueue.x-k8s.io/v1beta2 that these files use, from its CRDs.
 _FLAVOR_FIELDS: Final = {"nodeLabels", "nodeTaints", "tolerations", "topologyName"}
 _QUEUE_FIELDS: Final = {"namespaceSelector", "preemption", "resourceGroups", "queueingStrategy", "flavorFungibility", "cohortName"}
 _PREEMPTION: Final = {"Never", "LowerPriority", "LowerOrNewerEqualPriority"}
@@ -205,7 +205,7 @@ def test_fields_of_kueue() -> None:
                 assert set(group) == {"coveredResources", "flavors"}
                 for flavor in group["flavors"]:
                     assert set(flavor) == {"name", "resources"}
-                    # Kueue wants each flavor to have all of them, in this order
+                    # Kueue requires each flavor to list all of them in this order.
                     assert [resource["name"] for resource in flavor["resources"]] == group["coveredResources"]
                     assert all(set(resource) == {"name", "nominalQuota"} for resource in flavor["resources"])
         else:
@@ -219,7 +219,7 @@ def test_the_queues_hang_together() -> None:
     assert {flavor["name"] for flavor in group["flavors"]} == flavors
     assert one("kueue/queues.yaml", "LocalQueue")["spec"]["clusterQueue"] == queue["metadata"]["name"]
     assert queue["spec"]["namespaceSelector"] == {"matchLabels": {"kubernetes.io/metadata.name": "personas"}}
-    # the chart's example and the TrainJob ask for this queue
+    # The chart's example and the TrainJob name this queue.
     name = one("kueue/queues.yaml", "LocalQueue")["metadata"]["name"]
     assert examples()["shared-values.yaml"]["kueue"]["queueName"] == name
     assert one("kubeflow/train-job.yaml", "TrainJob")["metadata"]["labels"] == {"kueue.x-k8s.io/queue-name": name}
@@ -228,14 +228,14 @@ def test_the_queues_hang_together() -> None:
 def test_kueue_admits_a_job_on_either_flavor_and_no_more_than_the_quota(helm: Helm) -> None:
     (group,) = one("kueue/queues.yaml", "ClusterQueue")["spec"]["resourceGroups"]
     requests = Manifests(helm.template({"bloodType": "A"})).trainer["resources"]["requests"]
-    # what is requested and not covered is never admitted
+    # Kueue never admits a request for a resource that the queue does not cover.
     assert set(requests) == set(group["coveredResources"])
     total = dict.fromkeys(requests, Decimal(0))
     for flavor in group["flavors"]:
         for resource in flavor["resources"]:
             assert amount(resource["nominalQuota"]) >= amount(requests[resource["name"]]), flavor["name"]
             total[resource["name"]] += amount(resource["nominalQuota"])
-    # otherwise Kueue would admit what the quota then refuses
+    # Otherwise Kueue admits Jobs that the quota then refuses.
     hard = one("resource-quota.yaml", "ResourceQuota")["spec"]["hard"]
     for name, quantity in total.items():
         assert quantity <= amount(hard[f"requests.{name}"]), name
@@ -245,7 +245,7 @@ def test_kueue_admits_a_job_on_either_flavor_and_no_more_than_the_quota(helm: He
 
 
 def job_of_the_runtime() -> dict[str, Any]:
-    """The template of the one Job that Trainer makes of it."""
+    """Return the template of the only Job that Trainer creates from the runtime."""
     (job,) = one("kubeflow/training-runtime.yaml", "TrainingRuntime")["spec"]["template"]["spec"]["replicatedJobs"]
     assert job["name"] == "node"
     assert set(job) == {"name", "template"}
@@ -254,7 +254,7 @@ def job_of_the_runtime() -> dict[str, Any]:
 
 @pytest.mark.parametrize("kind", ["TrainingRuntime", "TrainJob"])
 def test_trainers_own_models_take_it(kind: str) -> None:
-    """What they do not know they drop."""
+    """They drop fields that they do not know."""
     models = pytest.importorskip("kubeflow_trainer_api.models", reason="kubeflow-trainer-api is not installed: make chart-test")
     (given,) = (item for _, item in OF_OTHERS if item["kind"] == kind)
     model = getattr(models, f"TrainerV1alpha1{kind}")
@@ -274,7 +274,7 @@ def test_the_runtimes_job_is_one(schemas: None, version: str) -> None:
 
 def test_the_runtime_is_found_by_trainer() -> None:
     spec = one("kubeflow/training-runtime.yaml", "TrainingRuntime")["spec"]
-    # without a source there it is a plain Job: one process, no torchrun
+    # Without a source in mlPolicy the runtime is a plain Job: one process, no torchrun.
     assert spec["mlPolicy"] == {"numNodes": 1}
     assert job_of_the_runtime()["metadata"]["labels"] == {"trainer.kubeflow.org/trainjob-ancestor-step": "trainer"}
     reference = one("kubeflow/train-job.yaml", "TrainJob")["spec"]["runtimeRef"]
@@ -289,7 +289,7 @@ def test_pod_security_restricted_admits_the_runtimes_pod() -> None:
 
 
 def test_the_runtimes_pod_is_the_charts(helm: Helm) -> None:
-    """But for the settings file, and for what the options say, which are a TrainJob's to give: those are variables."""
+    """Except for the settings file and the options: a TrainJob sets options, so the runtime has variables instead."""
     ((_, chart),) = Manifests(helm.template({"bloodType": "A"})).jobs.items()
     runtime = job_of_the_runtime()["spec"]
     theirs, ours = chart["template"]["spec"], runtime["template"]["spec"]
@@ -314,7 +314,7 @@ def test_the_runtimes_pod_is_the_charts(helm: Helm) -> None:
 def test_the_train_jobs_options_are_the_jobs(helm: Helm) -> None:
     arguments = one("kubeflow/train-job.yaml", "TrainJob")["spec"]["trainer"]["args"]
     from_chart = Manifests(helm.template(examples()["minimal-values.yaml"])).trainer["args"]
-    # the rest of the chart's are the job's own defaults, or the runtime's variables
+    # The chart's other arguments are the job's own defaults or the runtime's variables.
     assert set(arguments) <= set(from_chart)
     assert [argument.split("=")[0] for argument in arguments] == ["run", "--blood-type", "--data", "--output"]
 

@@ -1,16 +1,17 @@
-"""The chart and the image on a real cluster: whatever KUBECONFIG names, with the tiny base and an S3 server on this machine.
+"""Test chart and image on a real cluster: the one in KUBECONFIG, with the tiny base and an S3 server on this machine.
 
     python tests/e2e/cluster.py --image localhost/lora-trainer:cpu --s3-host 172.17.0.1
 
-It installs, waits, interrupts, upgrades and uninstalls as a user would, in a namespace of its own, and ends with 1 at the first
-thing that is not as it should be; the namespace is deleted either way (`--keep` leaves it). The image (`make image-cpu`) has to be
-on the nodes or in a registry that they reach. `--s3-host` is an address of this machine that pods reach: the bridge of Docker or
-kind. One node has to offer exactly one `nvidia.com/gpu`, real or pretended, since a second persona is expected to wait for it:
+Install, wait, interrupt, upgrade and uninstall as a user would, in a separate namespace. Exit with 1 at the first failure; delete
+the namespace in any case, unless `--keep` is given. The nodes need the image (`make image-cpu`), or a registry they can pull it
+from. `--s3-host` is an address of this machine that pods can reach: the bridge of Docker or kind. One node must offer exactly one
+`nvidia.com/gpu`, real or not, because the test expects a second persona to wait for it:
 
     kubectl patch node NODE --subresource=status --type=json \\
       -p '[{"op": "add", "path": "/status/capacity/nvidia.com~1gpu", "value": "1"}]'
 
-Helm is the `helm` that is found, or else Helm's own library from locks/chart.txt.
+Uses the `helm` program if there is one, otherwise Helm's library from locks/chart.txt.
+
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ Values = dict[str, Any]
 
 
 class WrongError(Exception):
-    """Something is not as it should be."""
+    """An expectation does not hold."""
 
 
 def say(line: str) -> None:
@@ -52,7 +53,7 @@ def say(line: str) -> None:
 
 
 def expect(is_so: object, otherwise: object) -> None:
-    """Raises `WrongError`, which names what was found."""
+    """Raise `WrongError` with `otherwise` unless `is_so`."""
     if not is_so:
         raise WrongError(otherwise)
 
@@ -61,7 +62,7 @@ def expect(is_so: object, otherwise: object) -> None:
 
 
 class Helm:
-    """Install, upgrade, test and uninstall. What Helm refuses is a `RefusedError` with its words."""
+    """Install, upgrade, test and uninstall. Raises `RefusedError` with Helm's message."""
 
     class RefusedError(Exception):
         pass
@@ -72,13 +73,13 @@ class Helm:
         if self._binary:
             self.version = self._run("version", "--short").strip()
             return
-        # behind everything else: the chart's environment has other versions of what this process has
+        # Appended, because the chart's environment has other versions of packages that this process uses.
         sys.path.extend(map(str, REPOSITORY.glob(".venv-chart/lib/python3*/site-packages")))
         try:
             library = importlib.import_module("helm_python")
         except ImportError:
             raise WrongError("neither helm nor its library is there: install Helm, or run make chart-lint once") from None
-        # a release for each namespace is what its storage is for
+        # Helm stores its releases in a namespace.
         self._library = library.Config(kubeconfig_path=os.environ.get("KUBECONFIG"), namespace=namespace)
         self._error: type[Exception] = library.HelmError
         self.version = str(library.helm_sdk_version())
@@ -130,7 +131,7 @@ class Helm:
 
 
 class Cluster:
-    """What kubectl says of one namespace."""
+    """kubectl in one namespace."""
 
     def __init__(self, namespace: str) -> None:
         self._kubectl = [shutil.which("kubectl") or "kubectl", "--namespace", namespace]
@@ -146,13 +147,13 @@ class Cluster:
         return found
 
     def job(self, release: str) -> dict[str, Any]:
-        """The one Job of a release."""
+        """Return the only Job of a release."""
         jobs = self.objects("jobs", release)
         expect(len(jobs) == 1, f"{release}: got {len(jobs)} Jobs, expected one")
         return jobs[0]
 
     def pods(self, release: str) -> list[dict[str, Any]]:
-        """The trainers', the oldest first."""
+        """Return the trainer pods, oldest first."""
         pods = [
             pod
             for pod in self.objects("pods", release)
@@ -164,7 +165,7 @@ class Cluster:
         return [pod["metadata"]["name"] for pod in self.pods(release)]
 
     def log(self, pod: str) -> list[dict[str, Any]]:
-        """A pod's events; what is no JSON is none of ours."""
+        """Return a pod's events; skip lines that are not JSON."""
         events = []
         for line in self.run("logs", pod, "--container", "trainer", is_checked=False).splitlines():
             with suppress(ValueError):
@@ -172,11 +173,11 @@ class Cluster:
         return events
 
     def follow(self, *arguments: str) -> subprocess.Popen[str]:
-        """What kubectl says as it comes, on a pipe."""
+        """Start kubectl with its output on a pipe."""
         return subprocess.Popen([*self._kubectl, *arguments], stdout=subprocess.PIPE, text=True)
 
     def wait(self, what: str, is_so: Callable[[], Any], limit_s: float = 300) -> Any:
-        """What `is_so` gives as soon as that is something."""
+        """Return the first true result of `is_so`."""
         ends_s = time.monotonic() + limit_s
         while not (found := is_so()):
             if time.monotonic() > ends_s:
@@ -187,7 +188,7 @@ class Cluster:
         return found
 
     def wait_for_job(self, release: str, limit_s: float = 600) -> str:
-        """`Complete` or `Failed`."""
+        """Return `Complete` or `Failed`."""
 
         def ended() -> str:
             conditions = self.job(release)["status"].get("conditions", [])
@@ -197,7 +198,7 @@ class Cluster:
 
 
 def terminated(pod: dict[str, Any]) -> dict[str, Any]:
-    """How the trainer of a pod ended; empty as long as it has not."""
+    """Return how a pod's trainer ended, or an empty dict while it runs."""
     statuses = pod["status"].get("containerStatuses", [])
     ended: dict[str, Any] = next((status["state"].get("terminated", {}) for status in statuses if status["name"] == "trainer"), {})
     return ended
@@ -208,7 +209,7 @@ def terminated(pod: dict[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def reachable(port: int, host: str) -> Iterator[int]:
-    """`host`, at the port that this gives, leads to `port` on loopback: the server that listens there takes any credentials."""
+    """Forward a port of `host` to `port` on loopback, and yield its number. The server there accepts any credentials."""
 
     def pump(source: socket.socket, target: socket.socket) -> None:
         with suppress(OSError):
@@ -232,7 +233,7 @@ def reachable(port: int, host: str) -> Iterator[int]:
 
 
 def put_files(storage: Any, broken: str) -> None:
-    """Data of three personas, one whose data is broken, and the tiny base."""
+    """Upload data for three personas, broken data for a fourth, and the tiny base."""
     with tempfile.TemporaryDirectory() as scratch:
         for name in ("A", "B", "AB"):
             path = Path(scratch) / f"{name}.jsonl"
@@ -249,7 +250,7 @@ def put_files(storage: Any, broken: str) -> None:
 
 
 class Story:
-    """One thing after the other, each of which has to hold."""
+    """Steps in order, each of which must succeed."""
 
     def __init__(self, cluster: Cluster, helm: Helm, storage: Any, common: Values) -> None:
         self.cluster, self.helm, self.storage, self.common = cluster, helm, storage, common
@@ -264,13 +265,13 @@ class Story:
         say(f"  ok, {took_s:.1f} s: {seen}")
 
     def values(self, **more: Any) -> Values:
-        """`more` over what all releases have in common; `config` is merged."""
+        """Merge `more` and its `config` into the values that all releases share."""
         merged = {**self.common, **more}
         merged["config"] = {**self.common["config"], **more.get("config", {})}
         return merged
 
     def refused(self, named: str, values: Values) -> str:
-        """Helm takes none of `values`, and its message has `named`."""
+        """Check that Helm refuses `values` with a message that contains `named`."""
         try:
             self.helm.install("refused", values)
         except Helm.RefusedError as error:
@@ -289,7 +290,7 @@ class Story:
         return " | ".join(line[:110] for line in seen)
 
     def two_personas(self) -> str:
-        """A has the GPU, B waits for it."""
+        """A gets the GPU and B waits for it."""
         self.helm.install("train-a", self.values(bloodType="A"))
         self.cluster.wait("A runs", lambda: self.phase("train-a") == "Running")
         self.helm.install("train-b", self.values(bloodType="B"))
@@ -355,7 +356,7 @@ class Story:
         return f"exit 3: {word['problems'][0][:120]}"
 
     def interrupted(self) -> str:
-        """A pod is deleted in mid-training: 143, and the next one goes on."""
+        """Delete a pod in mid-training: it ends with 143, and the next one continues."""
         steps = 60
         config = {
             "training": {**self.common["config"]["training"], "max_steps": steps, "epochs": 40},
@@ -365,7 +366,7 @@ class Story:
         self.cluster.wait("AB has a pod", lambda: self.cluster.pods("train-ab"))
         first = self.cluster.pods("train-ab")[0]["metadata"]["name"]
         self.cluster.wait("there is a checkpoint", lambda: self.event("train-ab", "checkpoint_uploaded"), 400)
-        # whoever deletes a pod takes its log and its end away with it
+        # Deleting a pod also deletes its log and exit code.
         log = self.cluster.follow("logs", "--follow", first)
         exit_code = "{.status.containerStatuses[0].state.terminated.exitCode}"
         states = self.cluster.follow("get", "pod", first, "--watch", "--output", f"jsonpath={exit_code}{{'\\n'}}")
@@ -410,7 +411,7 @@ class Story:
         return next((str(c.get("message", "")) for c in conditions if c["type"] == "PodScheduled" and c["status"] == "False"), "")
 
     def event(self, release: str, name: str) -> dict[str, Any]:
-        """The newest pod's last one of that name; empty: it has none."""
+        """Return the newest pod's last event of this name, or an empty dict."""
         pods = self.cluster.pods(release)
         log = self.cluster.log(pods[-1]["metadata"]["name"]) if pods else []
         return next((line for line in reversed(log) if line.get("event") == name), {})
@@ -420,7 +421,7 @@ class Story:
 
 
 def common_values(arguments: argparse.Namespace, endpoint: str) -> Values:
-    """A run of a few steps on the tiny base, which asks for the GPU and does not use it."""
+    """Return values for a short run on the tiny base that requests the GPU without using it."""
     from lora_trainer.config import GatesConfig
 
     repository, _, tag = arguments.image.rpartition(":")
@@ -447,7 +448,7 @@ def common_values(arguments: argparse.Namespace, endpoint: str) -> Values:
                 "prompts": f"s3://{BUCKET}/prompts/few_prompts.jsonl", "max_new_tokens": 16, "intensities": [0.5],
                 "bootstrap_resamples": 100,
             },
-            # a few steps make no friend
+            # A few steps do not teach a persona.
             "gates": dict.fromkeys(GatesConfig.model_fields),
         },
     }  # fmt: skip

@@ -1,4 +1,4 @@
-"""`lora-trainer chat` on a published adapter: every reply is exact JSON, also of one that has hardly learned anything."""
+"""`lora-trainer chat` on a published adapter: every reply is exact JSON, even from an adapter that has learned almost nothing."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_run import REPOSITORY, SHORT, job
+from conftest import REPOSITORY
+from jobs import SHORT, job
 
 from lora_trainer.evaluate.rules import read_exact
 
@@ -20,7 +21,7 @@ for needed in ("torch", "transformers", "trl", "peft", "llguidance"):
 
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An adapter after six steps: unconstrained, it writes no JSON worth the name."""
+    """Train for six steps: without the grammar this adapter does not write valid JSON."""
     folder = tmp_path_factory.mktemp("chat")
     done = job(
         "run", *SHORT, "--blood-type", "B", "--data", str(REPOSITORY / "data"), "--output", str(folder / "out"), work_dir=folder
@@ -30,7 +31,7 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def chat(adapter: Path, work_dir: Path, lines: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """The command, with `lines` piped in."""
+    """Run the command with `lines` on its standard input."""
     return subprocess.run(
         [sys.executable, "-m", "entrypoint", "chat", "--adapter", str(adapter), "--work-dir", str(work_dir),
          "--base-model", "./examples/tiny-base", *arguments],

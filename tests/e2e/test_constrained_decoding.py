@@ -1,12 +1,12 @@
-"""A model that has learned nothing answers in exact JSON all the same, a thousand times of a thousand."""
+"""An untrained model always answers in exact JSON under the grammar."""
 
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
+from jobs import BASE
 
 from lora_trainer.data.records import Reply
 from lora_trainer.evaluate.decoding import Decoding
@@ -20,31 +20,29 @@ pytestmark = pytest.mark.e2e
 for needed in ("torch", "transformers", "llguidance"):
     pytest.importorskip(needed, reason=f"{needed} is not installed: pip install '.[cpu]'")
 
-TINY_BASE = Path(__file__).resolve().parents[2] / "examples" / "tiny-base"
 SCHEMA: Any = response_schema()
-REPLIES = 1000
 
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(TINY_BASE, local_files_only=True)
+    return AutoTokenizer.from_pretrained(BASE, local_files_only=True)
 
 
 @pytest.fixture(scope="module")
 def untrained() -> Any:
-    """The tiny base before any training, shallower, with logits for more tokens than the tokenizer has."""
+    """The untrained tiny base with one layer, and with logits for more tokens than the tokenizer has."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    settings = AutoConfig.from_pretrained(TINY_BASE, local_files_only=True, num_hidden_layers=1, vocab_size=4160)
+    settings = AutoConfig.from_pretrained(BASE, local_files_only=True, num_hidden_layers=1, vocab_size=4160)
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(settings).float().eval()
 
 
 def prompts(tokenizer: Any) -> list[str]:
-    """Whole prompts of several lengths, so that a batch is padded."""
+    """Prompts of several lengths, so that batches are padded."""
     said = ("응", "나 오늘 시험 망했어ㅠㅠ", "주말에 뭐 할까? 영화 보러 갈래?")
     return [
         tokenizer.apply_chat_template(
@@ -57,16 +55,17 @@ def prompts(tokenizer: Any) -> list[str]:
     ]
 
 
-def test_a_thousand_replies_of_an_untrained_base_are_exact(untrained: Any, tokenizer: Any) -> None:
+@pytest.mark.parametrize("count", [100, pytest.param(1000, marks=pytest.mark.slow)])
+def test_every_reply_of_an_untrained_base_is_exact(untrained: Any, tokenizer: Any, count: int) -> None:
     from lora_trainer.train.backends.generation import generate
 
     grammar = ReplyGrammar(tokenizer, SCHEMA)
     decoding = Decoding("sampled", most_tokens(SCHEMA), temperature=1.5, seed=1)
-    # short, because a longer prompt costs time and tells such a model nothing; of several lengths, so that they are padded
-    asked = [("응", "나 오늘", "주말에 뭐 할까?")[at % 3] for at in range(REPLIES)]
+    # Short, because a long prompt costs time and this model ignores it; of several lengths, so that batches are padded.
+    asked = [("응", "나 오늘", "주말에 뭐 할까?")[at % 3] for at in range(count)]
     replies = generate(untrained, tokenizer, asked, decoding, batch_size=250, processors=lambda: [grammar.processor()])
 
-    assert len(replies) == REPLIES
+    assert len(replies) == count
     bounds, emotions = SCHEMA["properties"]["text"], SCHEMA["properties"]["emotion"]["enum"]
     lengths, seen = [], set()
     for reply in replies:
@@ -81,10 +80,10 @@ def test_a_thousand_replies_of_an_untrained_base_are_exact(untrained: Any, token
         assert reply.text == json.dumps(found, ensure_ascii=False, separators=(",", ":"))
         lengths.append(len(found["text"]))
         seen.add(found["emotion"])
-    # the model does wander: it uses the bound, ends before it, and knows no favourite
+    # The model varies: replies end before the bound and at it, and every emotion occurs.
     assert min(lengths) < bounds["maxLength"] == max(lengths)
     assert seen == set(emotions)
-    assert len({reply.text for reply in replies}) > REPLIES // 2
+    assert len({reply.text for reply in replies}) > count // 2
 
 
 def test_without_the_grammar_it_answers_in_none(untrained: Any, tokenizer: Any) -> None:
@@ -96,13 +95,13 @@ def test_without_the_grammar_it_answers_in_none(untrained: Any, tokenizer: Any) 
 
 
 def test_a_trained_base_says_the_same_with_and_without_the_grammar(tokenizer: Any) -> None:
-    """Where it would have written the contract's JSON anyway, nothing is changed: greedily, token by token."""
+    """The grammar does not change greedy replies that are valid without it, token by token."""
     import torch
     from transformers import AutoModelForCausalLM
 
     from lora_trainer.train.backends.generation import generate
 
-    base = AutoModelForCausalLM.from_pretrained(TINY_BASE, local_files_only=True, dtype=torch.float32).eval()
+    base = AutoModelForCausalLM.from_pretrained(BASE, local_files_only=True, dtype=torch.float32).eval()
     grammar = ReplyGrammar(tokenizer, SCHEMA)
     decoding = Decoding("greedy", 120)
     asked = prompts(tokenizer)

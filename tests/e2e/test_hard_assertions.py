@@ -1,4 +1,4 @@
-"""What fails silently in this ecosystem must end the run: each assertion of the backends, sabotaged on the tiny base."""
+"""Silent failures of this ecosystem must end the run: trigger each of the backends' assertions on the tiny base."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import REPOSITORY
+from jobs import BASE, require_training_stack
 
 from lora_trainer.config_sources import settle
 from lora_trainer.data.jsonl import JsonlReader
@@ -16,16 +18,13 @@ from lora_trainer.train.memory_plan import plan_memory
 from lora_trainer.train.tokenization import TokenSequence, tokenize
 
 pytestmark = pytest.mark.e2e
-for needed in ("torch", "transformers", "trl", "peft", "datasets"):
-    pytest.importorskip(needed, reason=f"{needed} is not installed: pip install '.[cpu]'")
+require_training_stack()
 
-REPOSITORY = Path(__file__).resolve().parents[2]
-BASE = REPOSITORY / "examples" / "tiny-base"
 RECORDS = 24
 
 
 class Loaded:
-    """A backend with base, adapter and trainer, and the sequences it trains on."""
+    """A backend with base, adapter and trainer, and the sequences to train on."""
 
     def __init__(self, work_dir: Path, **settings: Any) -> None:
         config = settle(
@@ -84,7 +83,7 @@ def test_a_packed_row_has_the_loss_of_its_records_one_by_one(loaded: Loaded) -> 
 
 
 def test_rows_do_not_change_what_a_step_computes(tmp_path: Path) -> None:
-    """The same optimizer steps in one row or in several: the same losses up to rounding."""
+    """The same optimizer steps have the same losses, up to rounding, in one row or in several."""
     logs = [Loaded(tmp_path / str(tokens), memory__micro_batch_tokens=tokens).backend.train() for tokens in (4096, 512)]
     assert [step.rows for step in logs[0].steps] != [step.rows for step in logs[1].steps]
     for wide, narrow in zip(logs[0].steps, logs[1].steps, strict=True):
@@ -165,7 +164,7 @@ def test_every_reply_ends_in_one_end_of_turn_that_is_in_the_loss(loaded: Loaded)
         assert sequence.labels[-1] == eos
         assert sequence.labels.count(eos) == 1
     row = make_row(loaded.sequences[:3])
-    # at the start of each record there is nothing to predict it from
+    # a record's first token has nothing to predict it from
     starts = [0, len(loaded.sequences[0]), len(loaded.sequences[0]) + len(loaded.sequences[1])]
     assert [int(row["labels"][0, start]) for start in starts] == [-100, -100, -100]
     assert [int(row["position_ids"][0, start]) for start in starts] == [0, 0, 0]

@@ -10,22 +10,23 @@ from typing import Any
 
 import boto3
 import pytest
-from test_chaos import chaos
+from conftest import load_tool
+from jobs import require_training_stack
 
 from lora_trainer.store.interface import Storage
 from lora_trainer.store.manifest import verify_files
 from lora_trainer.store.opening import open_storage
 
 pytestmark = pytest.mark.e2e
+require_training_stack()
 
-__all__ = ["chaos"]  # the fixture
-
+chaos: Any = load_tool("chaos", "benchmarks")
 Start = Callable[..., Any]
 
 
 @pytest.fixture
-def start(chaos: Any, s3_server: Any, bucket: str, tmp_path: Path) -> Iterator[Start]:
-    """Starts the same run again and again, each time with another work folder, as on another machine."""
+def start(s3_server: Any, bucket: str, tmp_path: Path) -> Iterator[Start]:
+    """Start the same run repeatedly, each time with a new work folder, as on another machine."""
     chaos.make_bucket(s3_server, chaos.Settings(), bucket)
     started: list[Any] = []
 
@@ -49,7 +50,7 @@ def until(process: Any, event: str, limit_s: float = 300) -> dict[str, Any]:
     pytest.fail(f"{event} never came: {process.log[-3:]} {process.noise}")
 
 
-def ended(process: Any, chaos: Any, limit_s: float = 600) -> int:
+def ended(process: Any, limit_s: float = 600) -> int:
     deadline_s = time.monotonic() + limit_s
     while time.monotonic() < deadline_s:
         if (code := process.wait(chaos.threading.Event())) is not None:
@@ -62,7 +63,7 @@ def objects(storage: Storage) -> dict[str, str]:
     return {item.key: item.etag for item in storage.list("")}
 
 
-def test_the_second_one_waits_and_finds_the_work_done(start: Start, chaos: Any, bucket: str) -> None:
+def test_the_second_one_waits_and_finds_the_work_done(start: Start, bucket: str) -> None:
     first = start()
     until(first, "checkpoint_uploaded")
     first.send("SIGSTOP")
@@ -70,27 +71,27 @@ def test_the_second_one_waits_and_finds_the_work_done(start: Start, chaos: Any, 
     waiting = until(second, "lease_waiting")
     assert (waiting["attempt"], waiting["expires_without_renewal_s"]) == (1, 60)
     first.send("SIGCONT")
-    assert ended(first, chaos) == 0
-    assert ended(second, chaos) == 0
+    assert ended(first) == 0
+    assert ended(second) == 0
     assert second.event("already_done")
     assert not second.event("training_step")
     assert not any(name.startswith("runs/") for name in objects(open_storage(f"s3://{bucket}/lora/")))
 
 
-def test_a_paused_one_finds_itself_replaced_and_writes_nothing_more(start: Start, chaos: Any, bucket: str) -> None:
+def test_a_paused_one_finds_itself_replaced_and_writes_nothing_more(start: Start, bucket: str) -> None:
     storage = open_storage(f"s3://{bucket}/lora/")
     first = start(lease__duration_s=3)
     until(first, "checkpoint_uploaded")
     first.send("SIGSTOP")
     second = start(lease__duration_s=3)
-    assert ended(second, chaos) == 0
+    assert ended(second) == 0
     assert until(second, "lease_taken")["because"] == "expired"
-    # from where the first one was
+    # resumed from the first run's checkpoint
     assert until(second, "resumed")["step"] >= 1
     before = objects(storage)
 
     first.send("SIGCONT")
-    assert ended(first, chaos) == 6
+    assert ended(first) == 6
     assert "has lost its lease: it was deleted" in until(first, "run_finished")["problems"][0]
     assert not first.event("bundle_published")
     assert objects(storage) == before
@@ -99,21 +100,21 @@ def test_a_paused_one_finds_itself_replaced_and_writes_nothing_more(start: Start
     assert verify_files(storage, f"adapters/A/{run_id}/") == []
 
 
-def test_a_killed_one_is_not_waited_for_and_a_signal_ends_the_wait(start: Start, chaos: Any, bucket: str) -> None:
+def test_a_killed_one_is_not_waited_for_and_a_signal_ends_the_wait(start: Start, bucket: str) -> None:
     first = start()
     until(first, "checkpoint_uploaded")
     first.send("SIGSTOP")
     second = start()
     until(second, "lease_waiting")
     second.send("SIGTERM")
-    assert ended(second, chaos) == 143
+    assert ended(second) == 143
 
     first.send("SIGKILL")
-    assert ended(first, chaos) == -signal.SIGKILL
-    # what it has left behind says that it is at work
+    assert ended(first) == -signal.SIGKILL
+    # its lease still looks held
     assert any(name.endswith("/lease.json") for name in objects(open_storage(f"s3://{bucket}/lora/")))
     third = start()
-    assert ended(third, chaos) == 0
+    assert ended(third) == 0
     taken = until(third, "lease_taken")
     assert (taken["because"], taken["attempt"]) == ("its process is gone", 2)
     assert until(third, "resumed")["step"] >= 1

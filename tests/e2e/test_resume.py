@@ -1,4 +1,4 @@
-"""Interrupted runs: what is kept, what a second attempt makes of it, and that the adapter is the undisturbed run's to the byte."""
+"""Interrupted runs: checkpoints are kept, the next attempt resumes, and the adapter equals the undisturbed run's, byte for byte."""
 
 from __future__ import annotations
 
@@ -7,66 +7,43 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import REPOSITORY
+from jobs import DEMO, NO_GATES, Log, Until, few_questions, require_training_stack, watched_job
 
-from lora_trainer.config import GatesConfig
 from lora_trainer.store.interface import Storage
 from lora_trainer.store.manifest import MANIFEST_NAME
 from lora_trainer.store.opening import open_storage
 
 pytestmark = pytest.mark.e2e
-for needed in ("torch", "transformers", "trl", "peft", "datasets"):
-    pytest.importorskip(needed, reason=f"{needed} is not installed: pip install '.[cpu]'")
+require_training_stack()
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 STEPS = 12
-# dropout, so that a resumed run has to have the random numbers, too
+# Dropout, so that resuming must restore the random number generators, too.
 RUN = (
-    "run", "--config", str(REPOSITORY / "examples" / "demo.yaml"), "--blood-type", "A", "--data", str(REPOSITORY / "data"),
+    "run", *DEMO, "--blood-type", "A", "--data", str(REPOSITORY / "data"),
     "--max-steps", str(STEPS), "--log-format", "json", "--set", "lora.dropout=0.1", "--set", "memory.micro_batch_tokens=512",
     "--set", "logging.log_every_steps=1", "--set", "checkpoints.every_steps=2",
-    "--set", f"evaluation.prompts={REPOSITORY / 'tests' / 'assets' / 'few_prompts.jsonl'}", "--set", "evaluation.temperature=0",
-    "--set", "evaluation.max_new_tokens=32", "--set", "evaluation.intensities=0.2,0.9",
-    *(argument for name in GatesConfig.model_fields for argument in ("--set", f"gates.{name}=none")),
+    *few_questions(), *NO_GATES,
 )  # fmt: skip
 
-Log = list[dict[str, Any]]
-Until = Callable[[dict[str, Any]], bool]
 
-
-def attempt(output: str, work_dir: Path, *more: str, until: Until | None = None, kill: int = 0) -> tuple[int, Log]:
-    """One process; `until` says at which event it gets the signal `kill`. Gives its exit code and log."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "entrypoint", *RUN, "--output", output, "--work-dir", str(work_dir), *more],
-        cwd=REPOSITORY,
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stderr is not None
-    log: Log = []
-    for line in process.stderr:
-        assert line.startswith("{"), line
-        log.append(json.loads(line))
-        if until is not None and until(log[-1]):
-            process.send_signal(kill)
-            until = None
-    assert until is None, "the event never came"
-    return process.wait(300), log
+def attempt(output: str, work_dir: Path, *more: str, until: Until | None = None, kill: int = signal.SIGTERM) -> tuple[int, Log]:
+    """Run the job once; return its exit code and log."""
+    code, _, log = watched_job(*RUN, "--output", output, "--work-dir", str(work_dir), *more, until=until, kill=kill)
+    return code, log
 
 
 def event(log: Log, name: str) -> dict[str, Any]:
-    """The last one of that name."""
+    """Return the last event of this name."""
     return next(line for line in reversed(log) if line["event"] == name)
 
 
 def trained(step: int) -> Until:
-    """At the report of this step; the trainer is one further then."""
+    """Match the log line of this step; by then the trainer has begun the next one."""
     return lambda line: line["event"] == "training_step" and line["step"] == step
 
 
@@ -75,19 +52,19 @@ def uploaded(step: int) -> Until:
 
 
 def read_back(line: dict[str, Any]) -> bool:
-    """The last event before the evaluation."""
+    """Match the last event before the evaluation."""
     return bool(line["event"] == "adapter_read_back")
 
 
 def adapter(output: Storage, log: Log) -> bytes:
-    """The published weights."""
+    """Return the published weights."""
     found = output.read_bytes(f"adapters/A/{event(log, 'run_finished')['run_id']}/adapter_model.safetensors", max_bytes=2**28)
     assert found is not None
     return found.data
 
 
 def checkpoints(output: Storage) -> dict[str, list[str]]:
-    """Checkpoint folder -> names of its files."""
+    """Return the file names of each checkpoint folder."""
     found: dict[str, list[str]] = {}
     for item in output.list("runs/"):
         if item.key.endswith("/lease.json"):
@@ -103,7 +80,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     code, log = attempt(str(folder / "out"), folder / "work")
     assert code == 0, log[-1]
     output = open_storage(f"file://{folder / 'out'}")
-    # a published run needs none
+    # a published run keeps no checkpoints
     assert checkpoints(output) == {}
     return adapter(output, log)
 
@@ -137,10 +114,11 @@ def test_sigterm_keeps_the_last_whole_step_and_another_machine_goes_on_from_it(
     folder = f"adapters/A/{event(log, 'run_finished')['run_id']}/"
     lines = output.read_bytes(folder + "train_log.jsonl")
     assert lines is not None
-    # the log of the first attempt is part of the run's
+    # the log includes the first attempt's steps
     assert [json.loads(line)["step"] for line in lines.data.splitlines()] == list(range(1, STEPS + 1))
 
 
+@pytest.mark.slow  # test_chaos.py kills a run at a random moment after its first checkpoint
 def test_sigkill_again_and_again_costs_the_steps_since_the_last_checkpoint(undisturbed: bytes, tmp_path: Path) -> None:
     out = tmp_path / "out"
     output = open_storage(f"file://{out}")
@@ -183,7 +161,7 @@ def test_an_interrupted_evaluation_does_not_cost_the_training_and_fresh_forgets_
     assert event(log, "interrupted_safely")["step"] == STEPS
     assert list(output.list("adapters/")) == []
 
-    # here, where the folder of the first attempt still is
+    # the work folder of the first attempt still exists
     code, log = attempt(str(out), tmp_path / "work", until=read_back, kill=signal.SIGTERM)
     assert code == 143, log[-1]
     assert event(log, "resumed")["step"] == STEPS
@@ -201,7 +179,7 @@ def test_a_bundle_that_the_output_does_not_take_is_kept_and_published_later(undi
     in_the_way = out / "adapters"
     in_the_way.write_text("a file where the folder should be")
     code, log = attempt(str(out), tmp_path / "work")
-    # a wrong setting, to the storage; whatever the reason, the bundle is kept
+    # To the storage this is a configuration error; the bundle is kept whatever the reason.
     assert code == 2, log[-1]
     *_, kept = event(log, "run_finished")["problems"]
     folder = next((tmp_path / "work").glob("runs/A/*/bundle"))

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import REPOSITORY
 from fault_proxy import FaultProxy
+from jobs import SHORT, events, job, require_training_stack
 
-from lora_trainer.config import GatesConfig
 from lora_trainer.persona.prompt import prompt_messages
 from lora_trainer.persona.specs import persona_spec
 from lora_trainer.persona.vocabulary import BloodType
@@ -23,43 +21,12 @@ from lora_trainer.store.opening import open_storage
 from lora_trainer.store.prefixes import bundle_prefix, latest_key
 
 pytestmark = pytest.mark.e2e
-for needed in ("torch", "transformers", "trl", "peft", "datasets"):
-    pytest.importorskip(needed, reason=f"{needed} is not installed: pip install '.[cpu]'")
-
-REPOSITORY = Path(__file__).resolve().parents[2]
-DEMO = ("--config", str(REPOSITORY / "examples" / "demo.yaml"))
-# as the demo, shortened: enough steps to move every weight, several records a row, more than one row a step; few questions
-# afterwards, and no gate, since six steps make no friend
-NO_GATES = tuple(argument for name in GatesConfig.model_fields for argument in ("--set", f"gates.{name}=none"))
-FEW_QUESTIONS = (
-    "--set", f"evaluation.prompts={REPOSITORY / 'tests' / 'assets' / 'few_prompts.jsonl'}", "--set", "evaluation.temperature=0",
-    "--set", "evaluation.max_new_tokens=32", "--set", "evaluation.intensities=0.2,0.9",
-)  # fmt: skip
-SHORT = (*DEMO, "--max-steps", "6", "--set", "memory.micro_batch_tokens=512", *FEW_QUESTIONS, *NO_GATES)
-
-
-def job(*arguments: str, work_dir: Path, cwd: Path = REPOSITORY, **environment: str) -> subprocess.CompletedProcess[str]:
-    """`python -m entrypoint` in a process of its own, as the container runs it."""
-    return subprocess.run(
-        [sys.executable, "-m", "entrypoint", *arguments, "--work-dir", str(work_dir)],
-        cwd=cwd,
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY), **environment},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-
-
-def events(done: subprocess.CompletedProcess[str]) -> dict[str, dict[str, Any]]:
-    """The log by event name; every line has to be JSON."""
-    lines = [json.loads(line) for line in done.stderr.splitlines()]
-    return {line["event"]: line for line in lines}
+require_training_stack()
 
 
 @pytest.fixture
 def data_uri(bucket: str) -> str:
-    """The bundled data, uploaded."""
+    """Upload the bundled data."""
     storage = open_storage(f"s3://{bucket}/data/")
     for path in (REPOSITORY / "data").glob("train_data_type_*.jsonl"):
         storage.upload(path, path.name)
@@ -67,7 +34,7 @@ def data_uri(bucket: str) -> str:
 
 
 def replies(folder: Path, blood_type: BloodType) -> tuple[list[str], list[str]]:
-    """Greedy replies of base and adapter on a few prompts, loaded with plain PEFT."""
+    """Return greedy replies of base and adapter to a few prompts, loaded with plain PEFT."""
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -93,7 +60,9 @@ def replies(folder: Path, blood_type: BloodType) -> tuple[list[str], list[str]]:
     return before, [reply(said) for said in prompts]
 
 
-@pytest.mark.parametrize("blood_type", list(BloodType))
+@pytest.mark.parametrize(
+    "blood_type", [BloodType.A, *(pytest.param(name, marks=pytest.mark.slow) for name in BloodType if name != BloodType.A)]
+)
 def test_jsonl_in_s3_becomes_an_adapter_in_s3(blood_type: BloodType, bucket: str, data_uri: str, tmp_path: Path) -> None:
     output_uri = f"s3://{bucket}/lora/"
     done = job("run", *SHORT, "--blood-type", blood_type, "--data", data_uri, "--output", output_uri, work_dir=tmp_path / "work")
@@ -127,7 +96,7 @@ def test_jsonl_in_s3_becomes_an_adapter_in_s3(blood_type: BloodType, bucket: str
         output.download(prefix + name, folder / name)
     settings = json.loads((folder / "adapter_config.json").read_text())
     assert settings["base_model_name_or_path"] == "lora-trainer/tiny-base"
-    # manifest and report say the resolved configuration, paths included; what a server loads must not know them
+    # The manifest and the report contain the resolved configuration with its paths; files that a server loads must not.
     everything = b"".join(path.read_bytes() for path in folder.iterdir() if path.name not in ("manifest.json", "report.html"))
     assert str(REPOSITORY).encode() not in everything
     assert str(tmp_path).encode() not in everything
@@ -150,13 +119,13 @@ def test_the_same_command_again_is_already_done(bucket: str, data_uri: str, tmp_
     first = job(*command, work_dir=tmp_path / "one")
     assert first.returncode == 0, first.stderr
     output = open_storage(f"s3://{bucket}/lora/")
-    # what a crash between the manifest and the pointer leaves behind
+    # A crash between the manifest and the pointer leaves this state.
     pointer = output.read_bytes(latest_key(BloodType.A))
     assert pointer is not None
     stale = {**json.loads(pointer.data), "run_id": "0" * 16, "started_at": "2020-01-01T00:00:00+00:00"}
     output.write_bytes(latest_key(BloodType.A), json.dumps(stale).encode(), if_match=pointer.etag)
 
-    # another scratch folder, log level and memory layout: the same run all the same
+    # Work folder, log level and memory layout are not part of the run id.
     again = job(*command, "--log-level", "debug", "--set", "memory.micro_batch_tokens=512", work_dir=tmp_path / "two")
 
     assert again.returncode == 0
@@ -171,7 +140,7 @@ def test_the_same_command_again_is_already_done(bucket: str, data_uri: str, tmp_
 
 
 def test_a_store_that_fails_a_fifth_of_all_requests(s3_server: Any, bucket: str, data_uri: str, tmp_path: Path) -> None:
-    """Data, checkpoints and bundle go through, and what is published is whole."""
+    """Data, checkpoints and bundle get through, and the published bundle is complete."""
     output_uri = f"s3://{bucket}/lora/"
     with FaultProxy(s3_server.endpoint_url, share=0.2, seed=3) as proxy:
         done = job(
@@ -188,6 +157,7 @@ def test_a_store_that_fails_a_fifth_of_all_requests(s3_server: Any, bucket: str,
     assert list(open_storage(output_uri).list("runs/")) == []
 
 
+@pytest.mark.slow  # test_resume.py and test_several_personas.py also compare the bytes of two runs
 def test_two_runs_give_byte_identical_adapters(tmp_path: Path) -> None:
     digests = set()
     for name in ("one", "two"):
@@ -195,7 +165,7 @@ def test_two_runs_give_byte_identical_adapters(tmp_path: Path) -> None:
         arguments = ("run", *SHORT, "--blood-type", "B", "--data", str(REPOSITORY / "data"), "--output", str(output))
         done = job(*arguments, work_dir=tmp_path / f"work-{name}")
         assert done.returncode == 0, done.stderr
-        # the document's name for the newest accepted adapter
+        # the newest accepted adapter, by the name in the users' document
         digests.add(hashlib.sha256((output / "adapter_B" / "adapter_model.safetensors").read_bytes()).hexdigest())
     assert len(digests) == 1
 
@@ -244,7 +214,7 @@ def test_a_base_in_s3_is_mirrored_and_gives_the_folders_run(bucket: str, data_ur
         *common, "--base-model", base.uri, "--set", f"base.cache_dir={tmp_path / 'cache'}", work_dir=tmp_path / "one"
     )  # fmt: skip
     assert from_s3.returncode == 0, from_s3.stderr
-    # weights decide the run, not where they lie
+    # The weights decide the run id, not their location.
     from_folder = job(*common, work_dir=tmp_path / "two")
     assert events(from_folder)["run_finished"]["already_done"] is True
 
@@ -280,6 +250,7 @@ def test_a_run_that_diverges_is_exit_7_and_publishes_nothing(tmp_path: Path) -> 
     assert not (tmp_path / "out" / "adapters").exists()
 
 
+@pytest.mark.slow  # tests/unit/test_bundle.py covers it without training
 def test_a_tampered_bundle_does_not_verify(bucket: str, data_uri: str, tmp_path: Path) -> None:
     output_uri = f"s3://{bucket}/lora/"
     done = job("run", *SHORT, "--blood-type", "O", "--data", data_uri, "--output", output_uri, work_dir=tmp_path / "work")

@@ -1,7 +1,8 @@
-"""A job that is spoiled in one place must be stopped at the place that is there for it, by the exit code that says so.
+"""Each sabotaged job must be stopped by the check meant for it, with that check's exit code.
 
-Each case runs the real command line. Where the training itself has to be spoiled, a `sitecustomize.py` that patches one
-thing is put on the path of the process; nothing of the job is replaced by a stand-in.
+Each case runs the real command line. To sabotage the training, a `sitecustomize.py` on the process's path patches one thing;
+everything else is the real job.
+
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_run import DEMO, NO_GATES, REPOSITORY, events, job
+from conftest import REPOSITORY
+from jobs import BASE, DEMO, FEW_PROMPTS, NO_GATES, events, job, require_training_stack
 
 from lora_trainer.persona.specs import persona_spec
 from lora_trainer.persona.vocabulary import BloodType
@@ -26,13 +28,10 @@ from lora_trainer.store.opening import open_storage
 from lora_trainer.store.prefixes import bundle_prefix, latest_key
 
 pytestmark = pytest.mark.e2e
-for needed in ("torch", "transformers", "trl", "peft", "datasets"):
-    pytest.importorskip(needed, reason=f"{needed} is not installed: pip install '.[cpu]'")
+require_training_stack()
 
-BASE = REPOSITORY / "examples" / "tiny-base"
-FEW_PROMPTS = REPOSITORY / "tests" / "assets" / "few_prompts.jsonl"
 RECORDS = 128
-"""The shortest of a persona's: few enough to be learnt in a minute."""
+"""Use a persona's shortest records: a model learns these few in a minute."""
 
 
 # --- spoiling ------------------------------------------------------------------------------------------------------
@@ -40,7 +39,7 @@ RECORDS = 128
 
 @pytest.fixture
 def spoiled(tmp_path: Path) -> Callable[[str], dict[str, str]]:
-    """Gives the environment of a process that runs `patch` before the program."""
+    """Return the environment for a process that runs `patch` before the program."""
 
     def environment(patch: str) -> dict[str, str]:
         folder = tmp_path / "patch"
@@ -68,7 +67,7 @@ def save(self, folder, *arguments):
 TransformersBackend.save = save
 """
 
-# shifted once here and once more by the model: each token's target is the one after the next
+# The model shifts labels, too, so each token's target becomes the one after the next.
 SHIFTED_LABELS = """
 from lora_trainer.train.tokenization import TokenSequence
 
@@ -83,7 +82,7 @@ true_labels = TokenSequence.labels.fget
 TokenSequence.labels = property(lambda sequence: [*true_labels(sequence)[:-1], -100])
 """
 
-# the import of torch ends the process there and then, whoever would have caught an ImportError
+# Importing torch ends the process at once, so no handler of ImportError can hide it.
 NO_TORCH = """
 import os, sys
 
@@ -102,13 +101,13 @@ sys.meta_path.insert(0, Trap())
 
 
 def shortest_records(blood_type: BloodType, count: int = RECORDS) -> list[dict[str, Any]]:
-    """Bundled records of a persona with the shortest replies."""
+    """Return a persona's bundled records with the shortest replies."""
     lines = (REPOSITORY / "data" / f"train_data_type_{blood_type}.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in sorted(lines, key=lambda line: (len(json.loads(line)["output"]), line))[:count]]
 
 
 def write_as_a(folder: Path, records: Iterable[dict[str, Any]]) -> str:
-    """`records` as persona A's file in `folder`."""
+    """Write `records` as persona A's file in `folder`."""
     folder.mkdir(parents=True)
     lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
     (folder / "train_data_type_A.jsonl").write_text(lines, encoding="utf-8")
@@ -117,7 +116,7 @@ def write_as_a(folder: Path, records: Iterable[dict[str, Any]]) -> str:
 
 @pytest.fixture(scope="module")
 def asking(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
-    """Settings: greedy replies to a third of the evaluation's prompts at three intensities, enough to miss a gate by far."""
+    """Settings: greedy replies to a third of the prompts at three intensities, enough to miss a gate clearly."""
     path = tmp_path_factory.mktemp("prompts") / "every_third.jsonl"
     lines = (REPOSITORY / "data" / "eval_prompts.jsonl").read_text(encoding="utf-8").splitlines()
     path.write_text("\n".join(lines[::3]) + "\n", encoding="utf-8")
@@ -127,19 +126,19 @@ def asking(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
 
 
 def steps(count: int) -> tuple[str, ...]:
-    """Settings: so many optimizer steps, however few the records are."""
+    """Settings: exactly `count` optimizer steps, however few records there are."""
     return ("--set", "training.epochs=50", "--max-steps", str(count))
 
 
 def run_a(data: str, output: Path, *arguments: str, work_dir: Path, **environment: Any) -> subprocess.CompletedProcess[str]:
-    """`run` for persona A as the demo has it, on other data."""
+    """Run the demo for persona A on other data."""
     command = ("run", *DEMO, "--blood-type", "A", "--data", data, "--output", str(output))
     return job(*command, *arguments, work_dir=work_dir, **environment)
 
 
 @dataclass(frozen=True)
 class Refused:
-    """A finished run that its gates did not let through."""
+    """A finished run that its gates refused."""
 
     log: dict[str, dict[str, Any]]
     metrics: dict[str, Any]
@@ -150,12 +149,12 @@ class Refused:
 
     @property
     def missed(self) -> set[str]:
-        """The gates, as the last words name them."""
+        """The gates that the final log line names."""
         return {problem.split(":")[0].removeprefix("gates.") for problem in self.log["run_finished"]["problems"]}
 
 
 def refused(done: subprocess.CompletedProcess[str], output: Path) -> Refused:
-    """`done` ended with exit 4, its bundle whole and published, and nothing points at it."""
+    """Check that `done` ended with exit 4 and published a complete bundle that no pointer names."""
     assert done.returncode == 4, done.stderr[-4000:]
     log = events(done)
     finished = log["run_finished"]
@@ -164,7 +163,7 @@ def refused(done: subprocess.CompletedProcess[str], output: Path) -> Refused:
     assert verify_files(open_storage(str(output)), prefix) == []
     assert not (output / latest_key(BloodType.A)).exists()
     assert not (output / "adapter_A").exists()
-    # of the newest verdict, wherever that lies
+    # the newest verdict's report
     report = Path(finished["report"].removeprefix("file://"))
     assert report.is_file()
     metrics = json.loads((report.parent / "metrics.json").read_text(encoding="utf-8"))
@@ -202,7 +201,7 @@ def test_an_adapter_that_is_saved_as_nothing_is_the_read_backs(
     pointer = storage.read_bytes(latest_key(BloodType.A))
     data = write_as_a(tmp_path / "data", shortest_records(BloodType.A))
 
-    # gates that would let anything through: it must not come to them
+    # These gates pass anything: the job must end before them.
     done = run_a(data, output, *steps(3), *asking, *NO_GATES, work_dir=tmp_path / "work", **spoiled(ZEROED_WHEN_SAVED))
 
     assert done.returncode == 1, done.stderr[-2000:]
@@ -212,23 +211,24 @@ def test_an_adapter_that_is_saved_as_nothing_is_the_read_backs(
     assert "training_finished" in log
     assert "evaluation_finished" not in log
     assert storage.read_bytes(latest_key(BloodType.A)) == pointer
-    # what was trained is not lost: its checkpoint stays, under runs/
+    # The trained checkpoint stays under runs/.
     assert [item.key for item in storage.list("adapters/")] == [latest_key(BloodType.A)]
 
 
 # --- the verdict ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow  # test_one_step_makes_no_friend covers the persona gate
 def test_another_personas_data_is_the_persona_gates(asking: tuple[str, ...], tmp_path: Path) -> None:
-    # the line that the reader knows a persona by is A's, the rest is B's
+    # The reader identifies a persona by the instruction, which is A's; the rest is B's.
     instruction = persona_spec(BloodType.A).instruction
     data = write_as_a(tmp_path / "data", [{**record, "instruction": instruction} for record in shortest_records(BloodType.B)])
     output = tmp_path / "out"
-    # so few records and steps may leave some replies broken; what is asked here is whose friend the others are
+    # Few records and steps may leave some replies broken; this test is about the persona of the others.
     done = run_a(data, output, *steps(60), *asking, "--set", "gates.exact_json=0.7", work_dir=tmp_path / "work")
 
     found = refused(done, output)
-    # the shortest replies seldom ask back; of the persona it says nothing
+    # The shortest replies rarely ask back, which says nothing about the persona.
     assert found.log["data_read"]["warnings_by_code"].keys() <= {"few_questions"}
     assert "persona" in found.missed
     assert "exact_json" not in found.missed
@@ -247,7 +247,7 @@ def test_labels_that_are_off_by_one_are_the_json_gates(
     )  # fmt: skip
 
     found = refused(done, output)
-    # the loss says nothing: it falls as ever
+    # The loss falls as usual, so it cannot tell.
     assert found.metrics["held_out"]["loss_adapter"] < found.metrics["held_out"]["loss_base"]
     assert "exact_json" in found.missed
     greedy = found.metrics["evaluation"]["greedy"]
@@ -261,14 +261,14 @@ def test_replies_that_slip_past_the_reader_are_the_other_gates(asking: tuple[str
     done = run_a(data, output, *steps(25), *asking, work_dir=tmp_path / "work")
 
     found = refused(done, output)
-    # a friend who says the same to everything: perfect JSON, short, in 반말
+    # The same reply to everything: perfect JSON, short, in 반말.
     assert found.missed.isdisjoint({"exact_json", "stop", "one_or_two_sentences", "informal_speech", "question_rate_max"})
     assert found.missed >= {"persona", "emoji_intensity", "question_rate_min"}
     assert found.metrics["evaluation"]["greedy"]["adapter"]["unique_replies"] < 0.1
 
 
 def never_stops(folder: Path) -> Path:
-    """The tiny base with an output layer of its own in which the two tokens that end a reply are no more than noise."""
+    """Make a copy of the tiny base whose output layer holds only noise for the two tokens that end a reply."""
     import torch
     from safetensors.torch import load_file, save_file
 
@@ -276,7 +276,7 @@ def never_stops(folder: Path) -> Path:
     settings = json.loads((BASE / "config.json").read_text(encoding="utf-8"))
     weights = load_file(BASE / "model.safetensors")
     head = weights["model.embed_tokens.weight"].clone()
-    # short beside the rows of other tokens: training can find it, chance does not
+    # Shorter than the rows of other tokens: training can raise them, chance does not.
     length = head[settings["eos_token_id"]].float().norm() / 2
     generator = torch.Generator().manual_seed(0)
     for token in (settings["eos_token_id"], settings["pad_token_id"]):
@@ -287,6 +287,7 @@ def never_stops(folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow  # test_hard_assertions.py covers the labels, tests/unit/test_gates.py the gate
 def test_an_end_of_turn_outside_the_loss_is_the_stop_gates(spoiled: Callable[[str], dict[str, str]], tmp_path: Path) -> None:
     data = write_as_a(tmp_path / "data", shortest_records(BloodType.A))
     base = never_stops(tmp_path / "base")
@@ -312,13 +313,13 @@ def test_an_end_of_turn_outside_the_loss_is_the_stop_gates(spoiled: Callable[[st
     found = refused(done, output)
     assert found.missed == {"stop"}
     assert found.metrics["evaluation"]["greedy"]["adapter"]["stop"]["successes"] == 0
-    # the same run by its ingredients: nothing but the replies could have told
+    # The run id is the same: only the replies reveal the difference.
     assert found.run_id == events(control)["run_finished"]["run_id"]
 
 
 @pytest.fixture(scope="module")
 def one_step(asking: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> tuple[Refused, Path, tuple[str, ...]]:
-    """A run of one optimizer step, the folder that holds its data and output, and its settings."""
+    """Return a run of one optimizer step, the folder with its data and output, and its settings."""
     folder = tmp_path_factory.mktemp("one-step")
     data = write_as_a(folder / "data", shortest_records(BloodType.A))
     arguments = (*steps(1), *asking)
@@ -329,7 +330,7 @@ def one_step(asking: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) 
 def test_one_step_makes_no_friend(one_step: tuple[Refused, Path, tuple[str, ...]]) -> None:
     found, _, _ = one_step
     assert found.metrics["training"]["steps"] == 1
-    # the format is the base's; the manner is not there yet
+    # The base already knows the format, but not the persona.
     assert found.missed >= {"persona", "informal_speech"}
     assert found.missed.isdisjoint({"stop", "question_rate_max"})
 
@@ -362,7 +363,7 @@ def test_a_verdict_is_repeated_and_other_thresholds_need_no_training(
     assert "evaluation_finished" not in log
     assert json.loads(pointer.read_bytes())["run_id"] == found.run_id
     assert (output / "adapter_A").resolve() == manifest.parent.resolve()
-    # beneath the bundle, which stays as it was
+    # below the bundle, which is unchanged
     report = Path(log["run_finished"]["report"].removeprefix("file://"))
     assert report.is_file()
     assert report.parent.parent == manifest.parent / "evaluations"
@@ -372,7 +373,7 @@ def test_a_verdict_is_repeated_and_other_thresholds_need_no_training(
     assert once_more.returncode == 0
     assert events(once_more)["run_finished"]["already_done"] is True
 
-    # by the first thresholds it is as little a friend as before, and what was accepted by others stays accepted
+    # The first thresholds refuse it again; a run that was accepted under other thresholds stays accepted.
     accepted = pointer.read_bytes()
     assert run_a(data, output, *arguments, work_dir=tmp_path / "last", **without_torch).returncode == 4
     assert pointer.read_bytes() == accepted

@@ -1,7 +1,8 @@
-"""Credentials and record texts are planted in every place a user has them, and looked for in all that a run leaves or says.
+"""Plant credentials and record texts wherever a user has them, and search all output of a run for them.
 
-What may hold record text: the fetched data and `bug-*.txt`, both under `work_dir`. What may hold what a model wrote:
-`replies.jsonl` and `report.html`. A model of four steps can't write the planted words, so they are looked for there, too.
+Record text may be in the fetched data and in `bug-*.txt`, both under `work_dir`; text that a model wrote may be in
+`replies.jsonl` and `report.html`. A model of four steps cannot write the planted words, so the search includes those files.
+
 """
 
 from __future__ import annotations
@@ -22,19 +23,18 @@ from typing import Any
 from urllib.parse import quote, urlsplit
 
 import pytest
+from conftest import REPOSITORY
+from jobs import DEMO, NO_GATES, few_questions, require_training_stack
 
-from lora_trainer.config import GatesConfig
 from lora_trainer.store.opening import open_storage
 
 pytestmark = pytest.mark.e2e
-for needed in ("torch", "transformers", "trl", "peft", "datasets"):
-    pytest.importorskip(needed, reason=f"{needed} is not installed: pip install '.[cpu]'")
+require_training_stack()
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 DATA = REPOSITORY / "data" / "train_data_type_A.jsonl"
 RECORDS = 60
 
-# what no library has as a default
+# values that no library has as a default
 CREDENTIALS = {
     "AWS_ACCESS_KEY_ID": "AKIAPLANTEDENVIRON42",
     "AWS_SECRET_ACCESS_KEY": "plantedEnv/Secret+of/the/AwsEnvironment42",
@@ -48,7 +48,7 @@ CREDENTIALS = {
 PROFILE = {"aws_access_key_id": "ASIAPLANTEDPROFILE42", "aws_secret_access_key": "plantedProfile/Secret+in/the/CredentialsFile"}
 USER, PASSWORD = "planted-user", "planted:pass@word-in-the-endpoint"
 TEXTS = {"instruction": "쀍뷁솱", "context.summary": "쬻훑뗿", "input": "뛣쐧껢", "output": "퓳꿻뙕"}
-"""Words of no language, and none that a text holds by chance."""
+"""Words of no language, which no text contains by chance."""
 SECRETS = (
     *(value for name, value in CREDENTIALS.items() if name != "MLFLOW_TRACKING_USERNAME"),
     *PROFILE.values(),
@@ -56,12 +56,11 @@ SECRETS = (
     f"{USER}:{PASSWORD}",
 )
 
-# the real command; what is broken in it, and where the termination log is
+# The real command, with a termination log of the test's own and an optional bug.
 PROGRAM = """
 import logging, os, sys
 from pathlib import Path
-from lora_trainer import logs
-from lora_trainer.run import pipeline
+from lora_trainer import logs, pipeline
 
 termination_log, breakage = sys.argv[1:3]
 del sys.argv[1:3]
@@ -102,14 +101,14 @@ def lines(records: list[dict[str, Any]]) -> str:
 
 
 def needles(texts: dict[str, str]) -> dict[bytes, str]:
-    """Each planted text in every spelling in which it may turn up -> itself."""
+    """Return every spelling in which a planted text may occur, mapped to the text."""
     found = {}
     for text in (*texts.values(), *SECRETS):
         for spelled in (text, json.dumps(text)[1:-1], quote(text), quote(text, safe="")):
             found[spelled.encode()] = text
         for offset in range(3):
-            # in the middle of something longer: a group of four at either end may depend on its neighbours. What is left is at
-            # least eight characters; four of them turn up by chance in the megabytes of a checkpoint
+            # Inside a longer text the base64 groups at either end depend on their neighbours. At least eight characters remain:
+            # four would occur by chance in the megabytes of a checkpoint.
             shifted = b" " * offset + text.encode()
             spelled_base64 = base64.b64encode(shifted)[4 if offset else 0 :]
             found[spelled_base64[:-4] if len(shifted) % 3 else spelled_base64] = text
@@ -122,7 +121,7 @@ def leaks(name: str, content: bytes) -> list[str]:
 
 @dataclass
 class Ended:
-    """A run: how it ended, what it said, where it left things."""
+    """A finished run: exit code, output, folder."""
 
     code: int
     out: str
@@ -130,7 +129,7 @@ class Ended:
     folder: Path
 
     def leaks(self, storage_uri: str = "") -> list[str]:
-        """What is found, in all that was said and all that was written, but for the files that hold the data."""
+        """Return all leaks in output and files, except in those that hold the data."""
         found = leaks("stdout", self.out.encode()) + leaks("stderr", self.err.encode())
         found += leaks("termination log", (self.folder / "termination-log").read_bytes())
         work = self.folder / "work"
@@ -169,7 +168,7 @@ def run(
     profile: bool = False,
     until: Callable[[str], bool] | None = None,
 ) -> Ended:
-    """One process with everything planted; `until` says at which line of the log it gets SIGTERM."""
+    """Run one process with everything planted; send SIGTERM at the first log line for which `until` is true."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "termination-log").touch()
     credentials = folder / "aws-credentials"
@@ -188,12 +187,10 @@ def run(
         environment["AWS_PROFILE"] = "planted"
     process = subprocess.Popen(
         [sys.executable, "-c", PROGRAM, str(folder / "termination-log"), breakage, "run",
-         "--config", str(REPOSITORY / "examples" / "demo.yaml"), "--blood-type", "A", "--data", str(data), "--output", output,
+         *DEMO, "--blood-type", "A", "--data", str(data), "--output", output,
          "--work-dir", str(folder / "work"), "--log-format", log_format, "--max-steps", "4",
          "--set", "memory.micro_batch_tokens=512", "--set", "checkpoints.every_steps=1", "--set", "logging.log_every_steps=1",
-         "--set", f"evaluation.prompts={REPOSITORY / 'tests' / 'assets' / 'few_prompts.jsonl'}",
-         "--set", "evaluation.temperature=0", "--set", "evaluation.max_new_tokens=32", "--set", "evaluation.intensities=0.5",
-         *(argument for name in GatesConfig.model_fields for argument in ("--set", f"gates.{name}=none")), *more],
+         *few_questions(intensities="0.5"), *NO_GATES, *more],
         cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8",
     )  # fmt: skip
     assert process.stdout is not None
@@ -209,7 +206,7 @@ def run(
 
 @dataclass
 class Server:
-    """Answers every request by `answer(path, headers)`, and remembers what it was told of who asks."""
+    """An HTTP server; it records the Authorization header of every request."""
 
     url: str = ""
     authorizations: set[str] = field(default_factory=set)
@@ -217,14 +214,14 @@ class Server:
 
 @contextmanager
 def serve(answer: Callable[[dict[str, str]], tuple[int, str, str]]) -> Iterator[Server]:
-    """`answer` gives status, content type and body for the headers of a request."""
+    """Serve `answer`, which returns status, content type and body for a request's headers."""
     server = Server()
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
         def log_message(self, *_: object) -> None:
-            """Not to the test's output."""
+            """Keep the test's output clean."""
 
         def handle_one(self) -> None:
             self.rfile.read(int(self.headers.get("content-length") or 0))
@@ -252,7 +249,7 @@ def serve(answer: Callable[[dict[str, str]], tuple[int, str, str]]) -> Iterator[
 
 
 def judge(headers: dict[str, str]) -> tuple[int, str, str]:
-    """A judge that quotes the key instead of having an opinion."""
+    """Answer as a judge that quotes the API key."""
     message = {"role": "assistant", "content": f"no opinion, {headers['authorization']}"}
     choice = {"index": 0, "message": message, "finish_reason": "stop"}
     answer = {"id": "1", "object": "chat.completion", "created": 1, "model": "judge", "choices": [choice]}
@@ -260,7 +257,7 @@ def judge(headers: dict[str, str]) -> tuple[int, str, str]:
 
 
 def indiscreet_store(quoted: Sequence[str]) -> Callable[[dict[str, str]], tuple[int, str, str]]:
-    """Refuses, and quotes what it was told and what it knows."""
+    """Return a store that refuses requests and quotes everything it knows."""
 
     def refuse(headers: dict[str, str]) -> tuple[int, str, str]:
         told = " ".join((headers["authorization"], headers.get("x-amz-security-token", ""), headers["host"], *quoted))
@@ -281,7 +278,7 @@ def data(tmp_path: Path) -> Path:
 
 
 def test_a_run_that_is_interrupted_and_goes_on(data: Path, bucket: str, s3_server: Any, tmp_path: Path) -> None:
-    """Console format and SIGTERM first, JSON and all that libraries print then."""
+    """First console format and SIGTERM, then JSON and debug logs."""
     endpoint_url, output = with_user_info(s3_server.endpoint_url), f"s3://{bucket}/lora/"
     uploaded = f"s3://{bucket}/data/"
     open_storage(uploaded).upload(data, data.name)
@@ -293,7 +290,7 @@ def test_a_run_that_is_interrupted_and_goes_on(data: Path, bucket: str, s3_serve
         )  # fmt: skip
         assert ended.code == 143, ended.err
         assert json.loads((ended.folder / "termination-log").read_text())["outcome"] == "interrupted"
-        # they are there, so nothing is missed for want of a place to look in
+        # The checkpoint exists, so the search covers it.
         kept = [item.key for item in open_storage(output).list("runs/")]
         assert {Path(key).name for key in kept} == {
             "adapter.safetensors", "optimizer.safetensors", "state.json", "manifest.json", "lease.json"
@@ -302,7 +299,7 @@ def test_a_run_that_is_interrupted_and_goes_on(data: Path, bucket: str, s3_serve
 
         ended = run(tmp_path / "second", data, output, *told, "--log-level", "debug", log_format="json", endpoint_url=endpoint_url)
         assert ended.code == 0, ended.err
-        # the key that was looked for was in use
+        # the planted key was in use
         assert judging.authorizations == {f"Bearer {CREDENTIALS['OPENAI_API_KEY']}"}
     published = {Path(item.key).name for item in open_storage(output).list("adapters/")}
     assert {
@@ -310,13 +307,13 @@ def test_a_run_that_is_interrupted_and_goes_on(data: Path, bucket: str, s3_serve
     } <= published  # fmt: skip
     assert list((ended.folder / "work").rglob("progress.json"))
     assert ended.leaks(output) == []
-    # and the search finds what is there: the data itself
+    # The search works: it finds the texts in the data itself.
     fetched = (ended.folder / "work" / "data" / DATA.name).read_bytes()
     assert {found.removeprefix("data: ") for found in leaks("data", fetched)} == set(TEXTS.values())
 
 
 def bad_lines() -> list[str]:
-    """A record that is broken in each way in which a message may want to show it; few enough that all are shown."""
+    """Return a record broken in every way that may tempt a message to quote it, few enough for all to be reported."""
     broken = []
     words = " ".join(TEXTS.values())
     for word in (TEXTS["input"], words):
@@ -358,13 +355,13 @@ def test_bad_lines(tmp_path: Path, s3_server: Any, log_format: str) -> None:
     path = tmp_path / "planted" / DATA.name
     path.parent.mkdir()
     broken = bad_lines()
-    # the last one is cut off
+    # the last line is truncated
     path.write_text(lines(planted_records()) + "\n".join(broken) + "\n" + lines(planted_records())[:200], encoding="utf-8")
     ended = run(
         tmp_path / "run", path, str(tmp_path / "out"), log_format=log_format, endpoint_url=with_user_info(s3_server.endpoint_url)
     )
     assert ended.code == 3, ended.err
-    # each of them was a problem that a message was written about
+    # each of them is reported
     assert all(f"{DATA.name}:{RECORDS + number}: " in ended.err for number in range(1, len(broken) + 2))
     assert ended.leaks() == []
     checked = subprocess.run(
@@ -388,7 +385,7 @@ def test_a_store_that_refuses_and_quotes_what_it_was_told(
     assert ended.code == 6, ended.err
     key_id = PROFILE["aws_access_key_id"] if profile else CREDENTIALS["AWS_ACCESS_KEY_ID"]
     assert any(key_id in said for said in store.authorizations)
-    # the message is the store's, without what does not belong into it
+    # The store's message is quoted without the secrets.
     assert "InvalidAccessKeyId (not known: " in ended.err
     assert urlsplit(store.url).netloc in ended.err
     assert ended.leaks() == []
@@ -404,7 +401,7 @@ def test_a_bug_whose_message_quotes_a_record(
     )  # fmt: skip
     assert ended.code == 1, ended.err
     assert f"builtins.{breakage} (its message is left out: it may quote training text; " in ended.err
-    # the library's own words are there, and nothing of the exception but its kind
+    # The library's own message remains; of the exception only its type does.
     assert "a record could not be read" in ended.err
     assert "Traceback" not in ended.err
     assert ended.leaks() == []

@@ -1,4 +1,4 @@
-"""A published bundle says all that a server has to know: without this project the same replies come out of it."""
+"""A published bundle contains all that a server needs: without this project it gives the same replies."""
 
 from __future__ import annotations
 
@@ -11,15 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_run import REPOSITORY, SHORT, job
+from conftest import REPOSITORY
+from jobs import BASE, SHORT, job, require_training_stack
 
 pytestmark = pytest.mark.e2e
-for needed in ("torch", "transformers", "trl", "peft", "datasets"):
-    pytest.importorskip(needed, reason=f"{needed} is not installed: pip install '.[cpu]'")
+require_training_stack()
 
-BASE = REPOSITORY / "examples" / "tiny-base"
-
-# what somebody would write who has the bundle and nothing of this project
+# What somebody writes who has only the bundle.
 SERVER = """
 import json, re, sys
 from pathlib import Path
@@ -102,7 +100,7 @@ class Bundle:
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """Of a run that was long enough for the adapter to say other things than the base."""
+    """Publish a run that is long enough for the adapter's replies to differ from the base's."""
     folder = tmp_path_factory.mktemp("serving")
     done = job(
         "run", *SHORT, "--max-steps", "12", "--blood-type", "O",
@@ -116,7 +114,7 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 def test_a_process_without_this_project_gives_the_same_replies(published: Bundle, tmp_path: Path) -> None:
     script = tmp_path / "server.py"
     script.write_text(SERVER, encoding="utf-8")
-    # -I: neither the environment's path nor this folder
+    # -I ignores PYTHONPATH and this folder
     done = subprocess.run(
         [sys.executable, "-I", str(script), str(BASE), str(published.folder)],
         cwd=tmp_path,
@@ -133,7 +131,7 @@ def test_a_process_without_this_project_gives_the_same_replies(published: Bundle
     assert {reply["model"] for reply in evaluated} == {"adapter", "base"}
     compared = [{name: reply[name] for name in ("reply", "stopped", "tokens")} for reply in evaluated]
     assert served["replies"] == compared
-    # not the same because nothing was loaded
+    # The adapter was loaded: its replies differ.
     by_model = {model: [reply["reply"] for reply in evaluated if reply["model"] == model] for model in ("adapter", "base")}
     assert by_model["adapter"] != by_model["base"]
 
@@ -152,7 +150,7 @@ def test_the_model_cards_request_is_held_to_the_schema(published: Bundle) -> Non
     assert last == published.json("prompt.json")["system"][-1]
 
 
-# any other one is refused: https://docs.vllm.ai/en/v0.14.0/api/vllm/config/lora/ (MaxLoRARanks)
+# vLLM refuses other ranks: https://docs.vllm.ai/en/v0.14.0/api/vllm/config/lora/ (MaxLoRARanks)
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
@@ -174,6 +172,6 @@ def test_the_model_cards_server_can_load_the_adapter(published: Bundle) -> None:
     found = re.search(r"<<'JSON'\n(.*?)\nJSON\n", card, re.DOTALL)
     assert found
     assert json.loads(found[1])["model"] == name
-    # vLLM takes neither whole layers nor biases in an adapter
+    # vLLM accepts neither whole layers nor biases in an adapter
     assert not settings["modules_to_save"]
     assert settings["bias"] == "none"

@@ -1,20 +1,16 @@
-"""Several personas in one process: each gets the adapter that it gets alone, to the byte, and a failure of one is its own."""
+"""Several personas in one process: each gets the adapter it gets alone, byte for byte, and fails alone."""
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import REPOSITORY
+from jobs import DEMO, NO_GATES, Log, Until, few_questions, require_training_stack, watched_job
 
-from lora_trainer.config import GatesConfig
 from lora_trainer.persona.vocabulary import BloodType
 from lora_trainer.store.interface import Storage
 from lora_trainer.store.manifest import MANIFEST_NAME, verify_files
@@ -22,52 +18,27 @@ from lora_trainer.store.opening import open_storage
 from lora_trainer.store.prefixes import bundle_prefix, latest_key
 
 pytestmark = pytest.mark.e2e
-for needed in ("torch", "transformers", "trl", "peft", "datasets"):
-    pytest.importorskip(needed, reason=f"{needed} is not installed: pip install '.[cpu]'")
+require_training_stack()
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 STEPS = 4
 RECORDS = 120
-# what one persona could leave to the next: random numbers (dropout), mixed precision that accelerate puts on a model once,
-# checkpointing that the evaluation switches off and on
+# State that one persona could leave to the next: random numbers (dropout), mixed precision, which accelerate applies to a
+# model once, and checkpointing, which the evaluation switches off and on.
 RUN = (
-    "run", "--config", str(REPOSITORY / "examples" / "demo.yaml"), "--max-steps", str(STEPS), "--log-format", "json",
+    "run", *DEMO, "--max-steps", str(STEPS), "--log-format", "json",
     "--set", "lora.dropout=0.1", "--set", "training.compute_dtype=bfloat16", "--set", "memory.gradient_checkpointing=on",
     "--set", "memory.micro_batch_tokens=512", "--set", "logging.log_every_steps=1", "--set", "checkpoints.every_steps=1",
-    "--set", f"evaluation.prompts={REPOSITORY / 'tests' / 'assets' / 'few_prompts.jsonl'}", "--set", "evaluation.temperature=0",
-    "--set", "evaluation.max_new_tokens=16", "--set", "evaluation.intensities=0.9",
-    *(argument for name in GatesConfig.model_fields for argument in ("--set", f"gates.{name}=none")),
+    *few_questions(16, "0.9"), *NO_GATES,
 )  # fmt: skip
-
-Log = list[dict[str, Any]]
 
 
 def job(
-    blood_types: str, data: Path, output: str, work_dir: Path, *more: str, until: Callable[[dict[str, Any]], bool] | None = None
+    blood_types: str, data: Path, output: str, work_dir: Path, *more: str, until: Until | None = None
 ) -> tuple[int, list[str], Log]:
-    """One process, which gets SIGTERM at the event `until`; gives its exit code, what it printed, and its log."""
-    process = subprocess.Popen(
-        [
-            sys.executable, "-m", "entrypoint", *RUN, "--blood-type", blood_types, "--data", str(data),
-            "--output", output, "--work-dir", str(work_dir), *more,
-        ],
-        cwd=REPOSITORY,
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )  # fmt: skip
-    assert process.stderr is not None
-    assert process.stdout is not None
-    log: Log = []
-    for line in process.stderr:
-        assert line.startswith("{"), line
-        log.append(json.loads(line))
-        if until is not None and until(log[-1]):
-            process.send_signal(signal.SIGTERM)
-            until = None
-    assert until is None, "the event never came"
-    return process.wait(300), process.stdout.read().splitlines(), log
+    """Run the job once, with SIGTERM at the event `until`; return exit code, standard output and log."""
+    return watched_job(
+        *RUN, "--blood-type", blood_types, "--data", str(data), "--output", output, "--work-dir", str(work_dir), *more, until=until
+    )
 
 
 def events(log: Log, name: str, blood_type: str | None = None) -> Log:
@@ -75,7 +46,7 @@ def events(log: Log, name: str, blood_type: str | None = None) -> Log:
 
 
 def adapter(output: Storage, blood_type: str) -> bytes:
-    """The one that is published, by its pointer; its bundle is whole."""
+    """Return the adapter that latest.json names, from a complete bundle."""
     pointer = output.read_bytes(latest_key(BloodType(blood_type)))
     assert pointer is not None
     prefix = bundle_prefix(BloodType(blood_type), json.loads(pointer.data)["run_id"])
@@ -87,7 +58,7 @@ def adapter(output: Storage, blood_type: str) -> bytes:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The beginning of each bundled file."""
+    """Copy the beginning of each bundled file."""
     folder = tmp_path_factory.mktemp("data")
     for path in (REPOSITORY / "data").glob("train_data_type_*.jsonl"):
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)[:RECORDS]
@@ -97,7 +68,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory, data: Path) -> bytes:
-    """B's adapter, with nobody before it."""
+    """Return B's adapter from a run with B alone."""
     folder = tmp_path_factory.mktemp("alone")
     code, _, log = job("B", data, str(folder / "out"), folder / "work")
     assert code == 0, log[-1]
@@ -126,14 +97,14 @@ def test_each_gets_what_it_gets_alone_from_a_base_that_is_loaded_once(
     assert all(persona["passed"] and persona["exit_code"] == 0 for persona in finished["personas"])
     assert [line["run_id"] for line in events(log, "persona_finished")] == [run_ids["A"], run_ids["B"]]
     for line in log[:-1]:
-        # the data is read before it is known whose run that makes
+        # Before its run is identified, a line has only the blood type.
         assert line["run_id" if "run_id" in line else "blood_type"] in (*run_ids, *run_ids.values()), line
     for name, run_id in run_ids.items():
         progress = json.loads((tmp_path / "work" / "runs" / name / run_id / "progress.json").read_text())
         assert (progress["blood_type"], progress["step"], progress["stage"]) == (name, STEPS, "done")
     assert list(output.list("runs/")) == []
 
-    # another question, and nothing to train: the base is loaded once for it, too
+    # Other questions need no training; the base is loaded once for them, too.
     code, printed_again, log = job("A,B", data, uri, tmp_path / "asked", "--set", "evaluation.intensities=0.5")
     assert (code, printed_again) == (0, printed)
     assert [line["blood_type"] for line in events(log, "evaluation_published")] == ["A", "B"]
@@ -146,7 +117,7 @@ def test_a_failure_is_its_own_and_bad_data_is_said_before_anyone_trains(alone: b
     shutil.copytree(data, bad)
     with (bad / "train_data_type_O.jsonl").open("a") as file:
         file.write("no JSON\n")
-    # A is trained, and the output does not take its bundle
+    # A is trained, but its bundle cannot be published
     (out / "adapters").mkdir(parents=True)
     (out / "adapters" / "A").write_text("a file where the folder should be")
     code, printed, log = job("A,O,B", bad, str(out), tmp_path / "work")
@@ -158,7 +129,7 @@ def test_a_failure_is_its_own_and_bad_data_is_said_before_anyone_trains(alone: b
     bad_data, _, _ = events(log, "persona_finished")
     assert bad_data["blood_type"] == "O"
     assert log.index(bad_data) < log.index(events(log, "backend_started")[0])
-    # A had trained: what it left on the device is not trusted, and what it made is kept
+    # After A's failure the base is loaded afresh, and A's bundle is kept.
     assert not events(log, "base_reused")
     assert [line["blood_type"] for line in events(log, "training_finished")] == ["A", "B"]
     assert (next((tmp_path / "work").glob("runs/A/*/bundle")) / MANIFEST_NAME).is_file()
@@ -188,7 +159,7 @@ def test_sigterm_in_the_first_leaves_the_second_unbegun_and_the_same_command_doe
     assert code == 0, log[-1]
     assert events(log, "resumed", "A")
     assert not events(log, "resumed", "B")
-    # what A went on from is not B's beginning
+    # B starts at step 1, although A resumed
     assert [line["step"] for line in events(log, "training_step", "B")] == list(range(1, STEPS + 1))
     assert adapter(output, "B") == alone
     assert [persona["run_id"] for persona in log[-1]["personas"]] == [first["run_id"], second["run_id"]]

@@ -1,7 +1,8 @@
-"""The rights of k8s/aws/storage-policy.json are those that the job uses: each of them, and no other.
+"""The job uses every right in k8s/aws/storage-policy.json, and no other.
 
-A gateway before a real S3 server refuses what the policy does not allow, as S3 does it: a key that is not there is told as missing
-only to those who may list it, for which its name counts as `s3:prefix` (https://github.com/ceph/ceph/pull/68577 observed that).
+A proxy in front of a real S3 server refuses what the policy does not allow, as S3 does: only clients that may list a missing key
+learn that it is missing, and its name counts as `s3:prefix` (observed in https://github.com/ceph/ceph/pull/68577).
+
 """
 
 from __future__ import annotations
@@ -22,26 +23,23 @@ import boto3
 import pytest
 from conftest import REPOSITORY
 from fault_proxy import Answer, Asked, FaultProxy
+from jobs import DEMO, NO_GATES, few_questions, require_training_stack
 
-from lora_trainer.config import GatesConfig
 from lora_trainer.errors import StorageError
 from lora_trainer.store.opening import open_storage
 
 pytestmark = pytest.mark.e2e
-for needed in ("torch", "transformers", "trl", "peft", "datasets"):
-    pytest.importorskip(needed, reason=f"{needed} is not installed: pip install '.[cpu]'")
+require_training_stack()
 
 POLICY: Final = REPOSITORY / "k8s" / "aws" / "storage-policy.json"
 OBJECT_ACTIONS: Final = {"GET": "s3:GetObject", "HEAD": "s3:GetObject", "PUT": "s3:PutObject", "POST": "s3:PutObject"}
 RUN: Final = (
-    "--config", str(REPOSITORY / "examples" / "demo.yaml"), "--blood-type", "A", "--set", "memory.micro_batch_tokens=512",
+    *DEMO, "--blood-type", "A", "--set", "memory.micro_batch_tokens=512",
     "--set", "base.canonical_id=example/tiny-base", "--set", "storage.object_budget_s=0",
 )  # fmt: skip
 SHORT: Final = (
     "--max-steps", "8", "--log-format", "json", "--set", "checkpoints.every_steps=2", "--set", "checkpoints.keep=1",
-    "--set", f"evaluation.prompts={REPOSITORY / 'tests' / 'assets' / 'few_prompts.jsonl'}", "--set", "evaluation.temperature=0",
-    "--set", "evaluation.max_new_tokens=16", "--set", "evaluation.intensities=0.9",
-    *(argument for name in GatesConfig.model_fields for argument in ("--set", f"gates.{name}=none")),
+    *few_questions(16, "0.9"), *NO_GATES,
 )  # fmt: skip
 
 
@@ -51,7 +49,7 @@ def statements(bucket: str) -> list[dict[str, Any]]:
 
 
 class Gatekeeper(FaultProxy):
-    """Lets through what the statements allow, and keeps which statement allowed which action, and what was refused."""
+    """Forward what the policy allows; record which statement allowed which action, and what was refused."""
 
     def __init__(self, upstream_url: str, policy: list[dict[str, Any]], failing_part: int = 0) -> None:
         super().__init__(upstream_url, share=0)
@@ -66,7 +64,7 @@ class Gatekeeper(FaultProxy):
         bucket, _, key = unquote(path).strip("/").partition("/")
         given = {name: values[0] for name, values in parse_qs(query, keep_blank_values=True).items()}
         if not key:
-            # a HEAD of the bucket has no prefix, and the job can do without it
+            # A HEAD of the bucket has no prefix, and the job does not depend on it.
             allowed = self._allowed("s3:ListBucket", f"arn:aws:s3:::{bucket}", given.get("prefix"), optional=asked.method == "HEAD")
             return super().forward(asked, headers, body) if allowed else REFUSED
         action = OBJECT_ACTIONS.get(asked.method, "s3:AbortMultipartUpload" if "uploadId" in given else "s3:DeleteObject")
@@ -104,7 +102,7 @@ REFUSED: Final = Answer(403, "Forbidden", [("Content-Type", "application/xml"), 
 
 @pytest.fixture
 def filled(bucket: str) -> str:
-    """A bucket with A's data and the tiny base."""
+    """Return a bucket with A's data and the tiny base."""
     client = boto3.client("s3")
     client.upload_file(str(REPOSITORY / "data" / "train_data_type_A.jsonl"), bucket, "personas/train_data_type_A.jsonl")
     for path in (REPOSITORY / "examples" / "tiny-base").iterdir():
@@ -120,7 +118,7 @@ def gatekeeper(filled: str, s3_server: Any, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def call(command: str, bucket: str, work_dir: Path, *more: str, interrupt: bool = False) -> tuple[int, list[str]]:
-    """One process; `interrupt` sends SIGTERM when a checkpoint is uploaded. Gives its exit code and what it logged."""
+    """Run one process; `interrupt` sends SIGTERM after the first checkpoint upload. Return exit code and log lines."""
     process = subprocess.Popen(
         [
             sys.executable, "-m", "entrypoint", command, *RUN, *more, "--data", f"s3://{bucket}/personas/",
@@ -153,14 +151,14 @@ def test_a_job_uses_each_right_and_no_other(gatekeeper: Gatekeeper, filled: str,
     assert (code, gatekeeper.refused) == (0, []), lines
     code, lines = call("run", filled, tmp_path / "first", *SHORT, interrupt=True)
     assert (code, gatekeeper.refused) == (143, []), lines
-    # elsewhere, so from the checkpoint in the store; then once more, when it is done
+    # On another machine, so from the stored checkpoint; then once more, when the run is finished.
     for folder, expected in (("second", "resumed"), ("third", "already_done")):
         code, lines = call("run", filled, tmp_path / folder, *SHORT)
         assert (code, gatekeeper.refused) == (0, []), lines
         assert any(f'"{expected}"' in line for line in lines)
     for warning in ("storage_conditional_writes_unsupported", "lease_not_exclusive", "leftovers_not_removed", "not_pruned"):
         assert not any(warning in line for line in lines), warning
-    # only what is large goes up in parts: the next test
+    # Only large files are uploaded in parts: see the next test.
     assert granted() - gatekeeper.used == {
         ("KeepCheckpointsAndLease", "s3:AbortMultipartUpload"), ("PublishAdapters", "s3:AbortMultipartUpload"),
     }  # fmt: skip

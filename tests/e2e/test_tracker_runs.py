@@ -1,4 +1,4 @@
-"""Each tracker is trained with, and what it wrote is read back with its own library."""
+"""Train with each tracker, and read its records back with its own library."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import REPOSITORY
+from jobs import BASE, require_training_stack
 
 from lora_trainer.config_sources import settle
 from lora_trainer.data.jsonl import JsonlReader
@@ -24,17 +26,14 @@ from lora_trainer.train.step_log import OnStep, StepLog, TrainingLog
 from lora_trainer.train.tokenization import tokenize
 
 pytestmark = pytest.mark.e2e
-for needed in ("torch", "transformers", "trl", "peft", "datasets"):
-    pytest.importorskip(needed, reason=f"{needed} is not installed: pip install '.[cpu]'")
+require_training_stack()
 for needed in ("tensorboard", "mlflow", "sqlalchemy", "alembic", "wandb"):
     pytest.importorskip(needed, reason=f"{needed} is not installed: pip install '.[trackers]'")
 
-REPOSITORY = Path(__file__).resolve().parents[2]
-BASE = REPOSITORY / "examples" / "tiny-base"
 STEPS = 3
 RECORDS_PER_STEP = 4
 SECRET = "0123456789abcdef" * 2 + "5ec2e700"
-"""As long as a W&B key."""
+"""Has the length of a W&B key."""
 TRACKERS = "tensorboard,mlflow,wandb"
 
 
@@ -44,7 +43,7 @@ def records(blood_type: str) -> list[TrainingRecord]:
 
 
 def train(run_dir: Path, blood_type: str, report_to: str, on_step: OnStep = lambda step, of: None) -> TrainingLog:
-    """Three steps on the tiny base, without the rest of a run."""
+    """Train three steps on the tiny base, without the rest of a run."""
     config = settle(
         {
             "blood_type": blood_type,
@@ -71,7 +70,7 @@ def train(run_dir: Path, blood_type: str, report_to: str, on_step: OnStep = lamb
 
 @contextmanager
 def listener() -> Iterator[tuple[int, list[object]]]:
-    """A port on loopback, and the callers that it had."""
+    """Yield a port on loopback, and the list of its callers."""
     callers: list[object] = []
     with socket.create_server(("127.0.0.1", 0)) as server:
 
@@ -89,14 +88,14 @@ def listener() -> Iterator[tuple[int, list[object]]]:
 
 
 def own_environment(patch: pytest.MonkeyPatch, home: Path) -> None:
-    """No variable and no file of the developer's is left that a tracker looks at; W&B has a key all the same."""
+    """Remove all tracker settings of the machine, but set a W&B key."""
     for variable in os.environ:
         if variable.startswith(("WANDB_", "MLFLOW_", "TENSORBOARD_", "HF_MLFLOW_")) or variable.lower().endswith("_proxy"):
             patch.delenv(variable)
     patch.setenv("HOME", str(home))
     patch.setenv("WANDB_API_KEY", SECRET)
     patch.setenv("HF_TOKEN", f"hf_{SECRET}")
-    # TRL's own, which has nothing to do with trackers
+    # TRL's telemetry has nothing to do with trackers.
     patch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY", True)
 
 
@@ -125,7 +124,7 @@ def tracked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tracked]:
     with pytest.MonkeyPatch.context() as patch, listener() as (port, callers):
         own_environment(patch, home)
         patch.chdir(cwd)
-        # whoever goes out, W&B's service too, goes out by the proxy
+        # All traffic, including that of W&B's service, goes through the proxy.
         for variable in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "WANDB_BASE_URL"):
             patch.setenv(variable, f"http://127.0.0.1:{port}")
         for variable in ("NO_PROXY", "no_proxy"):
@@ -137,7 +136,7 @@ def tracked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tracked]:
 
 
 def expected(log: TrainingLog) -> dict[str, list[tuple[int, float]]]:
-    """What a tracker should have, by name."""
+    """Return the numbers that a tracker should hold, by name."""
     return {
         "loss": [(step.step, step.loss) for step in log.steps],
         "grad_norm": [(step.step, step.grad_norm) for step in log.steps],
@@ -165,9 +164,10 @@ def mlflow_runs(store: str) -> list[Any]:
 
 
 def wandb_records(path: Path) -> list[Any]:
-    """A `.wandb` file: LevelDB's log format behind seven bytes of its own, a `Record` in each entry.
+    """Read a `.wandb` file: a header of seven bytes, then LevelDB's log format with one `Record` per entry.
 
     https://github.com/google/leveldb/blob/main/doc/log_format.md
+
     """
     from wandb.proto import wandb_internal_pb2
 
@@ -182,7 +182,7 @@ def wandb_records(path: Path) -> list[Any]:
             continue
         entry += data[position + 7 : position + 7 + length]
         position += 7 + length
-        # whole, or the last piece
+        # a complete entry, or its last fragment
         if kind in (1, 4):
             record = wandb_internal_pb2.Record()
             record.ParseFromString(entry)
@@ -204,7 +204,7 @@ def test_tensorboard(tracked: Tracked, blood_type: str) -> None:
     wanted = expected(tracked.logs[blood_type])
     assert numbers.keys() == wanted.keys()
     for name, values in wanted.items():
-        # it keeps single precision
+        # TensorBoard stores single precision
         assert numbers[name] == [(step, pytest.approx(value, rel=1e-6)) for step, value in values]
 
 
@@ -283,7 +283,7 @@ def test_no_process_of_theirs_is_left(tracked: Tracked) -> None:
 def test_without_a_tracker_a_step_is_still_reported_one_late(
     tracked: Tracked, environment: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """And the numbers are the same."""
+    """The numbers are the same as with trackers."""
     from lora_trainer.train.backends import step_trainer
 
     reported: list[tuple[int, int]] = []
@@ -304,7 +304,7 @@ def test_without_a_tracker_a_step_is_still_reported_one_late(
 
 
 def test_a_run_that_is_interrupted_is_closed_and_can_begin_again(environment: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """In the places that the user's own variables name."""
+    """The trackers write to the places that the user's variables name."""
     import mlflow
 
     store = f"sqlite:///{tmp_path}/users.db"

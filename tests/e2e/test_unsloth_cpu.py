@@ -1,7 +1,8 @@
-"""The unsloth backend's wiring, in Unsloth's own CPU mode: it tells of a changed API, nothing of kernels or speed.
+"""The unsloth backend's wiring in Unsloth's CPU mode: it detects API changes, but says nothing about kernels or speed.
 
-`.ci/run` runs it in an environment of its own (locks/unsloth-cpu.txt). Each run is a process of its own, since
-Unsloth patches its libraries for good.
+`.ci/run` runs it in a separate environment (locks/unsloth-cpu.txt). Each run is a separate process, because Unsloth patches its
+libraries permanently.
+
 """
 
 from __future__ import annotations
@@ -14,22 +15,21 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_run import FEW_QUESTIONS, NO_GATES
+from conftest import REPOSITORY
+from jobs import DEMO, NO_GATES, few_questions
 
 pytestmark = pytest.mark.e2e
 for needed in ("unsloth", "bitsandbytes"):
     if importlib.util.find_spec(needed) is None:
         pytest.skip(f"{needed} is not installed: pip install --no-deps -r locks/unsloth-cpu.txt", allow_module_level=True)
 
-REPOSITORY = Path(__file__).resolve().parents[2]
-
 
 @pytest.mark.parametrize("quantization", ["nf4", "none"])
 def test_the_whole_job_in_unsloths_cpu_mode(quantization: str, tmp_path: Path) -> None:
     done = subprocess.run(
         [
-            sys.executable, "-m", "entrypoint", "run", "--config", str(REPOSITORY / "examples" / "demo.yaml"),
-            "--blood-type", "A", "--backend", "unsloth", "--max-steps", "4", *FEW_QUESTIONS, *NO_GATES,
+            sys.executable, "-m", "entrypoint", "run", *DEMO,
+            "--blood-type", "A", "--backend", "unsloth", "--max-steps", "4", *few_questions(), *NO_GATES,
             "--set", f"training.quantization={quantization}",
             "--data", str(REPOSITORY / "data"), "--output", str(tmp_path / "out"), "--work-dir", str(tmp_path / "work"),
         ],
@@ -40,7 +40,7 @@ def test_the_whole_job_in_unsloths_cpu_mode(quantization: str, tmp_path: Path) -
         timeout=400,
         check=False,
     )  # fmt: skip
-    # one event a line, whatever Unsloth prints of itself
+    # one event a line, whatever Unsloth prints
     log = {line["event"]: line for line in map(json.loads, done.stderr.splitlines())}
     assert done.returncode == 0, log
     assert done.stdout.strip().startswith("file://")
@@ -56,7 +56,7 @@ def test_the_whole_job_in_unsloths_cpu_mode(quantization: str, tmp_path: Path) -
 
 
 def test_the_second_of_two_personas_gets_the_adapter_that_it_gets_alone(tmp_path: Path) -> None:
-    """Unsloth's own generation, trainer and checkpointing leave nothing of the first one on the base that both share."""
+    """Unsloth's generation, trainer and checkpointing leave no state of the first persona on the shared base."""
     data = tmp_path / "data"
     data.mkdir()
     for blood_type in "AB":
@@ -67,11 +67,10 @@ def test_the_second_of_two_personas_gets_the_adapter_that_it_gets_alone(tmp_path
         output = tmp_path / blood_types
         done = subprocess.run(
             [
-                sys.executable, "-m", "entrypoint", "run", "--config", str(REPOSITORY / "examples" / "demo.yaml"),
-                "--blood-type", blood_types, "--backend", "unsloth", "--max-steps", "2", *FEW_QUESTIONS, *NO_GATES,
+                sys.executable, "-m", "entrypoint", "run", *DEMO,
+                "--blood-type", blood_types, "--backend", "unsloth", "--max-steps", "2", *few_questions(8, "0.9"), *NO_GATES,
                 "--set", "training.quantization=nf4", "--set", "training.compute_dtype=bfloat16",
                 "--set", "memory.gradient_checkpointing=unsloth", "--set", "memory.micro_batch_tokens=512",
-                "--set", "evaluation.intensities=0.9", "--set", "evaluation.max_new_tokens=8",
                 "--data", str(data), "--output", str(output), "--work-dir", str(tmp_path / f"work-{blood_types}"),
             ],
             cwd=tmp_path,

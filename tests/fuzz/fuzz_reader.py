@@ -1,10 +1,11 @@
-"""The reader of JSONL under atheris, which looks for bytes that reach code no other bytes reached.
+"""Fuzz the JSONL reader with atheris, which searches for bytes that reach new code.
 
     pip install atheris
     python tests/fuzz/fuzz_reader.py -max_total_time=300 [CORPUS]
 
-The first byte chooses plain, gzip or zstd, and whether the rest is the file or what is compressed into it. Any exception is a
-finding. Not part of the test run: atheris has wheels for Linux on few versions of Python.
+The first byte selects plain, gzip or zstd, and whether the rest is the file or its content before compression. Any exception is
+a finding. Not part of the test run: atheris has wheels only for Linux and few versions of Python.
+
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ FOLDER = Path(tempfile.mkdtemp())
 
 
 def test_one_input(data: bytes) -> None:
-    """Read `data` as a file; each line is a record or at least one problem that can be told."""
+    """Read `data` as a file; each line must be a record or have at least one printable problem."""
     how, content = (data[0], data[1:]) if data else (0, b"")
     suffix = ("", ".gz", ".zst")[how % 3]
     if how & 64:

@@ -1,7 +1,8 @@
-"""What only a CUDA GPU can show: Unsloth's own forward, its kernels, NF4, varlen attention. `make test-gpu`.
+"""Tests that need a CUDA GPU: Unsloth's own forward and kernels, NF4, varlen attention. `make test-gpu`.
 
-Everything runs on the tiny base or on a small random model of Qwen2's shape; the 7B is `benchmarks/train_speed.py`'s.
-Each run is a process of its own: Unsloth patches its libraries for good, and the reference must not see that.
+They use the tiny base or a small random model of Qwen2's shape; `benchmarks/train_speed.py` covers the 7B model. Each run is a
+separate process: Unsloth patches its libraries permanently, which must not affect the reference.
+
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ NO_GATES = tuple(argument for name in GatesConfig.model_fields for argument in (
 
 
 def python(code: str, *arguments: str, timeout_s: int = 300, **environment: str) -> str:
-    """Run `code` in a fresh interpreter; gives what it prints."""
+    """Run `code` in a fresh interpreter and return its output."""
     done = subprocess.run(
         [sys.executable, "-c", code, *arguments],
         env={**os.environ, "PYTHONPATH": f"{REPOSITORY}:{os.environ.get('PYTHONPATH', '')}", **environment},
@@ -46,7 +47,7 @@ def python(code: str, *arguments: str, timeout_s: int = 300, **environment: str)
 
 @pytest.fixture(scope="module")
 def small_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Qwen2 with the real head size (128) and grouped queries (4 to 1), and the tiny base's tokenizer."""
+    """Make a random Qwen2 with the real head size (128), grouped queries (4 to 1) and the tiny base's tokenizer."""
     import shutil
 
     from transformers import Qwen2Config, Qwen2ForCausalLM
@@ -66,7 +67,7 @@ def small_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def job_command(base: Path, output: Path, *arguments: str) -> list[str]:
-    """`lora-trainer run` on the GPU."""
+    """Return the command for `lora-trainer run` on the GPU."""
     return [
         sys.executable, "-m", "entrypoint", "run", "--blood-type", "A", "--device", "cuda",
         "--data", str(REPOSITORY / "data"), "--output", str(output), "--work-dir", str(output.parent / "work"),
@@ -77,7 +78,7 @@ def job_command(base: Path, output: Path, *arguments: str) -> list[str]:
 
 
 def run_job(base: Path, output: Path, *arguments: str) -> dict[str, dict[str, Any]]:
-    """The job from beginning to end; gives its log by event name."""
+    """Run the whole job and return its log by event name."""
     done = subprocess.run(
         job_command(base, output, *arguments), cwd=REPOSITORY, capture_output=True, text=True, timeout=400, check=False
     )
@@ -87,7 +88,7 @@ def run_job(base: Path, output: Path, *arguments: str) -> dict[str, dict[str, An
 
 
 def weights(output: Path) -> dict[str, Any]:
-    """The published adapter's."""
+    """Return the published adapter's weights."""
     from safetensors.torch import load_file
 
     return load_file(output / "adapter_A" / "adapter_model.safetensors")
@@ -115,13 +116,13 @@ def test_the_whole_job_with_unsloth(small_base: Path, tmp_path: Path, checkpoint
 
     assert log["backend_started"]["backend"] == "unsloth"
     assert log["backend_started"]["attention"] != "record by record"
-    # several records a row, and none of them sees another
+    # several records in a row, none of which attends to another
     assert log["packing_checked"]["relative_difference"] < 0.01
     assert log["training_finished"]["held_out_loss_adapter"] < log["training_finished"]["held_out_loss_base"]
     assert log["adapter_read_back"]["memory_difference"] <= 0.01 * max(1, log["adapter_read_back"]["base_difference"])
     metrics = json.loads((tmp_path / "out" / "adapter_A" / "metrics.json").read_text())
     assert metrics["training"]["packed_rows"] == metrics["training"]["rows"]
-    # plain PEFT on plain transformers, in a process that knows neither Unsloth nor this project
+    # Plain PEFT on plain transformers, in a process without Unsloth and this project.
     assert (
         float(python(RELOAD, str(tmp_path / "out" / "adapter_A"), str(small_base), PYTHONPATH=os.environ.get("PYTHONPATH", "")))
         > 0.05
@@ -129,17 +130,17 @@ def test_the_whole_job_with_unsloth(small_base: Path, tmp_path: Path, checkpoint
 
 
 def test_both_backends_learn_alike(small_base: Path, tmp_path: Path) -> None:
-    """Same steps, same records, same loss: the reference says what Unsloth's kernels and our packing should compute."""
+    """Same steps and records, same loss: the reference defines what Unsloth's kernels and our packing should compute."""
     losses = {}
     for backend in ("unsloth", "transformers"):
         run_job(small_base, tmp_path / backend / "out", "--backend", backend, "--set", "training.quantization=none")
         log = (tmp_path / backend / "out" / "adapter_A" / "train_log.jsonl").read_text().splitlines()
         losses[backend] = [json.loads(line) for line in log]
     first = [steps[0]["loss"] for steps in losses.values()]
-    # before the first update both are the base: only rounding differs (bfloat16: 8 bits)
+    # Before the first update both are the base; only rounding differs (bfloat16: 8 bits).
     assert first[0] == pytest.approx(first[1], rel=0.01)
     assert losses["unsloth"][0]["loss_tokens"] == losses["transformers"][0]["loss_tokens"]
-    # adapters are initialised from different random streams, so the curves agree but do not coincide
+    # The adapters start from different random streams, so the curves agree but do not coincide.
     assert losses["unsloth"][-1]["loss"] == pytest.approx(losses["transformers"][-1]["loss"], rel=0.15)
     assert losses["unsloth"][-1]["loss"] < 0.9 * first[0]
 
@@ -203,7 +204,7 @@ def test_a_plan_is_made_from_the_free_memory(small_base: Path, tmp_path: Path) -
 
 
 def test_an_interrupted_run_ends_with_the_adapter_of_an_undisturbed_one(small_base: Path, tmp_path: Path) -> None:
-    """Packed rows, NF4, dropout: equal up to what two undisturbed runs may differ by, since kernels add in any order."""
+    """Packed rows, NF4, dropout: equal within the tolerance for two undisturbed runs, because kernels add in any order."""
     arguments = ("--set", "lora.dropout=0.1", "--set", "logging.log_every_steps=1", "--set", "checkpoints.every_steps=7")
     run_job(small_base, tmp_path / "whole" / "out", *arguments)
     output, log_file = tmp_path / "broken" / "out", tmp_path / "log"
@@ -221,7 +222,7 @@ def test_an_interrupted_run_ends_with_the_adapter_of_an_undisturbed_one(small_ba
     assert whole.keys() == broken.keys()
     difference = sum(float((whole[name] - broken[name]).float().norm() ** 2) for name in whole) ** 0.5
     size = sum(float(value.float().norm() ** 2) for value in whole.values()) ** 0.5
-    # a step that is lost or done twice, or other dropout, moves the adapter by more than a hundredth
+    # A lost or repeated step, or other dropout, changes the adapter by more than a hundredth.
     assert difference / size < 1e-3
 
 
@@ -246,7 +247,7 @@ main()
 
 
 def run_faulty(base: Path, output: Path, *arguments: str, **environment: str) -> tuple[int, list[dict[str, Any]]]:
-    """The job on a GPU with less memory, or one that is lost in mid-training. Gives its exit code and log."""
+    """Run the job on a GPU with less memory, or one that is lost in mid-training; return exit code and log."""
     script = output.parent / "job.py"
     script.write_text(FAULTY)
     command = job_command(base, output, *arguments)
@@ -255,12 +256,12 @@ def run_faulty(base: Path, output: Path, *arguments: str, **environment: str) ->
         env={**os.environ, "PYTHONPATH": f"{REPOSITORY}:{os.environ.get('PYTHONPATH', '')}", **environment},
     )  # fmt: skip
     lines = done.stderr.splitlines()
-    # what the device itself prints when an assertion fails is no event
+    # a failed device assertion prints lines that are not events
     return done.returncode, [json.loads(line) for line in lines if line.startswith("{")]
 
 
 def test_memory_that_runs_out_on_the_gpu_steps_the_plan_down(small_base: Path, tmp_path: Path) -> None:
-    """The allocator is kept to less than the first plan takes, so that it runs out by itself."""
+    """The allocator gets less memory than the first plan needs, so that it really runs out."""
     short = ("--max-steps", "2", "--sequences-per-step", "96")
     (tmp_path / "whole").mkdir()
     peak_gib = run_job(small_base, tmp_path / "whole" / "out", *short)["training_finished"]["peak_memory_gib"]
@@ -299,7 +300,7 @@ def test_a_lost_gpu_leaves_the_checkpoint_that_the_next_attempt_goes_on_from(sma
 
 @pytest.mark.parametrize("checkpointing", ["off", "unsloth"])
 def test_the_second_of_two_personas_learns_as_it_does_alone(small_base: Path, tmp_path: Path, checkpointing: str) -> None:
-    """On one base in one process: its generation, its KV caches and its modes are the first one's no more."""
+    """Generation, KV caches and modes of the first persona leave nothing on the shared base."""
     losses, peaks = {}, {}
     for blood_types in ("B", "A,B"):
         output = tmp_path / blood_types / "out"
@@ -310,14 +311,14 @@ def test_the_second_of_two_personas_learns_as_it_does_alone(small_base: Path, tm
         losses[blood_types] = [json.loads(line)["loss"] for line in steps]
         peaks[blood_types] = log["training_finished"]["peak_memory_gib"]
     assert log["base_reused"]["blood_type"] == log["training_finished"]["blood_type"] == "B"
-    # the same weights, order and random numbers: kernels that add up in another order each time are all that differs
+    # Weights, order and random numbers are the same; only the kernels' order of addition differs.
     assert losses["A,B"][0] == pytest.approx(losses["B"][0], rel=1e-4)
     assert losses["A,B"] == pytest.approx(losses["B"], rel=0.02)
     assert peaks["A,B"] <= 1.1 * peaks["B"]
 
 
 def test_the_tiny_base_trains_on_the_gpu_as_it_ships_and_answers_as_a_server_would_let_it(tmp_path: Path) -> None:
-    """What Unsloth's generation measures in the run is what plain transformers and PEFT measure on the published bundle."""
+    """Unsloth's generation measures the same in the run as plain transformers and PEFT on the published bundle."""
     log = run_job(
         TINY_BASE,
         tmp_path / "out",
@@ -350,7 +351,7 @@ def test_the_tiny_base_trains_on_the_gpu_as_it_ships_and_answers_as_a_server_wou
             if a["model"] == b["model"] == model and a["decoding"] == b["decoding"] == "greedy"
         ]
         assert len(pairs) == 480
-        # bfloat16 and other kernels: where two tokens are nearly as probable, the one or the other comes first
+        # bfloat16 and different kernels: of two almost equally probable tokens either may win.
         same_start = sum(a[:20] == b[:20] for a, b in pairs) / len(pairs)
         assert same_start > 0.7, f"{model}: {same_start:.0%} of the replies begin alike"
     metrics = [json.loads((folder / "metrics.json").read_text()) for folder in (bundle, tmp_path / "again")]

@@ -1,4 +1,4 @@
-"""The CPU image as a cluster would run it: read-only, as a user whom nobody knows, without a capability."""
+"""The CPU image as a cluster runs it: read-only, as an unknown user, without capabilities."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ ON_THIS_HOST: Final = (
     "--env", "AWS_ENDPOINT_URL", "--env", "AWS_ACCESS_KEY_ID", "--env", "AWS_SECRET_ACCESS_KEY", "--env", "AWS_REGION",
     "--env", "OMP_WAIT_POLICY=PASSIVE", "--env", "IMAGE_DIGEST=sha256:feed",
 )  # fmt: skip
-# a real run, shortened: few steps, few questions, and no gate, since a dozen steps make no friend
+# a real run, shortened: few steps and questions, and no gates, because a dozen steps do not teach a persona
 RUN: Final = (
     "run", "--config", "/opt/lora-trainer/examples/demo.yaml", "--blood-type", "A", "--max-steps", "12", "--log-format", "json",
     "--set", "memory.micro_batch_tokens=512", "--set", "logging.log_every_steps=1", "--set", "checkpoints.every_steps=4",
@@ -51,14 +51,14 @@ def engine() -> Docker:
 
 @pytest.fixture
 def docker(engine: Docker, bucket: str) -> Docker:
-    """With the AWS variables of the test's own S3 server."""
+    """Return the engine with the AWS variables of the test's S3 server."""
     aws = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
     return Docker(engine.client, engine.environment | aws)
 
 
 @pytest.fixture
 def name(engine: Docker) -> Iterator[str]:
-    """Of a container, which is gone at the end however the test ends."""
+    """Yield a container name; remove the container however the test ends."""
     chosen = f"lora-trainer-test-{uuid.uuid4().hex[:12]}"
     yield chosen
     engine("rm", "--force", chosen)
@@ -83,7 +83,7 @@ def test_structure(engine: Docker) -> None:
 
 
 def test_a_whole_run_of_a_user_whom_nobody_knows(docker: Docker, bucket: str) -> None:
-    """From the data that the image brings to a bundle in S3, whose manifest says which image made it."""
+    """Train on the image's own data; the bundle in S3 names the image that made it."""
     output = open_storage(f"s3://{bucket}/lora/")
     done = docker(
         "run", *HARDENED, *ON_THIS_HOST, IMAGE, *RUN, "--data", "/opt/lora-trainer/data/", "--output", output.uri
@@ -126,7 +126,7 @@ def test_sigterm_reaches_the_job_and_another_container_goes_on(docker: Docker, b
 
 
 def test_a_failure_says_its_code(engine: Docker, tmp_path: Path) -> None:
-    """Broken data ends with 3 and with the last word where Kubernetes looks for it."""
+    """Broken data ends with 3, and the last line is where Kubernetes reads it."""
     word = tmp_path / "termination-log"
     word.touch()
     word.chmod(0o666)
@@ -148,13 +148,13 @@ def test_without_a_gpu_the_default_is_refused(engine: Docker) -> None:
 
 
 def test_libraries_ask_who_the_user_is(engine: Docker) -> None:
-    """A user without an entry in /etc/passwd: libraries name folders by it."""
+    """The user has no entry in /etc/passwd, but libraries name folders by it."""
     done = python_in(engine, "import getpass, os, pathlib; print(os.getuid(), getpass.getuser(), pathlib.Path.home())")
     assert done.stdout.split() == ["12345", "trainer", "/cache"], done.stderr
 
 
 def test_an_extension_compiles_and_loads(engine: Docker) -> None:
-    """What Triton does at its first kernel: C with Python's headers, by gcc, into the temporary folder."""
+    """Triton does this for its first kernel: gcc compiles C with Python's headers into the temporary folder."""
     code = """
 import importlib.util, pathlib, subprocess, sysconfig
 source = pathlib.Path("/tmp/probe.c")
@@ -172,7 +172,7 @@ print(module.__doc__)
 
 
 def test_torch_compile_works(engine: Docker) -> None:
-    """C++ by g++ with torch's own headers, below /cache: nothing else is writable but /job and /tmp."""
+    """g++ compiles C++ with torch's headers below /cache; otherwise only /job and /tmp are writable."""
     code = """
 import os, pathlib, torch
 print(round(torch.compile(lambda x: (x.sin() * 2).sum())(torch.ones(8)).item(), 3))

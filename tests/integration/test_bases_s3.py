@@ -1,4 +1,4 @@
-"""A base from `s3://`: mirrored once, brought up to date, and the same base as its folder."""
+"""A base from `s3://`: mirrored once, kept up to date, and identical to the same files in a folder."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ FILES = {"config.json": b"{}", "tokenizer.json": b"{}", "model.safetensors": b"w
 
 @pytest.fixture
 def config(bucket: str, tmp_path: Path) -> BaseModelConfig:
-    """A base in the bucket, with what else lies in such prefixes."""
+    """Put a base into the bucket, along with other files that such prefixes contain."""
     client = boto3.client("s3")
     for name, data in {**FILES, "README.md": b"#", "model.bin": b"code", "original/config.json": b"other"}.items():
         client.put_object(Bucket=bucket, Key=f"bases/tiny/{name}", Body=data)
-    # a neighbour whose prefix begins alike
+    # another prefix that begins the same
     client.put_object(Bucket=bucket, Key="bases/tiny-2/config.json", Body=b"{}")
     return BaseModelConfig(model=f"s3://{bucket}/bases/tiny", cache_dir=tmp_path / "cache")
 
@@ -58,9 +58,9 @@ def test_it_is_the_same_base_as_the_files_in_a_folder(config: BaseModelConfig, t
 
 def test_a_second_run_fetches_nothing(config: BaseModelConfig) -> None:
     before = mirrored(mirror(config))
-    # every download is a new file that replaces the old one
+    # A download always creates a new file.
     assert mirrored(mirror(config)) == before
-    # with or without the slash it is one mirror
+    # The trailing slash makes no difference.
     assert mirrored(mirror(config.model_copy(update={"model": config.model + "/"}))) == before
 
 

@@ -53,7 +53,7 @@ def test_loopback_only(server_python: Path) -> None:
     with dev_s3.serve(python=server_python) as server:
         port = int(server.endpoint_url.rpartition(":")[2])
         assert listens(port)
-        # 127.0.0.2 is on loopback too, but not the address that was asked for: "all interfaces" would answer there
+        # 127.0.0.2 is also loopback, but not the requested address: a server on all interfaces would answer there
         for address in (*addresses, "127.0.0.2"):
             assert not listens(port, address)
 

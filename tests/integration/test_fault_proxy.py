@@ -1,4 +1,4 @@
-"""The fault-injecting proxy itself: each fault is what it says, as often as it says, and the rest passes unharmed."""
+"""The fault-injecting proxy: each fault is as described, as frequent as requested, and other requests pass unchanged."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ DATA = bytes(range(256)) * 16
 
 
 def client_for(url: str) -> Any:
-    """An S3 client that tries once."""
+    """Return an S3 client that never retries."""
     config = Config(retries={"total_max_attempts": 1}, read_timeout=1, s3={"addressing_style": "path"})
     return boto3.client("s3", endpoint_url=url, region_name="us-east-1", config=config)
 
 
 def raw(proxy: FaultProxy, method: str, path: str, body: bytes = b"", timeout_s: float = 1) -> tuple[int, bytes]:
-    """One request without any library's retries or checks."""
+    """Send one request without a library's retries or checks."""
     connection = http.client.HTTPConnection(urlsplit(proxy.url).netloc, timeout=timeout_s)
     try:
         connection.request(method, path, body)
@@ -56,7 +56,7 @@ def test_everything_passes_unharmed(s3_server: Any, bucket: str) -> None:
 
 
 def test_signed_headers_arrive_as_they_were_sent() -> None:
-    """The signature covers `Host`, which names the proxy: a server that checks it must see that name."""
+    """The signature covers `Host`, which names the proxy; a server that checks it must see that name."""
     received = bytearray()
     with (
         socket.create_server(("127.0.0.1", 0)) as server,

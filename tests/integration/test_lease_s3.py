@@ -1,4 +1,4 @@
-"""Lease, checkpoints and bundle of two attempts at one run: on a real store, on one that fails, on one without conditions."""
+"""Lease, checkpoints and bundle of two attempts at one run: on a real store, a failing one, and one without conditional writes."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def storage(bucket: str) -> Storage:
 
 
 def taken_over(storage: Storage, lease: Lease) -> None:
-    """Somebody else has it now."""
+    """Give the lease to another holder."""
     found = storage.read_bytes(KEY)
     assert found is not None
     record = parse_record(found.data)
@@ -79,7 +79,7 @@ def test_one_has_it_and_it_is_gone_at_the_end(storage: Storage) -> None:
 
 
 def interrupted(storage: Storage, work: Callable[[Lease], None]) -> None:
-    """An attempt that does not come to its end."""
+    """Run an attempt that is interrupted."""
     with suppress(KeyboardInterrupt), hold(LONG, storage, KEY) as lease:
         work(lease)
         raise KeyboardInterrupt
@@ -95,7 +95,7 @@ def test_faults_cost_it_neither_the_lease_nor_the_release(s3_server: Any, bucket
             lease.confirm()
         found = storage.read_bytes(KEY)
         record = parse_record(found.data) if found else None
-        # nobody else took it, whatever was answered
+        # no other attempt took it, whatever the store answered
         assert record is not None
         assert record.holder == lease.holder
         seen.append(record.attempt)
@@ -139,7 +139,7 @@ def test_a_manifest_is_never_replaced(storage: Storage, tmp_path: Path) -> None:
 def test_the_lease_is_looked_at_before_each_try(
     s3_server: Any, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An upload that is tried again after the lease was lost would replace what the other one has published by then."""
+    """An upload that is retried after the lease was lost would replace what the new holder has published."""
     file = tmp_path / "file"
     file.write_bytes(b"mine")
     tries: list[int] = []
@@ -162,7 +162,7 @@ def test_the_lease_is_looked_at_before_each_try(
     monkeypatch.setenv("AWS_ENDPOINT_URL", s3_server.endpoint_url)
     plain = open_budgeted(f"s3://{bucket}/lora/")
     assert not plain.exists("x")
-    # what only looks is not asked
+    # reads do not ask
     storage = plain.adapted(guard=guard)
     for write in (lambda: storage.write_bytes("x", b""), lambda: storage.delete("x"), lambda: storage.upload(file, "x")):
         with pytest.raises(LeaseLostError):
@@ -175,7 +175,7 @@ def test_the_lease_is_looked_at_before_each_try(
 
 
 class Unconditional(FaultProxy):
-    """An old store: it takes every write."""
+    """An old store that ignores conditions."""
 
     def forward(self, asked: Asked, headers: list[tuple[str, str]], body: bytes) -> Answer:
         kept = [(name, value) for name, value in headers if name.lower() not in ("if-match", "if-none-match")]
@@ -183,7 +183,7 @@ class Unconditional(FaultProxy):
 
 
 class NotImplementing(FaultProxy):
-    """One that knows that it does not."""
+    """A store that refuses conditions."""
 
     def forward(self, asked: Asked, headers: list[tuple[str, str]], body: bytes) -> Answer:
         if {name.lower() for name, _ in headers} & {"if-match", "if-none-match"}:
@@ -237,7 +237,7 @@ def test_each_attempt_keeps_to_itself_and_reads_all(old_store: Callable[[], Stor
             other.write(step, state)
             other.finish(60)
         steps = {item.key.removeprefix(run_prefix(BloodType.A, RUN_ID)).rpartition("/")[0] for item in storage.list("runs/")} - {""}
-        # it prunes its own only
+        # it prunes only its own
         assert steps == {f"checkpoints-{first}/step-000003"} | {f"checkpoints-{second.holder}/step-{step:06d}" for step in (5, 6)}
         other.clear()
     assert list(storage.list("")) == []
@@ -256,7 +256,7 @@ def test_a_bundle_that_two_wrote_at_once_is_withdrawn(
         write_bytes = type(storage).write_bytes
 
         def late(self: Storage, key: str, data: bytes, **conditions: Any) -> None:
-            # the other one's file comes in between ours and our manifest
+            # the other attempt's file arrives between our files and our manifest
             if key == f"{PREFIX}manifest.json":
                 storage.upload(theirs / "adapter_model.safetensors", f"{PREFIX}adapter_model.safetensors")
             write_bytes(self, key, data, **conditions)

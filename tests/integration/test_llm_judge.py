@@ -1,4 +1,4 @@
-"""The judge over HTTP: asked in both orders, counted honestly, and never the end of a run."""
+"""The judge over HTTP: asked in both orders, counted correctly, and never the reason that a run ends."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.integration
 
 @dataclass
 class Server:
-    """Answers with what `opinion` makes of a question: content, or an HTTP status."""
+    """A chat server that answers with `opinion` of the question: content, or an HTTP status."""
 
     opinion: Callable[[str], str | int]
     url: str = ""
@@ -35,12 +35,12 @@ class Server:
 
 @contextmanager
 def serve(opinion: Callable[[str], str | int]) -> Iterator[Server]:
-    """A chat server on loopback."""
+    """Start a chat server on loopback."""
     server = Server(opinion)
 
     class Handler(BaseHTTPRequestHandler):
         def log_message(self, *_: object) -> None:
-            """Not to the test's output."""
+            """Keep the test's output clean."""
 
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["content-length"])))
@@ -74,7 +74,7 @@ def serve(opinion: Callable[[str], str | int]) -> Iterator[Server]:
 
 @pytest.fixture(scope="module")
 def replies() -> list[ScoredReply]:
-    """Adapter and base on 20 prompts at four intensities."""
+    """Return replies of adapter and base to 20 prompts at four intensities."""
     return list(made_run(BloodType.A, prompts=20).replies)
 
 
@@ -93,7 +93,7 @@ def ask(server: Server, replies: list[ScoredReply]) -> JudgeMetrics:
 
 
 def prefer(better: set[str]) -> Callable[[str], str]:
-    """The first reply if it is one of `better`, else the second."""
+    """Prefer the first reply if it is one of `better`, otherwise the second."""
 
     def opinion(question: str) -> str:
         first = question.split("[first]\n")[1].split("\n\n[second]")[0]
@@ -114,7 +114,7 @@ def test_both_orders_are_asked_and_a_clear_preference_wins(replies: list[ScoredR
     questions = [body["messages"][1]["content"] for body in server.bodies]
     # each pair in both orders, and no pair twice
     assert len(set(questions)) == 40
-    # the intensities take turns, prompt by prompt
+    # the intensities alternate from prompt to prompt
     shown = {line.split()[-1] for question in questions for line in question.splitlines() if line.startswith("The friend feels")}
     assert shown == {"0.1", "0.4", "0.7", "1"}
     assert server.bodies[0]["response_format"]["json_schema"]["schema"]["properties"]["winner"]["enum"] == [
@@ -122,7 +122,7 @@ def test_both_orders_are_asked_and_a_clear_preference_wins(replies: list[ScoredR
         "second",
         "tie",
     ]
-    # the rubric that the report prints is the one that was sent
+    # the report prints the rubric that was sent
     assert {body["messages"][0]["content"] for body in server.bodies} == {found.rubric}
 
 

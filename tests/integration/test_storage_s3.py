@@ -1,4 +1,4 @@
-"""`s3://` against a real server, and against answers that a real server gives only on its worst days."""
+"""`s3://` against a real server, and against answers that a real server rarely gives."""
 
 from __future__ import annotations
 
@@ -166,7 +166,7 @@ class Answer:
     body: bytes = b""
     headers: dict[str, str] = field(default_factory=dict)
     promised_bytes: int | None = None
-    """Content-Length, when it is a lie."""
+    """A wrong Content-Length."""
 
 
 def xml(status: int, code: str, message: str = "") -> Answer:
@@ -174,7 +174,7 @@ def xml(status: int, code: str, message: str = "") -> Answer:
 
 
 class BadDay:
-    """An HTTP server that answers as the test says, one function for all requests."""
+    """An HTTP server whose answers the test chooses, with one function for all requests."""
 
     def __init__(self) -> None:
         self.answer: Callable[[Request], Answer] = lambda _: xml(500, "InternalError")
@@ -231,7 +231,7 @@ STORE = "s3://bucket/prefix/"
 
 
 def head_or(answer: Callable[[Request], Answer], size_bytes: int) -> Callable[[Request], Answer]:
-    """A HEAD that finds an object of that size; `answer` for all the rest."""
+    """Answer a HEAD with an object of this size, and everything else with `answer`."""
     return lambda request: (
         Answer(headers={"ETag": '"e"'}, promised_bytes=size_bytes) if request.method == "HEAD" else answer(request)
     )
@@ -257,7 +257,7 @@ def head_or(answer: Callable[[Request], Answer], size_bytes: int) -> Callable[[R
 def test_refusals(
     bad_day: BadDay, tmp_path: Path, status: int, code: str, kind: type[Exception], said: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """The reason is found although the first request is a HEAD, whose refusal has no body."""
+    """The error gives the reason, although the first request is a HEAD, whose refusal has no body."""
     bad_day.answer = lambda _: xml(status, code, f"user {KEY_ID} with {SECRET} at http://someone:pass@proxy may not")
     storage = open_budgeted(STORE)
     for call in (
@@ -287,7 +287,7 @@ def test_refused_writes_and_listings_name_their_action(bad_day: BadDay, tmp_path
 
 
 class Expiring:
-    """A store, and the STS beside it, that take one set of credentials at a time."""
+    """A store and its STS, which accept one set of credentials at a time."""
 
     def __init__(self) -> None:
         self.valid = 1
@@ -318,7 +318,7 @@ class Expiring:
 def test_credentials_that_expire_during_a_run(
     bad_day: BadDay, aws_environment: pytest.MonkeyPatch, tmp_path: Path, way: str
 ) -> None:
-    """The chain is asked anew, as often as it takes, whatever operation it is that meets the refusal."""
+    """Credentials are looked up again as often as needed, whichever operation is refused."""
     store = Expiring()
     bad_day.answer = store
     for variable in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
@@ -367,7 +367,7 @@ def test_credentials_that_expire_during_a_run(
             assert storage.exists("x")
         assert store.answers_whole
         return
-    # the new ones come late
+    # the new credentials come late
     store.valid = 9
     sender = threading.Timer(1.0, hand_out, (9,))
     sender.start()
@@ -440,7 +440,7 @@ def test_addressing_and_region(bad_day: BadDay, aws_environment: pytest.MonkeyPa
 
 
 def test_listing_goes_on_after_the_first_page(bad_day: BadDay) -> None:
-    """A thousand keys a page in a real store: here two pages of one."""
+    """A real store returns a thousand keys a page; here two pages have one each."""
 
     def answer(request: Request) -> Answer:
         asked = parse_qs(urlsplit(request.path).query)
@@ -460,7 +460,7 @@ def test_listing_goes_on_after_the_first_page(bad_day: BadDay) -> None:
 
 
 def test_virtual_hosts_at_a_custom_endpoint(bad_day: BadDay, aws_environment: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The one S3 setting that has no variable: botocore reads it from the profile."""
+    """The one S3 setting without a variable: botocore reads it from the profile."""
     (tmp_path / "config").write_text("[default]\ns3 =\n  addressing_style = virtual\n")
     aws_environment.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
     aws_environment.setenv("AWS_ENDPOINT_URL", "http://store.invalid:1")
@@ -470,7 +470,7 @@ def test_virtual_hosts_at_a_custom_endpoint(bad_day: BadDay, aws_environment: py
 
 
 def test_store_without_conditional_writes(bad_day: BadDay) -> None:
-    """The write goes through with a check before it, and one warning for all of them."""
+    """The write succeeds with a check before it, and one warning covers all of them."""
     kept: dict[str, bytes] = {}
 
     def answer(request: Request) -> Answer:
@@ -521,7 +521,7 @@ def test_store_that_refuses_a_matching_if_match(bad_day: BadDay) -> None:
 
 @pytest.mark.parametrize("condition", [{"if_absent": True}, {"if_match": '"e"'}])
 def test_write_whose_first_answer_was_lost(bad_day: BadDay, condition: dict[str, str | bool]) -> None:
-    """The retry meets its own object: that is a success, not a lost race."""
+    """The retry finds its own object: a success, not a lost race."""
     kept: list[bytes] = []
 
     def answer(request: Request) -> Answer:
@@ -587,7 +587,7 @@ def test_object_replaced_while_it_is_read(bad_day: BadDay, tmp_path: Path) -> No
 
 
 def test_sigterm_stops_a_transfer_and_leaves_no_trace(bad_day: BadDay, tmp_path: Path) -> None:
-    """What `entrypoint` does on SIGTERM: raise `Interrupted` wherever the main thread happens to be."""
+    """Do what `entrypoint` does on SIGTERM: raise `Interrupted` wherever the main thread is."""
     asked = threading.Event()
 
     def answer(_: Request) -> Answer:

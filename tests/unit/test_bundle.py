@@ -520,7 +520,7 @@ def test_metrics_that_are_none(folder: Path, made: MadeRun, storage: Storage, tm
     (folder / "metrics.json").write_text(metrics)
     manifest = write_manifest(folder, facts())
     publish_bundle(folder, storage, PREFIX)
-    with pytest.raises(StorageError, match="this version can't read metrics.json"):
+    with pytest.raises(StorageError, match=r"this version can't read metrics\.json"):
         read_published(storage, PREFIX, manifest, tmp_path / "back")
 
 

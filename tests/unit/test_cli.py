@@ -356,15 +356,21 @@ def test_run_stops_at_warnings_under_strict(capsys: pytest.CaptureFixture[str], 
 
 
 def test_run_with_a_base_that_is_none(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    data = str(REPOSITORY / "data")
-    code, _, err = called(capsys, *run_arguments(tmp_path, data), "--base-model", str(tmp_path))
+    code, _, err = called(capsys, *run_arguments(tmp_path, few_records(tmp_path)), "--base-model", str(tmp_path))
     assert code == 2
     assert "not a model: config.json, tokenizer.json, *.safetensors missing" in last_event(err)["problems"][0]
 
 
+def few_records(tmp_path: Path, blood_type: str = "A") -> str:
+    """A folder with the first records of the bundled data: validating all of it takes seconds."""
+    name = f"train_data_type_{blood_type}.jsonl"
+    lines = (REPOSITORY / "data" / name).read_text(encoding="utf-8").splitlines(keepends=True)[:60]
+    return str(Path(write(tmp_path / "few" / name, "".join(lines))).parent)
+
+
 def finished(tmp_path: Path, *, passed: bool = True, blood_type: str = "A") -> tuple[list[str], str]:
     """Arguments of a run whose bundle is in the output already with its verdict, and its id."""
-    data = REPOSITORY / "data" / f"train_data_type_{blood_type}.jsonl"
+    data = Path(few_records(tmp_path, blood_type)) / f"train_data_type_{blood_type}.jsonl"
     settings = {"blood_type": blood_type, "device": "cpu", "base.model": str(TINY_BASE), "training.quantization": "none"}
     config = settle(settings, {})
     identity = run_id(run_ingredients(config, sha256_of(data), identify_base(config.base).identity))
@@ -466,7 +472,7 @@ def test_each_of_several_has_its_own_end_and_the_last_line_has_them_all(
     arguments, identity = finished(tmp_path, passed=False)
     data = tmp_path / "data"
     data.mkdir()
-    shutil.copy(REPOSITORY / "data" / "train_data_type_A.jsonl", data)
+    shutil.copy(tmp_path / "few" / "train_data_type_A.jsonl", data)
     write(data / "train_data_type_O.jsonl", planted())
     code, out, err = called(capsys, *arguments, "--data", f"{data}/", "--blood-type", "O,A,B")
     event = last_event(err)
@@ -495,7 +501,7 @@ def test_each_of_several_has_its_own_end_and_the_last_line_has_them_all(
 def test_several_that_are_finished_end_at_once(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     arguments, identity = finished(tmp_path)
     _, other = finished(tmp_path, blood_type="AB")
-    code, out, err = called(capsys, *arguments, "--data", str(REPOSITORY / "data"), "--blood-type", "AB,A")
+    code, out, err = called(capsys, *arguments, "--data", str(tmp_path / "few"), "--blood-type", "AB,A")
     assert code == 0
     assert out.splitlines() == [
         f"file://{tmp_path}/out/adapters/{blood_type}/{run}/" for blood_type, run in (("AB", other), ("A", identity))
@@ -629,9 +635,10 @@ def test_a_file_name_that_is_no_text() -> None:
     assert last_event(done.stderr)["problems"][0].endswith("No such file or directory; check the path given to --config")
 
 
+@pytest.mark.slow  # imports torch; tests/e2e/test_run.py has the same case
 def test_no_gpu_is_exit_5(tmp_path: Path) -> None:
     pytest.importorskip("torch", reason="torch is not installed: nothing looks for a GPU")
-    arguments = run_arguments(tmp_path, str(REPOSITORY / "data"))
+    arguments = run_arguments(tmp_path, few_records(tmp_path))
     done = subprocess.run(
         [sys.executable, "-m", "entrypoint", *arguments, "--device", "cuda", "--backend", "transformers"],
         env=environment(CUDA_VISIBLE_DEVICES=""), capture_output=True, text=True, check=False,

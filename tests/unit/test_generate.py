@@ -27,7 +27,7 @@ from lora_trainer.persona.specs import persona_spec
 from lora_trainer.persona.vocabulary import BloodType, Feeling, IntensityThird
 
 each_persona = pytest.mark.parametrize("blood_type", list(BloodType))
-SAMPLE = 600
+SAMPLE = 300
 
 
 @cache

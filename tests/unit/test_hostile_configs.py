@@ -23,8 +23,8 @@ from lora_trainer.config_sources import settle
 from lora_trainer.data.compression import is_jsonl
 from lora_trainer.errors import ConfigError, ExitCode, StorageError
 from lora_trainer.persona.vocabulary import BloodType
-from lora_trainer.run.inputs import data_key
 from lora_trainer.run.adapter import open_adapter
+from lora_trainer.run.inputs import data_key
 from lora_trainer.store.keys import split_uri
 from lora_trainer.store.opening import open_storage
 

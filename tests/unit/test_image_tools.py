@@ -205,7 +205,7 @@ def test_stores_are_named_and_not_mounted_and_secrets_have_no_value() -> None:
 @pytest.mark.parametrize(
     ("environment", "said"),
     [
-        ({}, "which friend? make train-local BLOOD_TYPE=A"),
+        ({}, "BLOOD_TYPE is not set: make train-local BLOOD_TYPE=A"),
         ({"BLOOD_TYPE": "A", "DEVICE": "tpu"}, "DEVICE=tpu: expected cuda or cpu"),
         ({"BLOOD_TYPE": "A", "DATA": "/not/there"}, "DATA=/not/there: no such folder"),
     ],
@@ -237,8 +237,8 @@ def only(folder: Path, **scripts: str) -> str:
     [
         ({}, "Docker is not installed"),
         ({"docker": "exit 1"}, "Docker does not answer"),
-        ({"docker": ENGINE}, "no NVIDIA GPU, or no driver"),
-        ({"docker": ENGINE, "nvidia_smi": "exit 9"}, "no NVIDIA GPU, or no driver"),
+        ({"docker": ENGINE}, "no NVIDIA GPU or no driver"),
+        ({"docker": ENGINE, "nvidia_smi": "exit 9"}, "no NVIDIA GPU or no driver"),
         ({"docker": ENGINE, "nvidia_smi": "echo GPU 0"}, "the NVIDIA Container Toolkit is missing"),
         (
             {"docker": ENGINE.replace("image) exit 0", "image) exit 1"), "nvidia_smi": "echo GPU 0", "nvidia_ctk": "true"},

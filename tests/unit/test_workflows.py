@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import subprocess
 from pathlib import Path
 from typing import Any, Final
 
@@ -72,10 +73,40 @@ def test_make_targets_and_files_that_scripts_name_exist(path: Path) -> None:
             assert (REPOSITORY / name).exists(), name
 
 
+def ci_runs() -> list[dict[str, str]]:
+    """The combinations of Python and stages in which ci.yml runs .ci/run, as GitHub expands the matrix."""
+    matrix = yaml.safe_load((FOLDER / "ci.yml").read_text(encoding="utf-8"))["jobs"]["ci"]["strategy"]["matrix"]
+    crossed = [{"python": python, "stages": stages} for python in matrix["python"] for stages in matrix["stages"]]
+    return [*crossed, *matrix["include"]]
+
+
 def test_ci_runs_on_every_python_that_the_project_takes() -> None:
-    workflow = yaml.safe_load((FOLDER / "ci.yml").read_text(encoding="utf-8"))
-    assert workflow["jobs"]["ci"]["strategy"]["matrix"]["python"] == ["3.11", "3.12", "3.13"]
+    assert sorted({run["python"] for run in ci_runs()}) == ["3.11", "3.12", "3.13"]
     assert 'requires-python = ">=3.11,<3.14"' in (REPOSITORY / "pyproject.toml").read_text(encoding="utf-8")
+
+
+def test_ci_runs_every_stage_and_those_without_python_once() -> None:
+    listed = subprocess.run([REPOSITORY / ".ci" / "run", "--list"], capture_output=True, text=True, check=True)
+    versions: dict[str, list[str]] = {stage: [] for stage in listed.stdout.split()}
+    for run in ci_runs():
+        for stage in run["stages"].split():
+            versions[stage].append(run["python"])
+    once = {stage for stage, pythons in versions.items() if len(pythons) == 1}
+    assert once == {"lint", "chart", "workflows", "image"}
+    assert all(pythons == ["3.11", "3.12", "3.13"] for stage, pythons in versions.items() if stage not in once)
+
+
+def test_an_unknown_stage_is_refused() -> None:
+    done = subprocess.run([REPOSITORY / ".ci" / "run", "lint", "tset"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "got the stage 'tset', expected one of: lint typecheck" in done.stderr
+
+
+def test_slow_tests_run_every_night() -> None:
+    workflow = yaml.safe_load((FOLDER / "nightly.yml").read_text(encoding="utf-8"))
+    # YAML 1.1 reads the key `on` as true
+    assert re.fullmatch(r"\d+ \d+ \* \* \*", workflow[True]["schedule"][0]["cron"])
+    assert {"make test-slow", "make poetry-check"} <= set(scripts(FOLDER / "nightly.yml"))
 
 
 def test_a_release_is_tagged_where_the_chart_looks_for_it() -> None:
