@@ -25,7 +25,7 @@ PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-fast test-slow test-gpu lint workflow-lint typecheck format lock poetry-check \
+.PHONY: help setup demo test test-fast test-slow test-gpu lint rooms workflow-lint typecheck format lock poetry-check \
 	chart-lint chart-test chart-package k8s-rendered install image image-cpu image-test train-local cluster-test benchmark clean
 
 help: ## List the targets
@@ -51,13 +51,19 @@ test-slow: setup ## Run the slow tests, and hostile input with its full counts
 test-gpu: ## Run the tests that need a CUDA GPU, in the active environment
 	$(PYTHON) -m pytest tests/gpu $(ARGS)
 
-lint: $(VENV)/.installed ## Lint the code, shell scripts, Dockerfile and workflows
+lint: $(VENV)/.installed ## Lint the code, its layers, shell scripts, Dockerfile and workflows
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-cache
+	$(BIN)/python tools/rooms.py
 	$(BIN)/shellcheck .ci/run tools/*.sh
 	$(BIN)/hadolint Dockerfile
 	$(BIN)/zizmor --quiet --offline .github/workflows
 	$(BIN)/pre-commit validate-config
+
+rooms: $(VENV)/.installed ## Print the import graph: rooms, edges, cycles, long modules, and the contracts
+	$(BIN)/python tools/rooms.py
+	$(BIN)/lint-imports --no-cache
 
 workflow-lint: $(VENV)/.installed $(VENV_CHART)/.installed ## Lint the workflows with actionlint, and their scripts with shellcheck
 	$(VENV_CHART)/bin/actionlint -shellcheck $(BIN)/shellcheck -pyflakes= .github/workflows/*.yml

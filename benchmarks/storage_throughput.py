@@ -4,7 +4,7 @@
     python benchmarks/storage_throughput.py --aws /tmp/venv-aws/bin/aws
 
 A set has up to four large files, which hold 98 % of its bytes, and 32 small ones, all random. Each measurement covers a whole
-process. Ours transfers the set with `lora_trainer.storage` and its default settings, as publishing and fetching a bundle does; the
+process. Ours transfers the set with `lora_trainer.store` and its default settings, as publishing and fetching a bundle does; the
 other runs `aws s3 cp --recursive` with its own defaults. Ours knows the SHA-256 of each upload, as from a bundle's manifest, hashes
 what it receives and syncs what it writes. The two alternate, as does which goes first; the ratio compares medians. Peak memory of
 a small set shows whether memory depends on the size. Downloads must equal uploads. The exit code is 1 if a ratio is below 1 or
@@ -172,7 +172,7 @@ def load_dev_s3() -> ModuleType:
 
 def main() -> int:
     """Measure both sizes and write the result."""
-    parser = argparse.ArgumentParser(description="Compare throughput and peak memory of lora_trainer.storage with the AWS CLI.")
+    parser = argparse.ArgumentParser(description="Compare throughput and peak memory of lora_trainer.store with the AWS CLI.")
     parser.add_argument("--aws", default="aws", help="command of the AWS CLI")
     parser.add_argument("--size-mib", type=int, default=2048)
     parser.add_argument("--small-mib", type=int, default=128, help="size of the set for the peak memory comparison")
