@@ -25,7 +25,7 @@ PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-fast test-slow test-gpu lint rooms workflow-lint typecheck format lock poetry-check \
+.PHONY: help setup demo test test-fast test-slow test-gpu lint rooms workflow-lint typecheck format data-check lock poetry-check \
 	chart-lint chart-test chart-package k8s-rendered install image image-cpu image-test train-local cluster-test benchmark clean
 
 help: ## List the targets
@@ -74,6 +74,9 @@ typecheck: $(VENV)/.installed ## Check both packages with mypy --strict
 format: $(VENV)/.installed ## Format the code and apply ruff's fixes
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+data-check: $(VENV)/.installed ## Check that data/ and its tables are what their sources build
+	$(BIN)/python tools/bundled_data.py --check
 
 chart-lint: $(VENV)/.installed $(VENV_CHART)/.installed ## Lint the chart and k8s/: helm lint --strict with each example, YAML, generated files
 	$(BIN)/python tools/chart_files.py --check

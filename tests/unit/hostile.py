@@ -1,6 +1,7 @@
-"""Hostile records and configurations for hypothesis, and how many of them a run draws.
+"""Hypothesis strategies for hostile records and configurations, and how many examples a run draws.
 
-`HOSTILE_INPUT=full` draws the full counts, which take minutes; `HOSTILE_COUNTS=FILE` writes there how many were drawn.
+`HOSTILE_INPUT=full` draws the full counts, which takes minutes; `HOSTILE_COUNTS=FILE` writes the drawn counts to FILE.
+
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ from hypothesis import strategies as st
 FULL: Final = os.environ.get("HOSTILE_INPUT") == "full"
 COUNTS: Final[Counter[str]] = Counter()
 PLANTED: Final = "아무도모르는이야기"
-"""Stands in every text: no message may quote it."""
+"""Part of every text: no message may quote it."""
 
-# all that Qwen2.5's tokenizer.json adds to its vocabulary, and what other families write
+# the tokens that Qwen2.5's tokenizer.json adds to its vocabulary, and those of other model families
 QWEN_TOKENS: Final = tuple(
     [f"<|{name}|>" for name in ("endoftext", "im_start", "im_end")]
     + [f"<|{name}_{end}|>" for name in ("object_ref", "box", "quad", "vision") for end in ("start", "end")]
@@ -32,12 +33,12 @@ BIDI: Final = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u206
 
 
 def drawn(full: int, short: int) -> int:
-    """Examples of one property: `full` of them, or `short` where nobody asked for all."""
+    """Return the number of examples of one property."""
     return full if FULL else short
 
 
 def count(kind: str, number: int = 1) -> None:
-    """One more of `kind` was drawn."""
+    """Count drawn examples of `kind`."""
     COUNTS[kind] += number
 
 
@@ -48,7 +49,7 @@ def _write_counts() -> None:
 
 
 class HostileLine(NamedTuple):
-    """One line of a file, and whether it has to be refused; None: either."""
+    """A line of a file, and whether it must be refused; None: either is right."""
 
     raw: bytes
     is_refused: bool | None
@@ -59,7 +60,7 @@ forged = st.lists(
     | st.text(st.characters(exclude_categories=("Cs", "Cc", "Cf")), max_size=5),
     max_size=12,
 ).map("".join)
-"""Text that is allowed, and would like to be more than text."""
+"""Allowed text that imitates control tokens or markup."""
 
 _forbidden = st.sampled_from(["\x00", "\x07", "\x1b[2J", "\x7f", "\x80", "\x9b", "\ud800", "\udfff", *BIDI])
 texts: st.SearchStrategy[str] = st.one_of(
@@ -71,7 +72,7 @@ texts: st.SearchStrategy[str] = st.one_of(
 
 
 def record(instruction: str = "a", summary: str = "", said: str = "b", reply: str = "c") -> dict[str, Any]:
-    """A record as the file has it."""
+    """Return a record in the form of the file."""
     return {
         "instruction": instruction,
         "context": {"summary": summary, "current_emotion": {"type": "happy", "intensity": 0.5}},
@@ -86,7 +87,7 @@ def _is_forbidden(text: str) -> bool:
 
 def _with_texts(fields: tuple[str, str, str, str]) -> HostileLine:
     line = HostileLine(json.dumps(record(*fields)).encode(), any(map(_is_forbidden, fields)))
-    # JSON of lone surrogates may pair up with each other
+    # in JSON, adjacent lone surrogates combine into one character
     return line._replace(is_refused=None) if any("\ud800" <= c <= "\udfff" for text in fields for c in text) else line
 
 
@@ -143,12 +144,12 @@ lines: st.SearchStrategy[HostileLine] = st.one_of(
     ),
     st.binary(max_size=200).map(lambda raw: HostileLine(raw.replace(b"\n", b" "), None)),
 )
-"""Lines below the longest that is read."""
+"""Lines below the length limit."""
 
 huge_lines: st.SearchStrategy[HostileLine] = st.builds(
     _damaged, st.just(json.dumps(record(said=PLANTED)).encode()), st.just("huge"), st.floats(0, 1)
 )
-"""Of 1 to 10 MB."""
+"""Lines of 1 to 10 MB."""
 
 
 _words = st.sampled_from(
@@ -246,7 +247,7 @@ _scalars = st.one_of(
 
 
 def _bomb(levels: int, width: int, merge: bool) -> str:
-    """Aliases of aliases: a few hundred bytes that written out have width ** levels values."""
+    """Return aliases of aliases: a few hundred bytes that expand to width ** levels values."""
     first = "a0: &a0 {x: 1}\n" if merge else "a0: &a0 [x]\n"
     how = "{{<<: [{0}], k{1}: 0}}" if merge else "[{0}]"
     return first + "".join(

@@ -1,4 +1,4 @@
-"""The data in `data/`: what it promises to whoever trains on it, and to whoever copies its form."""
+"""The data in `data/`: what users who train on it, or copy its form, can rely on."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_every_line_is_a_record_without_errors_or_warnings(blood_type: BloodType
 @each_persona
 def test_lines_are_in_the_documented_form(blood_type: BloodType) -> None:
     _, records = checked(blood_type)
-    # JSON Lines end at \n alone; splitlines would also break at other separators inside a text
+    # JSON Lines end only at \n; splitlines also breaks at other separators inside a text
     lines = path_of(blood_type).read_text(encoding="utf-8").removesuffix("\n").split("\n")
     assert lines == [record.to_json() for record in records]
 
@@ -124,6 +124,7 @@ def test_no_reply_is_nearly_another(blood_type: BloodType) -> None:
 # --- where it comes from ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow  # make data-check, a stage of .ci/run, does the same
 def test_the_files_are_what_the_sources_build(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["bundled_data.py", "--check"])
     assert tool.main() == 0, "run: python tools/bundled_data.py"
@@ -134,7 +135,7 @@ def test_four_hundred_and_more_were_written_by_hand(blood_type: BloodType) -> No
     by_hand = tool.handwritten_records(blood_type)
     assert len(by_hand) >= 400
     assert list(checked(blood_type)[1][: len(by_hand)]) == by_hand
-    # one by one: no two replies share much more than a turn of phrase
+    # no two hand-written replies share much more than a phrase
     parts = [shingles(record.reply.text) for record in by_hand]
     assert max(jaccard(one, other) for at, one in enumerate(parts) for other in parts[:at]) < 0.5
 
@@ -175,7 +176,7 @@ def test_the_prompts_in_the_data_folder_are_those_of_the_package() -> None:
 
 
 def test_no_training_input_is_nearly_a_prompt() -> None:
-    """Stricter than the 0.7 of a near-duplicate: situations and wording are disjoint."""
+    """Stricter than 0.7, the bound for near-duplicates: situations and wording must be disjoint."""
     prompts = [shingles(prompt.input) for prompt in evaluation_prompts()]
     inputs = {record.input for blood_type in BloodType for record in checked(blood_type)[1]}
     near = [(max(jaccard(shingles(said), prompt) for prompt in prompts), said) for said in inputs]

@@ -1,4 +1,4 @@
-"""Checkpoints without a model: what is committed, what is kept, what is found again, and what a failing store does."""
+"""Checkpoints without a model: committing, pruning, finding them again, and a failing store."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_a_damaged_one_is_passed_over(tmp_path: Path, damage: str) -> None:
     found = opened(tmp_path, "elsewhere").newest()
     assert found is not None
     assert found.name == checkpoint_name(1)
-    # where the first attempt's folder still is, its own copy is good
+    # on the first attempt's machine its local copy is enough
     here = opened(tmp_path).newest()
     assert here is not None
     assert here.name == checkpoint_name(2)
@@ -106,7 +106,7 @@ def test_due_after_steps_or_minutes(tmp_path: Path) -> None:
 
 
 class SlowStorage(FileStorage):
-    """Holds the first upload until it is let go."""
+    """Blocks the first upload until released."""
 
     begun, go_on = threading.Event(), threading.Event()
 
@@ -131,7 +131,7 @@ def test_training_never_waits_and_of_those_that_wait_the_newest_is_next(tmp_path
 
 
 class FullStorage(FileStorage):
-    """Takes nothing until told."""
+    """Refuses every write until released."""
 
     full = True
 
@@ -214,7 +214,7 @@ def test_outside_a_deferred_block_it_is_raised_at_once() -> None:
 
 
 def swallow(interruption: Interruption) -> None:
-    """As an import that C code asks for does."""
+    """Swallow the interruption, as an import from C code does."""
     try:
         interruption._handle(signal.SIGTERM, None)
     except BaseException as error:

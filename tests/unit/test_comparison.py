@@ -1,4 +1,4 @@
-"""`lora-trainer compare` on bundles that lie on the disk."""
+"""`lora-trainer compare` on local bundles."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FIRST, SECOND, THIRD = "0123456789abcdef", "1111222233334444", "fedcba9876543210
 
 @pytest.fixture(scope="module")
 def bundles(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two runs of A that differ in two settings, and one of B that did not pass."""
+    """Write two runs of A that differ in two settings, and one of B that missed its gates."""
     folder = tmp_path_factory.mktemp("outputs")
     other = (("lora.r", 32), ("training.learning_rate", 1e-4))
     write_bundle(made_run(BloodType.A, run_id=FIRST, prompts=30, judged_by_model=True), folder / "first")
@@ -38,7 +38,7 @@ def _wide(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def rows_of(text: str) -> dict[str, list[str]]:
-    """Lines of the table by their first cell."""
+    """Return the table's rows by their first cell."""
     found = [[cell.strip() for cell in line.split("   ") if cell.strip()] for line in text.splitlines()]
     return {cells[0]: cells[1:] for cells in found if cells}
 
@@ -59,7 +59,7 @@ def test_two_runs_of_one_persona(bundles: Path, capsys: pytest.CaptureFixture[st
     assert rows["Win rate against the base"][0].startswith(f"{greedy.win_rate.value:.1%} (")
     assert rows["steps"] == ["180", "180"]
     assert rows["Judge's preference"] == ["86.2% (82.1–90.0%)", "–"]
-    # the settings that differ, and no other
+    # only the settings that differ
     settings = out[out.index("\n Settings") :]
     assert list(rows_of(settings))[1:3] == ["lora.r", "training.learning_rate"]
     assert rows["lora.r"] == ["16", "32"]
@@ -93,7 +93,7 @@ def test_it_fits_the_terminal(
     assert run_cli(["compare", *runs]) == ExitCode.DONE
     out = capsys.readouterr().out
     assert max(cell_len(line) for line in out.splitlines()) <= columns
-    # numbers are not broken in two
+    # numbers are not split across lines
     for part in (FIRST[:8], "86.2%", "(82.1–90.0%)", "1.238", "✗ not passed"):
         assert part in out
 
@@ -212,7 +212,7 @@ def test_metrics_that_are_gone(bundles: Path, tmp_path: Path, capsys: pytest.Cap
         f"error: file://{folder}/metrics.json: missing, although manifest.json exists; the bundle is damaged: "
         "move it away and run again\n"
     )
-    # a mistake in the command comes before a broken store, and neither hides the other
+    # a mistake in the command outranks a broken store, and both are reported
     assert run_cli(["compare", str(folder), str(tmp_path / "nowhere")]) == ExitCode.CONFIG
     assert len(capsys.readouterr().err.splitlines()) == 2
 

@@ -1,4 +1,4 @@
-"""Settings: where a value comes from, and what is said about one that can't be used."""
+"""Settings: where a value comes from, and the errors for invalid ones."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def problems(cli_values: dict[str, Any], environment: dict[str, str] | None = No
     return list(caught.value.problems)
 
 
-# setting, then (as Python would have it, as text) for file, environment and command line
+# setting, value in Python, then values as text for file, environment and command line
 SOURCES = [
     pytest.param("data", "data/", ["/file/", "/environment/", "/line/"], id="scalar"),
     pytest.param("training.epochs", 3.0, [1.5, 2.5, 3.5], id="nested"),
@@ -175,7 +175,7 @@ def test_relative_paths_in_a_file_are_meant_from_its_folder(tmp_path: Path, monk
     assert config.work_dir == tmp_path / "conf" / "scratch"
     assert config.base.model == f"{tmp_path}/conf/model"
     assert config.base.cache_dir == tmp_path / "cache"
-    # the same words on the command line are meant from where it was typed
+    # on the command line the same path is relative to the working folder
     assert settle({**A, "data": "../personas/"}, {}, Path("conf/run.yaml")).data == "../personas/"
 
 
@@ -314,7 +314,7 @@ def test_overrides() -> None:
     assert parse_override("lora.r=32") == ("lora.r", "32")
     assert parse_override("data=s3://b/x=1/") == ("data", "s3://b/x=1/")
     assert parse_override("base.canonical_id=none") == ("base.canonical_id", None)
-    # a setting that may not be unset is not
+    # a setting that cannot be unset stays as it is
     assert parse_override("data=none") == ("data", "none")
     for text, hint in (
         ("lora.rr=3", "did you mean lora.r or "),
@@ -330,7 +330,7 @@ def test_overrides() -> None:
 
 @pytest.fixture
 def bare(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """No setting of the developer's environment; the working folder is empty."""
+    """Remove the developer's settings; return an empty working folder."""
     for variable in [*map(environment_name, setting_names()), "LORA_TRAINER_CONFIG"]:
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.chdir(tmp_path)
@@ -356,7 +356,7 @@ def test_show_config_is_taken_back(bare: Path, arguments: list[str]) -> None:
     before = json.loads(shown(*arguments, "--json"))
     write(bare, shown(*arguments), "shown.yaml")
     after = json.loads(shown("--config", "shown.yaml", "--json"))
-    # relative paths are the file's own now, and it lies in the working folder
+    # Relative paths belong to the settings file, which lies in the working folder.
     for name in ("data", "output", "work_dir"):
         if "://" not in before[name]:
             trailing = "/" if before[name].endswith("/") else ""

@@ -1,4 +1,4 @@
-"""Decoding held to the response schema, with the tiny base's tokenizer and no model."""
+"""Decoding under the response schema, with the tiny base's tokenizer and without a model."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def grammar(tokenizer: Any) -> ReplyGrammar:
 
 @cache
 def byte_signs() -> dict[int, str]:
-    """The character that stands for each byte in a byte-level vocabulary."""
+    """Return the character for each byte in a byte-level vocabulary."""
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
     signs: dict[int, str] = bytes_to_unicode()
@@ -43,7 +43,7 @@ def byte_signs() -> dict[int, str]:
 
 
 def in_bytes(tokenizer: Any, text: bytes) -> list[int]:
-    """`text` in the tokens of single bytes, which every byte-level tokenizer has: the dearest way to write it."""
+    """Return `text` in single-byte tokens, the longest way to write it; every byte-level tokenizer has them."""
     alphabet = byte_signs()
     tokens: list[int] = tokenizer.convert_tokens_to_ids([alphabet[byte] for byte in text])
     assert None not in tokens
@@ -51,19 +51,19 @@ def in_bytes(tokenizer: Any, text: bytes) -> list[int]:
 
 
 def ids_of(tokenizer: Any, text: str) -> list[int]:
-    """As a model would write it: without special tokens, which this tokenizer adds none of."""
+    """Return the token ids of `text` without special tokens."""
     tokens: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
     return tokens
 
 
 def takes(grammar: ReplyGrammar, tokens: list[int]) -> bool:
-    """Whether these tokens are a whole reply."""
+    """Whether these tokens are a complete reply."""
     matcher = grammar.matcher()
     return bool(matcher.try_consume_tokens(tokens) == len(tokens) and matcher.is_accepting())
 
 
 def text_reply(text: str) -> str:
-    """A reply with `text` as it stands there, escaped or not."""
+    """Return a reply with `text` inserted as it is, escaped or not."""
     return f'{{"text":"{text}","emotion":"smile"}}'
 
 
@@ -148,14 +148,14 @@ def test_every_emotion_and_every_bundled_reply(grammar: ReplyGrammar, tokenizer:
         line for file in sorted((ROOT / "data").glob("train_data_type_*.jsonl")) for line in file.read_text("utf-8").splitlines()
     ]
     assert len(lines) > 100
-    # every seventh: they are many, and each grammar is a new one
+    # every seventh line, because each grammar is compiled anew
     for line in lines[::7]:
         reply = Reply.model_validate_json(json.loads(line)["output"])
         assert takes(grammar, ids_of(tokenizer, reply_json(reply.text, reply.emotion)))
 
 
 def test_what_the_pattern_takes_for_something_to_see_is_what_reply_does(grammar: ReplyGrammar, tokenizer: Any) -> None:
-    """Every character that could be doubtful, alone in a text."""
+    """Check every doubtful character as the only one in a text."""
     matcher = grammar.matcher()
     assert matcher.consume_tokens(in_bytes(tokenizer, b'{"text":"'))
     for point in (*range(0x2200), *range(0x3000, 0x3200), *range(0xFE00, 0x10000), 0x1D173, 0x1F600, 0xE0001, 0x10FFFF):
@@ -169,7 +169,7 @@ def test_what_the_pattern_takes_for_something_to_see_is_what_reply_does(grammar:
         except ValueError:
             assert not allowed, f"U+{point:04X}"
         else:
-            # C1 controls and what is invisible and has no name yet may not begin a text, either
+            # The grammar also refuses C1 controls and unassigned invisible characters at the start of a text.
             assert allowed or 0x80 <= point < 0xA0 or 0x2028 <= point < 0x2070 or 0xFE00 <= point < 0xFE10, f"U+{point:04X}"
 
 
@@ -193,7 +193,7 @@ def test_the_turn_ends_behind_the_json_and_nowhere_else(grammar: ReplyGrammar, t
         assert not allowed[len(tokenizer) :].any()
         assert scores[0][allowed].eq(0).all(), "what is allowed keeps its logit"
         ids = torch.cat([ids, torch.tensor([[token]])], dim=1)
-    # what comes behind the end is padding; the end stays allowed, since no row may be all -inf
+    # After the end comes padding; the end stays allowed, because no row may be all -inf.
     for token in (end, pad, pad):
         scores = processor(ids, torch.zeros(1, width))
         assert scores[0].isfinite().nonzero().flatten().tolist() == [end]
@@ -208,7 +208,7 @@ def test_rows_know_nothing_of_each_other(grammar: ReplyGrammar, tokenizer: Any) 
     longest = max(map(len, rows))
 
     def masks(batch: list[list[int]]) -> list[Any]:
-        """[T, B, V]: the logits before each token."""
+        """Return [T, B, V]: the logits before each token."""
         processor = grammar.processor()
         ids = torch.full((len(batch), 2), 3)
         found = []
@@ -242,7 +242,7 @@ def test_no_reply_costs_more_than_the_most_tokens(grammar: ReplyGrammar, tokeniz
     dearest = f'{{"text":"{chr(0x10FFFF) * MAX_REPLY_CHARACTERS}","emotion":"{emotion}"}}'
     tokens = in_bytes(tokenizer, dearest.encode())
     assert takes(grammar, tokens)
-    # and the end of the turn
+    # plus the end of the turn
     assert len(tokens) + 1 == most_tokens(SCHEMA) == 833
 
 

@@ -1,6 +1,7 @@
-"""No text becomes a control token: with the tiny base's tokenizer, and all that Qwen2.5's adds to its vocabulary.
+"""No text becomes a control token, with the tiny base's tokenizer and the tokens that Qwen2.5 adds to its vocabulary.
 
-`QWEN_TOKENIZER=FOLDER` takes the genuine tokenizer of Qwen2.5 instead.
+`QWEN_TOKENIZER=FOLDER` uses the genuine tokenizer of Qwen2.5 instead.
+
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ def test_nothing_that_is_written_becomes_a_control_token(tokenizer: Any, text: s
     (sequence,) = tokenize([record(text)], tokenizer)
     assert control_in(tokenizer, sequence.input_ids) == TURN * 3
     assert control_in(tokenizer, sequence.input_ids[: sequence.prompt_tokens]) == [*TURN * 2, "<|im_start|>"]
-    # the same tokens as a server that applies the chat template itself
+    # a server that applies the chat template itself gets the same tokens
     (prompt,) = render_prompts([record_messages(record(text))], tokenizer)
     assert tokenizer(prompt)["input_ids"] == list(sequence.input_ids[: sequence.prompt_tokens])
 
@@ -90,7 +91,7 @@ def test_nor_in_evaluation_and_chat(tokenizer: Any, text: str) -> None:
 
 @pytest.mark.parametrize("token", QWEN_TOKENS)
 def test_each_of_them_would_be_one(tokenizer: Any, token: str) -> None:
-    """So that the tests above prove something."""
+    """Otherwise the tests above prove nothing."""
     assert control_in(tokenizer, tokenizer(token)["input_ids"]) == [token]
     assert spells_control_token(token)
     assert control_in(tokenizer, tokenizer(escape_control_tokens(token))["input_ids"]) == []

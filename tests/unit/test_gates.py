@@ -1,4 +1,4 @@
-"""Numbers against thresholds: which side of one reply a gate stands on, and what is said to whoever missed it."""
+"""Gates: one reply more or less decides, and the message says what was missed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lora_trainer.evaluate.gates import decide, gate_id, missed_gate_messages
 from lora_trainer.evaluate.intervals import ClusterBootstrap, clopper_pearson
 from lora_trainer.evaluate.metrics import Estimate, EvaluationMetrics, GateResult, Verdict
 
-# the setting's name -> the measure that it is about
+# gate setting -> the measure it compares
 RATE_OF = {
     "exact_json": "exact_json",
     "stop": "stop",
@@ -32,12 +32,12 @@ RATE_OF = {
 
 @cache
 def measured() -> EvaluationMetrics:
-    """A whole evaluation, in which a test changes the numbers that it is about."""
+    """Return a whole evaluation, in which a test changes the numbers it needs."""
     return made_run(prompts=6, sampled=False, steps=3).metrics.evaluation
 
 
 def rate(successes: int, of: int = 480) -> Estimate:
-    """As `replies_metrics` measures it."""
+    """Return a rate as `replies_metrics` computes it."""
     lower, upper = clopper_pearson(successes, of)
     drawn = ClusterBootstrap([at // 4 for at in range(of)], 100, 20).mean([float(at < successes) for at in range(of)])
     return Estimate(
@@ -64,7 +64,7 @@ def evaluation_with(win_rate: Estimate | None = None, **adapter: Estimate) -> Ev
 
 
 def only(**thresholds: float | None) -> GatesConfig:
-    """No gates but these."""
+    """Return a configuration with these gates only."""
     return GatesConfig(**{**dict.fromkeys(GatesConfig.model_fields), **thresholds})
 
 
@@ -96,7 +96,7 @@ def test_one_reply_decides(name: str, enough: int) -> None:
         assert gate.compared == clopper_pearson(successes, 480)[0]
         assert gate.value == successes / 480
         assert gate.passed is verdict.passed is passes
-        # the rate itself is over the threshold on both sides: the bound is what counts
+        # The rate itself is above the threshold in both cases: the bound decides.
         assert gate.value > threshold
 
 
@@ -139,7 +139,7 @@ def test_what_was_never_seen_is_the_worst_that_it_could_be() -> None:
 
 
 def test_greedy_replies_of_the_adapter_decide_alone() -> None:
-    """Sampled ones come out otherwise elsewhere, and the base is not on trial."""
+    """Sampled replies vary, and the base is not judged."""
     evaluation = evaluation_with(exact_json=rate(480))
     bad = evaluation.greedy.base.model_copy(update={"exact_json": rate(0)})
     worse = evaluation.greedy.model_copy(update={"adapter": bad, "base": bad})
@@ -185,7 +185,7 @@ def test_the_gate_id_is_of_the_evaluation_and_of_the_thresholds() -> None:
     ids = {plain, gate_id("1" * 16, GatesConfig()), *(gate_id("0" * 16, config) for config in changed)}
     assert len(ids) == 2 + len(changed)
     assert all(len(found) == 16 for found in ids)
-    # a default that is spelled out is the same threshold
+    # spelling out a default does not change the threshold
     assert gate_id("0" * 16, settle({"blood_type": "A", "gates.exact_json": "0.970"}, {}).gates) == plain
     assert decide(measured(), GatesConfig()).gate_id == gate_id(measured().evaluation_id, GatesConfig())
 

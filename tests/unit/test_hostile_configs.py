@@ -1,4 +1,4 @@
-"""Configuration files, names and manifests that want to do harm: one message each, exit 2, and nothing touched outside."""
+"""Hostile configuration files, names and manifests: one message each, exit 2, and nothing outside is touched."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def no_settings_around(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def show_config(content: bytes) -> tuple[int, str]:
-    """Exit code, and all that was said."""
+    """Return exit code and all output."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "run.yaml"
         path.write_bytes(content)
@@ -47,7 +47,7 @@ def show_config(content: bytes) -> tuple[int, str]:
     return code, out.getvalue()
 
 
-@settings(max_examples=drawn(600, 50), deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=drawn(600, 25), deadline=None, suppress_health_check=list(HealthCheck))
 @given(configs)
 def test_a_hostile_configuration_is_settings_or_one_message_each_and_exit_2(content: bytes) -> None:
     count("configs")
@@ -152,7 +152,7 @@ def test_two_files_of_one_persona_are_refused(tmp_path: Path) -> None:
 
 
 class Trap:
-    """Unpickling it leaves a file."""
+    """Creates a file when unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -1,4 +1,4 @@
-"""`run_id`: what makes another run, and what does not. `gate_id`: what makes another verdict on it."""
+"""`run_id` and `gate_id`: which settings make another run, which only another verdict, and which neither."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lora_trainer.run.identity import library_versions, run_id, run_ingredients
 DATA = "d" * 64
 BASE = "Qwen/Qwen2.5-7B-Instruct@a09a35458c702b33eeacc393d103063234e8bc28"
 
-# one other value for every setting: a new one has to say which kind it is
+# One other value for every setting; a new setting has to be added to one of these groups.
 RECIPE = {
     "blood_type": "B",
     "backend": "transformers",
@@ -45,14 +45,14 @@ NOT_RECIPE = {
     "output": "s3://bucket/out/",
     "work_dir": "elsewhere",
     "strict": True,
-    # the base's identity stands for these
+    # represented by the base's identity
     "base.model": "./mirror",
     "base.revision": None,
     "base.canonical_id": "a/b",
     "base.cache_dir": "cache",
     "memory.gradient_checkpointing": "on",
     "memory.micro_batch_tokens": 2048,
-    # they refuse a file or leave it as it is
+    # they refuse a file or leave it unchanged
     "checkpoints.every_steps": 7,
     "checkpoints.every_minutes": 1.5,
     "checkpoints.keep": 3,
@@ -72,7 +72,7 @@ NOT_RECIPE = {
     "logging.report_to": ["tensorboard"],
     "logging.log_every_steps": 1,
 }
-# what is asked of the adapter, how it is judged and what is enough: another verdict on the same weights
+# Questions, judging and thresholds: another verdict on the same weights.
 VERDICT = {
     "evaluation.intensities": [0.5],
     "evaluation.max_new_tokens": 64,
@@ -93,7 +93,7 @@ VERDICT = {
     "gates.win_rate": 0.6,
 }
 NOT_VERDICT = {
-    # the prompts' own hash stands for where they lie
+    # represented by the prompts' hash
     "evaluation.prompts": "s3://bucket/eval_prompts.jsonl",
     "evaluation.batch_size": 8,
     "evaluation.judge_base_url": "http://localhost:8000/v1",

@@ -1,4 +1,4 @@
-"""Bounds of rates, means and rank correlations: against closed forms, scipy and independence that is known not to hold."""
+"""Bounds of rates, means and rank correlations, against closed forms, scipy and data with known dependence."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ counts = st.integers(1, 2000).flatmap(lambda of: st.tuples(st.integers(0, of), s
     [(0.97, 472), (0.93, 456), (0.95, 465)],
 )
 def test_how_many_of_480_a_gate_takes(threshold: float, enough: int) -> None:
-    """The numbers that the settings' descriptions name."""
+    """The numbers in the settings' descriptions."""
     assert clopper_pearson(enough, 480)[0] >= threshold
     assert clopper_pearson(enough - 1, 480)[0] < threshold
 
@@ -37,13 +37,13 @@ def test_none_and_all_have_closed_forms(of: int) -> None:
 
 
 def test_the_rule_of_59() -> None:
-    """The least number of faultless trials that shows 95 % with 95 % confidence, as in every table of acceptance sampling."""
+    """59 trials without a fault show 95 % with 95 % confidence, as in every table of acceptance sampling."""
     assert clopper_pearson(59, 59)[0] >= 0.95 > clopper_pearson(58, 58)[0]
 
 
 @pytest.mark.parametrize(
     ("successes", "of", "lower", "upper"),
-    # the two-sided 90 % intervals of the usual tables are these two one-sided bounds
+    # tables list two-sided 90 % intervals, which consist of these two one-sided bounds
     [(5, 10, 0.2224, 0.7776), (1, 10, 0.0051, 0.3942), (9, 10, 0.6058, 0.9949), (10, 20, 0.3020, 0.6980), (3, 15, 0.0568, 0.4398)],
 )
 def test_tabulated_values(successes: int, of: int, lower: float, upper: float) -> None:
@@ -112,14 +112,14 @@ def drawn(count: int, seed: int = 1) -> list[float]:
 
 
 def test_copies_within_a_prompt_are_no_new_observations() -> None:
-    """Each prompt's answer four times over: as sure as one answer a prompt, and not as four."""
+    """Four copies of each prompt's answer are as certain as one answer per prompt."""
     once = drawn(120)
     four_times = [value for value in once for _ in range(4)]
     clusters = [prompt for prompt in range(120) for _ in range(4)]
     clustered = ClusterBootstrap(clusters, 4000, 20).mean(four_times)
     independent = ClusterBootstrap(range(480), 4000, 20).mean(four_times)
     assert clustered == ClusterBootstrap(range(120), 4000, 20).mean(once)
-    # half as many digits: the square root of four
+    # twice as wide: the square root of four
     assert width(clustered) / width(independent) == pytest.approx(2, rel=0.15)
     exact = clopper_pearson(int(sum(four_times)), 480)
     assert width(clustered) > 1.5 * width(exact)
@@ -144,7 +144,7 @@ def test_independent_observations_have_the_bounds_that_theory_gives() -> None:
 
 
 def test_the_bootstrap_of_a_correlation_is_that_of_scipy_on_the_drawn_observations() -> None:
-    """What is weighted here is drawn there, observation by observation."""
+    """Our bootstrap weights the observations; scipy's draws them one by one."""
     rng = random.Random(7)
     clusters = [prompt for prompt in range(12) for _ in range(4)]
     x = [float(at % 4) for at in range(48)]
@@ -162,7 +162,7 @@ def test_the_same_seed_draws_the_same_and_another_does_not() -> None:
     clusters = [at // 4 for at in range(100)]
     bounds = [ClusterBootstrap(clusters, 500, seed).mean(values) for seed in (1, 1, 2)]
     assert bounds[0] == bounds[1] != bounds[2]
-    # and one bootstrap draws once for all its statistics
+    # one bootstrap draws once for all its statistics
     bootstrap = ClusterBootstrap(clusters, 500, 1)
     assert bootstrap.mean(values) == bounds[0] == bootstrap.mean(values)
 
@@ -174,7 +174,7 @@ def test_the_names_of_the_clusters_do_not_matter() -> None:
 
 
 def test_what_is_not_there_is_left_out() -> None:
-    """A prompt whose replies were all unreadable takes part in the draws, with nothing to say."""
+    """A prompt with only unreadable replies is drawn, but contributes nothing."""
     clusters = [0, 0, 1, 1, 2, 2]
     values = [1.0, None, 0.5, 0.75, None, None]
     lower, upper = ClusterBootstrap(clusters, 2000, 1).mean(values)
@@ -182,7 +182,7 @@ def test_what_is_not_there_is_left_out() -> None:
     assert not math.isnan(lower)
     bootstrap = ClusterBootstrap(clusters, 2000, 1)
     lower, upper = bootstrap.spearman([1.0, 2.0, 1.0, 2.0, 1.0, None], [0.0, 1.0, 0.0, 1.0, None, 5.0])
-    # a draw of nothing but the third prompt has one side only, and no correlation
+    # a draw of only the third prompt has one side and no correlation
     assert (lower, upper) == pytest.approx((1, 1))
 
 

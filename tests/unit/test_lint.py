@@ -1,4 +1,4 @@
-"""The rules about one reply, line by line; how often they are right over many lines is in test_lint_lines.py."""
+"""The rules for one reply, line by line. test_lint_lines.py measures how often they are right."""
 
 import time
 import unicodedata

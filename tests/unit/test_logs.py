@@ -1,4 +1,4 @@
-"""Log lines, and the last word that Kubernetes shows."""
+"""Log lines, and the final line for Kubernetes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lora_trainer import logs
 
 @pytest.fixture(autouse=True)
 def untouched_logging() -> Iterator[None]:
-    """`configure` is for a process of its own: put back what pytest had."""
+    """`configure` expects a process of its own: restore pytest's logging."""
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
     yield
@@ -38,7 +38,7 @@ def events(text: str) -> list[dict[str, object]]:
 
 
 def ours() -> structlog.stdlib.BoundLogger:
-    # as a module of ours gets it
+    # Return a logger as our modules get it.
     logger: structlog.stdlib.BoundLogger = structlog.get_logger("lora_trainer.anything")
     return logger
 
@@ -92,7 +92,7 @@ def test_levels(capsys: Capture, level: str, shown: list[str]) -> None:
 
 def test_libraries_speak_from_warning_up_and_in_our_format(capsys: Capture) -> None:
     logs.configure("debug", "json")
-    # no real library's name: another test may have imported it, and its logger would have a handler of its own
+    # not a real library: another test may have imported it, and given its logger a handler
     library = logging.getLogger("some_library.trainer")
     library.info("chatter that may quote data")
     library.warning("careful with %s", "this")

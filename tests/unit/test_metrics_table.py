@@ -1,4 +1,4 @@
-"""The table of `evaluate` and the demo: the numbers of metrics.json, and which gate missed by how much."""
+"""The table of `evaluate` and the demo: the numbers in metrics.json, and by how much each gate missed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What pip, uv and poetry install, and how the project's own words name it."""
+"""What pip, uv and poetry install, and how messages and documents name it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def names(requirements: list[str]) -> set[str]:
 
 
 def test_extras_are_the_documented_three_and_share_no_package() -> None:
-    """Poetry's search doubles with each line that stands in two."""
+    """Poetry's search doubles with each line in two extras."""
     assert set(EXTRAS) == {"cpu", "gpu", "trackers"}
     assert sum(map(len, EXTRAS.values())) == len(set().union(*map(names, EXTRAS.values())))
 
@@ -47,14 +47,14 @@ def test_group_train_is_both_extras() -> None:
 def test_plain_poetry_install_brings_the_training_stack() -> None:
     assert {"torch", "transformers", "trl", "peft", "datasets", "accelerate", "bitsandbytes", "unsloth"} <= names(GROUPS["train"])
     poetry = PYPROJECT["tool"]["poetry"]
-    # no group is declared optional, and a Poetry that doesn't read [dependency-groups] is refused
+    # No group is optional, and a Poetry that does not read [dependency-groups] is refused.
     assert poetry == {"requires-poetry": ">=2.2"}
 
 
 def test_pip_and_uv_stay_without_it() -> None:
     training = names(GROUPS["train"])
     assert not names(PURE) & training
-    # uv's default groups are `dev` unless this table says otherwise
+    # `dev` is uv's default group unless this table says otherwise
     assert "default-groups" not in PYPROJECT["tool"].get("uv", {})
     assert not names(GROUPS["dev"]) & training
 
@@ -90,7 +90,7 @@ def test_messages_name_the_extras_as_the_documents_do() -> None:
     ("backend", "device", "extras"),
     [
         ("unsloth", "cuda", "cpu,gpu"),
-        ("transformers", "cuda", "cpu,gpu"),  # bitsandbytes
+        ("transformers", "cuda", "cpu,gpu"),  # because of bitsandbytes
         ("unsloth", "cpu", "cpu,gpu"),
         ("transformers", "cpu", "cpu"),
     ],

@@ -1,4 +1,4 @@
-"""Steps are the recipe's, rows are the memory's: what each promises."""
+"""Steps follow the recipe and rows follow the memory: the guarantees of both."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_parts_of_an_epoch(records: int, sequences_per_step: int, epochs: float,
     counts = Counter(order)
     whole = len(order) // records
     assert all(whole <= counts[index] <= whole + 1 for index in range(records))
-    # half a run is the first half of a whole one
+    # a shorter run is the beginning of a longer one
     longer = [index for step in plan_steps(records, sequences_per_step, math.ceil(epochs) + 1, seed) for index in step]
     assert longer[: len(order)] == order
 
@@ -56,7 +56,7 @@ def test_epochs_and_seeds_have_orders_of_their_own() -> None:
 
 
 def test_the_order_is_part_of_the_recipe() -> None:
-    """Pinned: another order trains other weights under the same run id (raise RECIPE_VERSION with it)."""
+    """Pinned: another order trains other weights under the same run id; raise RECIPE_VERSION with it."""
     assert plan_steps(6, 4, 1.5, 20) == [[5, 3, 0, 4], [1, 2, 3, 4], [1]]
 
 
@@ -72,7 +72,7 @@ def test_every_sequence_in_one_row_and_no_row_too_long(lengths: list[int], row_t
 
 
 def emptiest_row_first(lengths: list[int], rows: int) -> int:
-    """The fullest of `rows` rows when the longest sequences go first, each into the emptiest (Graham 1969)."""
+    """Return the fullest row when the longest sequences go first, each into the emptiest row (Graham 1969)."""
     filled = [0] * rows
     for length in sorted(lengths, reverse=True):
         heapq.heapreplace(filled, filled[0] + length)
@@ -90,7 +90,7 @@ def test_no_more_rows_than_longest_first_needs(lengths: list[int], row_tokens: i
 
 @given(st.lists(st.integers(1, 400), min_size=1, max_size=60), st.integers(400, 3000))
 def test_rows_are_even(lengths: list[int], row_tokens: int) -> None:
-    """No row could give a sequence away and stay above the emptiest one: even rows mean even peak memory."""
+    """No row can give a sequence away and stay above the emptiest one: even rows keep peak memory even."""
     rows = [sorted(lengths[position] for position in row) for row in pack(lengths, row_tokens)]
     emptiest = min(map(sum, rows))
     assert all(sum(row) - row[0] <= emptiest for row in rows)
@@ -110,7 +110,7 @@ def test_a_sequence_that_fits_no_row() -> None:
 
 @given(RECORDS, STEP, st.integers(400, 900), st.integers(901, 5000))
 def test_another_row_size_is_the_same_steps(records: int, sequences_per_step: int, small: int, large: int) -> None:
-    """The optimizer sees the same batches on every GPU: rows partition a step, they never move a record to another."""
+    """The optimizer sees the same batches on every GPU: rows split a step and never move a record to another step."""
     lengths = [1 + (index * 37) % 400 for index in range(records)]
     for step in plan_steps(records, sequences_per_step, 1, 20):
         in_step = [lengths[index] for index in step]

@@ -1,4 +1,4 @@
-"""The steps of a run that need no torch, each with its real parts: files, tokenizer, storage."""
+"""The steps of a run that need no torch, with real files, tokenizer and storage."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def config(tmp_path: Path, **changes: Any) -> RunConfig:
 
 @pytest.fixture
 def few(tmp_path: Path) -> Path:
-    """The beginning of the bundled data: validating all of it takes seconds."""
+    """Copy the beginning of the bundled data: validating all of it takes seconds."""
     file = tmp_path / "few" / DATA.name
     file.parent.mkdir()
     file.write_text("".join(DATA.read_text(encoding="utf-8").splitlines(keepends=True)[:160]), encoding="utf-8")
@@ -74,7 +74,7 @@ def few(tmp_path: Path) -> Path:
 
 
 def prepare(job: Job, tmp_path: Path) -> tuple[inputs.DataFile, identities.Identity, training.TrainingPlan]:
-    """A run up to the split."""
+    """Run the steps up to the split."""
     pytest.importorskip("transformers", reason="transformers is not installed: no chat template can be applied")
     data = inputs.fetch(job)
     records = inputs.read(job, data)
@@ -125,7 +125,7 @@ def test_a_long_record_is_left_out_and_never_cut(tmp_path: Path, few: Path) -> N
     with capture_logs() as events:
         some = prepare(Job(config(tmp_path, data=str(few), **{"training.max_length_tokens": limit})), tmp_path)[2].data
     assert some.left_out == sum(length > limit for length in lengths) > 0
-    # who is left keeps side, order and tokens
+    # the remaining records keep side, order and tokens
     assert some.train == [sequence for sequence in whole.train if len(sequence) <= limit]
     assert some.held_out == [sequence for sequence in whole.held_out if len(sequence) <= limit]
     (event,) = (event for event in events if event["event"] == "records_left_out")
@@ -134,7 +134,7 @@ def test_a_long_record_is_left_out_and_never_cut(tmp_path: Path, few: Path) -> N
 
 @pytest.mark.parametrize("limit", [1024, 90])
 def test_what_an_adapter_is_compared_with_is_what_it_was_trained_on(tmp_path: Path, few: Path, limit: int) -> None:
-    """In its run, and when its bundle is evaluated again later."""
+    """In the run itself, and when its bundle is evaluated again later."""
     job = Job(config(tmp_path, data=str(few), **{"training.max_length_tokens": limit}))
     data, _, plan = prepare(job, tmp_path)
     tokenizer = open_backend(job.config).load_tokenizer(TINY_BASE)
@@ -185,7 +185,7 @@ def trained() -> Trained:
 
 @pytest.fixture(scope="module")
 def made() -> MadeRun:
-    """A run of twelve prompts: what a model would have said is made up, everything after that is real."""
+    """A run of twelve prompts: the replies are made up, everything after that is real."""
     return made_run(prompts=12, sampled=False, steps=3, flaws=0.0)
 
 
@@ -292,12 +292,12 @@ def test_what_a_killed_attempt_left_goes_with_the_next_look(tmp_path: Path, held
     record = Record(holder="f" * 16, attempt=1, host="elsewhere", duration_s=60, released_at=None if held else "then")
     job.output.write_bytes(f"{prefix}lease.json", record.as_bytes())
     assert publication.find_finished(job, identity) is not None
-    # nothing of one that is at work
+    # files of a running attempt stay
     assert {item.key for item in job.output.list("runs/")} == (left if held else set())
 
 
 def made_folder(job: Job, identity: identities.Identity, verdict: Verdict) -> Path:
-    """A bundle before it is published."""
+    """Write a bundle that is ready to be published."""
     folder = fresh_folder(job.run_dir(identity.run_id) / "bundle")
     (folder / "adapter_config.json").write_text("{}")
     facts = {
@@ -315,7 +315,7 @@ def made_folder(job: Job, identity: identities.Identity, verdict: Verdict) -> Pa
 
 
 def prompt_lines(count: int = 12) -> str:
-    """What `data/eval_prompts.jsonl` begins with."""
+    """Return the first lines of `data/eval_prompts.jsonl`."""
     return "".join(prompt.model_dump_json() + "\n" for prompt in evaluation_prompts()[:count])
 
 
@@ -396,7 +396,7 @@ def no_gates(*but: str) -> dict[str, None]:
 
 
 class Finished:
-    """A run whose bundle is in the output already, judged by `gates.exact_json` alone, and the command that would make it."""
+    """A published run judged by `gates.exact_json` alone, and the command that would train it."""
 
     def __init__(self, tmp_path: Path, made: MadeRun, *, threshold: float) -> None:
         self.folder = tmp_path
@@ -428,7 +428,7 @@ class Finished:
             "config": job.config.model_dump(mode="json"),
         }
         self.kept = tmp_path / "work" / "runs" / "A" / self.identity.run_id / "bundle"
-        """As a run keeps it that could not publish it."""
+        """Where a run keeps a bundle that it could not publish."""
         folder = fresh_folder(self.kept)
         (folder / "adapter_config.json").write_text("{}")
         (folder / "adapter_model.safetensors").write_bytes(b"weights")
@@ -440,7 +440,7 @@ class Finished:
         self.bundle = self.output / self.prefix
 
     def hashes(self) -> dict[str, str]:
-        """Of the bundle's own files, and not of what lies under evaluations/."""
+        """Hash the bundle's own files, without those under evaluations/."""
         return {path.name: sha256_of(path) for path in self.bundle.iterdir() if path.is_file() and not path.name.startswith(".")}
 
     def gate_id(self, threshold: float) -> str:
@@ -448,7 +448,7 @@ class Finished:
         return gates.gate_id(evaluation_id(settings.evaluation, prompts_digest(evaluation_prompts()[:12])), settings.gates)
 
     def run(self, threshold: float | None = None, *more: str) -> tuple[int, str, dict[str, dict[str, Any]]]:
-        """Exit code, standard output, and the log by event, from a process in which torch is not to be had."""
+        """Return exit code, standard output and log by event, from a process that must not import torch."""
         program = (
             "import sys\n"
             "from entrypoint.cli import run_cli\n"
@@ -501,7 +501,7 @@ def test_a_finished_run_repeats_its_verdict(tmp_path: Path, made: MadeRun, thres
     ("first", "second", "code"),
     [
         pytest.param(0.97, 0.9, 0, id="then-passed"),
-        # tests/e2e/test_sabotage.py raises the thresholds again, too
+        # tests/e2e/test_sabotage.py also raises the thresholds again
         pytest.param(0.9, 0.97, 4, id="then-missed", marks=pytest.mark.slow),
     ],
 )
@@ -516,12 +516,12 @@ def test_other_thresholds_decide_again_from_what_was_published(
     last = events["run_finished"]
     assert (ended, last["already_done"], last["passed"]) == (code, False, code == 0)
     assert last["run_id"] == finished.identity.run_id
-    # the bundle is the same one, and was not touched
+    # the same bundle, unchanged
     assert out == f"file://{finished.bundle}/\n"
     assert finished.hashes() == before
     output = Job(config(tmp_path)).output
     assert verify_files(output, finished.prefix) == []
-    # its new verdict lies beneath it, whole, with a report of its own
+    # the new verdict lies below it, complete and with a report
     prefix = f"{finished.prefix}evaluations/{gate_id}/"
     assert last["report"] == f"file://{finished.output}/{prefix}report.html"
     assert verify_files(output, prefix) == []
@@ -541,12 +541,12 @@ def test_other_thresholds_decide_again_from_what_was_published(
     assert (folder / "replies.jsonl").read_bytes() == (finished.bundle / "replies.jsonl").read_bytes()
     latest = finished.output / "adapters" / "A" / "latest.json"
     assert latest.exists() is (code == 0)
-    # the next time it is repeated
+    # the next run repeats it
     ended, _, events = finished.run(second)
     again = events["run_finished"]
     assert (ended, again["already_done"], again["report"]) == (code, True, last["report"])
     assert "evaluating_again" not in events
-    # and the first verdict still stands for whoever asks by its thresholds
+    # the first verdict still holds for its own thresholds
     ended, _, events = finished.run(first)
     assert (ended, events["run_finished"]["already_done"]) == (4 - code, True)
     assert events["run_finished"]["report"] == f"file://{finished.bundle}/report.html"
@@ -579,7 +579,7 @@ def test_what_a_run_could_not_publish_is_published_by_hand(
 
 
 def test_a_bundle_from_elsewhere_does_not_say_itself_where_it_is_published(tmp_path: Path, made: MadeRun) -> None:
-    """It would go to whatever its manifest names, and move the pointer there."""
+    """Otherwise the manifest could choose the output and move its pointer."""
     finished = Finished(tmp_path, made, threshold=0.9)
     shutil.rmtree(finished.output)
     copy = tmp_path / "download" / "bundle"
@@ -608,7 +608,7 @@ def test_what_is_no_finished_bundle_is_not_published(tmp_path: Path, made: MadeR
     assert not finished.output.exists()
 
 
-@pytest.mark.parametrize("name", ["replies.jsonl", "adapter_model.safetensors"])
+@pytest.mark.parametrize("name", ["replies.jsonl", pytest.param("adapter_model.safetensors", marks=pytest.mark.slow)])
 def test_a_bundle_that_was_changed_is_not_judged_again(tmp_path: Path, made: MadeRun, name: str) -> None:
     finished = Finished(tmp_path, made, threshold=0.97)
     with (finished.bundle / name).open("ab") as file:
@@ -653,7 +653,7 @@ def test_the_image_digest(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_pipeline_imports_without_the_training_stack() -> None:
-    """CI and data authors have no torch; and a bad record must not wait for its import."""
+    """CI and data authors have no torch, and a bad record must not wait for its import."""
     program = (
         "import sys\n"
         "import lora_trainer.run.pipeline, entrypoint.cli\n"

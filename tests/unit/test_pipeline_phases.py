@@ -1,4 +1,4 @@
-"""Several personas in one process: which ones, in which turns, and what becomes of the others when one ends badly."""
+"""Several personas in one process: selection, order, and the effect of one failure on the others."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lora_trainer.run.publication import Outcome
 from lora_trainer.run.shared_models import SharedModels
 
 A, B, LIVELY, AB = BloodType
-"""O alone would be taken for a zero."""
+"""The name O alone looks like a zero."""
 
 
 # -- which ones -----------------------------------------------------------------------------------------
@@ -74,7 +74,7 @@ def test_a_file_and_the_environment_name_several_and_the_stronger_one_wins(tmp_p
     file.write_text(text)
     configs = settle_each({"training.epochs": 2}, {}, file)
     assert [config.blood_type for config in configs] == [B, AB]
-    # they differ in nothing else, so that each has the run id that it has alone
+    # They differ in nothing else, so each has the run id that it has alone.
     assert configs[0] == settle({"training.epochs": 2, "blood_type": "B"}, {})
     assert configs[1].model_copy(update={"blood_type": B}) == configs[0]
     in_environment = {"LORA_TRAINER_BLOOD_TYPE": "all"}
@@ -115,7 +115,7 @@ def test_the_worst_code_is_the_process_s() -> None:
 Told = list[tuple[str, str]]
 PLAN, EVALUATE, TRAIN = object(), object(), object()
 Plot = list[object]
-"""What a persona does: words are noted, a marker ends the phase, and an error ends the run."""
+"""A persona's script: strings are recorded, a marker ends the phase, and an exception ends the run."""
 
 
 class Device(SharedModels):
@@ -132,7 +132,7 @@ class Device(SharedModels):
 
 
 def tell(monkeypatch: pytest.MonkeyPatch, plots: dict[str, Plot], device: Device | None = None) -> tuple[Told, list[PersonaRun]]:
-    """Run personas with these plots. Return what was done, in order, and the personas."""
+    """Run personas with these scripts; return the recorded order and the personas."""
     told: Told = []
     rest = {name: iter(plot) for name, plot in plots.items()}
 
@@ -213,7 +213,7 @@ def test_one_that_ends_badly_leaves_the_others_whole(
     told, personas = tell(monkeypatch, {"A": trained(), "B": trained(then=error), "O": trained()}, device)
     assert codes(personas) == [0, code, 0]
     assert told[-3:] == [("O", "trains"), ("O", "publishes"), ("O", "ended")]
-    # what it left on the device is trusted by nobody; a missed gate left nothing. Between the turns it is emptied once
+    # A failure makes the device's state untrusted, a missed gate does not. It is emptied once between personas.
     assert device.released == (1 if code == 4 else 2)
     together = combined_report(FailureReport(), personas)
     assert together.exit_code == code

@@ -1,4 +1,4 @@
-"""`evaluate` and `promote` up to where a model is needed: which bundle, which settings, which base, which data."""
+"""`evaluate` and `promote` up to the point that needs a model: bundle, settings, base and data."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import json
 import logging
 import os
 import shutil
+import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
+from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -42,7 +44,7 @@ TINY_BASE = REPOSITORY / "examples" / "tiny-base"
 DATA = REPOSITORY / "data" / "train_data_type_A.jsonl"
 RUN_ID = "0123456789abcdef"
 STARTED_AT = "2026-01-01T00:00:00+00:00"
-# what the run that trained the adapter was told, beside the defaults
+# settings of the run that trained the adapter
 TOLD: dict[str, Any] = {
     "blood_type": "A",
     "data": str(DATA.parent),
@@ -64,7 +66,7 @@ TOLD: dict[str, Any] = {
 }
 
 
-# each setting that is a place, as one
+# one value for each setting that is a location
 PLACES: dict[str, Any] = {"data": "s3://b/d/", "evaluation.prompts": "s3://b/p.jsonl", "base.model": "s3://b/m/"}
 
 
@@ -83,9 +85,23 @@ def no_settings_around(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, aws_envi
     monkeypatch.chdir(tmp_path)
 
 
+@cache
+def made_here() -> MadeRun:
+    return made_run(prompts=6, sampled=False, steps=3)
+
+
+@cache
+def evaluation_files() -> dict[str, bytes]:
+    """Write the evaluation of `made_here` once: the report's plots take half a second."""
+    made = made_here()
+    with tempfile.TemporaryDirectory() as folder:
+        write_evaluation(Path(folder), made.metrics, made.steps, made.replies, made.facts)
+        return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+
+
 @pytest.fixture(scope="module")
 def made() -> MadeRun:
-    return made_run(prompts=6, sampled=False, steps=3)
+    return made_here()
 
 
 @pytest.fixture
@@ -94,11 +110,12 @@ def output(tmp_path: Path) -> Storage:
 
 
 def publish(output: Storage, made: MadeRun, scratch: Path, run_id: str = RUN_ID, started_at: str = STARTED_AT, **facts: Any) -> str:
-    """A bundle as a run leaves it, and where it lies."""
+    """Publish a bundle as a run does, and return its URI."""
     folder = fresh_folder(scratch / "bundle")
     (folder / "adapter_config.json").write_text("{}")
     (folder / "adapter_model.safetensors").write_bytes(b"weights")
-    write_evaluation(folder, made.metrics, made.steps, made.replies, made.facts)
+    for name, content in evaluation_files().items():
+        (folder / name).write_bytes(content)
     config = settle(TOLD, {})
     whole = {
         **made.facts,
@@ -156,7 +173,7 @@ def test_a_half_published_bundle_is_none(adapter: Adapter) -> None:
 
 
 def test_a_manifest_of_something_else(adapter: Adapter) -> None:
-    """Whatever else writes a manifest.json: a web page, say, or another version."""
+    """Other programs and versions also write a manifest.json, for example web pages."""
     path = local(adapter) / "manifest.json"
     path.write_text('{"schema": 1, "files": {}}')
     with pytest.raises(ConfigError, match=r"no manifest\.json of a run there"):
@@ -185,7 +202,7 @@ def test_the_output_of_a_copy_elsewhere_is_unknown(adapter: Adapter, tmp_path: P
     copy = open_adapter(str(tmp_path / "copy"))
     with pytest.raises(ConfigError, match=f"expected a bundle in its place, <output>/adapters/A/{RUN_ID}/: a copy elsewhere"):
         output_of(copy)
-    # the run's own name, but another persona's folder
+    # the run's own id in another persona's folder
     shutil.copytree(local(adapter), tmp_path / "adapters" / "AB" / RUN_ID)
     with pytest.raises(ConfigError, match="expected a bundle in its place"):
         output_of(open_adapter(str(tmp_path / "adapters" / "AB" / RUN_ID)))
@@ -211,7 +228,7 @@ def test_the_runs_settings_and_not_those_of_its_machine(adapter: Adapter) -> Non
 
 
 def test_no_place_is_taken_from_a_manifest(adapter: Adapter) -> None:
-    """Whoever made the adapter would choose what this machine reads, and whom it sends its keys."""
+    """Otherwise the adapter's author could choose what this machine reads, and who receives its keys."""
     foreign = json.loads(json.dumps(adapter.manifest))
 
     def mark(section: dict[str, Any]) -> None:
@@ -228,7 +245,7 @@ def test_no_place_is_taken_from_a_manifest(adapter: Adapter) -> None:
     assert foreign["config"]["evaluation"]["judge_base_url"].startswith("https://foreign/")
     config = settle_for(Adapter(adapter.storage, foreign), {}, {})
     assert "foreign" not in config.model_dump_json()
-    # a setting with a path or a URI that is new should be thought through here
+    # a new setting with a path or a URI must be considered here
     texts = {
         name
         for name in setting_names()
@@ -252,7 +269,7 @@ def test_everything_may_be_told_otherwise(adapter: Adapter, tmp_path: Path) -> N
     config = settle_for(adapter, {"gates.persona": "0.9", "data": "other/"}, environment, file)
     assert (config.gates.exact_json, config.gates.stop, config.gates.persona) == (0.6, 0.7, 0.9)
     assert (config.device, config.data, config.work_dir) == ("cuda", "other/", Path("w"))
-    # what nobody mentions is the run's
+    # settings that nobody mentions are the run's
     assert (config.lora.r, config.evaluation.intensities) == (8, (0.2, 0.8))
     assert settle_for(adapter, {"gates.exact_json": None}, {}).gates.exact_json is None
 
@@ -307,7 +324,7 @@ def settled(adapter: Adapter, tmp_path: Path, **changes: Any) -> RunConfig:
 
 def test_the_base_that_it_was_trained_on(adapter: Adapter, tmp_path: Path) -> None:
     assert base_of(adapter, settled(adapter, tmp_path), ProcessContext()).folder == TINY_BASE
-    # another place, the same files
+    # the same files in another place
     shutil.copytree(TINY_BASE, tmp_path / "mirror")
     mirrored = settled(adapter, tmp_path, **{"base.model": str(tmp_path / "mirror")})
     assert base_of(adapter, mirrored, ProcessContext()).folder == tmp_path / "mirror"
@@ -349,7 +366,7 @@ def test_data_that_is_not_where_it_is_looked_for(adapter: Adapter, tmp_path: Pat
 
 
 def test_prompts_of_its_own_have_to_be_named(adapter: Adapter, tmp_path: Path) -> None:
-    """Others would give another verdict, and nobody would know."""
+    """Other prompts would silently give another verdict."""
     manifest = json.loads(json.dumps(adapter.manifest))
     manifest["config"]["evaluation"]["prompts"] = "s3://foreign/prompts.jsonl\x1b[2J"
     foreign = Adapter(adapter.storage, manifest)
@@ -358,7 +375,7 @@ def test_prompts_of_its_own_have_to_be_named(adapter: Adapter, tmp_path: Path) -
     (problem,) = refused.value.problems
     assert problem.startswith("evaluation.prompts: not given: pass its prompts with --prompts, or --set evaluation.prompts=none")
     assert r"s3://foreign/prompts.jsonl\x1b[2J" in problem
-    # those that ship, in so many words: it gets as far as the data
+    # Naming the bundled prompts explicitly gets as far as the data.
     with pytest.raises(NotFound, match="train_data_type_A"):
         evaluate_adapter(
             foreign, settled(foreign, tmp_path, **{"evaluation.prompts": None, "data": "data/"}), None, ProcessContext()
@@ -367,12 +384,12 @@ def test_prompts_of_its_own_have_to_be_named(adapter: Adapter, tmp_path: Path) -
 
 @contextmanager
 def listener() -> Iterator[tuple[str, list[str]]]:
-    """An HTTP server, and the Authorization header of each request that it got."""
+    """Yield the URL of an HTTP server, and the Authorization header of each request it received."""
     got: list[str] = []
 
     class Handler(BaseHTTPRequestHandler):
         def log_message(self, *_: object) -> None:
-            """Not to the test's output."""
+            """Keep the test's output clean."""
 
         def do_POST(self) -> None:
             got.append(self.headers["authorization"])
@@ -396,15 +413,15 @@ def test_a_foreign_manifest_does_not_get_the_key_sent_to_its_server(
         config = settle(TOLD, {}).model_dump(mode="json")
         config["evaluation"] |= {"judge_model": "judge", "judge_base_url": url}
         foreign = open_adapter(publish(output, made, tmp_path, config=config))
-        # so that it ends when everything is settled and before torch is imported
+        # ends the evaluation once everything is settled, before torch is imported
         (local(foreign) / "adapter_model.safetensors").write_bytes(b"WEIGHTS")
         with capture_logs() as said, pytest.raises(StorageError, match="the file was changed"):
             evaluate_adapter(foreign, settled(foreign, tmp_path), None, ProcessContext())
         assert got == []
         assert [line["event"] for line in said if line["log_level"] == "warning"] == ["judge_left_out"]
-        # a model alone is not the manifest's server either
+        # naming a model does not bring the manifest's server back either
         assert settled(foreign, tmp_path, **{"evaluation.judge_model": "mine"}).evaluation.judge_base_url != url
-        # the same server, named by the user: it is asked, so this test would have seen the key
+        # The same server, named by the user, is asked: this test would have seen the key.
         named = {"evaluation.judge_model": "judge", "evaluation.judge_base_url": url}
         with pytest.raises(ConfigError, match="does not accept the API key"):
             evaluate_adapter(foreign, settled(foreign, tmp_path, **named), None, ProcessContext())
@@ -438,7 +455,7 @@ def test_an_evaluation_has_no_adapter(adapter: Adapter, made: MadeRun, output: S
 
 
 def test_the_report_does_not_go_into_a_bundle(adapter: Adapter, output: Storage, tmp_path: Path) -> None:
-    """Its metrics.json would no longer be what its manifest says."""
+    """Its metrics.json would no longer match its manifest."""
     for folder in (local(adapter), link_newest(output, BloodType.A, RUN_ID)):
         with pytest.raises(ConfigError, match=r"--report-dir .*: holds a published bundle, which stays as it is"):
             evaluate_adapter(adapter, settled(adapter, tmp_path), folder, ProcessContext())
@@ -503,17 +520,17 @@ def test_promote_moves_whatever_is_newer(
     assert output.local_folder is not None
     link = output.local_folder / "adapter_A"
     assert json.loads((link / "manifest.json").read_text(encoding="utf-8"))["run_id"] == RUN_ID
-    # the newer run again, or one that was training while somebody promoted, leaves it
+    # neither the newer run nor one that was training during the promotion replaces it
     assert not move_latest(output, BloodType.A, open_adapter(newer).manifest).moved
     an_hour = timedelta(hours=1)
     during = {**open_adapter(newer).manifest, "run_id": "during", "started_at": (datetime.now(UTC) - an_hour).isoformat()}
     assert not move_latest(output, BloodType.A, during).moved
     assert pointed_at(output)["run_id"] == RUN_ID
-    # one that starts afterwards does as always
+    # a run that starts afterwards takes over as usual
     after = {**during, "run_id": "after", "started_at": (datetime.now(UTC) + an_hour).isoformat()}
     assert move_latest(output, BloodType.A, after).moved
     assert pointed_at(output)["run_id"] == "after"
-    # and by its link, the same again: it is promoted from there too
+    # promoting by the link works, too
     assert run_cli(["promote", str(link)]) == 0
     assert "before: after" in capsys.readouterr().out
 

@@ -26,7 +26,7 @@ RECORD = TrainingRecord(
 
 
 def changed(path: str, value: Any) -> str:
-    """The sample with the field at `path` set to `value`; `...` removes it."""
+    """Return the sample with the field at `path` set to `value`; `...` removes it."""
     data = json.loads(SAMPLE)
     data["output"] = json.loads(data["output"])
     *parents, leaf = path.split(".")
@@ -336,6 +336,6 @@ def test_a_file_that_cannot_be_opened_is_a_problem(tmp_path: Path, name: str) ->
 
 
 def test_a_disk_that_fails_is_a_problem(tmp_path: Path) -> None:
-    # the kernel refuses to read this one, after it let it be opened
+    # the kernel allows opening this file but not reading it
     lines = list(JsonlReader(Path("/proc/self/mem")))
     assert [problem.code for line in lines for problem in line.problems] == ["unreadable"]

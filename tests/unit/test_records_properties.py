@@ -1,4 +1,4 @@
-"""The reader of JSONL against files that nobody would write by hand: no traceback, and no valid line lost or moved."""
+"""The JSONL reader against files that nobody would write by hand: no traceback, and no valid line lost or moved."""
 
 import json
 import tempfile
@@ -47,7 +47,7 @@ json_values = st.recursive(
 fields = st.sampled_from(
     ["instruction", "context", "input", "output", "summary", "current_emotion", "type", "intensity", "text", "emotion"]
 )
-# no line break inside, and nothing that a record could be
+# no line break, and nothing that could be a record
 garbage = st.one_of(
     st.binary(max_size=80),
     json_values.map(lambda value: json.dumps(value).encode()),
@@ -93,7 +93,7 @@ def test_no_file_ends_in_a_traceback_when_it_is_checked(content: bytes) -> None:
 def test_no_valid_line_is_lost_or_moved(mixed: list[TrainingRecord | bytes], line_end: bytes, ends_with_line_end: bool) -> None:
     raw = [one if isinstance(one, bytes) else one.to_json().encode() for one in mixed]
     content = line_end.join(raw) + (line_end if ends_with_line_end else b"")
-    # the first two bytes could say that the file is UTF-16, which is one problem and the end
+    # The first two bytes may look like UTF-16, which is one problem that ends the file.
     if content.startswith((b"\xff\xfe", b"\xfe\xff")):
         return
     valid = [(number, one) for number, one in enumerate(mixed, 1) if isinstance(one, TrainingRecord)]
@@ -140,7 +140,7 @@ def test_the_linter_takes_any_text(text: str, intensity: float) -> None:
     assert isinstance(has_question(text), bool)
     assert isinstance(formal_endings(text), list)
     codes = [problem.code for problem in lint_reply(text, intensity)]
-    # each rule at most once, in the order of the list
+    # each rule at most once, in the list's order
     assert codes == [code for code in RULES if code in codes]
     blood_types_named(text)
 

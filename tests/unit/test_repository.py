@@ -1,4 +1,4 @@
-"""Habits of the repository that no other tool checks."""
+"""Conventions of the repository that no other tool checks."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_a_commit_subject_has_at_most_72_characters(message: str, got: int | Non
 
 
 def test_pre_commit_runs_programs_of_the_locked_environment() -> None:
-    """`make lint` checks the form of the file; here: that every hook is local, and what it names exists."""
+    """Every hook is local, and what it names exists; `make lint` validates the file."""
     config = yaml.safe_load((REPOSITORY / ".pre-commit-config.yaml").read_text(encoding="utf-8"))
     assert [repo["repo"] for repo in config["repos"]] == ["local"]
     makefile = (REPOSITORY / "Makefile").read_text(encoding="utf-8")

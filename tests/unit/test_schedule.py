@@ -1,4 +1,4 @@
-"""The schedule: never zero within a run, the peak once, and the right end."""
+"""The schedule: never zero within a run, at its peak once, and with the right end."""
 
 from __future__ import annotations
 

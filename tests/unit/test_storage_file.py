@@ -73,7 +73,7 @@ class TestFileStorage(StorageContract):
 
     def test_lock_and_temporary_files_are_not_listed(self, storage: Storage, tmp_path: Path) -> None:
         storage.write_bytes("A/latest.json", b"{}", if_absent=True)
-        # one that is only ever made anew, such as a manifest, has nothing beside it
+        # an object that is only ever created, such as a manifest, has no lock file
         assert len(list((tmp_path / "store" / "A").iterdir())) == 1
         found = storage.read_bytes("A/latest.json")
         assert found is not None

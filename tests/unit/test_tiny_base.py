@@ -1,4 +1,4 @@
-"""The shipped tiny base loads offline, is small and answers in the reply format; its corpus is reproducible."""
+"""The bundled tiny base: it loads offline, is small, and answers in the reply format."""
 
 from __future__ import annotations
 
@@ -66,10 +66,10 @@ def test_the_corpus_is_within_the_contract_and_says_nothing_of_a_persona(tool: A
         text = record["output"]["text"]
         assert text == unicodedata.normalize("NFC", text)
         assert json.loads(reply_json(**record["output"])) == record["output"]
-        # no slot or mark of the grammar may remain
+        # no slot or mark of the grammar remains
         assert not re.search(r"[{}\[\]|]", text)
 
-    # a persona's instruction asks for 반말; the corpus obeys more often than not, equally for all personas
+    # Every persona's instruction asks for 반말, and most of the corpus follows it.
     for blood_type in BloodType:
         texts = [r["output"]["text"] for r in records if r["instruction"] == persona_spec(blood_type).instruction]
         assert 0.2 < sum(bool(re.search(r"요[.?!]", text)) for text in texts) / len(texts) < 0.5

@@ -1,4 +1,4 @@
-"""`logging.report_to`: how it is given, and what is said about a tracker whose library is not there."""
+"""`logging.report_to`: how to set it, and the error for a tracker that is not installed."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_one_text_from_each_source(text: str, trackers: tuple[str, ...], tmp_pat
     assert settle({**A, SETTING: text}, {}).logging.report_to == trackers
     assert settle({**A, **dict([parse_override(f"{SETTING}={text}")])}, {}).logging.report_to == trackers
     if text:
-        # an empty variable is one that is not set
+        # an empty variable counts as unset
         assert settle(A, {VARIABLE: text}).logging.report_to == trackers
 
 

@@ -1,4 +1,4 @@
-"""What the workflows take for granted: files that are there, pinned actions, and a release that is what its tag says."""
+"""What the workflows rely on: existing files and targets, pinned actions, and a release that matches its tag."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_make_targets_and_files_that_scripts_name_exist(path: Path) -> None:
 
 
 def ci_runs() -> list[dict[str, str]]:
-    """The combinations of Python and stages in which ci.yml runs .ci/run, as GitHub expands the matrix."""
+    """Return the combinations of Python and stages in which ci.yml runs .ci/run, as GitHub expands the matrix."""
     matrix = yaml.safe_load((FOLDER / "ci.yml").read_text(encoding="utf-8"))["jobs"]["ci"]["strategy"]["matrix"]
     crossed = [{"python": python, "stages": stages} for python in matrix["python"] for stages in matrix["stages"]]
     return [*crossed, *matrix["include"]]
@@ -92,7 +92,7 @@ def test_ci_runs_every_stage_and_those_without_python_once() -> None:
         for stage in run["stages"].split():
             versions[stage].append(run["python"])
     once = {stage for stage, pythons in versions.items() if len(pythons) == 1}
-    assert once == {"lint", "chart", "workflows", "image"}
+    assert once == {"lint", "data", "chart", "workflows", "image"}
     assert all(pythons == ["3.11", "3.12", "3.13"] for stage, pythons in versions.items() if stage not in once)
 
 
@@ -115,7 +115,7 @@ def test_a_release_is_tagged_where_the_chart_looks_for_it() -> None:
     assert line == r"s/^  repository: //p"
     text = (REPOSITORY / "charts" / "persona-train" / "values.yaml").read_text(encoding="utf-8")
     assert re.findall(r"(?m)^  repository: (.*)$", text) == [values["image"]["repository"]]
-    # and the CPU's, where the chart's example has it
+    # the same for the CPU image, in the chart's example
     example = yaml.safe_load((REPOSITORY / "charts/persona-train/ci/cpu-values.yaml").read_text(encoding="utf-8"))
     suffixes = [entry["suffix"] for entry in _matrix("release.yml", "image")]
     assert suffixes == ["", "-cpu"]
