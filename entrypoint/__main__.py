@@ -1,4 +1,4 @@
-"""`python -m entrypoint` and the console script: handle signals first, then import what takes time."""
+"""Entry point of `python -m entrypoint` and the console script. Installs signal handlers before the slow imports."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def main() -> None:
         code = ExitCode.INTERRUPTED
     except StepDown as step_down:
         reexec(step_down.limit)
-    # not sys.exit: exit handlers and threads of libraries have nothing to save, and some of them hang
+    # os._exit skips the libraries' exit handlers and threads, which have nothing to save and sometimes hang
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

@@ -1,4 +1,4 @@
-"""Commands about published adapters: `evaluate`, `chat`, `publish`, `promote` and `compare`."""
+"""Commands for published adapters: `evaluate`, `chat`, `publish`, `promote` and `compare`."""
 
 from __future__ import annotations
 
@@ -53,11 +53,10 @@ def evaluate(
 ) -> None:
     """Measure a published adapter again, and judge it by thresholds.
 
-    Measures the held-out loss of adapter and base, lets both answer the evaluation's prompts, and prints the
-    result. Settings are those of the run that trained the adapter, unless you set others. Places are never taken
-    from there: name data, base model, prompts and judge here, in the environment or with --config, if they are
-    not the defaults. Nothing that is published changes: 'run' with the same settings publishes a new verdict,
-    'promote' moves latest.json.
+    Measures the held-out loss of adapter and base, generates replies of both to the evaluation prompts, and prints
+    the result. Settings default to those of the run that trained the adapter, except paths and URLs: if data, base
+    model, prompts or judge differ from the defaults, set them here, in the environment or with --config. Published
+    files do not change: 'run' with the same settings publishes a new verdict, 'promote' moves latest.json.
 
     \b
     Examples:
@@ -139,7 +138,7 @@ def chat(
     """Talk to a published adapter in the terminal.
 
     Decoding is constrained to response_schema.json, so every reply is exact JSON. A line that begins with / is a
-    command: /feeling, /intensity, /situation, /seed, /new, /help, /quit. Lines can be piped in.
+    command: /feeling, /intensity, /situation, /seed, /new, /help, /quit. Standard input may be a pipe.
 
     \b
     Examples:
@@ -160,7 +159,7 @@ def chat(
         raise ConfigError(f"--feeling: got {feeling!r}, expected one of {', '.join(Feeling)}")
     opened = open_adapter(adapter, budget_from_environment())
     config = settle_for(opened, given_settings(options, overrides), config_file=config_file)
-    # the stream itself, since sys.stdout is about to collect the libraries' output
+    # bind the real stream now: sys.stdout is about to be redirected to the log
     out, is_terminal = Console(file=sys.stdout, highlight=False), sys.stdin.isatty()
     if is_terminal:
         click.echo("loading ...", err=True)
@@ -172,14 +171,14 @@ def chat(
         try:
             chat_loop(model, state, _typed_lines(out) if is_terminal else iter(sys.stdin), out, raw=raw, beside_base=beside_base)
         except Interrupted as interrupted:
-            # Ctrl-C leaves a conversation, which has nothing to save
+            # Ctrl-C is a normal way to end a chat: there is nothing to save
             if interrupted.signal_name != "SIGINT":
                 raise
 
 
 def _typed_lines(console: Any) -> Iterator[str]:
     """Yield typed lines until Ctrl-D."""
-    # gives input() arrow keys and history, where Python has it
+    # importing readline enables arrow keys and history in input(); some Python builds lack it
     with suppress(ImportError):
         importlib.import_module("readline")
     while True:
@@ -200,8 +199,8 @@ def _typed_lines(console: Any) -> Iterator[str]:
 def publish(interruption: Interruption, /, folder: Path, output: str | None) -> None:
     """Publish the finished bundle in FOLDER that its run could not publish.
 
-    FOLDER is the bundle that a run kept, and named, when its storage failed at the end (exit 6). Nothing is trained or judged
-    again; latest.json moves if the gates passed, and the exit code is the one that the run would have had.
+    A run whose storage fails at the end (exit 6) keeps its bundle and prints this folder. Training and evaluation are not
+    repeated; latest.json moves if the gates passed, and the exit code is the one that the run would have had.
 
     \b
     Examples:
@@ -256,7 +255,7 @@ def compare(runs: Sequence[str], html: str | None, as_json: bool) -> None:
 
     RUN is a published bundle: s3://.../adapters/<TYPE>/<run id>/, file:// or a folder; or one of its
     later evaluations, .../<run id>/evaluations/<gate id>/. With several personas, a confusion matrix shows
-    which persona each one's replies are taken for.
+    which persona the classifier assigns to each run's replies.
 
     \b
     Examples:

@@ -53,7 +53,7 @@ for command in (run, evaluate, chat, publish, promote, compare, show_config, val
 
 
 def run_cli(arguments: Sequence[str], interruption: Interruption | None = None) -> int:
-    """Run the command line and return its exit code. A user's mistake ends in a message, never in a traceback."""
+    """Run the command line and return its exit code. User errors print a message, never a traceback."""
     interruption = interruption or Interruption()
     try:
         result = cli.main(args=list(arguments), prog_name="lora-trainer", standalone_mode=False, obj=interruption)
@@ -62,7 +62,7 @@ def run_cli(arguments: Sequence[str], interruption: Interruption | None = None) 
     except click.ClickException as error:
         shown = io.StringIO()
         error.show(shown)
-        # the message quotes what was typed
+        # Click's message quotes the arguments, which may contain credentials
         click.echo(redacted(shown.getvalue()), err=True, nl=False)
         return error.exit_code
     except LoraTrainerError as error:
@@ -70,7 +70,7 @@ def run_cli(arguments: Sequence[str], interruption: Interruption | None = None) 
             click.echo(f"error: {redacted(problem)}", err=True)
         return error.exit_code
     except SystemExit:
-        # Click and Rich exit with 1 on a closed pipe: the reader of our output has seen enough
+        # Click and Rich exit with 1 on a closed pipe, but a reader such as `head` that stops early is not a failure
         return ExitCode.DONE
     except Interrupted:
         return ExitCode.INTERRUPTED

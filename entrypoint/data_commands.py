@@ -1,4 +1,4 @@
-"""Commands about training data: `validate` and `generate`."""
+"""Commands for training data: `validate` and `generate`."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def validate(
             path = Path(name)
             if "://" in name:
                 folder, key = split_uri(name)
-                # keep the name, which tells the persona
+                # keep the name: the persona is inferred from it
                 path = Path(scratch) / str(number) / Path(key).name
                 open_storage(folder, retry_budget).download(key, path)
             elif not path.is_file():
@@ -242,7 +242,7 @@ def generate(
                 structured outputs; the key comes from OPENAI_API_KEY. Repeat an interrupted command
                 to resume it.
     Every record passes the linter of 'validate'. Near-duplicates, and inputs that nearly repeat an
-    evaluation prompt, are left out. A table at the end shows what was written and what was rejected.
+    evaluation prompt, are left out. The command ends with a table of written and rejected records.
 
     \b
     Examples:
@@ -259,7 +259,7 @@ def generate(
     from lora_trainer.store.retry import budget_from_environment
 
     logs.configure("warning", "auto")
-    # the report shows the URL
+    # the report prints the URL
     refuse_credentials(base_url)
     settings = command.GenerateSettings(
         blood_types=_named_blood_types(blood_types),
@@ -307,7 +307,7 @@ def generate(
 
 
 def _named_blood_types(text: str) -> tuple[BloodType, ...]:
-    """Parse the option. Raise `ConfigError` for an unknown name."""
+    """Parse `--blood-type`. Raise `ConfigError` for an unknown name."""
     try:
         return parse_blood_types(text)
     except ValueError as error:

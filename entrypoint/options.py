@@ -1,4 +1,4 @@
-"""Options that several commands share, and how they become settings."""
+"""Options that several commands share, and their conversion to settings."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lora_trainer.errors import ConfigError
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
-# option, setting, metavar, help: the settings that people change from run to run; `--set` reaches the others
+# (option, setting, metavar, help) of the settings that people change from run to run; `--set` covers the rest
 _RUN_OPTIONS: Final = (
     ("--data", "data", "URI", "Training data: folder with train_data_type_<TYPE>.jsonl, or one .jsonl. s3:// or file://."),
     ("--output", "output", "URI", "Folder that the adapter is published under. s3:// or file://."),
@@ -62,7 +62,7 @@ def set_option(example: str) -> Callable[[_F], _F]:
 
 
 def run_options(command: _F) -> _F:
-    """Add the options of `run`, which other commands about the same run take as well."""
+    """Add the options of `run`. Other commands accept them too, to describe the same run."""
     decorators = [
         config_option,
         click.option(

@@ -1,4 +1,4 @@
-"""Commands about a run: `run`, `check-storage` and `show-config`."""
+"""Commands for a run: `run`, `check-storage` and `show-config`."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def run(interruption: Interruption, /, config_file: Path | None, overrides: Sequ
     publishes it under OUTPUT:
       adapters/<TYPE>/<run id>/     the bundle, its manifest.json written last
       adapters/<TYPE>/latest.json   the newest accepted run
-    Repeating a finished command ends at once: the run id is a hash of all that decides the weights.
+    Repeating a finished command ends at once: the run id is a hash of everything that determines the weights.
     Repeating an interrupted one (SIGTERM, SIGINT, a lost machine) resumes from the newest checkpoint:
       runs/<TYPE>/<run id>/checkpoints/
 
@@ -65,7 +65,7 @@ def run(interruption: Interruption, /, config_file: Path | None, overrides: Sequ
         first = configs[0]
         logs.configure(first.logging.level, first.logging.format)
         end.work_dir = first.work_dir
-        # the stream itself, since sys.stderr is about to collect the libraries' output
+        # bind the real stream now: sys.stderr is about to be redirected to the log
         console = Console(file=sys.stderr) if sys.stderr.isatty() and first.logging.format != "json" else None
         process = ProcessContext(interruption, RetryBudget(first.storage), console, fresh)
         end.personas = persona_runs(configs, process, end.end_persona)
@@ -74,7 +74,7 @@ def run(interruption: Interruption, /, config_file: Path | None, overrides: Sequ
         with logs.libraries_print_to_the_log():
             run_personas(end.personas, process)
     try:
-        # after the last word: a closed pipe does not undo the run
+        # print last, so that a closed pipe cannot fail a finished run
         for uri in end.bundles:
             click.echo(uri)
     finally:
@@ -115,7 +115,7 @@ def check_storage(config_file: Path | None, overrides: Sequence[str], **options:
 @run_options
 @click.option("--json", "as_json", is_flag=True, help="JSON without the explanations.")
 def show_config(config_file: Path | None, overrides: Sequence[str], as_json: bool, **options: Any) -> None:
-    """Print the settings that 'run' would use, as YAML that --config takes.
+    """Print the settings that 'run' would use, as YAML for --config.
 
     Shows A's settings if no blood type is given.
     """

@@ -21,23 +21,23 @@ if TYPE_CHECKING:
 
 
 class RunEnd:
-    """A context manager around the work of a command. It reports every failure, and `leave` exits with the code."""
+    """Context manager that reports how a command ended. `leave` then exits with its code."""
 
     def __init__(self, interruption: Interruption) -> None:
         self.facts: dict[str, object] = {}
-        """Further fields of `run_finished`."""
+        """Additional fields of `run_finished`."""
         self.personas: Sequence[PersonaRun] = ()
         """The runs of this process, if the command runs personas."""
         self.work_dir: Path | None = None
-        """Where the message of a bug goes, once the settings are known."""
-        # while the work goes on, sys.stderr collects the libraries' output
+        """Folder for the traceback of a bug; None until the settings are known."""
+        # keep the real stream: during the command, sys.stderr is redirected to the log
         self._stderr, self._is_terminal = sys.stderr, sys.stderr.isatty()
         self._interruption = interruption
         self._code = ExitCode.DONE
         self._started_s = time.monotonic()
 
     def __enter__(self) -> None:
-        """Start the work."""
+        """Enter the block. `__init__` has already started the clock."""
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> bool:
         own = failure_report(error, self._interruption, self.work_dir)
@@ -65,7 +65,7 @@ class RunEnd:
         if report.problems:
             summary["problems"] = list(report.problems)
         self._print(printed)
-        # a terminal has just seen them as lines of their own
+        # on a terminal, `_print` has just shown each problem on its own line
         shown = {key: value for key, value in summary.items() if key != "problems" or not self._is_terminal}
         with structlog.contextvars.bound_contextvars(**bound):
             log = logs.get_logger()
@@ -76,7 +76,7 @@ class RunEnd:
     def end_persona(self, persona: PersonaRun) -> None:
         """Report the end of one of several personas."""
         if len(self.personas) == 1:
-            # `run_finished` says it all
+            # `run_finished` has the same fields
             return
         problems = persona.report.problems if persona.report else ()
         self._print(problems, f"{persona.blood_type}: ")
@@ -92,7 +92,7 @@ class RunEnd:
 
     @property
     def bundles(self) -> list[str]:
-        """URIs of the published bundles, in the order of the personas."""
+        """URIs of the published bundles, in persona order."""
         return [str(persona.result["bundle"]) for persona in self.personas if persona.result]
 
     def leave(self) -> None:

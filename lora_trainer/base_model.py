@@ -35,9 +35,9 @@ class Base:
     canonical_id: str
     revision: str | None
     identity: str
-    """The part of it that `run_id` hashes: `hub id@commit`, or `sha256:` over its files."""
+    """What `run_id` hashes: `<hub id>@<commit>`, or `sha256:<hash of all files>`."""
     folder: Path | None
-    """Its files; None for a hub model, which `fetch_base` downloads."""
+    """Folder with its files; None for a hub model, which `fetch_base` downloads."""
 
 
 def identify_base(config: BaseModelConfig, retry_budget: RetryBudget | None = None) -> Base:
@@ -70,7 +70,7 @@ def identify_base(config: BaseModelConfig, retry_budget: RetryBudget | None = No
 
 
 def pickled(where: str, names: Iterable[str]) -> list[str]:
-    """Return one problem for each file of an adapter whose format can run code when it is loaded."""
+    """Return one problem for each file in `names` whose format can run code on load."""
     return [
         f"{where.rstrip('/')}/{name}: got weights that are pickled, which can run code when they are loaded; "
         "expected adapter_model.safetensors: convert them if you trust their origin"
@@ -89,7 +89,7 @@ def require_safetensors(folder: Path) -> None:
 
 
 def fetch_base(base: Base, config: BaseModelConfig) -> Path:
-    """Return the folder with the base's files. A hub model is downloaded into the hub's own cache.
+    """Return the folder with the base's files, downloading a hub model to the hub's own cache.
 
     Raises `ConfigError` if the hub does not have it or requires a token, `StorageError` if the hub cannot be reached.
     """
@@ -146,9 +146,9 @@ def tokenizer_folder(config: BaseModelConfig, retry_budget: RetryBudget | None =
 
 
 def require_base(config: BaseModelConfig, retry_budget: RetryBudget | None = None) -> str:
-    """Check that a folder or an `s3://` prefix holds a readable model, by its file names and one small file.
+    """Check that a folder or `s3://` prefix contains a readable model: list its files and read a small one.
 
-    Return the finding in words. A hub id is not checked. Raises `ConfigError` if there is no model, `StorageError` if
+    Return the result as text. Hub ids are not checked. Raises `ConfigError` if there is no model, `StorageError` if
     the files cannot be listed or read.
     """
     if config.model.startswith("s3://"):
@@ -199,7 +199,7 @@ def _check_complete(where: str, names: Iterable[str]) -> None:
 
 
 def _hash_files(files: list[Path]) -> str:
-    # hashlib releases the GIL: hashing the four shards of a 7B model takes as long as one
+    # hashlib releases the GIL, so threads hash the four shards of a 7B model in the time of one
     with ThreadPoolExecutor(max_workers=4) as pool:
         digests = list(pool.map(sha256_of, files))
     return hashlib.sha256(
@@ -229,13 +229,13 @@ def _mirror(uri: str, cache_dir: Path, retry_budget: RetryBudget | None) -> Path
         storage.download(key, local)
         known[key] = {"size": item.size_bytes, "etag": item.etag}
         kept = {name: known[name] for name in sorted(known) if name in wanted}
-        # written atomically, so that a pod that dies here leaves a usable record
+        # write_bytes is atomic, so a pod that dies here leaves a usable record
         local_storage.write_bytes(_MIRROR_RECORD, json.dumps(kept).encode())
     return folder
 
 
 def _parse_record(record: ReadResult | None) -> dict[str, dict[str, object]]:
-    """Return size and etag of each object that the mirror holds; nothing if its record is missing or damaged."""
+    """Return the size and etag of each mirrored object; an empty dict if the record is missing or damaged."""
     with suppress(ValueError):
         if record is not None and isinstance(known := json.loads(record.data), dict):
             return known

@@ -17,7 +17,7 @@ ENVIRONMENT_PREFIX: Final = "LORA_TRAINER_"
 
 
 class Location:
-    """Mark a text setting as a local path or a URI. A relative path in a file is resolved against that file's folder."""
+    """Marks a text setting as a local path or URI. Relative paths in a configuration file are relative to its folder."""
 
 
 LOCATION: Final = Location()
@@ -34,12 +34,12 @@ _PathOrText = TypeVar("_PathOrText", bound=str | Path)
 
 
 def _no_control_characters(value: _PathOrText) -> _PathOrText:
-    """Return the name of a file or object, or raise `ValueError`."""
+    """Return `value`, or raise `ValueError` if it cannot name a file or an object."""
     text = str(value)
     if any(ord(character) < 32 or ord(character) == 127 for character in text):
         raise ValueError("expected a name without control characters")
     try:
-        # invalid UTF-8 from the system is held as surrogates, which fsencode turns back into its bytes
+        # Python decodes invalid UTF-8 in arguments to surrogates, which fsencode accepts; other surrogates fail
         os.fsencode(text)
     except UnicodeEncodeError:
         raise ValueError("expected a name that can be written as UTF-8") from None
@@ -47,7 +47,7 @@ def _no_control_characters(value: _PathOrText) -> _PathOrText:
 
 
 def _no_credentials(uri: str) -> str:
-    """Return a URI that manifests and logs may show, or raise `ValueError`."""
+    """Return `uri`, or raise `ValueError` if it contains credentials: manifests and logs show it."""
     if has_user_info(uri):
         raise ValueError(
             "expected a URI without user and password: manifests and logs show it; set credentials in their own variables"
@@ -56,7 +56,7 @@ def _no_credentials(uri: str) -> str:
 
 
 class BaseModelConfig(_Section):
-    """Which model the adapter is trained on, and where its files come from."""
+    """Base model and the source of its files."""
 
     model: Annotated[str, LOCATION] = Field(
         default="Qwen/Qwen2.5-7B-Instruct",
@@ -112,12 +112,12 @@ class LoraConfig(_Section):
     def _each_once(cls, value: tuple[TargetModule, ...]) -> tuple[TargetModule, ...]:
         if len(set(value)) != len(value):
             raise ValueError("expected each module once")
-        # one order, so that the same set is the same run
+        # use a fixed order, so that equal sets get equal run ids
         return tuple(module for module in ALL_LINEAR if module in value)
 
 
 class TrainingConfig(_Section):
-    """The recipe. Together with data and base it decides the weights."""
+    """Training recipe. Together with data and base it determines the adapter's weights."""
 
     epochs: float = Field(default=3.0, gt=0, le=1000, description="Passes over the training split.")
     max_steps: int | None = Field(default=None, ge=1, description="Stop after this many optimizer steps, if that is sooner.")
@@ -146,7 +146,7 @@ class TrainingConfig(_Section):
 
 
 class EvaluationConfig(_Section):
-    """How the adapter is evaluated after training."""
+    """Evaluation of the adapter after training."""
 
     prompts: Annotated[str | None, LOCATION] = Field(
         default=None,
@@ -196,7 +196,7 @@ class EvaluationConfig(_Section):
 
 
 class GatesConfig(_Section):
-    """What an adapter must reach to become the newest accepted one. `none` disables a gate.
+    """Thresholds that an adapter must meet before `latest.json` points at it. `none` disables a gate.
 
     Minimums are compared with the lower 95 % bound, maximums with the upper one.
     """
@@ -231,7 +231,7 @@ class GatesConfig(_Section):
 
 
 class MemoryConfig(_Section):
-    """How the work is laid out on the device. Not part of `run_id`, since it does not change what is computed."""
+    """Memory layout on the device. Not part of `run_id`, because it does not change what is computed."""
 
     gradient_checkpointing: Literal["auto", "off", "on", "unsloth"] = Field(
         default="auto",
@@ -243,7 +243,7 @@ class MemoryConfig(_Section):
 
 
 class CheckpointConfig(_Section):
-    """When checkpoints are written, and how many are kept. Not part of `run_id`."""
+    """Checkpoint frequency and retention. Not part of `run_id`."""
 
     every_steps: int = Field(
         default=100,
@@ -288,7 +288,7 @@ class StorageConfig(_Section):
 
 
 class LeaseConfig(_Section):
-    """How a second attempt at the same run is kept out. Not part of `run_id`."""
+    """Lease that lets only one attempt at a run work at a time. Not part of `run_id`."""
 
     duration_s: float = Field(
         default=60.0,
@@ -316,7 +316,7 @@ class LeaseConfig(_Section):
 
 
 class LimitsConfig(_Section):
-    """Limits on a data file and on one record; beyond them the file is refused (exit 3). Not part of `run_id`: nothing is cut."""
+    """Limits of a data file and its records. `run` refuses a larger file (exit 3). Not part of `run_id`: nothing is truncated."""
 
     line_bytes: int = Field(
         default=1024 * 1024,
@@ -344,7 +344,7 @@ Tracker = Literal["tensorboard", "mlflow", "wandb"]
 
 
 class LoggingConfig(_Section):
-    """What is logged, and how."""
+    """Log level, log format and experiment trackers."""
 
     level: Literal["debug", "info", "warning", "error"] = Field(default="info", description="Least severe level to print.")
     format: Literal["auto", "json", "console"] = Field(
@@ -372,7 +372,7 @@ class LoggingConfig(_Section):
 
 
 class RunConfig(_Section):
-    """Everything that one run of one persona is asked to do."""
+    """All settings of one persona's run."""
 
     blood_type: BloodType = Field(description="Persona to train: A, B, O or AB. `run` also takes several: `A,B`, a list, or `all`.")
     data: Annotated[str, LOCATION] = Field(
@@ -438,12 +438,12 @@ class RunConfig(_Section):
 
 
 def environment_name(dotted: str) -> str:
-    """Return the variable of a setting: `training.epochs` -> `LORA_TRAINER_TRAINING__EPOCHS`."""
+    """Return the environment variable of a setting: `training.epochs` -> `LORA_TRAINER_TRAINING__EPOCHS`."""
     return ENVIRONMENT_PREFIX + dotted.replace(".", "__").upper()
 
 
 def setting_fields(model: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
-    """Yield every leaf setting with its dotted name, in the order of the classes."""
+    """Yield the dotted name and field of every leaf setting, in definition order."""
     for name, field in model.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             yield from setting_fields(field.annotation, f"{prefix}{name}.")
@@ -457,7 +457,7 @@ def setting_names() -> Iterator[str]:
 
 
 def config_table() -> list[tuple[str, str, str, str]]:
-    """Return a row for each setting: name, default, range, meaning. The documents' table is generated from it."""
+    """Return a row for each setting: name, default, range, meaning. The table in docs/ is generated from it."""
     return list(_table_rows(RunConfig, ""))
 
 

@@ -1,7 +1,7 @@
-"""Merge the sources of settings: command line > environment > YAML file > defaults.
+"""Merge settings from the command line > environment > YAML file > defaults.
 
-pydantic-settings does not do two things that users of a batch job need: name the place that a wrong value came from, and
-refuse an unknown `LORA_TRAINER_*` variable (docs/adr/0003-configuration-sources.md).
+pydantic-settings cannot do two things that users of a batch job need: name the source of a wrong value, and refuse an
+unknown `LORA_TRAINER_*` variable (docs/adr/0003-configuration-sources.md).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from lora_trainer.redaction import redacted
 
 CONFIG_FILE_VARIABLE: Final = "LORA_TRAINER_CONFIG"
 _MAX_FILE_BYTES: Final = 2**20
-"""A configuration file with every setting and its comment has 10 KB."""
+"""Generous: a configuration file with every setting and its comment takes 10 KB."""
 _MAX_NODES: Final = 10_000
 _SHOWN_CHARACTERS: Final = 200
 _SHOWN_PROBLEMS: Final = 50
@@ -34,10 +34,10 @@ _SHOWN_PROBLEMS: Final = 50
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Settings from one place, and how to name that place for a given setting."""
+    """Settings from one source, and a template that names the source in messages."""
 
     values: Mapping[str, Any]
-    """Nested like `RunConfig`."""
+    """Nested in the same way as `RunConfig`."""
     name: str
     """`{key}` is replaced by the dotted setting, `{env}` by its environment variable."""
 
@@ -52,7 +52,7 @@ def settle(
     config_file: Path | None = None,
     fallback: Mapping[str, Any] | None = None,
 ) -> RunConfig:
-    """Merge the sources as `settle_each` does. Raise `ConfigError` if they name several personas."""
+    """Like `settle_each`, but for a single persona. Raise `ConfigError` if the sources name several."""
     config, *more = settle_each(cli, environment, config_file, fallback)
     if more:
         named = ", ".join(each.blood_type for each in (config, *more))
@@ -66,7 +66,7 @@ def settle_each(
     config_file: Path | None = None,
     fallback: Mapping[str, Any] | None = None,
 ) -> tuple[RunConfig, ...]:
-    """Merge the sources into one `RunConfig` per persona that `blood_type` names. They differ in nothing else.
+    """Merge the sources into one `RunConfig` per persona in `blood_type`. The results differ only in that setting.
 
     `cli` maps the dotted settings of the command line to their values. `fallback` does the same for settings that `run`
     requires and another command does not. `environment` defaults to `os.environ`.
@@ -96,7 +96,7 @@ def settle_each(
             blood_types = parse_blood_types(merged["blood_type"])
         except ValueError as error:
             problems.append(f"{_place(sources, ['blood_type'])}: {error}")
-        # any persona will do: the other settings are checked in any case
+        # without a valid persona, use A to validate the other settings anyway
         merged["blood_type"] = next(iter(blood_types), BloodType.A)
     try:
         config = RunConfig.model_validate(merged)
@@ -147,7 +147,7 @@ def _read_file(path: Path) -> dict[str, Any]:
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """Load plain values only, and report a value that does not match its tag with its line."""
+    """Loads plain values only. A value that does not match its tag raises an error with its line."""
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         try:
@@ -179,7 +179,7 @@ def _check_nodes(root: yaml.Node) -> None:
         node = waiting.pop()
         seen += 1
         if seen > _MAX_NODES:
-            # an alias is the node that it names, so each use counts, and one that contains itself never ends
+            # PyYAML expands an alias to the same node, so this counts each use and stops at recursive aliases
             problem = f"more than {_MAX_NODES:,} values with its aliases expanded"
             raise yaml.constructor.ConstructorError(None, None, problem, root.start_mark)
         if isinstance(node, yaml.MappingNode):
@@ -231,7 +231,7 @@ def _list_or_text(dotted: str, text: str) -> Any:
     annotation = dict(setting_fields())[dotted].annotation
     if get_origin(annotation) is tuple:
         if text.lstrip().startswith("["):
-            # validation refuses text that is not JSON, and names its place
+            # leave invalid JSON as text: validation refuses it and names its source
             with suppress(json.JSONDecodeError):
                 return json.loads(text)
         return [part.strip() for part in text.split(",")]
@@ -264,9 +264,9 @@ def _explain(error: ValidationError, sources: list[Source]) -> Iterator[str]:
     found = error.errors(include_url=False)
     for problem in found:
         if problem["type"] == "too_short" and any(other["loc"][:-1] == problem["loc"] for other in found):
-            # invalid elements make the list too short as well, and have their own line
+            # "too short" only follows from invalid elements, which get lines of their own
             continue
-        # a union appends the branch it tried ("auto", "int"): the field is enough
+        # for a union, pydantic appends the branch ("auto", "int") to `loc`; strip it
         location = [str(part) for part in problem["loc"]]
         dotted = ".".join(location)
         while dotted not in names and len(location) > 1 and problem["type"] != "extra_forbidden":
@@ -303,7 +303,7 @@ def _holds(values: Any, location: list[str]) -> bool:
 
 
 def _nearest(name: str, names: list[str], shared: str = "") -> str:
-    """Suggest similar names. `shared` is a prefix of all of them, which would make any two look alike."""
+    """Suggest similar names. Compare them without `shared`, a prefix of all of them that would make any two look alike."""
     import difflib
 
     bare = [known.removeprefix(shared) for known in names]

@@ -1,4 +1,4 @@
-"""Every failure that a user can cause; each class owns its exit code.
+"""The errors that end a job with a message; each class owns its exit code.
 
 The README and the chart's `podFailurePolicy` repeat the table of codes; a test compares them.
 """
@@ -35,7 +35,7 @@ _WORST_FIRST: Final = (
     ExitCode.GATE,
     ExitCode.DONE,
 )
-"""Codes that may be retried come first: a retry finishes what it can, and ends with the code of what it can't."""
+"""Worst first. Retryable codes lead, because a retry finishes those personas and then reports the remaining failures."""
 
 
 def worst(codes: Iterable[ExitCode]) -> ExitCode:
@@ -57,13 +57,13 @@ class LoraTrainerError(Exception):
 
 
 class ConfigError(LoraTrainerError):
-    """Settings that do not validate, or a command used wrongly."""
+    """Invalid settings or command-line usage."""
 
     exit_code = ExitCode.CONFIG
 
 
 class DataError(LoraTrainerError):
-    """Training data that cannot be trained on."""
+    """Unusable training data."""
 
     exit_code = ExitCode.DATA
 
@@ -75,7 +75,7 @@ class GateError(LoraTrainerError):
 
 
 class HardwareError(LoraTrainerError):
-    """The machine cannot do what the run asks for."""
+    """The machine cannot run these settings."""
 
     exit_code = ExitCode.HARDWARE
 
@@ -85,7 +85,7 @@ class OutOfMemoryError(HardwareError):
 
 
 class DeviceLostError(LoraTrainerError):
-    """The GPU fell off the bus, was reset, or is faulty. Another machine, or this one later, can resume."""
+    """The GPU fell off the bus, was reset, or is faulty. The run can resume on another machine, or on this one later."""
 
     exit_code = ExitCode.BUG
 
@@ -116,5 +116,5 @@ class Interrupted(BaseException):
     def __init__(self, signal_name: str) -> None:
         self.signal_name = signal_name
         self.kept = ""
-        """What the next attempt can resume from, in words; empty if nothing."""
+        """What the next attempt can resume from, as message text; empty if there is nothing."""
         super().__init__(signal_name)

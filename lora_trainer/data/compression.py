@@ -15,12 +15,12 @@ if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
 
 SUFFIXES: Final = ("", ".gz", ".zst")
-"""What may follow `.jsonl` in the name of a data file."""
+"""Suffixes allowed after `.jsonl` in the name of a data file."""
 
 _BUFFER_BYTES: Final = 64 * 1024
 # the ratio limit ignores output up to this size: a small file of repeated records compresses well and does no harm
 _HARMLESS_BYTES: Final = 16 * 2**20
-# a window of 128 MiB, the most that `zstd` uses without --long; --long makes the reader allocate up to 2 GiB
+# 128 MiB, the largest window of `zstd` without --long; files written with --long could make us allocate 2 GiB
 _WINDOW_LOG_MAX: Final = 27
 
 _MAGIC: Final = {
@@ -37,7 +37,7 @@ class CorruptStreamError(ValueError):
 
 
 class DecompressedTooLargeError(ValueError):
-    """The decompressed data exceeds a limit; `is_ratio` tells whether it is the limit on the compression ratio."""
+    """The decompressed data exceeds a limit. `is_ratio` is True for the limit on the compression ratio."""
 
     def __init__(self, max_bytes: int, size_bytes: int, *, is_ratio: bool) -> None:
         self.max_bytes, self.size_bytes, self.is_ratio = max_bytes, size_bytes, is_ratio
@@ -94,7 +94,7 @@ class _BoundedReader(io.RawIOBase):
             chunk: bytes = self._stream.read1(len(view))
         except EOFError:
             raise CorruptStreamError("a truncated compressed stream") from None
-        # not chained: the messages of these errors quote bytes of the file
+        # do not chain these errors: their messages quote bytes of the file
         except (gzip.BadGzipFile, zlib.error, ZstdError):
             raise CorruptStreamError("a damaged compressed stream, or data that is not compressed") from None
         self._read_bytes += len(chunk)

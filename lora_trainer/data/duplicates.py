@@ -17,7 +17,7 @@ _DECORATION = regex.compile(r"[ㅋㅎㅠㅜ]+|[^\p{L}\p{N}]+")
 
 
 def normalized(text: str) -> str:
-    """Return `text` without case, width, white space, punctuation, emoji and ㅋㅎㅠㅜ, for comparing texts.
+    """Return `text` normalized for comparison: no case, width, white space, punctuation, emoji or ㅋㅎㅠㅜ.
 
     A text that consists of nothing else, such as `ㅋㅋ!`, only loses its case and width.
     """
@@ -55,13 +55,12 @@ def _hash64(text: str) -> int:
 class DuplicateFinder:
     """Find records that repeat an earlier one.
 
-    A million records take about 225 MiB. The probability that any two different texts among them share a fingerprint is 3 in
-    100 million.
+    A million records take about 225 MiB. The probability of any fingerprint collision among them is 3 in 100 million.
     """
 
     def __init__(self) -> None:
         self._first: dict[int, tuple[int, int]] = {}
-        """Near fingerprint -> line and exact fingerprint of the first record that has it."""
+        """Near fingerprint -> line and exact fingerprint of the first record with it."""
 
     def first_line(self, record: TrainingRecord, line: int) -> tuple[int, bool] | None:
         """Return `(line, is_exact)` of the first record like this one, or None if this is the first."""
@@ -105,7 +104,7 @@ class NearDuplicateFinder:
         self._hashes = _BANDS[0] * _BANDS[1]
         self._index = MinHashLSH(num_perm=self._hashes, params=_BANDS)
         self._shingles: list[frozenset[str]] = []
-        # callers usually add the text that they have just looked up, so its sketch is kept
+        # cache the latest sketch: callers usually add the text that they have just looked up
         self._latest: tuple[str, frozenset[str], MinHash | None] = ("", frozenset(), None)
 
     def __len__(self) -> int:
@@ -130,7 +129,7 @@ class NearDuplicateFinder:
         if known is not None and latest == text:
             return parts, known
         parts = shingles(text)
-        # explicit, because a new default in datasketch would change which data the generator composes from a seed
+        # set explicitly: a new default in datasketch would change the generator's output for a given seed
         sketch = MinHash(num_perm=self._hashes, seed=1, scheme="affine32")
         sketch.update_batch([part.encode() for part in parts])
         self._latest = (text, parts, sketch)

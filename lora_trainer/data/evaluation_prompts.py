@@ -1,4 +1,4 @@
-"""The evaluation prompts. The package contains them, so a job has them no matter which data it downloads."""
+"""The evaluation prompts. They ship with the package, so every job has them whatever data it downloads."""
 
 from __future__ import annotations
 

@@ -100,7 +100,7 @@ class JsonlReader(Generic[Record]):
             number = self.lines_read
             start, offset = offset, offset + len(raw)
             if number == 1 and raw.startswith(_UTF16_BOMS):
-                # a line break is two bytes in UTF-16, so every line would be garbage
+                # stop here: a UTF-16 line break has two bytes, so splitting at b"\n" would garble every line
                 yield _bad_file(RecordError("utf16", "a UTF-16 byte-order mark", "UTF-8", "save the file as UTF-8"))
                 return
             if number == 1 and (compression := detect_compression(raw)):
@@ -203,7 +203,7 @@ def _read_text(text: str, number: int, schema: type[Record], limits: LimitsConfi
 
 
 def _texts(record: StrictModel) -> Iterator[tuple[str, str]]:
-    """Yield the dotted field and the text of everything that people wrote in a record."""
+    """Yield the dotted name and value of each free-text field of a record."""
     if isinstance(record, TrainingRecord):
         yield "instruction", record.instruction
         yield "output.text", record.reply.text

@@ -1,4 +1,4 @@
-"""Analyse Korean text: split sentences, find polite speech, and give particles the form that fits their noun.
+"""Analyse Korean text: split sentences, find polite speech, and choose the form of a particle that fits its noun.
 
 The morphological analyser is Kiwi (https://github.com/bab2min/Kiwi, Python package kiwipiepy). Its tags follow the Sejong tag
 set: EF sentence-final ending, EC connective ending, JX auxiliary particle, IC interjection, SF for . ! ? and so on. The first
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from kiwipiepy import Kiwi, Token
 
 MAX_ANALYSED_CHARACTERS: Final = 200
-"""Only this much of a text is analysed: the schema allows no longer reply, and Kiwi is slow on very long words."""
+"""Kiwi is slow on very long words, so longer text is truncated. The schema does not allow longer replies."""
 
-# interjections that chat writes as whole replies; Kiwi's model knows some of them only as nouns or single letters
+# interjections that people send as whole messages; Kiwi's model tags some of them as nouns or single letters
 _REACTIONS: Final = (
     "헐",
     "앗",
@@ -49,7 +49,7 @@ _REACTIONS: Final = (
 def _kiwi() -> Kiwi:
     from kiwipiepy import Kiwi
 
-    # one worker: texts are single short lines, and the other cores are busy with the job
+    # one worker is enough for short single lines, and leaves the other cores to the job
     kiwi = Kiwi(num_workers=1)
     for word in _REACTIONS:
         kiwi.add_user_word(word, "IC", 0)
@@ -58,7 +58,7 @@ def _kiwi() -> Kiwi:
 
 # --- sentences -----------------------------------------------------------------------------------------
 
-# words that form no sentence, alone or in a row
+# words that never form a sentence, even in a row
 _INTERJECTION: Final = regex.compile(
     "(?:[오와우아어앗엇헉헐음흠흥응웅엥에야하호히헤후휴으이잉힝흑쳇칫캬꺄악윽읏옹앙엉얍참짠쉿굿콜옛크]|아이[고구쿠]|[에아][고구]|어머나?|세상에|맙소사"
     "|대박|진짜|정말|그래|그럼|그치|글쎄|아니|맞아|안녕|오케이|오키|[화파]이팅|[아앗]싸|저런|이런|있지|오예|오호|푸하하|예|그랬구나|그렇구나|그러게|그렇지|아하|하암|자자|에잇|헥헥|흐음|흐어|잠깐|어휴|ok(?:ay)?|wow|lol|yay|hi)+",
@@ -69,7 +69,7 @@ _ALONE: Final = frozenset(("뭐", "뭐야", "왜", "자"))
 # letters except single jamo, as in ㅋㅋ and ㅠㅠ
 _WORD: Final = regex.compile(r"[\p{L}--[ㄱ-ㅣ]]+", regex.VERSION1)
 _LAUGH_OR_CRY: Final = regex.compile("[ㅋㅎㅠㅜ]{2,}")
-# connective endings that chat also uses at the end of a message: they end a sentence only before punctuation
+# connective endings that also end messages in chat: they end a sentence only before punctuation
 _GOES_ON: Final = ("데", "니까", "고", "지만", "면", "서", "려고")
 
 
@@ -124,7 +124,7 @@ def _pieces(line: str) -> Iterator[_Piece]:
 
 
 def _goes_on(piece: _Piece, following: _Piece | None) -> bool:
-    """Return whether `piece` continues in `following`, so that Kiwi split too early."""
+    """Return whether Kiwi split too early: the sentence in `piece` continues in `following`."""
     last = piece.tokens[-1] if piece.tokens else None
     if last is None or following is None:
         return False
@@ -203,14 +203,14 @@ def _formal_ending(tokens: Sequence[Token], index: int) -> str | None:
         return None
     for ending, name in _FORMAL_ENDINGS:
         if form.endswith(ending):
-            # a separate ending 여 is the informal 하여; after another vowel it is a playful 요 (했어여, 하세여)
+            # as an ending of its own, 여 is the informal 하여; merged with another ending, a playful 요 (했어여, 하세여)
             return None if form == "여" or (name == "-ㅂ니까" and not form.endswith(("ᆸ니까", "습니까"))) else name
     return None
 
 
 # --- particles -----------------------------------------------------------------------------------------
 
-# particle as authors write it after a consonant -> (form, tag) of Kiwi's morphemes
+# particle, in the form after a consonant -> (form, tag) of Kiwi's morphemes
 _PARTICLES: Final[dict[str, tuple[tuple[str, str], ...]]] = {
     "이": (("이", "JKS"),),
     "을": (("을", "JKO"),),

@@ -1,7 +1,7 @@
 """Lint replies beyond their schema: short, informal, Korean, and with no more emoji than the intensity allows.
 
-`validate`, the generator (which rejects replies with warnings) and the evaluation share these pure functions. They serve rates
-over many replies and warnings that people read. The labelled lines in tests/assets/lint_lines.tsv measure their accuracy.
+`validate`, the generator (which rejects replies with warnings) and the evaluation share these pure functions. They are heuristics,
+meant for rates over many replies and for warnings; tests measure their accuracy on the labelled lines of lint_lines.tsv.
 `RULES` lists the rules with their thresholds.
 """
 
@@ -26,20 +26,20 @@ LONG_REPLY_CHARACTERS: Final = 100
 """The linter warns about longer replies. The longest hand-written one has 90; the schema allows `MAX_REPLY_CHARACTERS` (200)."""
 
 MIN_HANGUL_SHARE: Final = 0.5
-"""Smallest share of Hangul among a reply's letters. It leaves room for names of songs and apps in Latin letters."""
+"""Minimum share of Hangul among a reply's letters. Leaves room for song titles and app names in Latin letters."""
 
 MIN_QUESTION_RATE: Final = 0.3
-"""Smallest share of a file's replies that should ask something back."""
+"""Minimum share of a file's replies that ask a question."""
 
 MIN_RECORDS_FOR_RATES: Final = 20
-"""Rates over fewer records are too noisy to warn about."""
+"""Minimum number of records for a warning about a rate: rates over fewer are too noisy."""
 
 MAX_EMOJI: Final[Mapping[IntensityThird, int]] = {IntensityThird.LOW: 1, IntensityThird.MIDDLE: 2, IntensityThird.HIGH: 4}
-"""Most emoji in one reply if the persona is unknown. A known persona has its own `emoji.most`."""
+"""Maximum emoji per reply for an unknown persona. A known persona's specification sets its own `emoji.most`."""
 
 
 def max_emoji(intensity: float, blood_type: BloodType | None = None) -> int:
-    """Return the most emoji that a reply of this intensity may contain, by the persona's own rule if it is given."""
+    """Return the maximum emoji in a reply of this intensity, by the persona's own rule if `blood_type` is given."""
     most = persona_spec(blood_type).emoji.most if blood_type else MAX_EMOJI
     return most[IntensityThird.of(intensity)]
 
@@ -54,7 +54,7 @@ _FINAL_RIEUL: Final = 8
 
 
 def has_question(text: str) -> bool:
-    """Return whether `text` asks something: with a question mark, or by a word that ends a question without one (같이 갈까)."""
+    """Return whether `text` asks something, with a question mark or with a typical last word of a question (같이 갈까)."""
     without_addresses = _ADDRESS.sub("", text) if "://" in text else text
     if _QUESTION_MARK.search(without_addresses):
         return True
@@ -78,7 +78,7 @@ def hangul_share(text: str) -> float:
     return sum(1 for sign in letters if _HANGUL.match(sign)) / len(letters) if letters else 1.0
 
 
-# control tokens may contain a space, because the prompt inserts one
+# match control tokens with a space too: `escape_control_tokens` inserts one
 _BANNED: Final = tuple(
     (kind, re.compile("|".join(patterns), re.IGNORECASE))
     for kind, patterns in (
@@ -143,7 +143,7 @@ def blood_types_named(instruction: str) -> frozenset[BloodType]:
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """One check on a reply: its code, and the threshold and fix that its warnings show."""
+    """One check on a reply: its code, and the threshold and fix shown in its warnings."""
 
     code: str
     threshold: str

@@ -49,7 +49,7 @@ class Problem:
 
 
 class RecordError(ValueError):
-    """A problem whose line and field only the caller knows; `jsonl` turns it into a `Problem`."""
+    """A problem whose line and field are known only to the caller; `jsonl` turns it into a `Problem`."""
 
     def __init__(self, code: str, got: str, expected: str, fix: str) -> None:
         self.code, self.got, self.expected, self.fix = code, got, expected, fix
@@ -57,4 +57,4 @@ class RecordError(ValueError):
 
 
 class IncompleteJsonError(RecordError):
-    """JSON that ends too early. On the last line of a file it means that the file is truncated."""
+    """JSON that ends too early. On a file's last line, the file is probably truncated."""

@@ -14,9 +14,9 @@ from lora_trainer.errors import ConfigError
 from lora_trainer.persona.prompt import OUTPUT_LINE, prompt_messages, reply_json
 
 SHOWN_LINES: Final = 20
-"""A finding lists this many line numbers at most."""
+"""Maximum number of line numbers that a finding lists."""
 
-# bounds on a batch and on the cache: without them, records of a megabyte each would take gigabytes of memory
+# limits of a batch and of the cache: without them, records of a megabyte each would take gigabytes of memory
 _BATCH_RECORDS: Final = 1024
 _BATCH_CHARACTERS: Final = 1024 * 1024
 _CACHED_TEXTS: Final = 4096
@@ -31,7 +31,7 @@ class CountsTokens(Protocol):
 
 
 class TokenCounter:
-    """Counts tokens with the `tokenizer.json` in a folder."""
+    """Counts tokens with a folder's `tokenizer.json`."""
 
     def __init__(self, folder: Path) -> None:
         """Load the tokenizer. Raises `ConfigError` if the file or the `tokenizers` library is missing or fails to load."""
@@ -39,7 +39,7 @@ class TokenCounter:
         if not path.is_file():
             raise ConfigError(f"{path}: no such file; expected a folder that contains a base's tokenizer.json")
         try:
-            # imported here, because validation without a tokenizer must work without the library
+            # import here: validation without a tokenizer must work without the library
             import tokenizers
         except ImportError:
             raise ConfigError("counting tokens needs the 'tokenizers' library; install it, or validate with --no-tokens") from None
@@ -60,7 +60,7 @@ def chatml_overhead_tokens(tokenizer: CountsTokens) -> int:
     """Return the number of tokens that ChatML adds around a system, a user and an assistant message.
 
     Counted on empty messages, so that validation needs neither transformers nor a template engine. Training renders the base's
-    own template (`train.tokenization.tokenize`) and refuses one of another form.
+    own template (`train.tokenization.tokenize`) and refuses a template of another form.
     """
     turns = "<|im_start|>system\n<|im_end|>\n<|im_start|>user\n<|im_end|>\n<|im_start|>assistant\n<|im_end|>"
     return tokenizer.count_tokens([turns])[0]
@@ -114,7 +114,7 @@ class PromptParts(NamedTuple):
 
 
 PART_NAMES: Final = (*PromptParts._fields, "template")
-"""`template` is the output line of the system message plus what the chat template adds around the messages."""
+"""`template` counts the `출력:` line of the system message plus the tokens that the chat template adds."""
 
 
 def prompt_parts(record: TrainingRecord) -> PromptParts:
@@ -133,7 +133,7 @@ def prompt_parts(record: TrainingRecord) -> PromptParts:
 
 @dataclass(frozen=True, slots=True)
 class PromptCost:
-    """The token counts of a file's records, and which of them are too long to train on."""
+    """Token counts of a file's records, and the records that are too long to train on."""
 
     max_length_tokens: int
     whole: LengthDistribution
@@ -143,10 +143,10 @@ class PromptCost:
     left_out: int
     """Number of records longer than `max_length_tokens`, which training skips."""
     left_out_lines: tuple[int, ...]
-    """Line numbers of the first `SHOWN_LINES` of them."""
+    """Line numbers of the first `SHOWN_LINES` of these records."""
 
     def as_json(self) -> dict[str, object]:
-        """Return plain values, for `validate --json`."""
+        """Return JSON-compatible values, for `validate --json`."""
         return {
             "max_length_tokens": self.max_length_tokens,
             "whole": _distribution_json(self.whole),
@@ -187,7 +187,7 @@ class CostMeter:
         self._left_out_lines: list[int] = []
 
     def add(self, line: int, record: TrainingRecord) -> None:
-        """Add the record of line `line`."""
+        """Count the record on line `line`."""
         parts = prompt_parts(record)
         self._batch.append((line, parts))
         self._batch_characters += sum(map(len, parts))

@@ -31,7 +31,7 @@ EXPECTED_BY_FIELD: Final[Mapping[str, str]] = {
     "output.text": "what the friend says, as text",
     "output.emotion": "one of " + ", ".join(Expression),
 }
-"""What a message says was expected, by the dotted path of the field in the file."""
+"""The "expected ..." text of messages, by the field's dotted path in the file."""
 VOCABULARIES: Final[Mapping[str, tuple[str, ...]]] = {
     "context.current_emotion.type": tuple(Feeling),
     "output.emotion": tuple(Expression),
@@ -40,9 +40,9 @@ VOCABULARIES: Final[Mapping[str, tuple[str, ...]]] = {
 
 # lone surrogates, which UTF-8 cannot encode, and control characters other than white space
 _UNWRITABLE = re.compile("[\x00-\x08\x0e-\x1b\x7f\ud800-\udfff]")
-# data files must not contain C1 and bidirectional controls either
+# the same, plus C1 and bidirectional controls, which data files must not contain either
 _UNWANTED = re.compile("[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
-# Unicode's Bidi_Control: readers see another order than the model (Boucher and Anderson, "Trojan Source", 2021)
+# Unicode's Bidi_Control: people would see the text in another order than the model (Boucher and Anderson, "Trojan Source", 2021)
 _BIDI: Final = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 # white space, and characters that look like it: zero-width ones and Hangul fillers
 _INVISIBLE = re.compile("[\\s\u00ad\u115f\u1160\u180e\u200b-\u200f\u202a-\u202e\u2060-\u2064\u3164\ufe0e\ufe0f\ufeff\uffa0]*")
@@ -81,9 +81,9 @@ def _visible(text: str) -> str:
 
 
 def _visible_reply(text: str, info: ValidationInfo) -> str:
-    """Validate a reply's text: by the rules for data if it comes from a file, else by what servers can enforce.
+    """Validate a reply's text: strictly if it comes from a data file, else only as far as servers can enforce.
 
-    The validation context is set only for files. The grammars of servers forbid C0 controls and nothing more.
+    The validation context is set only for files. Servers' grammars forbid only C0 controls.
     """
     if _INVISIBLE.fullmatch(text):
         return _visible(text)
@@ -102,7 +102,7 @@ class StrictModel(BaseModel):
 
 
 class Reply(StrictModel):
-    """What the friend says and which face it makes: the object that every adapter must answer with."""
+    """The object that every adapter must answer with: the text and the face that goes with it."""
 
     text: _ReplyText
     emotion: Expression

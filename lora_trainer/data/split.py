@@ -11,7 +11,7 @@ from lora_trainer.data.records import TrainingRecord
 
 
 def record_digest(record: TrainingRecord) -> bytes:
-    """Return the SHA-256 of a record's content, whatever the formatting of its JSON line."""
+    """Return the SHA-256 of a record's content, independent of the formatting of its JSON line."""
     canonical = json.dumps(record.model_dump(mode="json"), sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return hashlib.sha256(canonical.encode()).digest()
 
@@ -19,8 +19,8 @@ def record_digest(record: TrainingRecord) -> bytes:
 def split_held_out(records: Sequence[TrainingRecord], fraction: float) -> tuple[list[int], list[int]]:
     """Return the indices of the training records and of the held-out records.
 
-    A record's side depends only on its content: it stays the same if the file grows, is reordered or is trained on with another
-    seed, and duplicates land on the same side. If there are two different records, each side gets at least one.
+    A record's side depends only on its content: it does not change with the file's size, its order or the training seed, and
+    duplicates land on the same side. Each side gets at least one record if at least two are distinct.
     """
     draws = [int.from_bytes(record_digest(record)[:8], "big") / 2**64 for record in records]
     limit = fraction

@@ -11,17 +11,17 @@ from lora_trainer.data.problems import IncompleteJsonError, RecordError
 
 RECORD_SHAPE: Final = "one JSON object on the line: instruction, context, input, output"
 MAX_QUOTED_CHARACTERS: Final = 24
-"""Messages quote a value or key up to this length; a longer one is probably training text rather than a misspelled name."""
+"""Longest value or key that messages quote; a longer one is probably training text, not a misspelled name."""
 
 _NAME: Final = re.compile(r"[A-Za-z0-9_-]+")
-# a record has four; without a limit, a line of a megabyte could produce a problem for each of its keys
+# a record has four keys; without a limit, a line of a megabyte could produce a problem for each of its keys
 _MAX_KEYS: Final = 64
 # a JSON string, an unmatched quote, or a bracket
 _STRUCTURE: Final = re.compile(r'"(?:[^"\\]++|\\.)*+"|["\[\]{}]', re.DOTALL)
 
 
 def decode_json(text: str, limits: LimitsConfig) -> object:
-    """Decode `text` like `json.loads`, but refuse NaN, duplicate keys and too deep nesting. Raises only `RecordError`."""
+    """Decode `text` like `json.loads`, but refuse NaN, duplicate keys and deep nesting. Raises only `RecordError`."""
     _check_depth(text, limits.nesting_depth)
     try:
         return _DECODER.decode(text)
@@ -55,7 +55,7 @@ def quoted_key(key: str) -> str:
 
 def _check_depth(text: str, max_depth: int) -> None:
     """Raise `RecordError` if `text` nests deeper than `max_depth`: the JSON parser is recursive."""
-    # nearly every line passes this cheap test: a record and its reply have four opening braces
+    # a cheap test that nearly every line passes: a record with its reply has four opening braces
     if text.count("[") + text.count("{") <= max_depth:
         return
     depth = 0

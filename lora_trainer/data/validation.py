@@ -1,4 +1,4 @@
-"""Check a whole data file: report its problems, what its records cover and what its prompts cost.
+"""Check a whole data file: report its problems, coverage and prompt cost.
 
 One pass reads one record at a time. Only the duplicate finder grows with the file, by about 225 MiB per million records.
 """
@@ -25,7 +25,7 @@ from lora_trainer.persona.emoji import emoji_count
 from lora_trainer.persona.vocabulary import BloodType, Feeling, IntensityThird
 
 SHOWN_PROBLEMS: Final = 50
-"""A report lists this many problems at most; it counts all of them."""
+"""Maximum number of problems that a report lists. Counts include all of them."""
 OnProblem = Callable[[Problem], None]
 
 _NAMED_FILE: Final = re.compile(r"train_data_type_(AB|A|B|O)\.jsonl(\.gz|\.zst)?")
@@ -37,7 +37,7 @@ class FileReport:
 
     file: str
     blood_type: BloodType | None
-    """The persona that instructions were checked against, or None if neither the caller, the name nor the content tells it."""
+    """Persona that instructions were checked against; None if neither caller, file name nor content determines it."""
     lines: int
     blank_lines: int
     records: int
@@ -45,7 +45,7 @@ class FileReport:
     counts: Mapping[Severity, Mapping[str, int]]
     """Number of problems per severity and code."""
     problems: tuple[Problem, ...]
-    """The first `SHOWN_PROBLEMS`, ordered by line. Errors take precedence over warnings."""
+    """At most `SHOWN_PROBLEMS`, sorted by line. Errors take precedence over warnings."""
     coverage: Mapping[tuple[Feeling, IntensityThird], int]
     """Number of records per feeling and third of intensity."""
     question_rate: float
@@ -72,7 +72,7 @@ class FileReport:
         return not self.errors and not (strict and self.warnings)
 
     def problem_lines(self, severities: Container[Severity] = tuple(Severity), name: str = "") -> list[str]:
-        """Return the listed problems of `severities`, one per line, and a last line that counts all problems.
+        """Return one line per listed problem of `severities`, and a last line with the total.
 
         `name` replaces the path of the file if the user knows it by another name.
         """
@@ -83,7 +83,7 @@ class FileReport:
         return [*shown, f"{name}: {plural(self.errors, 'error')}, {plural(self.warnings, 'warning')}{more}"]
 
     def as_json(self, *, with_problems: bool = True) -> dict[str, object]:
-        """Return plain values. `with_problems` includes the listed problems; `write_json` streams all of them instead."""
+        """Return JSON-compatible values. `with_problems` includes the listed problems; `write_json` streams all of them instead."""
         document: dict[str, object] = {
             "file": self.file,
             "kind": "evaluation_prompts" if self.is_prompts else "training_records",
@@ -109,7 +109,7 @@ class FileReport:
 
 @dataclass(slots=True)
 class _Tally:
-    """The running counts of one pass over a file."""
+    """Running counts of one pass over a file."""
 
     on_problem: OnProblem | None
     counts: dict[Severity, Counter[str]] = field(default_factory=lambda: {severity: Counter() for severity in Severity})
@@ -161,7 +161,7 @@ def check_file(
     on_problem: OnProblem | None = None,
     on_record: Callable[[TrainingRecord], None] | None = None,
 ) -> FileReport:
-    """Read `path` once and report on it. No file content raises, and no record is kept.
+    """Read `path` once and report on it. Never raises for bad content, and keeps no records.
 
     `blood_type` is the persona that the instructions should name and whose emoji rule applies. It defaults to the one in the
     file's name (`train_data_type_A.jsonl`), else to the one that most records name. With `tokenizer`, the report includes the
@@ -247,10 +247,10 @@ def read_records(
     strict: bool = False,
     name: str = "",
 ) -> tuple[list[TrainingRecord], FileReport]:
-    """Return all records of `path`, in file order, and the report.
+    """Return all records of `path`, in file order, and the report on it.
 
-    `name` replaces the path in messages if the user knows the file by another name. Raises `DataError` if there are errors, or
-    warnings under `strict`. It carries the lines of `FileReport.problem_lines`.
+    `name` replaces the path in messages if the user knows the file by another name. Raises `DataError` with the lines of
+    `FileReport.problem_lines` if there are errors, or warnings under `strict`.
     """
     records: list[TrainingRecord] = []
     report = check_file(path, blood_type, limits=limits, on_record=records.append)
