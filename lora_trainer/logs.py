@@ -28,8 +28,8 @@ def get_logger() -> structlog.stdlib.BoundLogger:
 def configure(level: str, log_format: Literal["auto", "json", "console"]) -> None:
     """Route our events, and the libraries' own logging and warnings, to stderr in one format.
 
-    Libraries log at warning level and above, or at ours if that is stricter: their other messages don't concern us, and some
-    quote data. Tracebacks are dropped, since they contain messages, and credentials are redacted everywhere.
+    Libraries log at warning level or ours, whichever is stricter: their other messages are noise, and some quote data. Drop
+    tracebacks, which contain messages, and redact credentials everywhere.
     """
     as_json = log_format == "json" or (log_format == "auto" and not sys.stderr.isatty())
     number = logging.getLevelNamesMapping()[level.upper()]
@@ -69,7 +69,7 @@ def configure(level: str, log_format: Literal["auto", "json", "console"]) -> Non
 def adopt_library_loggers() -> None:
     """Remove the handlers that libraries install, so that their records go through ours.
 
-    Call this after importing them: torch, transformers and others write lines in their own format.
+    Call this after importing the libraries. Otherwise torch, transformers and others write lines in their own formats.
     """
     for logger in list(logging.Logger.manager.loggerDict.values()):
         if isinstance(logger, logging.Logger) and logger.handlers:
@@ -102,7 +102,7 @@ def libraries_print_to_the_log() -> Iterator[None]:
 
 
 def _redact(logger: object, method: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
-    # keys that start with an underscore are structlog's own
+    # skip structlog's own keys, which start with an underscore
     return {key: value if key.startswith("_") else redacted_value(value) for key, value in event.items()}
 
 
@@ -116,7 +116,7 @@ def _library_event(logger: object, method: str, event: structlog.typing.EventDic
     """Wrap a library's message in the event `library_message`."""
     record = event.get("_record")
     event["library"] = record.name if isinstance(record, logging.LogRecord) else "unknown"
-    # a traceback contains the message, and the console would show the variables of each frame
+    # a traceback repeats the exception's message, and the console renderer would show the variables of each frame
     raised = event.pop("exc_info", None)
     event.pop("stack_info", None)
     if isinstance(raised, tuple) and raised[0] is not None:
@@ -129,7 +129,7 @@ def _library_event(logger: object, method: str, event: structlog.typing.EventDic
 def last_word(summary: dict[str, object], path: Path = TERMINATION_LOG) -> None:
     """Write `summary` to the termination log, if it exists. A failure to write must not change the exit code."""
     summary = {key: redacted_value(value) for key, value in summary.items()}
-    # escape surrogates: a file name may contain invalid UTF-8
+    # escape surrogates, which stand for invalid UTF-8 in file names
     text = json.dumps(summary, ensure_ascii=False).encode(errors="backslashreplace")
     if len(text) > TERMINATION_LOG_BYTES:
         kept = {key: value for key, value in summary.items() if key != "problems"}

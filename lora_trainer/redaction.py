@@ -14,12 +14,12 @@ from typing import Final
 
 _REPLACEMENT: Final = "…"
 _MIN_CHARACTERS: Final = 8
-"""Shorter values are words such as "test", which reveal nothing and occur in ordinary messages."""
+"""Minimum length of a value to redact. Shorter ones are words such as "test", which occur in ordinary messages."""
 
 # matches AWS_SECRET_ACCESS_KEY, HF_TOKEN, OPENAI_API_KEY, MLFLOW_TRACKING_PASSWORD, but not AWS_WEB_IDENTITY_TOKEN_FILE (a path)
 _NAMES_A_CREDENTIAL: Final = re.compile(r"(?:KEY|KEY_ID|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|CREDENTIALS)$", re.IGNORECASE)
-# Matches up to the last @, since a password may contain one. After a colon that starts no port it also crosses slashes, which
-# AWS secrets contain.
+# Matches up to the last @, since a password may contain one. After a colon that does not introduce a port, it also matches
+# slashes, which AWS secrets contain.
 _USER_INFO: Final = re.compile(r"(?<=://)(?:[^/\s\"'@:]*:(?!\d+(?:/|$))[^\s\"']*|[^/\s\"']*)@")
 _ACCESS_KEY_ID: Final = re.compile(r"\b(?:AKIA|ASIA|AROA|AIDA)[A-Z0-9]{12,}\b")
 
@@ -28,25 +28,25 @@ _lock = threading.Lock()
 
 
 def remember(*credentials: str | None) -> None:
-    """Redact these credentials from now on. For those that are in no variable: a profile's or a role's."""
+    """Redact these credentials from now on. Use it for those outside the environment, such as a profile's or a role's."""
     with _lock:
         _remembered.update(value for value in credentials if value)
 
 
 def has_user_info(uri: str) -> bool:
-    """Whether a URI contains a user or a password, as in `s3://key:secret@bucket/`."""
+    """Return whether a URI contains a user or a password, as in `s3://key:secret@bucket/`."""
     return _USER_INFO.search(uri) is not None
 
 
 def redacted(text: str) -> str:
-    """Return `text` without known credentials, and without anything that looks like one."""
+    """Return `text` without known credentials and anything that looks like one."""
     for value in sorted(_known(), key=len, reverse=True):
         text = text.replace(value, _REPLACEMENT)
     return _USER_INFO.sub(f"{_REPLACEMENT}@", _ACCESS_KEY_ID.sub(_REPLACEMENT, text))
 
 
 def redacted_value(value: object) -> object:
-    """Redact all text in a value of a log line, however it is nested."""
+    """Redact all strings in a value of a log event, at any depth."""
     if isinstance(value, str):
         return redacted(value)
     if isinstance(value, dict):

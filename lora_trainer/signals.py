@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT: an interruption raises at once, or at the next safe point of a deferred block.
+"""Handle SIGTERM and SIGINT: raise `Interrupted` at once, or at the next safe point of a deferred block.
 
 `entrypoint` installs the handler before any heavy import, so this module imports only the standard library and `errors`.
 """
@@ -16,7 +16,7 @@ from lora_trainer.errors import ExitCode, Interrupted, StorageError
 
 
 class Interruption:
-    """Whether and when a signal has asked this process to end."""
+    """Records the signal that asked this process to end, and when."""
 
     def __init__(self) -> None:
         self._signal_name: str | None = None
@@ -38,7 +38,7 @@ class Interruption:
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """Only record a signal during the block. `check`, or the end of the outermost block, raises it."""
+        """During the block, only record a signal. `check`, or the end of the outermost block, raises `Interrupted`."""
         self._deferred += 1
         try:
             yield
@@ -53,10 +53,10 @@ class Interruption:
             raise Interrupted(self._signal_name)
 
     def meaning_of(self, error: BaseException | None) -> BaseException | None:
-        """Return the interruption that `error` stands for if a signal has arrived, else `error`.
+        """Return an `Interrupted` in place of `error` if a signal has arrived, else `error`.
 
-        Library code may replace `Interrupted`: raised inside an import that C code requested, it becomes an `ImportError`. A
-        genuine error will recur when the interrupted run is started again. `StorageError`s stay: data did not reach the store.
+        Libraries may replace `Interrupted` with an error of their own: an import requested by C code turns it into `ImportError`.
+        A genuine error will recur when the run is started again. Return a `StorageError` as it is: data did not reach the store.
         """
         if self._signal_name is None or isinstance(error, StorageError) or not isinstance(error, Exception):
             return error
@@ -66,7 +66,7 @@ class Interruption:
 
     @contextmanager
     def recognised(self) -> Iterator[None]:
-        """Raise `Interrupted` instead of an error that a library made of it in the block."""
+        """Raise `Interrupted` if a library in the block replaced it with an error of its own."""
         try:
             yield
         except Exception as error:

@@ -1,1 +1,1 @@
-"""Measure whether an adapter behaves like its persona: questions, rules, confidence bounds, gates."""
+"""Measure how well an adapter plays its persona: questions, rules, confidence bounds and gates."""

@@ -22,7 +22,7 @@ ADVICE: Final[Mapping[str, str]] = {
     "question_rate_max": "nearly every reply asks a question back: remove some questions from the data, or train less",
     "win_rate": "the adapter scores no better than the base: train longer, or look at the worst replies in report.html",
 }
-"""What to do about each missed gate."""
+"""Advice for each missed gate."""
 
 
 def gate_id(evaluation_id: str, config: GatesConfig) -> str:
@@ -60,7 +60,7 @@ def _gates(evaluation: EvaluationMetrics, config: GatesConfig) -> Iterator[GateR
 
 def _gate(name: str, estimate: Estimate, measure: str, relation: Literal[">=", ">", "<="], threshold: float) -> GateResult:
     bound = estimate.upper if relation == "<=" else estimate.lower
-    # without a single readable reply there is no bound: assume the worst possible value
+    # without any readable reply there is no bound, so assume the worst possible value
     compared = bound if bound is not None else (1.0 if relation == "<=" else -1.0)
     passed = {">=": compared >= threshold, ">": compared > threshold, "<=": compared <= threshold}[relation]
     return GateResult(

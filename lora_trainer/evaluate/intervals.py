@@ -63,7 +63,7 @@ class ClusterBootstrap:
         return np.random.default_rng(self.seed).multinomial(count, np.full(count, 1 / count), self.resamples).astype(np.float64)
 
     def mean(self, values: Sequence[float | None]) -> tuple[float, float]:
-        """Return the bounds of the mean of `values`, one per observation, ignoring None; (nan, nan) if all are None."""
+        """Return the bounds of the mean of `values` (one per observation), ignoring None; (nan, nan) if all are None."""
         import numpy as np
 
         index, count = self._index

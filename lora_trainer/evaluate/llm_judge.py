@@ -99,7 +99,7 @@ def pairs(replies: Sequence[ScoredReply]) -> list[tuple[ScoredReply, ScoredReply
 
 
 def judge_replies(config: EvaluationConfig, blood_type: BloodType, replies: Sequence[ScoredReply]) -> JudgeMetrics | None:
-    """Return the judge's preferences, or None if no judge is configured. Failed requests are counted and never end the run."""
+    """Return the judge's preferences, or None if no judge is configured. Counts failed requests instead of raising."""
     if config.judge_model is None:
         return None
     client, system = _client(config), system_prompt(blood_type)
@@ -150,7 +150,7 @@ def user_prompt(first: ScoredReply, second: ScoredReply) -> str:
         f"\n[second]\n{second.reply[:_SHOWN_CHARACTERS]}",
         "\nWhich one? Answer as JSON.",
     ]
-    # a server tokenizes text that spells a control token as that token
+    # servers tokenize any text that spells a control token as that token
     return escape_control_tokens("\n".join(lines))
 
 
@@ -198,5 +198,5 @@ def _ask(client: OpenAI, model: str, system: str, question: str) -> _Answer:
     except openai.APIError as error:
         return _Answer(None, 1 + RETRIES, failure=type(error).__name__)
     except (ValidationError, ValueError, IndexError, AttributeError):
-        # ValidationError: a completion without an opinion; the others: not a chat completion
+        # ValidationError means a completion without an opinion; the other errors, a response that is no chat completion
         return _Answer(None, failure="no_opinion")

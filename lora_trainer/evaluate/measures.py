@@ -17,7 +17,7 @@ from lora_trainer.evaluate.rules import RULES, ScoredReply, TrainingData
 from lora_trainer.persona.vocabulary import BloodType
 
 _TIE: Final = 1e-6
-"""Largest difference of two rule scores that counts as a tie."""
+"""Largest difference between two rule scores that counts as a tie."""
 
 
 def replies_metrics(scored: Sequence[ScoredReply], blood_type: BloodType, config: EvaluationConfig) -> RepliesMetrics:

@@ -97,7 +97,7 @@ class JudgeMetrics(_Part):
 
 
 class EvaluationMetrics(_Part):
-    """Settings and results of one evaluation."""
+    """Settings and results of an evaluation."""
 
     evaluation_id: str
     prompts: int
@@ -141,7 +141,7 @@ class Verdict(_Part):
 
 
 class TrainingMetrics(_Part):
-    """Totals of the training."""
+    """Totals over all training steps."""
 
     records: int
     steps: int

@@ -24,13 +24,13 @@ MAX_FEATURES: Final = 40_000
 INVERSE_REGULARISATION: Final = 20.0
 
 HELD_OUT_PERCENT: Final = 15
-"""Share of the replies held out from the classifier's training."""
+"""Percentage of replies held out from the classifier's training."""
 
 _DIGITS: Final = regex.compile(r"\d+")
 
 
 def is_held_out(record: TrainingRecord) -> bool:
-    """Return whether the record is held out from the classifier's training, by a hash of input and reply."""
+    """Return whether a hash of its input and reply holds the record out from the classifier's training."""
     digest = blake2b(f"{record.input}\0{record.reply.text}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") % 100 < HELD_OUT_PERCENT
 
@@ -121,5 +121,5 @@ def _vectorizer(**settings: Any) -> Any:
 
 
 def _prepared(reply: str) -> str:
-    # how a reply begins and ends is characteristic of a persona; the digits in it are not
+    # mark start and end, which are characteristic of a persona, and hide digits, which are not
     return f"^{_DIGITS.sub('0', reply)}$"

@@ -16,7 +16,7 @@ from lora_trainer.persona.specs import persona_spec
 from lora_trainer.persona.vocabulary import BloodType
 
 EVALUATION_VERSION: Final = 1
-"""Increase when a code change alters the questions or how replies are measured."""
+"""Increase this when a code change alters the questions or the way replies are measured."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,7 @@ class Question:
 
 
 def questions(prompts: Sequence[EvaluationPrompt], intensities: Sequence[float], instruction: str) -> list[Question]:
-    """Return each prompt at each intensity, ordered by prompt. `intensities` replaces the intensity stored in the prompt."""
+    """Return each prompt at each of `intensities`, ordered by prompt. The prompts' own intensities are ignored."""
     return [
         Question(
             number,
@@ -55,9 +55,9 @@ def prompts_digest(prompts: Iterable[EvaluationPrompt]) -> str:
 
 
 def evaluation_id(config: EvaluationConfig, prompts_sha256: str) -> str:
-    """Return 16 hex digits that identify the questions and how replies are measured, excluding the thresholds.
+    """Return 16 hex digits that identify the questions and the measurement, but not the thresholds.
 
-    An evaluation with the same id does not have to run again.
+    A finished evaluation with the same id can be reused.
     """
     ingredients = {
         "evaluation_version": EVALUATION_VERSION,
@@ -66,7 +66,7 @@ def evaluation_id(config: EvaluationConfig, prompts_sha256: str) -> str:
         "classifier_sha256": hashlib.sha256(
             resources.files("lora_trainer.evaluate").joinpath("assets/persona_classifier.npz").read_bytes()
         ).hexdigest(),
-        # the location of the prompts, the batch size and the judge's URL do not change the result
+        # exclude settings that do not change the result; the prompts' content is hashed above
         "settings": config.model_dump(mode="json", exclude={"prompts", "batch_size", "judge_base_url"}),
     }
     return hashlib.sha256(json.dumps(ingredients, sort_keys=True).encode()).hexdigest()[:16]

@@ -56,7 +56,7 @@ class ScoredReply(BaseModel):
     summary: str
     input: str
     reply: str
-    """As generated."""
+    """The raw reply, as generated."""
     stopped: bool
     tokens: int
     exact_json: bool
@@ -78,11 +78,11 @@ class ScoredReply(BaseModel):
     verbatim: bool | None
     warnings: tuple[str, ...]
     score: float
-    """Points of `RULES` as a share of all points, in [0, 1]."""
+    """Points earned under `RULES`, as a share of the maximum, in [0, 1]."""
 
 
 def read_exact(reply: str) -> Reply | None:
-    """Parse a reply that is exactly one JSON object of the contract; None for anything else."""
+    """Parse a reply that is exactly one JSON object with `Reply`'s fields. Return None for anything else."""
     if not (reply.startswith("{") and reply.endswith("}")):
         return None
     try:
@@ -185,7 +185,7 @@ class TrainingData:
 
     @cached_property
     def emoji_by_third(self) -> Mapping[IntensityThird, float]:
-        """Mean number of emoji per reply, for each third that has records."""
+        """Mean emoji per reply, for each third that has records."""
         counts: dict[IntensityThird, list[int]] = defaultdict(list)
         for record in self._records:
             counts[IntensityThird.of(record.context.current_emotion.intensity)].append(emoji_count(record.reply.text))
@@ -255,7 +255,7 @@ def _score_one(
         "informal_speech": float(informal),
         "clean": float(reply is not None and not other_warnings),
         "persona": probability,
-        # without comparable records no emotion is wrong
+        # with no comparable records to judge by, accept any emotion
         "emotion": (1.0 if appropriate is None else appropriate) if reply else 0.0,
         "no_repetition": 1 - repeated if repeated is not None else 0.0,
     }

@@ -68,7 +68,7 @@ class RecordCollector:
             self._excluded_inputs.add(text)
 
     def rejection_reason(self, record: TrainingRecord) -> str | None:
-        """Return the reason to reject `record`, a key of `rejects`, or None to accept it."""
+        """Return the reason to reject `record` (a key of `rejects`), or None to accept it."""
         emotion = record.context.current_emotion
         for problem in lint_reply(record.reply.text, emotion.intensity, blood_type=self.blood_type):
             return problem.code

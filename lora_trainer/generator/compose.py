@@ -14,7 +14,7 @@ from lora_trainer.persona.specs import persona_spec
 from lora_trainer.persona.vocabulary import BloodType, Expression, Feeling, IntensityThird
 
 GRAMMAR_ATTEMPTS: Final = 200
-"""Drafts for one record before the grammar counts as exhausted for its cell."""
+"""Rejected drafts for one record after which its cell of the grammar counts as exhausted."""
 
 _REACTION_RATE: Final = {IntensityThird.LOW: 0.1, IntensityThird.MIDDLE: 0.35, IntensityThird.HIGH: 0.6}
 _SUBDUED: Final = frozenset((Feeling.SAD, Feeling.WORRIED))
@@ -31,8 +31,8 @@ _SUBDUED_CLOSINGS: Final[dict[BloodType, tuple[str, ...]]] = {
     BloodType.O: (".", "!"),
     BloodType.AB: (".", "..."),
 }
-# AB keeps the full stop before an emoji in some replies. If the full stop only ever preceded a question, greedy decoding would
-# ask one after every full stop
+# AB keeps the full stop before an emoji in some replies. If a full stop only ever preceded a question, greedy decoding would
+# add a question after every full stop
 _STOP_BEFORE_EMOJI_RATE: Final = {BloodType.AB: 0.4}
 _ASKS_RATE: Final = {BloodType.AB: 0.6}
 # O ends nearly every sentence with "!", so greedy decoding cannot tell a final sentence from one before a question. A distinct

@@ -1,4 +1,4 @@
-"""`lora-trainer generate`: resolve the targets, collect records from an engine, write them, summarise, report."""
+"""`lora-trainer generate`: collect records from an engine, then write, summarise and report them."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class GenerateSettings:
 
 @dataclass(frozen=True, slots=True)
 class Generated:
-    """The result for one persona."""
+    """The generated file of one persona."""
 
     blood_type: BloodType
     uri: str
@@ -81,7 +81,7 @@ def generate(
     targets = {blood_type: _target(settings, blood_type, retry_budget) for blood_type in settings.blood_types}
     if settings.engine == "teacher":
         for storage, key, uri in targets.values():
-            # check before the first request, because requests cost money
+            # fail before the first request: requests cost money
             if not settings.overwrite and storage.exists(key):
                 raise _already_exists(uri)
     excluded = [record for uri in settings.against for record in _read(uri, retry_budget)]

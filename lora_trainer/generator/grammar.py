@@ -1,6 +1,6 @@
-"""The grammar for composing dialogues: scenes with inputs of the user and replies of each persona.
+"""The grammar for composing dialogues: scenes with user inputs and each persona's replies.
 
-`scenes/*.yaml` holds the scenes, `reactions.yaml` the reactions that may start a reply. Loading validates everything and
+The scenes are in `scenes/*.yaml`, the reactions that may start a reply in `reactions.yaml`. Loading validates everything and
 reports unknown slots, particles and feelings with file and scene.
 """
 
@@ -33,16 +33,16 @@ class _Part(BaseModel):
 
 
 class Take(_Part):
-    """One way in which a persona responds to a scene. Every sentence of `say` fits every question of `ask`."""
+    """One way for a persona to respond to a scene. Every sentence in `say` goes with every question in `ask`."""
 
     feelings: Annotated[Mapping[Feeling, Expression], Field(min_length=1)]
-    """Feelings that the persona may have in this take, with the emotion that it shows for each."""
+    """Feelings that this take fits, and the emotion that the persona shows for each."""
     at: tuple[IntensityThird, ...] = tuple(IntensityThird)
-    """Intensities at which the take applies."""
+    """Intensities that the take fits."""
     say: Annotated[tuple[_Text, ...], Field(min_length=2)]
-    """One sentence each, without closing punctuation."""
+    """Sentences without closing punctuation."""
     ask: Annotated[tuple[_Text, ...], Field(min_length=2)]
-    """One question each, to follow any of `say`."""
+    """Questions, each of which can follow any sentence in `say`."""
 
 
 class Scene(_Part):
@@ -51,7 +51,7 @@ class Scene(_Part):
     scene: Annotated[str, Field(pattern=r"^[a-z0-9_]+$")]
     family: Annotated[str, Field(pattern=r"^[a-z_]+$")]
     is_grave: bool = Field(default=False, alias="grave")
-    """Serious topic: at most one emoji, and sentences end in a full stop."""
+    """Whether the topic is serious: replies have at most one emoji, and sentences end in a full stop."""
     emoji: tuple[str, ...] = ()
     """Emoji that fit the topic."""
     slots: Mapping[str, Annotated[tuple[SlotValue, ...], Field(min_length=2)]] = {}

@@ -1,4 +1,4 @@
-"""`generate --report`: a self-contained HTML page about the generated and rejected records."""
+"""The page of `generate --report`: self-contained HTML about the generated and rejected records."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class PersonaSection:
 
     summary: DatasetSummary
     taken_for: Mapping[BloodType, int]
-    """Replies by predicted persona."""
+    """Number of replies by predicted persona."""
     rejects: Mapping[str, int]
     output: str
     samples: Sequence[TrainingRecord]

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from openai.types.chat import ChatCompletion
 
 TEACHER_PROMPT_VERSION: Final = 1
-"""Increase when a prompt below changes: a checkpoint only resumes under the prompt it was started with."""
+"""Increase this when a prompt below changes: a checkpoint can only be resumed with the prompts that it was started with."""
 
 MAX_FAILED_IN_A_ROW: Final = 5
 """Consecutive failed requests, each after the client's retries, before the run gives up on the server."""
@@ -49,9 +49,9 @@ MAX_UNUSABLE_IN_A_ROW: Final = 40
 
 _TOKENS_PER_DIALOGUE: Final = 300
 
-# parameter for the token limit, and whether to use structured outputs. Tried in order until the server does not reject the
-# request (HTTP 400 or 422): vLLM accepts the first variant, OpenAI's newer models only max_completion_tokens, and some servers
-# do not support structured outputs (transformers serve ignores them)
+# (parameter for the token limit, use structured outputs). Try each until the server accepts the request instead of answering
+# HTTP 400 or 422: vLLM accepts the first variant, OpenAI's newer models only max_completion_tokens, and some servers do not
+# support structured outputs (transformers serve ignores them)
 _REQUEST_VARIANTS: Final = (
     ("max_tokens", True),
     ("max_completion_tokens", True),
@@ -78,7 +78,7 @@ class TeacherSettings(BaseModel):
     """Maximum number of concurrent requests."""
     dialogues_per_request: int = 4
     request_timeout_s: float = 120.0
-    """Time without a response after which a request is sent again."""
+    """Timeout of a request, after which the client retries it."""
     max_retries: int = 5
     """The OpenAI client's retries, for 408, 409, 429, 5xx and connection errors: exponential backoff, jitter and Retry-After."""
     temperature: float = 1.0
@@ -126,7 +126,7 @@ class TeacherUsage:
 
 @dataclass(frozen=True, slots=True)
 class _Result:
-    """Result of a request: a completion or a failure."""
+    """Result of one request: a completion or a failure."""
 
     completion: ChatCompletion | None = None
     failure: str = ""
@@ -148,7 +148,7 @@ def families() -> dict[str, str]:
 
 
 class Checkpoint:
-    """JSONL file of the accepted records; `append` syncs each one to disk."""
+    """JSONL file of the accepted records, from which an interrupted run resumes."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -184,7 +184,7 @@ class Checkpoint:
             os.fsync(file.fileno())
 
     def remove(self) -> None:
-        """Delete the file, once the output is written."""
+        """Delete the file. Call it once the output is written."""
         self.path.unlink(missing_ok=True)
 
 
@@ -212,7 +212,7 @@ class Teacher:
             for record in self._collector.accepted:
                 on_record(record)
         client = self._client()
-        # not a context manager: leaving it would wait for running requests, which take minutes on a slow model
+        # not in a `with` block, whose exit would wait for running requests: minutes on a slow model
         pool = ThreadPoolExecutor(self._settings.concurrency, thread_name_prefix="teacher")
         running: dict[Future[_Result], Sequence[DialogueSpec]] = {}
         try:
@@ -304,7 +304,7 @@ class Teacher:
         except openai.APIStatusError as error:
             return _Result(failure=f"http_{error.status_code}", requests=1 + self._settings.max_retries)
         except (openai.APIError, ValueError):
-            # not a chat completion; the parser raises ValueError
+            # the client's parser raises ValueError for a body that is not a chat completion
             return _Result(failure="not_a_completion", requests=1)
 
     def _receive(
@@ -323,7 +323,7 @@ class Teacher:
             raise ConfigError(f"{where}: {result.fatal}")
         if result.failure:
             self.usage.failures[result.failure] += 1
-            # requests that were already running also get a 429: count one failure, not one per request
+            # concurrent requests all get a 429 when the limit is reached: count a single failure
             is_known_limit = result.failure == "rate_limited" and time.monotonic() < self._pause_until_s
             self._failed_in_a_row += not is_known_limit
             self._pause_until_s = max(self._pause_until_s, time.monotonic() + min(result.pause_s, _LONGEST_PAUSE_S))
@@ -392,7 +392,7 @@ class Teacher:
                     "input": dialogue.input.strip(),
                     "output": {"text": dialogue.text.strip(), "emotion": dialogue.emotion},
                 },
-                # the limits that apply when the file is read for training
+                # the limits that `run` applies by default
                 context=DEFAULT_LIMITS,
             )
         except ValidationError:

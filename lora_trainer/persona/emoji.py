@@ -7,7 +7,7 @@ from typing import Final
 
 import emoji as emoji_library
 
-# a cheap test that spares most replies the library's slower scan
+# a cheap test that saves the library's slower scan for most replies
 _PERHAPS_EMOJI: Final = re.compile("[\u00a9\u00ae\u203c\u2049\u20e3\u2122\u2139\u2194-\u3299\ufe0f\U0001f000-\U0001faff]")
 MAX_SCANNED_CHARACTERS: Final = 1000
 """`emoji_count` reads no further: replies have 20 to 100 characters, and the library takes quadratic time on a chain of
@@ -20,8 +20,8 @@ _KEYCAP: Final = "\u20e3"
 def emoji_count(text: str) -> int:
     """Return the number of emoji in the first `MAX_SCANNED_CHARACTERS` of `text`.
 
-    A family, a flag, a keycap or an emoji with a skin tone counts as one; `ㅋㅋ`, `^^` and `♡` don't count. People type ❤ and ☺
-    without U+FE0F and mean the emoji, so symbols from U+2600 on count without it; earlier ones (©, ™, ↔) count only with it.
+    A family, a flag, a keycap or an emoji with a skin tone counts as one; `ㅋㅋ`, `^^` and `♡` don't count. Symbols from U+2600 on
+    count even without U+FE0F, because people type ❤ and ☺ without it; earlier ones (©, ™, ↔) count only with it.
     """
     text = text[:MAX_SCANNED_CHARACTERS]
     if not _PERHAPS_EMOJI.search(text):

@@ -10,8 +10,8 @@ The system message, version 2 (version 1 did not escape tags such as `<tool_call
     감정: <type> <intensity, one decimal>
     출력: {"text","emotion"} JSON
 
-Every training step and every reply pays for these tokens, so the message is short: its fixed part costs 19 tokens with the
-Qwen2.5 tokenizer. The reply is compact JSON with `text` first. It never uses `\\uXXXX`, which takes 2.7 times the tokens.
+Every training step and every reply processes these tokens, so the message is short: its fixed part has 19 tokens with the
+Qwen2.5 tokenizer. The reply is compact JSON with `text` first. It never uses `\\uXXXX`, which takes 2.7 times as many tokens.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def spells_control_token(text: str) -> bool:
 
 
 def _plain(text: str) -> str:
-    """Return `text` escaped and on one line; a line break would let a summary forge the lines that follow it."""
+    """Return `text` escaped and on one line: with a line break, a summary could forge the lines that follow it."""
     return escape_control_tokens(" ".join(text.split()))
 
 
@@ -88,7 +88,7 @@ def prompt_template() -> Mapping[str, object]:
     return {
         "version": PROMPT_VERSION,
         "system": ["{instruction}", SUMMARY_LINE, EMOTION_LINE, OUTPUT_LINE],
-        # all other braces are literal
+        # all other braces in the template are literal
         "placeholders": ["instruction", "summary", "emotion_type", "intensity", "input"],
         "joined_with": "\n",
         "left_out_when_empty": [SUMMARY_LINE],

@@ -22,7 +22,7 @@ class _Spec(BaseModel):
 
 
 class EmojiRule(_Spec):
-    """Which emoji a persona uses, and how many per reply."""
+    """The emoji that a persona uses, and their number per reply."""
 
     by_feeling: Mapping[Feeling, Annotated[tuple[str, ...], Field(min_length=2)]] = Field(
         description="The persona's emoji for each feeling. A reply may add others that fit the situation (a cake, a dog)."

@@ -19,7 +19,7 @@ _EXPECTED: Final = "expected A, B, O or AB, several as A,B, or all"
 
 
 def parse_blood_types(value: object) -> tuple[BloodType, ...]:
-    """Return the blood types that `value` names, in its order and without repetition.
+    """Return the blood types that `value` names, in order and without duplicates.
 
     `value` is `A`, `A,B`, `all` or a list of names, in upper or lower case. Raises `ValueError` for anything else.
     """

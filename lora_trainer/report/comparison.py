@@ -65,7 +65,7 @@ class Row:
     label: str
     cells: tuple[str, ...]
     good: tuple[bool | None, ...] = ()
-    """Whether each cell is a good result, or empty for a row without colours."""
+    """Whether each cell is a good result; empty for a row without colours."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +147,7 @@ def compare(uris: Sequence[str], retry_budget: RetryBudget | None = None) -> Com
         except LoraTrainerError as error:
             failures.append(error)
     if failures:
-        # report a ConfigError if there is one: a retry cannot fix the command
+        # prefer ConfigError: a retry cannot fix the command
         kind = next((type(failure) for failure in failures if isinstance(failure, ConfigError)), type(failures[0]))
         raise kind([problem for failure in failures for problem in failure.problems])
     settings = _differing_settings(runs)
@@ -158,7 +158,7 @@ def _differing_settings(runs: Sequence[ComparedRun]) -> dict[str, tuple[Any, ...
     configs = [flattened(run.manifest["config"]) for run in runs]
     names = dict.fromkeys(name for config in configs for name in config)
     found = {name: tuple(config.get(name) for config in configs) for name in names}
-    # the column heading names the persona
+    # leave out blood_type, which the column heading shows
     return {name: values for name, values in found.items() if name != "blood_type" and any(value != values[0] for value in values)}
 
 
@@ -248,7 +248,7 @@ def _cell(name: str, estimate: Estimate) -> str:
     value = number_text(name, estimate.value)
     if estimate.lower is None or estimate.upper is None:
         return value
-    # no space inside the interval, so a narrow column breaks before it
+    # use no space inside the interval, so that a narrow column breaks before it
     lower = number_text(name, estimate.lower).partition("\u00a0")[0]
     return f"{value} ({lower}–{number_text(name, estimate.upper)})"
 

@@ -12,7 +12,7 @@ from lora_trainer.report.html import display_text
 SPACE: Final = "\u00a0"
 """Non-breaking space, which keeps a number and its unit on one line."""
 MAX_CHARACTERS: Final = 240
-"""Longest text by a user or a model that a page shows; longer ones are truncated."""
+"""Pages truncate text by users and models to this length."""
 COUNTS: Final = frozenset(("emoji", "characters"))
 """Metrics that are counts; all others but `CORRELATIONS` are shares."""
 CORRELATIONS: Final = frozenset(("emoji_intensity",))

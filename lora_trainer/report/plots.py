@@ -1,4 +1,4 @@
-"""Plots as inline SVG. Text stays text, so the browser renders Korean, and axes use the page's text colour."""
+"""Plots as inline SVG. Text is not converted to paths, so the browser renders Korean. Axes use the page's text colour."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 # placeholder that svg() replaces with currentColor; plots must not use it as a real colour
 _INK: Final = "#010203"
 ACCENT: Final = "#4f7cff"
-"""Like the two below, has enough contrast on light and dark backgrounds."""
+"""This colour and the two below have enough contrast on light and dark backgrounds."""
 QUIET: Final = "#7d8796"
 WARM: Final = "#c2761b"
 # matplotlib numbers the groups of each figure from 1, so ids would clash between the figures of a page
@@ -75,7 +75,7 @@ class Line:
     """Data and style of one line of a plot."""
 
     name: str
-    """Legend entry; an empty name has none."""
+    """Legend entry; empty for none."""
     x: Sequence[float]
     y: Sequence[float]
     color: str = ACCENT
@@ -88,7 +88,7 @@ class Line:
 def lines(
     drawn: Sequence[Line], x_label: str, y_label: str, *, from_zero: bool = False, plain: bool = True
 ) -> Callable[[Axes], None]:
-    """Draw lines with the legend above. `from_zero` starts the y-axis at 0; without `plain`, it uses powers of ten."""
+    """Draw lines with the legend above. `from_zero` starts the y-axis at 0; `plain=False` labels it in powers of ten."""
 
     def draw(axes: Axes) -> None:
         for line in drawn:
@@ -119,7 +119,7 @@ def lines(
 def grouped_horizontal_bars(
     names: Sequence[str], groups: Mapping[str, tuple[Sequence[float], str]], x_label: str
 ) -> Callable[[Axes], None]:
-    """Draw horizontal bars, grouped by name, the first on top. A group is its values and its colour."""
+    """Draw horizontal bars, grouped by name, the first on top. `groups` maps each label to values and a colour."""
 
     def draw(axes: Axes) -> None:
         bar_height = 0.8 / len(groups)

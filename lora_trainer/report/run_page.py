@@ -1,4 +1,4 @@
-"""`report.html`: one self-contained page about one run, with the numbers of `metrics.json`."""
+"""Render `report.html`: a self-contained page about one run, with the numbers in `metrics.json`."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ if TYPE_CHECKING:
     from lora_trainer.evaluate.rules import ScoredReply
 
 SHOWN_REPLIES: Final = 6
-"""Number of best replies, and of worst replies."""
+"""Number of replies in each of the two lists, best and worst."""
 _MAX_POINTS: Final = 300
-"""Largest number of points of a curve; more steps are averaged in bins."""
+"""Maximum points per curve. Longer runs are averaged in bins."""
 _NOTABLE_REPETITION: Final = 0.1
-"""Smallest repeated share that is listed as a problem of a reply."""
+"""Minimum repeated share that the page lists as a problem of a reply."""
 _GROUPS: Final[tuple[tuple[str, tuple[str, ...]], ...]] = (
     ("Can the app parse it?", ("exact_json", "emotion_in_vocabulary", "stop")),
     ("Does it talk like the persona?", ("one_or_two_sentences", "informal_speech", "persona")),
@@ -145,7 +145,7 @@ def _gate_difference(gate: GateResult) -> str:
 
 
 def _gate_scale(gate: GateResult) -> tuple[float, float]:
-    """Return round limits of the gate's axis, close enough to tell the bound from the threshold."""
+    """Return round axis limits that keep the bound and the threshold visibly apart."""
     values = (gate.value, gate.compared, gate.threshold)
     if gate.name in CORRELATIONS:
         return (0.0, 1.0) if min(values) >= 0 else (-1.0, 1.0)
@@ -165,7 +165,7 @@ def _places(low: float, high: float) -> Callable[[float], float]:
 
 
 def _about(metrics: RunMetrics, facts: Mapping[str, Any]) -> list[tuple[str, str, bool]]:
-    """Return name, value and whether the value is an identifier."""
+    """Return rows of name, value, and whether the value is an identifier."""
     base = facts["base"]
     rows = [
         ("Run", metrics.run_id, True),

@@ -1,1 +1,1 @@
-"""What a user starts: the pipeline from data to a published adapter, re-evaluation, chat and preflight checks."""
+"""The work of the commands: the pipeline from data to a published adapter, re-evaluation, chat and preflight checks."""

@@ -1,4 +1,4 @@
-"""Open a published adapter without trusting its manifest, and settle which settings, base and data belong to it."""
+"""Open a published adapter without trusting its manifest, and find the settings, base and data that belong to it."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from lora_trainer.store.opening import open_storage
 from lora_trainer.store.prefixes import bundle_prefix
 from lora_trainer.store.retry import RetryBudget
 
-# Settings that a manifest may bring along. They say how the adapter was made and judged, and name no place: a manifest comes
-# from whoever made the adapter, and must not choose what this machine reads, or where it sends its keys.
+# Settings to inherit from a manifest: how the adapter was trained and evaluated. Paths and URLs are not among them, because an
+# untrusted manifest must not choose what this machine reads or where it sends its keys.
 _INHERITED: Final = ("backend", "device", "lora", "training", "evaluation", "gates")
 _NEVER_INHERITED: Final = ("evaluation.prompts", "evaluation.judge_model", "evaluation.judge_base_url")
 _SHOWN_CHARACTERS: Final = 200
@@ -40,16 +40,16 @@ class Adapter:
 
     @property
     def run_id(self) -> str:
-        """The run that made it."""
+        """Id of the run that trained the adapter."""
         return str(self.manifest["run_id"])
 
     @property
     def blood_type(self) -> BloodType:
-        """The persona that it speaks as."""
+        """Persona of the adapter."""
         return BloodType(self.manifest["blood_type"])
 
     def setting(self, name: str) -> str:
-        """Return ` (its run had <setting>=<value>; ...)` for a message that asks for a place; empty if its run had none."""
+        """Return a hint, ` (its run had <setting>=<value>; ...)`, for messages that ask for a path; empty without a value."""
         value = dict(_flat(self.manifest.get("config", {}))).get(name)
         return f" (its run had {name}={quoted(value)}; what a manifest names is not opened unasked)" if value else ""
 
@@ -57,8 +57,8 @@ class Adapter:
 def open_adapter(uri: str, retry_budget: RetryBudget | None = None) -> Adapter:
     """Open the bundle at `uri`: `s3://`, `file://` or a folder.
 
-    Raise `ConfigError` if there is none, or if it can't be trusted: its run id becomes the name of a local folder, its files
-    are written there, and pickled weights would run code when they are loaded.
+    Raise `ConfigError` if there is none or it is unsafe: its run id becomes the name of a local folder, its files are
+    downloaded to it, and pickled weights would run code on load.
     """
     storage = open_storage(uri if uri.endswith("/") else uri + "/", retry_budget)
     manifest = read_manifest(storage, "")
@@ -96,11 +96,11 @@ def _untrusted(uri: str, manifest: Mapping[str, Any]) -> Iterator[str]:
 
 
 def output_of(adapter: Adapter) -> Storage:
-    """Return the output folder that holds the bundle. Raise `ConfigError` for a bundle outside of one."""
+    """Return the output that contains the bundle. Raise `ConfigError` for a bundle that is not part of one."""
     uri = adapter.storage.uri
     local = adapter.storage.local_folder
     if local is not None:
-        # outputs/adapter_A is a link to the bundle
+        # follow links such as outputs/adapter_A
         uri = local.resolve().as_uri() + "/"
     suffix = bundle_prefix(adapter.blood_type, adapter.run_id)
     if not uri.endswith("/" + suffix):
@@ -113,10 +113,10 @@ def output_of(adapter: Adapter) -> Storage:
 def settle_for(
     adapter: Adapter, cli: Mapping[str, Any], environment: Mapping[str, str] | None = None, config_file: Path | None = None
 ) -> RunConfig:
-    """Return the settings to evaluate `adapter` with: those of its run, unless the user sets others.
+    """Return the settings for evaluating `adapter`: those of its run, overridden by the user's.
 
-    Places (data, base, prompts, judge, output, work folder) are never taken from its run. Raise `ConfigError` for invalid
-    settings, and for settings of another persona.
+    Paths and URLs (data, base, prompts, judge, output, work folder) are never inherited from its run. Raise `ConfigError` for
+    invalid settings, and for settings of another persona.
     """
     known = {name for name in setting_names() if name.split(".")[0] in _INHERITED} - set(_NEVER_INHERITED)
     inherited = {name: value for name, value in _flat(adapter.manifest.get("config", {})) if name in known}
@@ -144,7 +144,7 @@ def base_of(adapter: Adapter, config: RunConfig, process: ProcessContext) -> Bas
 
 
 def training_data_of(adapter: Adapter, job: Job) -> DataFile:
-    """Fetch the file that the adapter was trained on. Raise `NotFound` if it is missing, `DataError` if it is another one."""
+    """Fetch the adapter's training data. Raise `NotFound` if the file is missing, `DataError` if its content differs."""
     manifest = adapter.manifest["data"]
     hint = f"pass it with --data (its run had {quoted(manifest['uri'])}; what a manifest names is not opened unasked)"
     try:
@@ -162,7 +162,7 @@ def training_data_of(adapter: Adapter, job: Job) -> DataFile:
 
 
 def quoted(value: object) -> str:
-    """Return a manifest's value, shortened and on one line."""
+    """Format a manifest's value for a message: shortened and on one line."""
     text = repr(value)[:_SHOWN_CHARACTERS]
     return text[1:-1] if isinstance(value, str) and text.endswith(text[0]) else text
 

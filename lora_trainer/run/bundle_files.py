@@ -58,7 +58,7 @@ def write_documents(folder: Path, config: RunConfig, base: Base, metrics: RunMet
 def write_evaluation(
     folder: Path, metrics: RunMetrics, steps: Sequence[StepLog], replies: Sequence[ScoredReply], facts: Mapping[str, Any]
 ) -> None:
-    """Write metrics, replies, step log and report page. `facts` are the manifest's fields other than its files."""
+    """Write metrics, replies, step log and report page. `facts` are the manifest's fields except the list of files."""
     from lora_trainer.report.run_page import run_page
 
     write_json(folder / "metrics.json", metrics.as_json())
@@ -74,7 +74,7 @@ def write_evaluation(
 
 @dataclass(frozen=True, slots=True)
 class Published:
-    """A published bundle, downloaded to be judged again."""
+    """A published bundle, downloaded for a new verdict."""
 
     folder: Path
     training: TrainingMetrics
@@ -82,12 +82,12 @@ class Published:
     peak_memory_gib: float
     steps: tuple[StepLog, ...]
     evaluation: EvaluationMetrics | None
-    """None if a version with other metrics published the bundle."""
+    """None if the bundle's version of this program had other metrics."""
     replies: list[ScoredReply]
 
 
 def read_published(storage: Storage, prefix: str, manifest: Mapping[str, Any], folder: Path) -> Published:
-    """Download and verify the bundle under `prefix`, and parse what was measured. Raise `StorageError` if that fails."""
+    """Download and verify the bundle under `prefix`, and parse its measurements. Raise `StorageError` if that fails."""
     download_files(storage, prefix, manifest, folder)
     try:
         metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
@@ -135,12 +135,12 @@ def _verdict_of(manifest: Mapping[str, Any], where: str) -> Verdict:
 def open_local(folder: Path) -> dict[str, Any]:
     """Return the manifest of the finished bundle in `folder`.
 
-    Raise `ConfigError` if there is none, `DamagedError` if a file differs from it.
+    Raise `ConfigError` if there is no manifest, `DamagedError` if a file differs from it.
     """
     try:
         manifest = read_local_manifest(folder)
         has_all = "adapter_model.safetensors" in manifest["files"] and "verdict" in manifest
-        # both become part of keys in the output
+        # validate both: they become part of keys in the output
         names_fit = re.fullmatch("[0-9a-f]{16}", manifest["run_id"]) and manifest["blood_type"] in tuple(BloodType)
         if manifest["schema"] != MANIFEST_SCHEMA or not has_all or not names_fit:
             raise ValueError("another manifest")

@@ -22,7 +22,7 @@ from lora_trainer.train.backends import Backend
 
 @dataclass(frozen=True, slots=True)
 class Evaluated:
-    """What the evaluation measured, and every reply."""
+    """Metrics of an evaluation, and every reply."""
 
     metrics: EvaluationMetrics
     replies: list[ScoredReply]
@@ -35,7 +35,7 @@ def evaluate(
     train_records: Sequence[TrainingRecord],
     progress: RunProgress,
 ) -> Evaluated:
-    """Let adapter and base answer the evaluation's prompts, unconstrained, and judge the replies by the rules."""
+    """Generate replies of adapter and base to the evaluation prompts, unconstrained, and score them by the rules."""
     progress.stage("evaluate")
     config, blood_type = job.config.evaluation, job.config.blood_type
     asked = questions(prompts, config.intensities, instruction_of(blood_type))
@@ -84,7 +84,7 @@ def decide(job: Job, metrics: EvaluationMetrics) -> Verdict:
 
 
 def held_out_metrics(records: int, loss_base: float, loss_adapter: float) -> HeldOutMetrics:
-    """Return mean losses in nats a reply token, with the perplexities they correspond to."""
+    """Return the mean losses, in nats per reply token, and the corresponding perplexities."""
     return HeldOutMetrics(
         records=records,
         loss_base=loss_base,

@@ -1,4 +1,4 @@
-"""Explain how a run ended: what its exception means to the log, to Kubernetes and to whoever is on call."""
+"""Turn the exception that ended a run into an exit code and messages for the log, Kubernetes and the operator."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ _SHOWN_FRAMES: Final = 12
 
 @dataclass(frozen=True, slots=True)
 class FailureReport:
-    """How something ended. It keeps no exception, whose frames would keep tensors alive."""
+    """Outcome of a run or a process. Does not reference the exception, whose frames would keep tensors alive."""
 
     exit_code: ExitCode = ExitCode.DONE
     outcome: str = "done"
     """`done`, `interrupted`, `bug`, or the name of the error's class."""
     problems: tuple[str, ...] = ()
     frames: tuple[str, ...] = ()
-    """Where a bug came from, innermost frame last."""
+    """Stack frames of a bug, innermost last."""
 
 
-# messages that can't quote training data: the device's own, and Python's about names
+# messages that cannot quote training data: those of the GPU libraries, and Python's about missing attributes and modules
 _SAFE_MESSAGE: Final = re.compile(
     r"(?:CUDA|cuDNN|CUBLAS|CUSPARSE|NCCL|NVML|Triton)\b.*|[\w.' ]+ has no attribute '\w+'|No module named '[\w.]+'",
     re.ASCII,
@@ -40,7 +40,7 @@ _SAFE_MESSAGE: Final = re.compile(
 def failure_report(error: BaseException | None, interruption: Interruption, folder: Path | None = None) -> FailureReport | None:
     """Return the report on `error`, or None if it is neither a failure nor an interruption.
 
-    A bug's message that may quote training data goes to a file in `folder` (by default the system's temporary folder).
+    If a bug's message may quote training data, write it to a file in `folder` (by default the system's temporary folder).
     """
     error = interruption.meaning_of(error)
     if error is None:
@@ -52,14 +52,14 @@ def failure_report(error: BaseException | None, interruption: Interruption, fold
         return FailureReport(ExitCode.INTERRUPTED, "interrupted", (f"interrupted: {kept}; run the same command again",))
     if isinstance(error, SystemExit | GeneratorExit | StepDown):
         return None
-    # not only `Exception`: a panic in a library's Rust code derives from BaseException
+    # this also handles panics in a library's Rust code, which derive from BaseException
     frames = [f"{frame.filename}:{frame.lineno} {frame.name}" for frame in traceback.extract_tb(error.__traceback__)]
     problem = f"{type(error).__module__}.{type(error).__name__}{_safe_message(error, folder)}"
     return FailureReport(ExitCode.BUG, "bug", (redacted(problem),), tuple(frames[-_SHOWN_FRAMES:]))
 
 
 def _safe_message(error: BaseException, folder: Path | None) -> str:
-    """Return the first line of the message if it can't quote data. Otherwise write everything to a file and name it."""
+    """Return the message's first line if it cannot quote data. Otherwise write the traceback to a file and return its name."""
     first_line = str(error).partition("\n")[0]
     if _SAFE_MESSAGE.fullmatch(first_line) or isinstance(error, MemoryError):
         return f": {first_line[:1000]}"

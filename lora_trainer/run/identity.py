@@ -1,4 +1,4 @@
-"""Identify a run by a hash of all that decides its weights, so that no work is done twice and no two runs mix."""
+"""Identify a run by a hash of everything that determines its weights: equal runs are never repeated, and runs never mix."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ from lora_trainer.run.inputs import DataFile
 from lora_trainer.run.job import Job
 
 RECIPE_VERSION: Final = 1
-"""Raise this when our own code changes what training does."""
+"""Increase this when a code change alters the result of training."""
 
-# only libraries whose code decides the numbers
+# only libraries whose code affects the weights
 _COMMON: Final = ("torch", "transformers", "trl", "peft", "accelerate", "tokenizers", "safetensors")
 _UNSLOTH: Final = ("unsloth", "unsloth_zoo", "triton")
 
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """Which run this is, and what it was computed from."""
+    """Ids of a run, and the ingredients of its `run_id`."""
 
     run_id: str
     base: Base
     ingredients: dict[str, object]
     evaluation_id: str
-    """Hash of what the adapter is asked, and how the replies are judged."""
+    """Hash of the questions and the way replies are measured."""
     gate_id: str
-    """Hash of the evaluation and the thresholds."""
+    """Hash of `evaluation_id` and the thresholds."""
 
 
 def identify(job: Job, data: DataFile, prompts: Sequence[EvaluationPrompt]) -> Identity:
@@ -60,9 +60,9 @@ def identify(job: Job, data: DataFile, prompts: Sequence[EvaluationPrompt]) -> I
 
 
 def run_ingredients(config: RunConfig, data_sha256: str, base_identity: str) -> dict[str, object]:
-    """Return what `run_id` hashes. The manifest carries it, so that two ids can be compared.
+    """Return the input of `run_id`'s hash. The manifest contains it, to explain why two ids differ.
 
-    Paths, logging and memory layout are left out: they do not decide the weights.
+    Paths, logging and memory layout are excluded, because they do not affect the weights.
     """
     return {
         "recipe_version": RECIPE_VERSION,
@@ -85,7 +85,7 @@ def run_id(ingredients: Mapping[str, object]) -> str:
 
 
 def library_versions(config: RunConfig) -> dict[str, str]:
-    """Return the installed version of each library that decides the weights, or `absent`."""
+    """Return the installed version of each library that affects the weights, or `absent`."""
     names = list(_COMMON)
     if config.training.quantization == "nf4":
         names.append("bitsandbytes")

@@ -1,4 +1,4 @@
-"""Fetch and check what a run reads: the persona's records and the evaluation's prompts."""
+"""Fetch and check the inputs of a run: the persona's records and the evaluation prompts."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from lora_trainer.store.retry import RetryBudget
 
 @dataclass(frozen=True, slots=True)
 class DataFile:
-    """The persona's JSONL, fetched."""
+    """The persona's JSONL in the working folder, with its origin and hash."""
 
     uri: str
     path: Path
@@ -32,7 +32,7 @@ class DataFile:
 
 
 def require_data_folder(configs: Sequence[RunConfig]) -> None:
-    """Raise `ConfigError` if several personas would read one data file."""
+    """Raise `ConfigError` if several personas would read the same data file."""
     data = configs[0].data
     if len(configs) > 1 and is_jsonl(data):
         named = ", ".join(config.blood_type for config in configs)
@@ -68,7 +68,7 @@ def data_key(storage: Storage, blood_type: BloodType) -> str:
         try:
             found += [key] if storage.exists(key) else []
         except StorageError:
-            # without s3:ListBucket, S3 answers 403 for a missing key; that only matters if the plain file is missing too
+            # without s3:ListBucket, S3 answers 403 for a missing key: ignore it if another name exists
             if not found:
                 raise
     if len(found) > 1:
@@ -80,7 +80,7 @@ def data_key(storage: Storage, blood_type: BloodType) -> str:
 
 
 def read(job: Job, data: DataFile) -> list[TrainingRecord]:
-    """Check schema and lint before anything costs GPU time. Raise `DataError` with every bad line."""
+    """Check the data's schema and lint before using any GPU time. Raise `DataError` with every bad line."""
     with job.timed("read"):
         records, report = read_records(
             data.path,
@@ -97,7 +97,7 @@ def read(job: Job, data: DataFile) -> list[TrainingRecord]:
 
 
 def fetch_prompts(job: Job) -> tuple[EvaluationPrompt, ...]:
-    """Return the evaluation's prompts: the bundled ones, or the user's. Raise `DataError` with every bad line."""
+    """Return the evaluation prompts, the bundled or the user's. Raise `DataError` with every bad line."""
     if (uri := job.config.evaluation.prompts) is None:
         return evaluation_prompts()
     folder, key = split_uri(uri)

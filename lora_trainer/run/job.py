@@ -1,4 +1,4 @@
-"""What the steps of a run share: one persona's settings and timings, and the resources of the whole process."""
+"""State shared by the steps of a run: one persona's settings and timings, and the resources of the process."""
 
 from __future__ import annotations
 
@@ -26,31 +26,31 @@ from lora_trainer.train.backends import Backend, open_backend
 
 @dataclass(frozen=True, slots=True)
 class ProcessContext:
-    """What all personas of one process share. The command line makes it and hands it in."""
+    """Resources shared by all personas of a process. The command line creates it."""
 
     interruption: Interruption = field(default_factory=Interruption)
     retry_budget: RetryBudget = field(default_factory=RetryBudget)
     console: Console | None = None
-    """The terminal to draw progress on."""
+    """Terminal for progress bars; None for no bars."""
     fresh: bool = False
     """Whether to discard the checkpoints of earlier attempts."""
     models: SharedModels = field(default_factory=SharedModels)
 
     def storage(self, uri: str) -> Storage:
-        """Open the storage that `uri` names. Its retries draw on this process's budget."""
+        """Open the storage at `uri`. Its retries draw on this process's budget."""
         return open_storage(uri, self.retry_budget)
 
 
 @dataclass
 class Job:
-    """One persona's run, from its first step to its last."""
+    """Settings, timings and resources of one persona's run."""
 
     config: RunConfig
     process: ProcessContext = field(default_factory=ProcessContext)
     started_at: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
     timings_s: dict[str, float] = field(default_factory=dict)
     environment: dict[str, object] = field(default_factory=dict)
-    """Device and versions, as the backend reports them."""
+    """Device and library versions, as reported by the backend."""
 
     @property
     def log(self) -> structlog.stdlib.BoundLogger:
@@ -59,7 +59,7 @@ class Job:
 
     @cached_property
     def output(self) -> Storage:
-        """Where adapters are published."""
+        """Storage to publish adapters in."""
         return self.process.storage(self.config.output)
 
     def run_dir(self, run_id: str) -> Path:
@@ -67,7 +67,7 @@ class Job:
         return self.config.work_dir / "runs" / self.config.blood_type / run_id
 
     def progress(self, folder: Path, run_id: str) -> RunProgress:
-        """Return the progress that `progress.json` in `folder` shows."""
+        """Return a progress tracker that writes `progress.json` in `folder`."""
         return RunProgress(folder / "progress.json", run_id, self.config.blood_type, self.process.console)
 
     def start(self, progress: RunProgress, open_one: OpenBackend = open_backend) -> Backend:
@@ -81,7 +81,7 @@ class Job:
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
-        """Add the seconds that the block takes to the manifest's timings."""
+        """Add the duration of the block to the manifest's timings."""
         started_s = time.perf_counter()
         yield
         self.timings_s[name] = round(self.timings_s.get(name, 0.0) + time.perf_counter() - started_s, 3)

@@ -1,4 +1,4 @@
-"""One persona's place in a batch: its phases run in a log context of their own, and its failure stays its own."""
+"""One persona's run in a batch. Each has its own log context, and its failure does not affect the others."""
 
 from __future__ import annotations
 
@@ -21,27 +21,27 @@ _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
 
-class BatchStopped(Exception):  # noqa: N818  an interruption or a lost device ends the batch; that is no error of the caller's
-    """No other persona of this process can go on. The reason is in the failure report of the one that raised this."""
+class BatchStopped(Exception):  # noqa: N818  signals the end of the batch, which is not an error
+    """An interruption or a lost device stops all personas. The failure report of the persona that raised this has the cause."""
 
 
 class PersonaRun:
-    """A persona's run, from waiting to its end."""
+    """A persona's run: waiting, in progress or ended."""
 
     def __init__(self, job: Job, on_end: Callable[[PersonaRun], None]) -> None:
         self.blood_type: BloodType = job.config.blood_type
         self.outcome: Outcome | None = None
         self.report: FailureReport | None = None
-        """How the run ended; None until then. Stays None if the process ends first."""
+        """Outcome of the run; None until it has ended."""
         self._job = job
         self._on_end = on_end
         self._spent_s = 0.0
-        # what the run binds to its log lines must not reach the other personas' lines
+        # a context of its own keeps what the run binds to its log lines out of other personas' lines
         self._context = contextvars.copy_context()
         self._context.run(structlog.contextvars.bind_contextvars, blood_type=str(self.blood_type))
 
     def attempt(self, phase: Callable[Concatenate[Job, _P], _T | Outcome], *arguments: _P.args, **options: _P.kwargs) -> _T | None:
-        """Run `phase` and return what it prepared for the next one, or None if the run ended in it, well or badly.
+        """Run `phase` and return its result for the next phase, or None if the run has ended, in success or failure.
 
         Raise `BatchStopped` if an interruption or a lost device ended it.
         """
@@ -51,7 +51,7 @@ class PersonaRun:
         except BaseException as error:
             report = failure_report(error, self._job.process.interruption, self._job.config.work_dir)
             if report is None:
-                # the process is about to exit or to re-exec
+                # SystemExit or StepDown: the process is about to exit or to re-exec
                 raise
             self.report = report
         else:
@@ -72,7 +72,7 @@ class PersonaRun:
         if self.outcome is None:
             if not models.device_answers():
                 raise BatchStopped
-            # it may have failed anywhere: reload everything that it left on the device
+            # the phase may have failed anywhere, so don't reuse what it left on the device
             models.release()
 
     @property
@@ -82,12 +82,12 @@ class PersonaRun:
 
     @property
     def bound(self) -> dict[str, object]:
-        """What this run binds to its log lines: `blood_type`, and `run_id` once it is known."""
+        """Fields bound to the run's log lines: `blood_type`, and `run_id` once it is known."""
         return self._context.run(structlog.contextvars.get_contextvars)
 
     @property
     def ending(self) -> dict[str, object]:
-        """How the run ended, as the fields of `persona_finished`."""
+        """Fields of the event `persona_finished`."""
         report = self.report or FailureReport()
         fields: dict[str, object] = {"outcome": report.outcome, "exit_code": int(report.exit_code), **self.result}
         if report.frames:
@@ -96,7 +96,7 @@ class PersonaRun:
 
     @property
     def result(self) -> dict[str, object]:
-        """What the run published; empty without a verdict."""
+        """The published bundle and its verdict; empty without a verdict."""
         if self.outcome is None:
             return {}
         return {
@@ -126,7 +126,7 @@ def _report_on(outcome: Outcome) -> FailureReport:
 
 
 def combined_report(own: FailureReport, personas: Sequence[PersonaRun]) -> FailureReport:
-    """Return the report on the whole process: the worst exit code, and every problem under the personas that have it."""
+    """Return the report on the whole process: the worst exit code, and every problem with the personas that it affects."""
     reports = [own, *(persona.report for persona in personas if persona.report)]
     code = worst(report.exit_code for report in reports)
     ended = next(report for report in reports if report.exit_code is code)
@@ -136,7 +136,7 @@ def combined_report(own: FailureReport, personas: Sequence[PersonaRun]) -> Failu
 
 
 def _problems(personas: Iterable[PersonaRun]) -> list[str]:
-    """List each problem once: a wrong setting or a broken base is the same problem for all personas."""
+    """List each problem once, with its personas: a wrong setting or a broken base affects all of them."""
     names: dict[str, list[str]] = {}
     for persona in personas:
         found = persona.report.problems if persona.report else ("not begun; run the same command again",)

@@ -28,7 +28,7 @@ from lora_trainer.train.trackers import require_installed
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A run whose inputs were checked."""
+    """A run with validated inputs and an identity."""
 
     data: DataFile
     records: list[TrainingRecord]
@@ -36,12 +36,12 @@ class Prepared:
     identity: Identity
     progress: RunProgress
     published: dict[str, Any] | None
-    """Manifest of the run's bundle, if an earlier run published it and it only needs a verdict under these gates."""
+    """Manifest of the bundle, if an earlier attempt published it and only the verdict under these gates is missing."""
 
 
 @dataclass(frozen=True, slots=True)
 class Planned:
-    """A prepared run that will be trained."""
+    """A prepared run with a training plan."""
 
     prepared: Prepared
     backend: Backend
@@ -49,9 +49,9 @@ class Planned:
 
 
 def run(personas: Sequence[PersonaRun], process: ProcessContext) -> None:
-    """Take every persona to its end: a published verdict, or a failure report. Neither is raised.
+    """Run every persona until it has a published verdict or a failure report. Failures are recorded, not raised.
 
-    Raise `StepDown` if this process has to start over with a smaller memory plan.
+    Raise `StepDown` to restart this process with a smaller memory plan.
     """
     try:
         prepared = [(persona, found) for persona in personas if (found := persona.attempt(prepare))]
@@ -59,7 +59,7 @@ def run(personas: Sequence[PersonaRun], process: ProcessContext) -> None:
         for persona, ready in prepared:
             if ready.published:
                 persona.attempt(judge_published, ready, ready.published)
-        # training needs the memory that evaluating took
+        # free the memory of re-evaluations for training
         process.models.release()
         for persona, work in planned:
             persona.attempt(train_and_publish, work)
@@ -70,9 +70,9 @@ def run(personas: Sequence[PersonaRun], process: ProcessContext) -> None:
 def persona_runs(
     configs: Sequence[RunConfig], process: ProcessContext, on_end: Callable[[PersonaRun], None] = lambda persona: None
 ) -> list[PersonaRun]:
-    """Return a run for each of `configs`, which differ in their persona alone. `on_end` is called as each run ends.
+    """Return a run for each of `configs`, which differ only in the persona. Each run calls `on_end` when it ends.
 
-    Raise `ConfigError` if several personas would read one data file.
+    Raise `ConfigError` if several personas would read the same data file.
     """
     require_data_folder(configs)
     return [PersonaRun(Job(config, process), on_end) for config in configs]
@@ -93,13 +93,13 @@ def prepare(job: Job) -> Prepared | Outcome:
 
 
 def plan(job: Job, prepared: Prepared) -> Planned:
-    """Phase 2: import the training stack, tokenize, plan steps and memory."""
+    """Phase 2: import the training stack, tokenize the data, and plan steps and memory."""
     backend = job.start(prepared.progress)
     return Planned(prepared, backend, plan_training(job, backend, prepared.identity.base, prepared.records, prepared.progress))
 
 
 def judge_published(job: Job, prepared: Prepared, manifest: dict[str, Any]) -> Outcome:
-    """Phase 3, of a published adapter that has no verdict under these prompts and thresholds: judge it, and train nothing."""
+    """Phase 3 for a published adapter that has no verdict under these prompts and thresholds: judge it without training."""
     identity = prepared.identity
     with hold_lease(job, identity.run_id) as lease:
         # the previous holder may have finished the work

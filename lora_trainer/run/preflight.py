@@ -1,4 +1,4 @@
-"""Check whether a run can reach its data, its base and its output, with small requests, before a GPU waits for them."""
+"""Check with small requests whether a run can access its data, base and output, before it occupies a GPU."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lora_trainer.store.retry import RetryBudget
 
 _NO_ETAG: Final = '"00000000000000000000000000000000"'
 _MAX_BUDGET_S: Final = 10.0
-"""Retry budget of one object. A person waits for the answer, so it is shorter than a run's."""
+"""Maximum retry budget of one object: shorter than a run's, because a person is waiting."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,15 +31,15 @@ class Finding:
     what: str
     """`data`, `base` or `output`."""
     said: str
-    """Where, and what came out; empty if the check failed."""
+    """Location and result, as message text; empty if the check failed."""
     error: LoraTrainerError | None = None
 
 
 def check_storage(configs: Sequence[RunConfig]) -> Iterator[Finding]:
-    """Read the data of `configs`, which differ in their persona alone, look for the base, and try the output.
+    """Read the data of `configs`, which differ only in the persona, look for the base, and test access to the output.
 
-    Under `runs/` a probe is written, read, listed and deleted. Under `adapters/`, where a job deletes nothing, only the right
-    to write is checked. A failed check does not stop the others. Raise `ConfigError` if several personas would read one file.
+    Write, read, list and delete a probe under `runs/`. Under `adapters/`, where jobs never delete, only check write permission.
+    A failed check does not stop the others. Raise `ConfigError` if several personas would read the same file.
     """
     first = configs[0]
     object_budget_s = min(first.storage.object_budget_s, _MAX_BUDGET_S)
@@ -68,7 +68,7 @@ def _find_base(config: RunConfig, retry_budget: RetryBudget) -> str:
 def _read_data(config: RunConfig, retry_budget: RetryBudget) -> str:
     storage, key = locate_data(config, retry_budget)
     with tempfile.TemporaryDirectory() as scratch:
-        # read the whole file: a store may allow HEAD and refuse GET
+        # download the file: a store may allow HEAD and refuse GET
         fetched = storage.download(key, Path(scratch) / "data")
     return f"{storage.uri}{key}: {fetched.size_bytes:,} bytes read"
 
@@ -91,7 +91,7 @@ def _write_read_list_delete(output: str, prefix: str, retry_budget: RetryBudget)
 
 
 def _refuses_overwrite(storage: Storage, key: str, content: bytes) -> bool:
-    """Whether the store honours the condition that an existing key violates."""
+    """Return whether the store refuses a conditional write to an existing key."""
     try:
         storage.write_bytes(key, content, if_absent=True)
     except PreconditionFailed:
@@ -103,7 +103,7 @@ def _write(output: str, prefix: str, retry_budget: RetryBudget) -> str:
     storage = open_storage(output, retry_budget)
     key, content = _probe(prefix)
     if storage.local_folder is None:
-        # a job needs no right to delete here: a condition that fails proves the right to write, and leaves nothing behind
+        # jobs need no delete permission here, so send a write that must fail its condition: a 412 proves write permission
         with suppress(PreconditionFailed):
             storage.write_bytes(key, content, if_match=_NO_ETAG)
             storage.delete(key)
@@ -116,6 +116,6 @@ def _write(output: str, prefix: str, retry_budget: RetryBudget) -> str:
 
 
 def _probe(prefix: str) -> tuple[str, bytes]:
-    """Return an unused key and its content."""
+    """Return a random key under `prefix`, and content for it."""
     key = f"{prefix}storage-check-{secrets.token_hex(8)}"
     return key, key.encode()

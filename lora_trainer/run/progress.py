@@ -39,7 +39,7 @@ class RunProgress:
 
     @property
     def is_drawn(self) -> bool:
-        """Whether a bar shows each step. Log lines for steps would break it."""
+        """Whether a progress bar is shown, which log lines for steps would break."""
         return self._bar is not None
 
     def stage(self, name: str) -> None:
@@ -82,5 +82,5 @@ class RunProgress:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         temporary = self._path.with_suffix(".tmp")
         temporary.write_text(json.dumps({**self._state, "updated_unix_s": round(time.time(), 3)}) + "\n", encoding="utf-8")
-        # atomic: a reader never sees half a file
+        # rename, so that readers never see half a file
         os.replace(temporary, self._path)  # noqa: PTH105

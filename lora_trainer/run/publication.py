@@ -1,4 +1,4 @@
-"""Publish a finished run and move its persona's pointer; recognise a run that is finished already."""
+"""Publish a finished run and move its persona's `latest.json`; recognise a run that is already finished."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from lora_trainer.train.backends import Backend
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How a run ended."""
+    """Result of a run that has a verdict."""
 
     run_id: str
     bundle_uri: str
@@ -48,7 +48,7 @@ class Outcome:
 
 
 def hold_lease(job: Job, run_id: str) -> AbstractContextManager[Lease]:
-    """Keep every other attempt at this run out for the duration of the block."""
+    """Hold the run's lease during the block, so that no other attempt works on the run."""
     return hold(job.config.lease, job.output, lease_key(job.config.blood_type, run_id))
 
 
@@ -60,7 +60,7 @@ def find_published(job: Job, run_id: str) -> dict[str, Any] | None:
 def find_finished(job: Job, identity: Identity, lease: Lease | None = None) -> Outcome | None:
     """Return the recorded outcome of a run that has a verdict under these gates, or None.
 
-    If an earlier attempt died between publishing and moving `latest.json`, complete the move.
+    Move `latest.json` if an earlier attempt died after publishing and before the move.
     """
     output = job.output
     prefix = bundle_prefix(job.config.blood_type, identity.run_id)
@@ -80,7 +80,7 @@ def find_finished(job: Job, identity: Identity, lease: Lease | None = None) -> O
 
 
 def remove_leftovers(job: Job, run_id: str, lease: Lease | None) -> None:
-    """Remove the checkpoints and lease of an attempt that died after publishing. An attempt that is still running keeps its own."""
+    """Remove the checkpoints and lease of an attempt that died after publishing. Those of a running attempt are kept."""
     output, blood_type = job.output, job.config.blood_type
     key = lease_key(blood_type, run_id)
     try:
@@ -107,7 +107,7 @@ def assemble(
     evaluated: Evaluated,
     verdict: Verdict,
 ) -> None:
-    """Complete the bundle in `folder`: metrics, report, model card, and the manifest over all files."""
+    """Complete the bundle in `folder` with metrics, report, model card, and the manifest of all files."""
     metrics = RunMetrics(
         run_id=identity.run_id,
         blood_type=job.config.blood_type,
@@ -155,7 +155,7 @@ def assemble(
 
 
 def training_metrics(plan: TrainingPlan, trained: Trained) -> TrainingMetrics:
-    """Summarise the step log: losses in nats a reply token, real tokens, seconds."""
+    """Summarise the step log: losses in nats per reply token, tokens without padding, and seconds."""
     log = trained.log
     return TrainingMetrics(
         records=len(plan.data.train),
@@ -172,7 +172,7 @@ def training_metrics(plan: TrainingPlan, trained: Trained) -> TrainingMetrics:
 
 
 def publish(job: Job, run_id: str, folder: Path, verdict: Verdict, progress: RunProgress, lease: Lease | None = None) -> Outcome:
-    """Upload the bundle, its manifest last, and move the pointer if the gates passed. Delete the local copy only after that."""
+    """Upload the bundle, its manifest last, move `latest.json` if the gates passed, and then delete the local copy."""
     progress.stage("publish")
     output = job.output
     prefix = bundle_prefix(job.config.blood_type, run_id)
@@ -203,7 +203,7 @@ def publish(job: Job, run_id: str, folder: Path, verdict: Verdict, progress: Run
 
 
 def publish_folder(folder: Path, output_uri: str | None, process: ProcessContext) -> Outcome:
-    """Publish the finished bundle that a run left in `folder`, and move the pointer if the gates passed.
+    """Publish the finished bundle that a run left in `folder`, and move `latest.json` if the gates passed.
 
     `output_uri` overrides the run's own output. Raise `ConfigError` if the folder holds no finished bundle, `DamagedError` if
     its files differ from its manifest, `StorageError` if the upload fails.
@@ -212,7 +212,7 @@ def publish_folder(folder: Path, output_uri: str | None, process: ProcessContext
     blood_type, run_id = BloodType(manifest["blood_type"]), str(manifest["run_id"])
     structlog.contextvars.bind_contextvars(run_id=run_id, blood_type=str(blood_type))
     if output_uri is None and folder.resolve().parts[-4:] != ("runs", str(blood_type), run_id, "bundle"):
-        # a bundle from elsewhere must not choose where it is published, or whose pointer it moves
+        # do not let a bundle of unknown origin choose the output or the pointer to move
         raise ConfigError(
             f"{folder}: got a bundle outside its run's folder, <work_dir>/runs/{blood_type}/{run_id}/bundle; "
             "expected --output: a copied bundle does not decide where it is published"
@@ -223,7 +223,7 @@ def publish_folder(folder: Path, output_uri: str | None, process: ProcessContext
     already_done = read_manifest(output, prefix) is not None
     if not already_done:
         with hold(LeaseConfig(), output, lease_key(blood_type, run_id)) as lease:
-            # another attempt may have published while we waited, and a bundle is never rewritten
+            # another attempt may have published during the wait for the lease, and bundles are never rewritten
             already_done = read_manifest(output, prefix) is not None
             if not already_done:
                 publish_bundle(folder, output, prefix, lease)
@@ -234,7 +234,7 @@ def publish_folder(folder: Path, output_uri: str | None, process: ProcessContext
 
 
 def accept(blood_type: BloodType, output: Storage, manifest: dict[str, Any], verdict: Verdict) -> bool:
-    """Point `latest.json` at a run that passed its gates, unless it names a later one. Return whether it moved."""
+    """Point `latest.json` at a run that passed its gates, unless it names a later run. Return whether it moved."""
     log = get_logger()
     if not verdict.passed:
         log.info("latest_checked", moved=False, reason="the gates were not passed")
@@ -247,7 +247,7 @@ def accept(blood_type: BloodType, output: Storage, manifest: dict[str, Any], ver
 
 
 def git_revision() -> str | None:
-    """Return the source's commit, from the image or from the checkout this runs in."""
+    """Return the commit of this program, from the image or the checkout that it runs from."""
     if revision := os.environ.get("GIT_REVISION"):
         return revision
     checkout = Path(__file__).resolve().parents[2]

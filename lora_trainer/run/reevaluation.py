@@ -1,8 +1,8 @@
-"""Judge a published adapter again. Its training stays as it is, and its bundle is never rewritten.
+"""Evaluate a published adapter again, without training and without rewriting its bundle.
 
-`run` comes here for a bundle that has no verdict under the current prompts and thresholds, `evaluate` for any bundle. Both
-follow one rule: what training measured is copied. Everything that needs the loaded adapter (replies, held-out loss, peak
-memory, environment) is measured again, or copied as a whole where only the thresholds changed.
+`run` does this for a bundle that has no verdict under the current prompts and thresholds, `evaluate` for any bundle. Both copy
+the training metrics. They measure everything that needs the loaded adapter again (replies, held-out loss, peak memory,
+environment), or copy all of it if only the thresholds changed.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from lora_trainer.train.backends import open_reference_backend
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """Everything that was measured on a loaded adapter."""
+    """All measurements that need the loaded adapter."""
 
     evaluated: Evaluated
     held_out: HeldOutMetrics
@@ -54,11 +54,11 @@ class Measured:
 
 @dataclass(frozen=True, slots=True)
 class Reevaluation:
-    """What `evaluate` found."""
+    """Result of `evaluate`."""
 
     metrics: RunMetrics
     folder: Path
-    """Where metrics.json, replies.jsonl and report.html were written."""
+    """Folder with metrics.json, replies.jsonl and report.html."""
 
 
 def publish_new_verdict(
@@ -70,7 +70,7 @@ def publish_new_verdict(
     progress: RunProgress,
     lease: Lease,
 ) -> Outcome:
-    """Judge the run's published bundle under other prompts or thresholds, and publish the verdict beneath the bundle."""
+    """Judge the run's published bundle under new prompts or thresholds, and publish the verdict in a folder of the bundle."""
     output, run_dir = job.output, job.run_dir(identity.run_id)
     prefix = bundle_prefix(job.config.blood_type, identity.run_id)
     job.log.info("evaluating_again", bundle=output.uri + prefix, gate_id=identity.gate_id)
@@ -100,9 +100,9 @@ def publish_new_verdict(
 
 
 def evaluate_adapter(adapter: Adapter, config: RunConfig, folder: Path | None, process: ProcessContext) -> Reevaluation:
-    """Fetch the adapter, its base and its data, measure and judge it, and write the result to `folder`.
+    """Fetch the adapter, its base and its data, evaluate it, and write the result to `folder`.
 
-    A missed gate is in `metrics.verdict`; every other failure raises a `LoraTrainerError`.
+    `metrics.verdict` reports missed gates; every other failure raises a `LoraTrainerError`.
     """
     if "adapter_config.json" not in adapter.manifest["files"]:
         raise ConfigError(
@@ -132,7 +132,7 @@ def evaluate_adapter(adapter: Adapter, config: RunConfig, folder: Path | None, p
 
 
 def _copied(published: Published, manifest: Mapping[str, Any], asked: str) -> Measured | None:
-    """Return what was measured with the bundle, if the same was asked then: only the thresholds changed."""
+    """Return the bundle's own measurements if only the thresholds have changed since, else None."""
     if published.evaluation is None or published.evaluation.evaluation_id != asked:
         return None
     return Measured(
@@ -169,7 +169,7 @@ def _measure(
 def _write(
     job: Job, folder: Path, manifest: Mapping[str, Any], published: Published, measured: Measured
 ) -> tuple[RunMetrics, dict[str, Any]]:
-    """Decide the gates and write metrics, replies and report to `folder`. Return the metrics, and the facts for a manifest."""
+    """Decide the gates and write metrics, replies and report to `folder`. Return the metrics and facts for a manifest."""
     evaluation = measured.evaluated.metrics
     verdict = decide(job, evaluation)
     metrics = RunMetrics(
@@ -196,7 +196,7 @@ def _write(
 
 
 def _require_prompts(adapter: Adapter, config: RunConfig) -> None:
-    """Raise `ConfigError` if the run had its own prompts and the user names none: other prompts give another verdict."""
+    """Raise `ConfigError` if the run had custom prompts and the user names none: other prompts would change the verdict."""
     if "prompts" not in config.evaluation.model_fields_set and (named := adapter.setting("evaluation.prompts")):
         raise ConfigError(
             "evaluation.prompts: not given: pass its prompts with --prompts, or --set evaluation.prompts=none "
@@ -205,7 +205,7 @@ def _require_prompts(adapter: Adapter, config: RunConfig) -> None:
 
 
 def _make_report_folder(folder: Path) -> None:
-    """Create the report's folder before anything costs time. Refuse a bundle, whose files would no longer match its manifest."""
+    """Create the report's folder before any slow work. Refuse a bundle's folder: new files would contradict its manifest."""
     if (folder / MANIFEST_NAME).exists():
         raise ConfigError(f"--report-dir {folder}: holds a published bundle, which stays as it is; name another folder")
     try:

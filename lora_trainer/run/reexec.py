@@ -1,7 +1,7 @@
-"""On OOM, re-exec the same command line with a smaller memory plan: a CUDA allocator does not recover what it held.
+"""On OOM, re-exec the same command line with a smaller memory plan, because a CUDA allocator does not release all its memory.
 
 The process replaces itself, so it keeps its PID (1 in a container), and resumes from the newest checkpoint. `entrypoint`
-imports this module before it installs the signal handler, so it imports the standard library alone.
+imports this module before it installs the signal handler, so it imports only the standard library.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class StepDown(BaseException):
-    """Restart the process within `limit`. Not an `Exception`, since no handler in between may stop it."""
+    """Request to re-exec the process within `limit`. Not an `Exception`, so that no handler on the way catches it."""
 
     def __init__(self, limit: MemoryLimit) -> None:
         self.limit = limit
@@ -29,7 +29,7 @@ class StepDown(BaseException):
 
 
 def memory_limit() -> MemoryLimit | None:
-    """Return the limit that the previous process set when it ran out of memory, or None."""
+    """Return the limit set by the previous process when it ran out of memory, or None."""
     from lora_trainer.train.memory_plan import MemoryLimit
 
     text = os.environ.get(_VARIABLE)
@@ -37,7 +37,7 @@ def memory_limit() -> MemoryLimit | None:
 
 
 def reexec(limit: MemoryLimit) -> NoReturn:
-    """Replace this process with one that runs the same command line. Signals stay pending until `unblock_signals`."""
+    """Re-exec this process with the same command line. Signals stay pending until `unblock_signals`."""
     sys.stdout.flush()
     sys.stderr.flush()
     signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
@@ -46,5 +46,5 @@ def reexec(limit: MemoryLimit) -> NoReturn:
 
 
 def unblock_signals() -> None:
-    """Deliver signals from here on, including those that arrived during the re-exec."""
+    """Unblock signals, and deliver those that arrived during the re-exec."""
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)

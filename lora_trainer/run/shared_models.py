@@ -1,4 +1,4 @@
-"""The models that all personas of one process share: each base is hashed once, each training stack started once."""
+"""Bases and backends that all personas of a process share, so that each is hashed or started only once."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ OpenBackend = Callable[[RunConfig, Interruption], Backend]
 
 
 class SharedModels:
-    """Identified bases and started backends."""
+    """Caches identified bases and started backends."""
 
     def __init__(self) -> None:
         self._bases: dict[BaseModelConfig, Base] = {}
@@ -24,15 +24,15 @@ class SharedModels:
         self._refused: dict[OpenBackend, LoraTrainerError] = {}
 
     def base(self, config: BaseModelConfig, retry_budget: RetryBudget) -> Base:
-        """Return the identified base. Raise as `identify_base` does."""
+        """Return the identified base. Raises as `identify_base` does."""
         if config not in self._bases:
             self._bases[config] = identify_base(config, retry_budget)
         return self._bases[config]
 
     def start(self, open_one: OpenBackend, config: RunConfig, interruption: Interruption) -> tuple[Backend, dict[str, object]]:
-        """Return the started backend and its environment. The personas of a process differ in nothing that a backend reads."""
+        """Return the started backend and its environment. A backend reads no setting that differs between personas."""
         if (refusal := self._refused.get(open_one)) is not None:
-            # a stack that failed halfway through its import can't be imported again
+            # don't try again: Python cannot import a stack again that failed halfway
             raise refusal
         if open_one not in self._started:
             backend = open_one(config, interruption)
@@ -44,10 +44,10 @@ class SharedModels:
         return self._started[open_one]
 
     def release(self) -> None:
-        """Unload every base. The next persona that needs one loads it again."""
+        """Unload every base. The next persona loads its base again."""
         for backend, _ in self._started.values():
             backend.release()
 
     def device_answers(self) -> bool:
-        """Whether the device still works; True if no backend was started."""
+        """Return whether the device still works; True if no backend was started."""
         return all(backend.is_device_working() for backend, _ in self._started.values())

@@ -27,7 +27,7 @@ from lora_trainer.train.backends import Backend, open_reference_backend
 from lora_trainer.train.constrained_decoding import ReplyGrammar, most_tokens
 
 MAX_TURNS: Final = 8
-"""Turns that the prompt keeps; older ones are dropped. The adapter was trained on one."""
+"""Maximum turns in the prompt; older ones are dropped. Training records have a single turn."""
 
 COMMANDS: Final = {
     "/feeling NAME": "what the friend feels: " + ", ".join(Feeling),
@@ -42,7 +42,7 @@ COMMANDS: Final = {
 
 @dataclass(slots=True)
 class ChatState:
-    """What the next reply depends on."""
+    """State of the conversation: settings that `/` commands change, and past turns."""
 
     blood_type: BloodType
     feeling: Feeling = Feeling.NEUTRAL
@@ -52,7 +52,7 @@ class ChatState:
     turns: list[tuple[str, Reply]] = field(default_factory=list)
 
     def messages(self, said: str, turns: list[tuple[str, Reply]]) -> list[Message]:
-        """Return the conversation that ends with `said`, after `turns`."""
+        """Return the chat messages of the conversation: earlier `turns`, then `said`."""
         first, *_ = prompt_messages(persona_spec(self.blood_type).instruction, self.situation, self.feeling, self.intensity, said)
         messages: list[Message] = [first]
         for before, reply in turns[-MAX_TURNS:]:
@@ -92,7 +92,7 @@ def load_chat_model(adapter: Adapter, config: RunConfig, temperature: float, pro
 
 
 def chat_loop(model: ChatModel, state: ChatState, lines: Iterator[str], console: Console, *, raw: bool, beside_base: bool) -> None:
-    """Answer line after line, until `lines` ends or a command leaves. `beside_base` also shows the base's replies."""
+    """Answer each line, until `lines` ends or the user quits. `beside_base` also shows the base's replies."""
     spec = persona_spec(state.blood_type)
     base_turns: list[tuple[str, Reply]] = []
     for line in lines:
@@ -124,20 +124,20 @@ def chat_loop(model: ChatModel, state: ChatState, lines: Iterator[str], console:
 
 
 def read_reply(text: str) -> Reply:
-    """Parse a reply. Raise `DataError` if its text is blank or holds control characters."""
+    """Parse a reply. Raise `DataError` if its text is blank or contains control characters."""
     try:
         return Reply.model_validate_json(text)
     except ValidationError:
-        # the grammar can't exclude control characters of the terminal or of text direction
+        # the grammar does not exclude C1 and bidirectional control characters
         raise DataError(
             "the reply is blank or holds control characters, and is dropped; say it again, or set another /seed"
         ) from None
 
 
 def print_reply(console: Console, who: str, text: str, reply: Reply, *, raw: bool) -> None:
-    """Print a reply as it was generated (`raw`), or as a line of dialogue."""
+    """Print a reply, as generated if `raw`, else as a line of dialogue."""
     if raw:
-        # the bare reply can be piped into other programs
+        # print nothing else, so that the reply can be piped into other programs
         console.print(Text(text), soft_wrap=True)
         return
     line = Text(f"{who}  ", style="bold cyan")

@@ -1,4 +1,4 @@
-"""Turn records into a trained adapter: tokenize and split, plan memory, train or resume, save and read back."""
+"""Turn records into a trained adapter: tokenize and split, plan memory, train or resume, save and verify."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ class TokenizedData:
 
     train_records: list[TrainingRecord]
     train: list[TokenSequence]
-    """Of `train_records`, in order."""
+    """Sequences of `train_records`, in order."""
     held_out: list[TokenSequence]
     left_out: int
-    """Records longer than `training.max_length_tokens`."""
+    """Number of records longer than `training.max_length_tokens`."""
 
     @property
     def longest_tokens(self) -> int:
@@ -46,18 +46,18 @@ class TokenizedData:
 
 @dataclass(frozen=True, slots=True)
 class TrainingPlan:
-    """What training will do, and how it is laid out on the device."""
+    """Data, optimizer steps and memory layout of a training run."""
 
     base_folder: Path
     data: TokenizedData
     steps: list[list[int]]
-    """Indices into `data.train` of each optimizer step."""
+    """For each optimizer step, indices into `data.train`."""
     memory: MemoryPlan
 
 
 @dataclass(frozen=True, slots=True)
 class Trained:
-    """What training measured. Losses are means over reply tokens, in nats."""
+    """Result of training. Losses are means over reply tokens, in nats."""
 
     log: TrainingLog
     loss_base: float
@@ -65,7 +65,7 @@ class Trained:
 
 
 def tokenize_and_split(job: Job, records: Sequence[TrainingRecord], tokenizer: ChatTokenizer) -> TokenizedData:
-    """Apply the prompt and the base's chat template, and hold records out. Raise `DataError` if either side is empty."""
+    """Apply prompt format and chat template, and split off held-out records. Raise `DataError` if either side is empty."""
     training = job.config.training
     sequences = tokenize(records, tokenizer)
     train_indices, held_out_indices = split_held_out(records, training.held_out_fraction)
@@ -122,7 +122,7 @@ def plan_training(job: Job, backend: Backend, base: Base, records: Sequence[Trai
 
 
 def open_checkpoints(job: Job, run_id: str, lease: Lease | None = None) -> Checkpoints:
-    """Return the run's checkpoints. Without its lease they may be read and cleared, but not written."""
+    """Return the run's checkpoints. Without `lease`, read or clear them only."""
     return Checkpoints(
         job.config.checkpoints,
         job.run_dir(run_id) / "checkpoints",
@@ -155,7 +155,7 @@ def train(
 
     def after_step(step: int) -> None:
         checkpoints.stop_if_lost()
-        # also after the last step: an interruption during evaluation must not cost the training
+        # also checkpoint after the last step, so that an interruption during evaluation does not lose the training
         if checkpoints.is_due(step) or step == len(plan.steps):
             checkpoint(backend, checkpoints)
 
@@ -177,7 +177,7 @@ def train(
         with job.timed("train"), progress.training(len(plan.steps), done):
             log = backend.train()
     except Interrupted:
-        # the unfinished step is dropped; the checkpoint holds the last whole one
+        # drop the unfinished step and checkpoint the last complete one
         checkpoint(backend, checkpoints)
         raise
     with job.timed("held_out_adapter"):
@@ -227,20 +227,20 @@ def resume(job: Job, backend: Backend, checkpoints: Checkpoints) -> int:
 
 
 def checkpoint(backend: Backend, checkpoints: Checkpoints) -> None:
-    """Hand the state after the last whole step to the background writer, unless it has it already."""
+    """Hand the state after the last complete step to the background writer, unless it already has it."""
     if (taken := backend.snapshot()) and taken[0] != checkpoints.last_step:
         checkpoints.write(*taken)
 
 
 def save(job: Job, backend: Backend, identity: Identity, plan: TrainingPlan, progress: RunProgress) -> Path:
-    """Save the adapter to the bundle's folder, and check that it reads back and changes the base's logits."""
+    """Save the adapter to the bundle's folder, and verify that the saved files load and change the base's logits."""
     progress.stage("save")
     folder = fresh_folder(job.run_dir(identity.run_id) / "bundle")
     with job.timed("save"):
         backend.save(folder, identity.base.canonical_id, identity.base.revision)
         check_complete(folder)
     with job.timed("read_back"):
-        # any record shows whether the logits moved: take the shortest
+        # any record shows whether the logits change, so use the shortest
         read_back = backend.read_back(folder, min(plan.data.held_out, key=len))
     job.log.info("adapter_read_back", base_difference=read_back.base_difference, memory_difference=read_back.memory_difference)
     return folder
