@@ -1,4 +1,4 @@
-"""Publish a bundle: one folder with everything that serving the adapter needs, its manifest last."""
+"""Publish a bundle, the folder with everything that serving the adapter needs."""
 
 from __future__ import annotations
 
@@ -41,6 +41,6 @@ def publish_bundle(folder: Path, storage: Storage, prefix: str, lease: Lease | N
                 "the same command again: it uses the published bundle"
             ) from None
     if lease and not lease.exclusive and (problems := verify_files(storage, prefix)):
-        # without conditional writes, two attempts may have mixed their files; readers ignore a bundle without its manifest
+        # without conditional writes, two attempts may have mixed their files: hide the bundle by removing its manifest
         storage.delete(prefix + MANIFEST_NAME)
         raise StorageError([*problems, f"{storage.uri}{prefix}: withdrawn; run the same command again"])

@@ -1,4 +1,4 @@
-"""A thread that writes checkpoints while training goes on."""
+"""Write checkpoints in a background thread."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class CheckpointWriter:
         with self._changed:
             self._waiting, self._failed = (step, write), None
             if self._thread is None:
-                # a daemon, because a hanging upload must not block the process's exit; the context carries the log's bound values
+                # a daemon thread, so that a hanging upload cannot block exit; the context contains the logger's bound fields
                 context = contextvars.copy_context()
                 self._thread = threading.Thread(target=context.run, args=(self._work,), name="checkpoints", daemon=True)
                 self._thread.start()
@@ -56,9 +56,9 @@ class CheckpointWriter:
                 write(self._is_superseded)
             except LoraTrainerError as failure:
                 error = str(failure)
-            except Exception as failure:  # otherwise the thread would die unnoticed
+            except Exception as failure:  # report it in `finish`: otherwise the thread would die unnoticed
                 error = f"{type(failure).__name__}: {failure}"
-            # free its snapshot, up to 0.5 GB, before the next checkpoint comes
+            # free the snapshot, up to 0.5 GB, before the next checkpoint arrives
             del write
             if error:
                 get_logger().warning("checkpoint_failed", step=step, problem=error)
@@ -69,5 +69,5 @@ class CheckpointWriter:
                 self._changed.notify_all()
 
     def _is_superseded(self) -> bool:
-        """Return whether an interrupted process should skip to the newer checkpoint that waits."""
+        """Return whether the process is interrupted and a newer checkpoint is waiting, so that this one should be skipped."""
         return self._waiting is not None and self._interruption.seconds_ago > 0

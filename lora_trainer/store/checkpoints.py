@@ -1,4 +1,4 @@
-"""Checkpoints of a run: written to a local folder, uploaded to the output in the background, found again by the next attempt.
+"""Write checkpoints to a local folder, upload them in the background, and find the newest one for the next attempt.
 
 A checkpoint is a folder of safetensors and JSON files with a manifest of their hashes. Readers skip one that has no manifest or
 differs from it, and use the checkpoint before it. The backend decides what the files contain.
@@ -34,11 +34,11 @@ from lora_trainer.store.manifest import (
 )
 
 Snapshot = Callable[[Path], None]
-"""The state of a training run after one step. Calling it with a folder writes the state's files there."""
+"""Writes the state of training after one step to the given folder."""
 
 _NAME: Final = re.compile(r"step-(\d{6,})")
 _KEY: Final = re.compile(r"(checkpoints(?:-[0-9a-f]+)?/step-(\d{6,})/)(.+)")
-"""A checkpoint's file below the run's prefix. Without conditional writes, each attempt has a folder of its own."""
+"""Key of a checkpoint's file, relative to the run's prefix. Without conditional writes, each attempt has its own folder."""
 _UNFINISHED: Final = "unfinished"
 """Folder of a checkpoint that is still being written or downloaded."""
 
@@ -51,7 +51,7 @@ def checkpoint_name(step: int) -> str:
 class Checkpoints:
     """The checkpoints of one run, in a local folder and under a prefix of the output.
 
-    Leaving it as a context manager after an error first waits for the newest upload, within what is left of `grace_s`.
+    As a context manager: after an error, wait for the newest upload for at most the rest of `grace_s`.
     """
 
     def __init__(
@@ -65,12 +65,12 @@ class Checkpoints:
         interruption: Interruption,
         lease: Lease | None = None,
     ) -> None:
-        """`prefix` is the run's, relative to `output`. `lease` is checked before each write there."""
+        """`prefix` is the run's prefix in `output`. Each write there first checks `lease`."""
         self._config = config
         self._folder = folder
         self._prefix = prefix
         self._output = output
-        # only the writer thread uses this one
+        # for the writer thread only
         self._guarded_output = output.adapted(guard=lease.check if lease else None)
         self._run_id = run_id
         self._interruption = interruption
@@ -91,7 +91,7 @@ class Checkpoints:
             return
         left_s = max(1.0, self._config.grace_s - self._interruption.seconds_ago)
         if not isinstance(error, Interrupted):
-            # the original error is the one to report
+            # report the original error, not one from the upload
             with suppress(StorageError):
                 self.finish(left_s)
             if isinstance(error, DivergedError | DeviceLostError) and self.last_step:
@@ -170,7 +170,7 @@ class Checkpoints:
             snapshot(unfinished)
             manifest = write_manifest(unfinished, {"run_id": self._run_id, "step": step})
             shutil.rmtree(target, ignore_errors=True)
-            # renamed last, so that a folder with this name is complete
+            # rename last, so that a folder with this name is always complete
             unfinished.rename(target)
         except OSError as error:
             raise StorageError(f"{target}: {error.strerror or error}; free some space there, or set work_dir") from error
@@ -184,7 +184,7 @@ class Checkpoints:
         folder, prefix = self._folder / checkpoint_name(step), f"{self._prefix}{self._own}{checkpoint_name(step)}/"
         manifest = read_local_manifest(folder)
         if prefix in self._damaged:
-            # the old manifest must not be visible while the files are replaced one by one
+            # hide the damaged checkpoint while its files are replaced one by one
             output.delete(prefix + MANIFEST_NAME)
         for name, file in manifest["files"].items():
             if superseded():
@@ -202,7 +202,7 @@ class Checkpoints:
         """Delete this attempt's checkpoints, local and uploaded, except the newest `keep` complete ones."""
         stored = {folder: found for folder, found in self._stored_checkpoints(output).items() if folder.startswith(self._own)}
         complete = sorted((found.step for found in stored.values() if found.is_complete), reverse=True)
-        # without any, another attempt has published the run and deleted its checkpoints
+        # no complete checkpoint means that another attempt has published the run and deleted them all
         oldest_kept = complete[: self._config.keep][-1] if complete else 0
         for folder, found in stored.items():
             if found.step < oldest_kept:
@@ -229,7 +229,7 @@ class Checkpoints:
         return None
 
     def continue_from(self, step: int) -> None:
-        """Count steps and minutes to the next checkpoint from the one of `step`, which the run resumed from."""
+        """Record that the run resumed from the checkpoint of `step`, and restart the intervals to the next checkpoint."""
         self.last_step, self._last_s = step, time.monotonic()
 
     def clear(self) -> None:
@@ -282,7 +282,7 @@ class Checkpoints:
                 yield int(match[1])
 
     def _stored_checkpoints(self, output: Storage) -> dict[str, _Stored]:
-        """Return all attempts' checkpoints in the output, complete or not, by their folder below the run's prefix."""
+        """Return all attempts' checkpoints in the output, complete or not, by folder relative to the run's prefix."""
         found: dict[str, _Stored] = {}
         for item in output.list(self._prefix):
             if match := _KEY.fullmatch(item.key.removeprefix(self._prefix)):
@@ -293,7 +293,7 @@ class Checkpoints:
 
     def _remove_stored(self, output: Storage, folder: str) -> None:
         prefix = self._prefix + folder
-        # the manifest first, so that no reader sees a partly deleted checkpoint
+        # delete the manifest first, so that no reader sees a partly deleted checkpoint
         output.delete(prefix + MANIFEST_NAME)
         for item in list(output.list(prefix)):
             output.delete(item.key)
@@ -305,7 +305,7 @@ class _Stored:
 
     step: int
     is_complete: bool
-    """Whether it has a manifest."""
+    """Whether the checkpoint has a manifest."""
 
 
 def _size_bytes(manifest: Mapping[str, Any]) -> int:

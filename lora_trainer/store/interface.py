@@ -26,7 +26,7 @@ MAX_DOCUMENT_BYTES: Final = 16 * 2**20
 """Default size limit of `read_bytes`. Manifests and pointers are kilobytes."""
 
 
-class NotFound(DataError):  # noqa: N818  named after what it reports, as HTTP does
+class NotFound(DataError):  # noqa: N818  named after the HTTP status
     """A missing key. The message suggests the nearest existing names."""
 
 
@@ -48,7 +48,7 @@ class Fetched:
 
 @dataclass(frozen=True, slots=True)
 class ObjectInfo:
-    """One line of a listing."""
+    """One entry of a listing."""
 
     key: str
     """Relative to the storage's URI."""
@@ -69,8 +69,8 @@ class ReadResult:
 class Storage(Protocol):
     """A folder of objects, in S3 or on this machine. Every method is safe to repeat.
 
-    Every method raises `ValueError` for a key that `safe_key` refuses, and `ConfigError` or `StorageError` as
-    the module's docstring says.
+    Every method raises `ValueError` for a key that `safe_key` refuses, and `ConfigError` or `StorageError` as described in
+    the module docstring.
     """
 
     @property
@@ -88,7 +88,7 @@ class Storage(Protocol):
     def adapted(self, *, guard: Callable[[], None] | None = None, retry_budget: RetryBudget | None = None) -> Self:
         """Return a storage for the same folder with another guard or retry budget, usable in another thread.
 
-        `guard` runs before every attempt of every write and refuses the write by raising. Connection timeouts stay as they are.
+        `guard` runs before every attempt of every write, and can raise to prevent it. Connection timeouts do not change.
         """
 
     def download(self, key: str, target: Path) -> Fetched:
@@ -113,8 +113,8 @@ class Storage(Protocol):
     def write_bytes(self, key: str, data: bytes, *, if_match: str | None = None, if_absent: bool = False) -> None:
         """Write a small object, replacing it atomically.
 
-        `if_match` requires the object's current etag, `if_absent` requires that the key is missing; otherwise the write
-        raises `PreconditionFailed`. Write a key always with conditions or never.
+        `if_match` must be the object's current etag; with `if_absent`, the key must be missing. Otherwise raises
+        `PreconditionFailed`. Do not mix conditional and unconditional writes of a key.
         """
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
@@ -150,7 +150,7 @@ def listed_key(key: str, where: str) -> str:
 
 
 def not_found(where: str, key: str, folder_uri: str, names: Sequence[str] | None) -> NotFound:
-    """Return the error for a missing key. `names` are those in its folder, or None if they could not be listed."""
+    """Return the error for a missing key. `names` lists its folder, or is None if that failed."""
     wanted = key.rpartition("/")[2]
     if names is None:
         hint = "these credentials may not list its folder, so check the name by hand"
@@ -164,5 +164,5 @@ def not_found(where: str, key: str, folder_uri: str, names: Sequence[str] | None
 
 
 def too_large(where: str, max_bytes: int) -> StorageError:
-    """Return the error for an object that `read_bytes` refuses."""
+    """Return the error for an object too large for `read_bytes`."""
     return StorageError(f"{where}: got more than {max_bytes:,} bytes, expected a small document; check what was stored there")

@@ -1,4 +1,4 @@
-"""Keys and URIs: which keys are safe, and how a URI splits into a folder and a key."""
+"""Validate keys, and split URIs into folder and key."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def safe_key(key: str) -> str:
 
 
 def unsafe_reason(key: str) -> str | None:
-    """Return what makes `key` unsafe, or None for a safe key."""
+    """Return the reason why `key` is unsafe, or None for a safe key."""
     if not key:
         return "it is empty"
     if key.startswith("/"):

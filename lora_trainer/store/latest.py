@@ -1,6 +1,6 @@
 """`latest.json`, the pointer to a persona's newest accepted bundle.
 
-It moves by compare-and-swap, and never from a later run to an earlier one unless somebody promotes that run.
+Updates use compare-and-swap. Only an explicit promotion moves the pointer from a later run to an earlier one.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class LatestMove:
 
     moved: bool
     names_this_run: bool
-    """True after a move, and if an earlier attempt already moved it: steps that follow the move may still be missing."""
+    """Also True if an earlier attempt moved the pointer, because that attempt may not have finished the steps after the move."""
     reason: str
 
 
@@ -58,7 +58,7 @@ def move_latest(storage: Storage, blood_type: BloodType, manifest: Mapping[str, 
 
 
 def promote_latest(storage: Storage, blood_type: BloodType, manifest: Mapping[str, Any]) -> str | None:
-    """Point `latest.json` at the manifest's run, whichever run it names, and return the id of that run.
+    """Point `latest.json` at the manifest's run unconditionally, and return the id of the run that it named before.
 
     Runs that have already started will not move it back. Raises `StorageError` as `move_latest` does.
     """

@@ -1,8 +1,8 @@
 """Leases: only one attempt works on a run at a time. An object next to the checkpoints names the holder, who renews it.
 
-No machine trusts another one's clock. A waiting attempt measures with its own clock how long the object has not changed; after
-the duration that the object states, the lease has expired. The holder counts from before it sent its last renewal, so it
-notices the expiry before anyone else. docs/adr/0011-leases.md explains the design.
+Clocks of different machines are never compared. A waiting attempt measures with its own clock how long the object has been
+unchanged; the lease expires after the duration that the object states. The holder counts from before it sent its last renewal,
+so it notices the expiry before anyone else. docs/adr/0011-leases.md explains the design.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ _RENEWALS: Final = 3
 _LONGEST_POLL_S: Final = 2.0
 _LOG_AGAIN_S: Final = 60.0
 _RELEASE_S: Final = 5.0
-"""How long an ending process waits for the release. A lease that is not released expires."""
+"""Timeout of the release when the process ends. A lease that is not released expires."""
 _SETTLE_S: Final = 1.0
-"""Longer than a write takes. Without conditional writes, the last writer is the holder."""
+"""Pause for concurrent writes to finish; longer than any write. Without conditional writes, the last writer is the holder."""
 _MOST_DURATION_S: Final = 86_400.0
 _WEEK_S: Final = 604_800.0
 _NO_ETAG: Final = f'"{"0" * 32}"'
 
 
 class LeaseLostError(StorageError):
-    """Another attempt has taken over, so this one must not write any more."""
+    """Another attempt has taken over, so this one must stop writing."""
 
 
 class Record(Document):
@@ -100,7 +100,7 @@ class Lease:
     def __init__(self, config: LeaseConfig, storage: Storage, key: str) -> None:
         self._config = config
         self._storage = storage
-        # a renewal is retried until the next one is due; with a budget of its own, it does not consume the writers'
+        # retry a renewal until the next one is due, on a separate budget that does not consume the writers'
         renewal_budget = RetryBudget(StorageConfig(object_budget_s=config.duration_s / _RENEWALS, total_budget_s=_WEEK_S))
         self._renewal_storage = storage.adapted(retry_budget=renewal_budget)
         self._key = key
@@ -118,16 +118,16 @@ class Lease:
         self._lock = threading.Lock()
         self._closing = threading.Event()
         self.exclusive = True
-        """Whether the store's conditional writes keep out a second holder. If not, each attempt has its own checkpoint folder."""
+        """Whether the store enforces conditional writes. If not, a second holder is possible, so each has its own checkpoints."""
 
     @property
     def holder(self) -> str:
-        """The id of this attempt, 16 hex digits."""
+        """Id of this attempt, 16 hex digits."""
         return self._record.holder
 
     @property
     def where(self) -> str:
-        """The URI of the lease's object, for messages."""
+        """URI of the lease's object, for messages."""
         return self._storage.uri + self._key
 
     # -- acquire ------------------------------------------------------------------------------------
@@ -157,13 +157,13 @@ class Lease:
             asked_s = time.monotonic()
             seen = self._read()
             if self._adopt(seen):
-                # our write arrived, even if its response was lost
+                # our write succeeded, even if its response was lost
                 return free
             if seen is None:
                 self._try_to_claim(None)
                 continue
             if seen.etag != watched_etag:
-                # it may have changed only just now, so the duration starts here
+                # the object may have just changed, so count the duration from now
                 watched_etag, unchanged_since_s = seen.etag, time.monotonic()
             if found := _why_free(seen.record, asked_s - unchanged_since_s, self._config.duration_s):
                 free = found
@@ -177,7 +177,7 @@ class Lease:
             time.sleep(min(_LONGEST_POLL_S, self._config.duration_s / 10))
 
     def _try_to_claim(self, seen: _Seen | None) -> None:
-        """Try to replace what was seen with our lease. The caller reads the object again to see whether that worked."""
+        """Try to replace `seen` with our lease. The caller reads the object again to find out whether that succeeded."""
         before = seen.record.attempt if seen and seen.record else 0
         now = _utc_now()
         self._record = _changed(self._record, attempt=before + 1, acquired_at=now, renewed_at=now, renewals=0)
@@ -190,13 +190,13 @@ class Lease:
         self._good_until_s = sent_s + self._config.duration_s
 
     def _has_settled(self) -> bool:
-        """Return whether the lease is still ours once concurrent writers, whom no condition stops, are done."""
+        """Wait for concurrent unconditional writes to finish, and return whether the lease is still ours."""
         time.sleep(_SETTLE_S)
         return self._adopt(self._read())
 
     def _enforces_conditions(self) -> bool:
-        """Return whether the store enforces the conditions of writes. Some accept the header and ignore it."""
-        # if a store does write the probe, it is a valid renewal
+        """Return whether the store enforces conditional writes. Some stores accept the headers and ignore them."""
+        # the probe is a valid renewal, in case the store writes it
         probe = _changed(self._record, renewals=self._record.renewals + 1).as_bytes()
         try:
             self._storage.write_bytes(self._key, probe, if_absent=True)
@@ -236,9 +236,9 @@ class Lease:
             raise LeaseLostError(self._lost)
 
     def check(self) -> None:
-        """Verify the lease before a write that others see. Asks the store only if the lease may have expired.
+        """Verify the lease before a write that others see. Sends a request only if the lease may have expired.
 
-        Raises `LeaseLostError` if another attempt has taken over, `StorageError` if the store cannot tell.
+        Raises `LeaseLostError` if another attempt has taken over, `StorageError` if the lease cannot be read or renewed.
         """
         self.stop_if_lost()
         if _clock_s() >= self._good_until_s:
@@ -251,7 +251,7 @@ class Lease:
     def _confirm(self, storage: Storage) -> None:
         with self._lock:
             self.stop_if_lost()
-            # the first one fails if an earlier renewal arrived and its response was lost
+            # the first try fails if an earlier renewal succeeded and its response was lost
             for _ in range(2):
                 if self._renew(storage):
                     return
@@ -259,7 +259,7 @@ class Lease:
 
     def _renew(self, storage: Storage) -> bool:
         if not self.exclusive:
-            # this store would let us overwrite another attempt's lease
+            # read first: this store would let us overwrite another attempt's lease
             self._adopt_or_stop(_read(storage, self._key))
         sent_s = _clock_s()
         renewed = _changed(self._record, renewed_at=_utc_now(), renewals=self._record.renewals + 1)
@@ -291,7 +291,7 @@ class Lease:
             except LeaseLostError:
                 return
             except LoraTrainerError as error:
-                # writers check the lease themselves, and a later renewal may succeed
+                # keep going: writers check the lease themselves, and a later renewal may succeed
                 get_logger().warning("lease_not_renewed", where=self.where, problem=str(error))
 
     # -- release ------------------------------------------------------------------------------------
@@ -322,7 +322,7 @@ class Lease:
         if not self._adopt(self._read()):
             return
         if done:
-            # an attempt that takes it right now does no harm: it looks for the finished bundle first
+            # safe even if another attempt takes the lease right now: it first looks for the finished bundle
             self._storage.delete(self._key)
             return
         self._storage.write_bytes(self._key, _changed(self._record, released_at=_utc_now()).as_bytes(), if_match=self._etag)
@@ -333,14 +333,14 @@ class Lease:
         return _read(self._storage, self._key)
 
     def _adopt(self, seen: _Seen | None) -> bool:
-        """Take over the record and etag of what was read if it is our lease, and return whether it is."""
+        """Return whether `seen` is our lease. If it is, keep its record and etag."""
         if seen is None or seen.record is None or seen.record.holder != self.holder:
             return False
         self._record, self._etag = seen.record, seen.etag
         return True
 
     def _start_thread(self, work: Callable[[], None]) -> threading.Thread:
-        # a daemon, because a hanging request must not block the process's exit; the context carries the log's bound values
+        # a daemon thread, so that a hanging request cannot block exit; the context contains the logger's bound fields
         context = contextvars.copy_context()
         thread = threading.Thread(target=context.run, args=(work,), name="lease", daemon=True)
         thread.start()
@@ -383,7 +383,7 @@ def _why_free(record: Record | None, unchanged_s: float, default_s: float) -> Fr
 
 
 def _clock_s() -> float:
-    """Return a monotonic time that on Linux includes the time that the machine was suspended."""
+    """Return a monotonic time. On Linux, it also counts while the machine is suspended."""
     return time.clock_gettime(time.CLOCK_BOOTTIME) if sys.platform == "linux" else time.monotonic()
 
 

@@ -1,4 +1,4 @@
-"""A local folder as a storage, and the atomic file operations that it is built on."""
+"""Storage in a local folder, and the atomic file operations that it uses."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from lora_trainer.store.keys import checked_prefix, safe_key
 from lora_trainer.store.retry import RetryBudget
 
 _OWN_PREFIX: Final = ".~lora-trainer."
-"""Starts the names of our temporary and lock files. Listings leave them out."""
+"""Prefix of our temporary and lock files, which listings skip."""
 _STALE_TEMPORARY_S: Final = 3600
 
 
@@ -43,7 +43,7 @@ class FileStorage:
     """A folder on this machine. Writing the first object creates it."""
 
     def __init__(self, folder: Path) -> None:
-        """Raises `ConfigError` when `folder` is a file."""
+        """Raises `ConfigError` if `folder` is a file."""
         self._folder = Path(os.path.normpath(folder.absolute()))
         self._guard: Callable[[], None] = no_guard
         with local_errors(self._folder):
@@ -96,7 +96,7 @@ class FileStorage:
                 with path.open("rb") as file:
                     data = file.read(max_bytes + 1)
             except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
-                # as in S3, a folder with this name is not an object
+                # a folder with this name is not an object, as in S3
                 return None
         if len(data) > max_bytes:
             raise too_large(str(path), max_bytes)
@@ -166,7 +166,7 @@ class FileStorage:
         with local_errors(folder):
             try:
                 with os.scandir(folder) as found:
-                    # a folder sorts as its name with "/", which gives the whole walk the order of the keys
+                    # sort folders by their name plus "/", so that the walk yields keys in order
                     entries = sorted(
                         (os.fsencode(entry.name) + (b"/" if entry.is_dir(follow_symlinks=False) else b""), entry)
                         for entry in found
@@ -242,7 +242,7 @@ def _remove_stale_temporaries(folder: Path) -> None:
     oldest_s = time.time() - _STALE_TEMPORARY_S
     for temporary in folder.glob(f"{_OWN_PREFIX}*.tmp"):
         with suppress(OSError):
-            # a live writer touches its file more often: its read timeout is at most 10 minutes
+            # a live writer modifies its file more often than this: its read timeout is at most 10 minutes
             if temporary.stat().st_mtime < oldest_s:
                 temporary.unlink()
 

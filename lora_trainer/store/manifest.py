@@ -39,7 +39,7 @@ def write_json(path: Path, value: object) -> None:
 
 
 def read_manifest(storage: Storage, prefix: str) -> dict[str, Any] | None:
-    """Return the manifest under `prefix`, or None if the prefix has none and so does not count as written.
+    """Return the manifest under `prefix`, or None if it is missing: the folder is then incomplete.
 
     Raises `DamagedError` for a file that is not a manifest.
     """
@@ -82,7 +82,7 @@ def download_files(storage: Storage, prefix: str, manifest: Mapping[str, Any], f
 
 
 def verify_files(storage: Storage, prefix: str) -> list[str]:
-    """Download a published bundle, compare every file with the manifest, and return one line for each that differs."""
+    """Download a published bundle, compare every file with the manifest, and return one line for each file that differs."""
     manifest = read_manifest(storage, prefix)
     if manifest is None:
         return [f"{storage.uri}{prefix}: got no manifest, so there is no bundle"]

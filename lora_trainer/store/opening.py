@@ -16,7 +16,7 @@ from lora_trainer.store.s3 import S3Storage
 def open_storage(uri: str, retry_budget: RetryBudget | None = None) -> Storage:
     """Return the storage at `uri`: `s3://bucket/prefix/`, `file:///folder/` or a local folder.
 
-    Pass the `retry_budget` of the run to share it; by default the storage has its own. Opening contacts and creates nothing.
+    Pass the run's `retry_budget` to share it; by default the storage has its own. Opening sends no requests and creates no files.
     Only `file://` URIs have percent-escapes. Raises `ConfigError` for a URI that names no folder or contains credentials.
     """
     refuse_credentials(uri)

@@ -1,4 +1,4 @@
-"""Where a run's objects are in the output. SDS.md describes the layout."""
+"""Keys and prefixes of a run's objects in the output. SDS.md describes the layout."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from lora_trainer.persona.vocabulary import BloodType
 
 
 def run_prefix(blood_type: BloodType, run_id: str) -> str:
-    """Return the prefix for what only an unfinished run needs: its lease and checkpoints."""
+    """Return the prefix of the objects that only an unfinished run needs: its lease and checkpoints."""
     return f"runs/{blood_type}/{run_id}/"
 
 

@@ -1,4 +1,4 @@
-"""Which process holds a lease, and whether it is still running on this machine."""
+"""Identify the process that holds a lease, and find out whether it is still running on this machine."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ class Document(BaseModel):
 
 
 class Process(Document):
-    """A Linux process, identified well enough for another process of the machine to tell whether it is still running."""
+    """Identity of a Linux process: enough for another process on the machine to tell whether it is still running."""
 
     boot_id: str
     pid_namespace: str
-    """Containers have their own, in which the same pid is another process."""
+    """Each container has its own namespace, where the same pid is a different process."""
     pid: int = Field(ge=1, lt=2**31)
     started_ticks: int
-    """Clock ticks from boot to the process's start. A later process with the same pid has another value."""
+    """Clock ticks from boot to the process's start, to detect a reused pid."""
 
 
 def this_process() -> Process | None:
@@ -48,7 +48,7 @@ def is_gone(process: Process, host: str) -> bool:
     except ProcessLookupError:
         return True
     except OSError:
-        # a process of another user exists
+        # no permission: the process exists, but belongs to another user
         pass
     try:
         return _started_ticks(process.pid) != process.started_ticks or _is_zombie(process.pid)
@@ -61,11 +61,11 @@ def _started_ticks(pid: int) -> int:
 
 
 def _is_zombie(pid: int) -> bool:
-    """Return whether only the exit status is left. While other threads of a dead main thread run, they may still write."""
+    """Return whether the process has exited. If only its main thread has, the other threads may still write."""
     return _stat_fields(pid)[0] in ("Z", "X") and len(list(Path(f"/proc/{pid}/task").iterdir())) == 1
 
 
 def _stat_fields(pid: int) -> list[str]:
-    """Return the fields of `/proc/<pid>/stat` from the third one, the state, on."""
-    # the second field, the name in parentheses, may contain spaces and parentheses of its own
+    """Return the fields of `/proc/<pid>/stat`, starting at the third, the state."""
+    # split after the second field, the name in parentheses, which may itself contain spaces and parentheses
     return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()

@@ -1,6 +1,6 @@
-"""Retries of a failing object store: a time budget for each object, a shared one for the run, and jittered pauses.
+"""Retry requests to an object store, with jittered pauses, a time budget per object and a shared one per run.
 
-Only a `TransientError` is retried. Refusals, missing buckets and full disks do not go away by themselves.
+Only a `TransientError` is retried. Refused access, missing buckets and full disks do not go away by themselves.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _VARIABLES: Final = f"{ENVIRONMENT_PREFIX}STORAGE__"
 
 
 class TransientError(StorageError):
-    """A fault that another attempt may not meet: throttling, a lost connection, a truncated or corrupted transfer."""
+    """A fault that may not recur: throttling, a lost connection, a truncated or corrupted transfer."""
 
 
 class RetryBudget:
@@ -34,7 +34,7 @@ class RetryBudget:
         self._spent_s = 0.0
 
     def spend(self, seconds: float) -> float:
-        """Subtract `seconds` and return how many are left of `total_budget_s`."""
+        """Subtract `seconds` and return the rest of `total_budget_s`."""
         with self._lock:
             self._spent_s += seconds
             return max(0.0, self.settings.total_budget_s - self._spent_s)
@@ -46,14 +46,14 @@ def budget_from_environment() -> RetryBudget:
     Raises `ConfigError` for an invalid value.
     """
     variables = {name: value for name, value in os.environ.items() if name.startswith(_VARIABLES)}
-    # settle() requires a persona, which this command may not have
+    # settle() requires a persona, which the command may not have
     return RetryBudget(settle({}, variables, fallback={"blood_type": "A"}).storage)
 
 
 class Retries:
     """The attempts at one operation on one object.
 
-    As a context manager it charges the budget for the time since the first failure, however the block ends.
+    On exit, the context manager charges the time since the first failure to the budget.
     """
 
     def __init__(self, budget: RetryBudget) -> None:
@@ -95,7 +95,7 @@ class Retries:
 
     @property
     def summary(self) -> str:
-        """For the message after the last attempt: how many there were, in what time, and which budget ended them."""
+        """Message text about the attempts: their number, their duration, and the exhausted budget."""
         attempts = "1 attempt" if self.failures == 1 else f"{self.failures} attempts"
         return f"gave up after {attempts} in {time.monotonic() - self._started_s:.0f} s ({self._exhausted})"
 

@@ -1,6 +1,6 @@
-"""A prefix of an S3 bucket as a storage.
+"""Storage under a prefix of an S3 bucket.
 
-The standard AWS variables and files configure it, through boto3's own chain:
+It is configured by the standard AWS variables and files, through boto3's own chain:
 
 - credentials: `AWS_ACCESS_KEY_ID`, `AWS_SECRET_ACCESS_KEY`, `AWS_SESSION_TOKEN`; `AWS_PROFILE`; web identity
   (`AWS_ROLE_ARN` and `AWS_WEB_IDENTITY_TOKEN_FILE`, which IRSA injects); the instance's role.
@@ -14,9 +14,9 @@ The standard AWS variables and files configure it, through boto3's own chain:
 Checksums: the store verifies a CRC-32 of every upload (botocore's default). Every upload records the object's SHA-256 in its
 metadata, and every download is verified against it.
 
-Retries have two levels. botocore repeats single requests that were throttled, failed with 5xx or lost their connection, which
-spares a large transfer its other parts. For everything else that may pass (a stalled, truncated or corrupted body, expired
-credentials, a store that is down for a minute) the whole operation is repeated, within the budgets of
+Retries have two levels. botocore repeats single requests that were throttled, failed with 5xx or lost their connection, so a
+large transfer does not start over. After any other transient fault (a stalled, truncated or corrupted body, expired
+credentials, a store that is down for a minute) this module repeats the whole operation, within the budgets of
 `lora_trainer.store.retry`.
 """
 
@@ -77,13 +77,13 @@ _T = TypeVar("_T")
 
 
 _PART_BYTES: Final = 16 * 2**20
-"""10,000 parts, S3's limit, make 156 GiB."""
+"""Allows objects of 156 GiB, because S3 limits an upload to 10,000 parts."""
 _CONNECTIONS: Final = 8
 _CONNECT_TIMEOUT_S: Final = 10
 _ATTEMPTS: Final = 4
-"""botocore's attempts per request, within one of ours: enough that one failing part rarely repeats a large transfer."""
+"""botocore's attempts per request. A failing part rarely exhausts them, so large transfers rarely start over."""
 _STOP_WAIT_S: Final = 3.0
-"""How long a failed transfer waits for its threads. Threads that a silent store blocks for longer end in the background."""
+"""How long a failed transfer waits for its threads. Threads blocked by an unresponsive store end later, in the background."""
 _SHA256_METADATA: Final = "lora-trainer-sha256"
 _BUCKET: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,254}")
 _WRITES: Final = ("PutObject", "CreateMultipartUpload", "UploadPart", "CompleteMultipartUpload", "DeleteObject")
@@ -124,7 +124,7 @@ class S3Storage:
 
     def adapted(self, *, guard: Callable[[], None] | None = None, retry_budget: RetryBudget | None = None) -> Self:
         other = copy(self)
-        # the client's event handlers call the guard
+        # the copy needs its own client, whose event handlers call its guard
         other.__dict__.pop("_client", None)
         other._guard, other._retry_budget = guard or self._guard, retry_budget or self._retry_budget
         return other
@@ -140,7 +140,7 @@ class S3Storage:
             size_bytes, digest = path.stat().st_size, sha256 or sha256_of(path)
 
             def send(again: bool) -> None:
-                # an earlier attempt may have succeeded and lost only the response
+                # an earlier attempt may have succeeded and only lost its response
                 if not (again and self._holds(name, size_bytes, digest)):
                     with self._transfers() as manager:
                         manager.upload(str(path), self._bucket, name, extra_args=_upload_headers(key, digest)).result()
@@ -150,7 +150,7 @@ class S3Storage:
     def upload_all(self, folder: Path, prefix: str, sha256: Mapping[str, str]) -> None:
         targets = {name: self._name(prefix + name) for name in sha256}
         left = dict(sha256)
-        # one attempt without retries for all of them; upload() repeats the ones that failed and explains their errors
+        # try all files once without our retries; then upload() repeats the failed ones and reports their errors
         with suppress(Exception), self._transfers() as manager:
             sent = {
                 name: manager.upload(str(folder / name), self._bucket, target, extra_args=_upload_headers(name, sha256[name]))
@@ -237,7 +237,7 @@ class S3Storage:
     def _with_retries(self, key: str, attempt: Callable[[bool], _T], *, kept: str = "", operation_key: bool = True) -> _T:
         """Return the result of `attempt`, repeating it after transient faults while the budgets last.
 
-        `attempt` receives whether it is a repetition. `kept` ends the message: what a failure leaves intact.
+        The argument of `attempt` is True for a repetition. `kept` is appended to the error message: what a failure leaves intact.
         """
         with Retries(self._retry_budget) as retries:
             while True:
@@ -250,7 +250,7 @@ class S3Storage:
                     fault: TransientError = error
                 except CorruptedError as error:
                     if isinstance(before := retries.last_fault, CorruptedError) and before.got == error.got:
-                        # the network would corrupt other bytes each time
+                        # a faulty network would not corrupt the same bytes twice
                         raise StorageError(f"{error}; got the same wrong bytes twice, so the object itself is damaged") from error
                     fault = error
                 except TransientError as error:
@@ -273,7 +273,7 @@ class S3Storage:
                 now, method = self._credentials()
         except TransientError:
             return True
-        # variables do not change, but a file, a process or a role may have new credentials soon
+        # environment variables do not change, but a file, a process or a role may soon provide new credentials
         return now != before or (refused.kind == "expired" and method != "env")
 
     def _credentials(self) -> tuple[ReadOnlyCredentials | None, str]:
@@ -283,7 +283,7 @@ class S3Storage:
             if found is None:
                 return None, ""
             frozen = found.get_frozen_credentials()
-            # redaction cannot find a profile's or a role's credentials in the environment
+            # redaction only knows the credentials in the environment, not those of a profile or a role
             remember(frozen.access_key, frozen.secret_key, frozen.token)
             return frozen, found.method
         except OSError as error:
@@ -308,7 +308,7 @@ class S3Storage:
     def _client(self) -> S3Client:
         from botocore.config import Config
 
-        # boto3 does not expose these variables, only its private botocore session does
+        # only boto3's private botocore session exposes these variables
         core = self._session._session
         config = Config(
             connect_timeout=min(_CONNECT_TIMEOUT_S, self._stall_timeout_s),
@@ -322,7 +322,7 @@ class S3Storage:
             user_agent_extra="lora-trainer",
         )
         with self._client_lock:
-            # before the first request, where a missing token file could be mistaken for a missing data file
+            # load them now: during a request, a missing token file could be mistaken for a missing data file
             self._credentials()
             client = self._session.client("s3", config=config)
         for operation in _WRITES:
@@ -347,7 +347,7 @@ class S3Storage:
         try:
             yield manager
         except BaseException as error:
-            # the manager's own exit waits for every thread, even if the store never answers
+            # exit in a thread, because the manager waits for all its threads even if the store never answers
             leave = (type(error), error, error.__traceback__)
             stopping = threading.Thread(target=manager.__exit__, args=leave, name="transfer-stop", daemon=True)
             stopping.start()
@@ -364,12 +364,12 @@ class S3Storage:
             size_bytes = file.seek(0, os.SEEK_END)
             file.seek(0)
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-            # the store sends no checksum for a range, so verify the one that upload() recorded
+            # the store sends no checksum for ranges, so verify the SHA-256 that upload() recorded
             self._check_bytes(key, (size_bytes, sha256), (head["ContentLength"], head["Metadata"].get(_SHA256_METADATA, sha256)))
         return Fetched(size_bytes, sha256)
 
     def _check_bytes(self, key: str, got: tuple[int, str], expected: tuple[int, str]) -> None:
-        """Raise `CorruptedError` if size and SHA-256 differ from the expected ones."""
+        """Raise `CorruptedError` if size or SHA-256 differs from the expected one."""
         if got != expected:
             raise CorruptedError(
                 f"{self._where(key)}: got {got[0]:,} bytes with SHA-256 {got[1]}, expected {expected[0]:,} with {expected[1]}: "
@@ -383,7 +383,7 @@ class S3Storage:
         try:
             head = self._client.head_object(Bucket=self._bucket, Key=name)
         except ClientError:
-            # the upload that follows meets and reports the same fault
+            # the following upload will fail in the same way and report it
             return False
         return (head["ContentLength"], head["Metadata"].get(_SHA256_METADATA)) == (size_bytes, sha256)
 
@@ -394,7 +394,7 @@ class S3Storage:
     def _read_whole(self, key: str, name: str, max_bytes: int) -> ReadResult:
         response = self._client.get_object(Bucket=self._bucket, Key=name)
         data = bytearray()
-        # read to the end, where botocore verifies length and checksum
+        # read to the end, because only there botocore verifies length and checksum
         while chunk := response["Body"].read(2**16):
             data += chunk
             if len(data) > max_bytes:
@@ -421,7 +421,7 @@ class S3Storage:
             arguments["ContinuationToken"] = page["NextContinuationToken"]
 
     def _require_bucket(self) -> None:
-        """Raise `ConfigError` if the bucket is missing, which a HEAD does not distinguish from a missing key. Asks once."""
+        """Raise `ConfigError` if the bucket is missing, which HEAD cannot tell from a missing key. Checks only once."""
         from botocore.exceptions import ClientError
 
         if self._bucket_seen:
@@ -440,7 +440,7 @@ class S3Storage:
         """Handle a refused condition: we lost, an earlier attempt of ours succeeded, or the store cannot compare etags."""
         current = self.read_bytes(key)
         if maybe_written and current is not None and current.data == data:
-            # an earlier attempt succeeded and lost the response, so this one met our own object
+            # an earlier attempt succeeded but lost its response, so the conflict is with our own object
             return
         if if_match is not None and current is not None and current.etag == if_match:
             # older Ceph versions answer 412 to a matching If-Match
@@ -470,7 +470,7 @@ class S3Storage:
 
     @property
     def _endpoint(self) -> str:
-        """The endpoint for messages. Works without a client, whose creation may be what failed."""
+        """Endpoint for messages. Works without a client, because creating it may have failed."""
         named = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
         client = self.__dict__.get("_client")
         return redacted(client.meta.endpoint_url if client else named or "the AWS endpoint")
@@ -481,7 +481,7 @@ class S3Storage:
 
     @contextmanager
     def _translated_errors(self, key: str, *, operation_key: bool = True) -> Iterator[None]:
-        """Translate what boto3 raises about `key` (a prefix, without `operation_key`) into this project's errors."""
+        """Translate boto3's errors about `key` into ours. `operation_key` allows a GET of `key` to find a failed HEAD's reason."""
         from botocore.exceptions import BotoCoreError, ClientError
         from botocore.parsers import ResponseParserError
         from s3transfer.exceptions import RetriesExceededError, S3DownloadFailedError
@@ -540,7 +540,7 @@ def _upload_headers(key: str, sha256: str) -> dict[str, Any]:
 
 
 def _pinned_to(size_bytes: int, etag: str) -> Any:
-    """Return a subscriber that gives a transfer the size and etag of our HEAD. The transfer fails if the object is replaced."""
+    """Return a subscriber that passes the size and etag of our HEAD to a transfer, which then fails if the object is replaced."""
     from s3transfer.subscribers import BaseSubscriber
 
     class Pinned(BaseSubscriber):

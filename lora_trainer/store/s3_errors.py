@@ -14,15 +14,15 @@ if TYPE_CHECKING:
 
 TRANSIENT_CODES: Final = frozenset(
     {
-        # throttling, which some stores report with another status than 503:
+        # throttling, which some stores report with a status other than 503:
         # https://docs.aws.amazon.com/AmazonS3/latest/API/ErrorResponses.html
         *("SlowDown", "SlowDownRead", "SlowDownWrite", "Throttling", "ThrottlingException", "TooManyRequests", "429"),
         *("RequestLimitExceeded", "RequestThrottled", "RequestThrottledException", "BandwidthLimitExceeded", "ServerBusy"),
         # a broken connection or a concurrent writer
         *("RequestTimeout", "RequestTimeoutException", "408", "IncompleteBody", "OperationAborted", "ConditionalRequestConflict"),
-        # corrupted on the way and rejected by the store
+        # corrupted in transit and rejected by the store
         *("BadDigest", "XAmzContentSHA256Mismatch", "XAmzContentChecksumMismatch"),
-        # the upload was completed, but the response was lost
+        # the upload completed, but the response was lost
         "NoSuchUpload",
     }
 )
@@ -41,7 +41,7 @@ _ACTIONS: Final = {
     "UploadPart": "s3:PutObject",
     "CompleteMultipartUpload": "s3:PutObject",
 }
-"""The IAM action of each request that is not named after its action."""
+"""IAM actions of the requests whose names differ from their action."""
 
 
 class CorruptedError(TransientError):
@@ -84,7 +84,7 @@ class S3Errors:
     bucket: str
     prefix: str
     endpoint: str
-    """As messages may show it: without credentials."""
+    """For messages, without credentials."""
 
     def uri_of(self, key: str) -> str:
         """Return the URI of the object `key`."""
@@ -98,14 +98,14 @@ class S3Errors:
         )
 
     def of_response(self, error: ClientError, key: str) -> LoraTrainerError:
-        """Return the error for an error response to a request about `key`. `is_missing_key` errors are the caller's."""
+        """Return the error for an error response about `key`. Callers handle `is_missing_key` errors themselves."""
         code, status, where = error_code(error), http_status(error), self.uri_of(key)
         message = redacted(error.response["Error"].get("Message") or "")
         got = f"HTTP {status} {code}" + (f" ({message})" if message and message != code else "")
         is_transient = code in TRANSIENT_CODES or (status >= 500 and status != 501)
         kind = TransientError if is_transient else StorageError
         if _is_about_role(error):
-            # the cluster replaces an expired service-account token
+            # transient, because the cluster replaces an expired service-account token
             return (TransientError if code in _EXPIRED_CODES else kind)(
                 f"{where}: the role in AWS_ROLE_ARN could not be assumed: {got}; check the role's trust policy "
                 "and the service account's annotation"
@@ -176,7 +176,7 @@ class S3Errors:
             case raised.ProfileNotFound() | raised.ConfigParseError() | raised.ConfigNotFound():
                 return ConfigError(f"{where}: {message}; check AWS_PROFILE and ~/.aws/config")
             case raised.FlexibleChecksumError() | raised.ChecksumError():
-                # its message contains both checksums
+                # the message contains both checksums
                 return CorruptedError(
                     f"{where}: the bytes received do not match the store's checksum: {message}; run it again, and upload the "
                     "object again if the error persists",

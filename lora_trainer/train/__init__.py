@@ -1,1 +1,1 @@
-"""Train an adapter: tokens, steps, memory plan, and the backends, the only modules that import torch."""
+"""Train an adapter: tokenization, steps, memory plan, and the backends, which are the only modules that import torch."""

@@ -1,7 +1,7 @@
 """Constrain decoding to the response schema: a grammar forbids every token that would violate it.
 
-For `chat`, and for servers that use transformers. The evaluation never uses it, because it would hide what the adapter did not
-learn. llguidance does the work (docs/adr/0008-constrained-decoding.md); it is imported when a grammar is created.
+`chat` uses it, and so can servers built on transformers. The evaluation never does, because it would hide what the adapter did
+not learn. It is based on llguidance (docs/adr/0008-constrained-decoding.md), imported when a grammar is created.
 
 B: rows of a batch, T: tokens so far, V: width of the model's logits, which may exceed the tokenizer's vocabulary.
 """
@@ -23,20 +23,20 @@ if TYPE_CHECKING:
 # JSON without white space, as `reply_json` writes it and adapters learn it
 _COMPACT: Final[JsonCompileOptions] = {"whitespace_flexible": False, "item_separator": ",", "key_separator": ":"}
 _WIDEST_CHARACTER: Final = "\U0010ffff"
-"""Four bytes in UTF-8. An escape takes only two: the grammar escapes only quotation mark and backslash."""
+"""The widest character: four bytes in UTF-8. The only escapes, of quotation mark and backslash, take two."""
 # characters that `Reply` counts as visible: no white space, control, zero-width or Hangul filler characters
 _VISIBLE: Final = (
     r"[^\u0000-\u0020\u007f-\u00a0\u00ad\u115f\u1160\u1680\u180e\u2000-\u200f\u2028-\u202f\u205f-\u206f\u3000\u3164"
     r"\ufe00-\ufe0f\ufeff\uffa0]"
 )
-# llguidance precomputes masks for exactly this class (`LLTokenizer.json_slices`): another class takes 20 times as long per token
+# llguidance precomputes masks for exactly this character class (`LLTokenizer.json_slices`); others take 20 times longer per token
 _PLAIN: Final = r"[^\u0000-\u001f\u007f]"
 
 
 def strict_schema(schema: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `schema` with `Reply`'s further rules: the text begins with a visible character and has no control characters.
+    """Return `schema` with `Reply`'s other rules: the text begins with a visible character and has no control characters.
 
-    The pattern also limits the length: combined with a pattern, xgrammar ignores `maxLength` and llguidance takes 20 times as long.
+    The pattern replaces `maxLength`: with both, xgrammar ignores `maxLength` and llguidance takes 20 times as long.
     The published schema has no pattern, because xgrammar, vLLM's default, does not compile this one.
     """
     bounds = schema["properties"]["text"]
@@ -45,10 +45,10 @@ def strict_schema(schema: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def most_tokens(schema: Mapping[str, Any]) -> int:
-    """Return the largest number of tokens that a reply by `schema` can have, including its end-of-turn token.
+    """Return the maximum number of tokens in a reply that follows `schema`, including its end-of-turn token.
 
     Tokens of a byte-level tokenizer have at least one byte, so this is the byte length of the longest reply plus one. Every
-    property of `schema` has to be a string with `enum` or `maxLength`.
+    property in `schema` has to be a string with `enum` or `maxLength`.
     """
     longest = {
         name: max(bounds["enum"], key=len) if "enum" in bounds else _WIDEST_CHARACTER * bounds["maxLength"]
@@ -61,7 +61,7 @@ class ReplyGrammar:
     """The grammar of replies for one tokenizer and one schema. With Qwen2.5's tokenizer it takes a second or two to build."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, schema: Mapping[str, Any]) -> None:
-        """Compile the response schema `schema` for a fast tokenizer of transformers.
+        """Compile the response schema `schema` for one of transformers' fast tokenizers.
 
         Raises `ConfigError` if llguidance is not installed, `ValueError` if it does not support `schema`.
         """
@@ -76,10 +76,10 @@ class ReplyGrammar:
             raise ValueError(f"llguidance does not support the response schema: {problem}")
 
     def matcher(self) -> LLMatcher:
-        """Return the matcher of a new reply."""
+        """Return a matcher for a new reply."""
         from llguidance import LLMatcher
 
-        # level 0 keeps rejected text off stderr
+        # level 0, because others print rejected text to stderr
         return LLMatcher(self._tokenizer, self._grammar, log_level=0)
 
     def forbid(self, matchers: Sequence[LLMatcher], scores: torch.Tensor) -> torch.Tensor:
@@ -91,15 +91,15 @@ class ReplyGrammar:
         packed = allocate_token_bitmask(len(matchers), self._tokenizer.vocab_size)
         for row, matcher in enumerate(matchers):
             fill_next_token_bitmask(matcher, packed, row)
-            # a failed matcher would allow the end of the turn anywhere
+            # a failed matcher would allow the end-of-turn token anywhere
             if matcher.is_error():
                 raise InvariantError("constrained decoding: llguidance gave up on the response schema")
-        # one bit per token, lowest first; logits beyond the tokenizer's vocabulary are padded with zeros, so forbidden
+        # one bit per token, lowest first; `count` pads with zeros, which forbids ids beyond the tokenizer's vocabulary
         allowed = np.unpackbits(packed.view(np.uint8), axis=1, count=scores.shape[1], bitorder="little")
         return scores.masked_fill(torch.from_numpy(allowed == 0).to(scores.device), float("-inf"))
 
     def processor(self) -> ReplyProcessor:
-        """Return a logits processor for one call of `generate`."""
+        """Return a logits processor for a single call of `generate`."""
         return ReplyProcessor(self)
 
 

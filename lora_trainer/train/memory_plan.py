@@ -19,18 +19,18 @@ from lora_trainer.errors import ConfigError, HardwareError
 
 GIB: Final = 1024**3
 USABLE_SHARE: Final = 0.9
-"""Fraction of the free memory that a plan uses: the allocator fragments, and other processes may need some."""
+"""Fraction of the free memory that a plan may use. The rest allows for fragmentation and other processes."""
 FIXED_BYTES: Final = int(0.75 * GIB)
-"""CUDA context, library workspaces, optimizer state and gradients of the adapter."""
+"""Memory for the CUDA context, library workspaces, and the adapter's optimizer state and gradients."""
 CPU_ROW_TOKENS: Final = 2048
-"""Row length on a CPU: longer rows save nothing, and attention without a fused kernel grows with their square."""
+"""Row length on a CPU. Longer rows save nothing, and the cost of attention without a fused kernel grows with their square."""
 
 LEAST_ROW_TOKENS: Final = 512
-"""Shortest row to step down to: below it, most of the memory holds the weights."""
+"""Shortest row to step down to. Shorter rows save little, because the weights take most of the memory."""
 
 Checkpointing = Literal["off", "on", "unsloth"]
 
-# (recompute, row tokens), from the fastest to the smallest; longer rows were not faster in measurements
+# (recompute, row tokens), from fastest to smallest; rows longer than these were not faster in measurements
 _CANDIDATES: Final[tuple[tuple[bool, int], ...]] = (
     (False, 8192),
     (False, 4096),
@@ -53,7 +53,7 @@ class ModelShape:
     vocabulary: int
     tied_embeddings: bool
     positions: int
-    """`max_position_embeddings`: the longest text that the base supports, in tokens."""
+    """`max_position_embeddings`: maximum context of the base, in tokens."""
 
     @classmethod
     def of(cls, base: Path) -> ModelShape:
@@ -81,7 +81,7 @@ class ModelShape:
         return self.layers * (2 * self.hidden * self.hidden + 2 * self.hidden * key_value + 3 * self.hidden * self.intermediate)
 
     def weight_bytes(self, quantization: Literal["nf4", "none"], bytes_per_value: int) -> int:
-        """Return the size of the loaded base. NF4 with double quantization takes 4.13 bits a weight (QLoRA, arXiv 2305.14314)."""
+        """Return the size of the loaded base. NF4 with double quantization takes 4.13 bits per weight (QLoRA, arXiv 2305.14314)."""
         linear = self.linear_parameters * 4.13 / 8 if quantization == "nf4" else self.linear_parameters * bytes_per_value
         embeddings = self.vocabulary * self.hidden * bytes_per_value * (1 if self.tied_embeddings else 2)
         return int(linear) + embeddings
@@ -94,30 +94,30 @@ class ModelShape:
 
 @dataclass(frozen=True, slots=True)
 class MemoryPlan:
-    """How training uses the device's memory, and why."""
+    """The chosen memory layout, and the reason for it."""
 
     gradient_checkpointing: Checkpointing
     micro_batch_tokens: int
     estimated_peak_gib: float | None
-    """None on a CPU, where the rule does not apply."""
+    """None on a CPU, where the module's rule does not apply."""
     reason: str
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryLimit:
-    """Upper bound for the next plan after memory ran out. Settings of the user override it."""
+    """Upper bound for the next plan after an OOM. The user's settings override it."""
 
     recompute: bool
     """Whether the plan has to recompute activations."""
     row_tokens: int
-    """Longest row, unless one record is longer."""
+    """Maximum row length. A single longer record still gets a row of its own length."""
 
 
 def step_down(plan: MemoryPlan, memory: MemoryConfig, longest_tokens: int) -> MemoryLimit | None:
-    """Return the limit for the next plan after memory ran out with `plan`, or None if the user's settings leave no smaller one.
+    """Return the limit for the next plan after an OOM with `plan`, or None if the user's settings allow no smaller one.
 
-    First recompute activations: this frees the most and costs a third of the speed. Then shorten the rows. An optimizer step keeps
-    its records and only needs more rows for them.
+    First recompute activations, which frees the most and costs a third of the speed. Then shorten the rows. Optimizer steps keep
+    their records, and only need more rows for them.
     """
     if plan.gradient_checkpointing == "off" and memory.gradient_checkpointing == "auto":
         return MemoryLimit(recompute=True, row_tokens=plan.micro_batch_tokens)
@@ -140,7 +140,7 @@ def plan_memory(
 
     `free_bytes` is the GPU's free memory, None on a CPU. Values that the user set are used unchanged, except that no row is longer
     than `shape.positions`: Unsloth would stretch the rotary embedding to the row and change the base's output (with rows of 8,192
-    on a base of 2,048 positions, 7 of 480 greedy replies began as they should).
+    on a base of 2,048 positions, only 7 of 480 greedy replies began correctly).
 
     Raises `HardwareError` if the smallest candidate does not fit, `ConfigError` if a record is longer than the base's positions.
     """

@@ -1,6 +1,6 @@
 """Assign records to optimizer steps, and pack the records of a step into rows.
 
-Steps belong to the recipe: they depend only on the number of records and the seed. Rows belong to the memory layout: a step's
+Steps are part of the recipe and depend only on the number of records and the seed. Rows are part of the memory layout: a step's
 records are packed into as few rows as the micro-batch size allows. Another GPU may pack differently, but takes the same optimizer
 steps.
 """
@@ -15,8 +15,8 @@ from collections.abc import Sequence
 def plan_steps(records: int, sequences_per_step: int, epochs: float, seed: int, max_steps: int | None = None) -> list[list[int]]:
     """Return the record indices of each optimizer step.
 
-    Each epoch is a permutation of its own, and a step may span two epochs: only the last step may be smaller. The permutation
-    sorts by a hash, which unlike a random generator is the same on every platform and version.
+    Each epoch has its own permutation. A step may span two epochs, so only the last step can be smaller. The permutation sorts by
+    a hash, which, unlike a random generator, is the same on every platform and version.
     """
     wanted = max(1, round(records * epochs))
     order: list[int] = []
@@ -32,8 +32,8 @@ def plan_steps(records: int, sequences_per_step: int, epochs: float, seed: int, 
 def pack(lengths: Sequence[int], row_tokens: int) -> list[list[int]]:
     """Return, for each row, the positions in `lengths` of its sequences. No row exceeds `row_tokens`.
 
-    Put the longest remaining sequence into the emptiest row (LPT, Graham 1969), with the fewest rows for which that works. This
-    also evens out the rows, and with them the peak memory. Raises `ValueError` for a sequence longer than a row.
+    Put the longest remaining sequence into the emptiest row (LPT, Graham 1969), and use the fewest rows for which this works. It
+    also balances the rows, which lowers the peak memory. Raises `ValueError` for a sequence longer than a row.
     """
     if not lengths:
         return []
@@ -49,6 +49,6 @@ def pack(lengths: Sequence[int], row_tokens: int) -> list[list[int]]:
             rows[row].append(position)
             filled[row] += lengths[position]
         if max(filled) <= row_tokens:
-            # keep longest first: without a varlen kernel, adjacent records of equal length share an attention call
+            # keep this order, longest first: without a varlen kernel, adjacent records of equal length share an attention call
             return [row for row in rows if row]
         count += 1

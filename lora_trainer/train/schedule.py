@@ -11,8 +11,8 @@ Schedule = Literal["cosine", "linear", "constant"]
 def learning_rate_factor(step: int, steps: int, warmup_steps: int, schedule: Schedule) -> float:
     """Return the fraction of the peak learning rate at step `step` of `steps`, counted from 0. It is never 0.
 
-    The fraction rises linearly over `warmup_steps` and reaches 1 on the step after them. From there it follows a half cosine
-    (Loshchilov & Hutter, arXiv 1608.03983) or a line to 0, which it would reach one step after the last.
+    The fraction rises linearly over `warmup_steps` and reaches 1 on the following step. From there it falls along a half cosine
+    (Loshchilov & Hutter, arXiv 1608.03983) or a line that would reach 0 one step after the last.
     """
     if step < warmup_steps:
         return (step + 1) / (warmup_steps + 1)

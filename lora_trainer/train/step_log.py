@@ -1,4 +1,4 @@
-"""Records of the optimizer steps and their totals."""
+"""Log of the optimizer steps, and totals."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class StepLog:
     learning_rate: float
     grad_norm: float
     tokens: int
-    """Tokens of the step. Rows have no padding."""
+    """Number of tokens in the step. Rows have no padding."""
     loss_tokens: int
     rows: int
     step_s: float
@@ -28,21 +28,21 @@ class TrainingLog:
 
     steps: list[StepLog] = field(default_factory=list)
     packed_rows: int = 0
-    """Rows that hold more than one record."""
+    """Number of rows with more than one record."""
     train_s: float = 0.0
 
     @property
     def tokens(self) -> int:
-        """Tokens of all steps."""
+        """Number of tokens in all steps."""
         return sum(step.tokens for step in self.steps)
 
     @property
     def tokens_per_s(self) -> float:
-        """Tokens a second over all steps, including compilation and warm-up."""
+        """Tokens per second over all steps, including compilation and warm-up."""
         return self.tokens / self.train_s if self.train_s else 0.0
 
 
 OnStep = Callable[[StepLog, int], None]
 """Called after each optimizer step with its log and the total number of steps."""
 AfterStep = Callable[[int], None]
-"""Called after each optimizer step with its number, before the next step begins: the place to checkpoint."""
+"""Called after each optimizer step with its number, before the next step begins. Checkpoints are written here."""

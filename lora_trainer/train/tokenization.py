@@ -51,7 +51,7 @@ class TokenSequence:
 
     @property
     def labels(self) -> list[int]:
-        """Unshifted labels; the prompt's are `IGNORED_LABEL`."""
+        """Unshifted labels, `IGNORED_LABEL` for the prompt."""
         return [IGNORED_LABEL] * self.prompt_tokens + list(self.input_ids[self.prompt_tokens :])
 
 
@@ -62,7 +62,7 @@ def record_messages(record: TrainingRecord) -> list[Message]:
 
 
 def control_tokens(tokenizer: ChatTokenizer) -> dict[int, str]:
-    """Return the tokens that text must not turn into, by id: special tokens, and tokens spelled as markup such as `<tool_call>`.
+    """Return the tokens that a text must not produce, by id: special tokens, and tokens spelled like tags such as `<tool_call>`.
 
     Some bases extend their vocabulary with words; such added tokens are ordinary text.
     """
@@ -74,10 +74,10 @@ def control_tokens(tokenizer: ChatTokenizer) -> dict[int, str]:
 
 
 def render_prompts(conversations: Iterable[Sequence[Message]], tokenizer: ChatTokenizer) -> list[str]:
-    """Render each conversation with the base's chat template, up to where the reply begins.
+    """Render each conversation with the base's chat template, up to the start of the reply.
 
-    `prompt_messages` has already put a space into the control tokens that it knows. Raises `DataError` if text would still become
-    a control token of this base.
+    `prompt_messages` has already escaped the control tokens that it knows. Raises `DataError` if text would still become a control
+    token of this base.
     """
     listed = [list(messages) for messages in conversations]
     prompts = [str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)) for messages in listed]
@@ -88,7 +88,7 @@ def render_prompts(conversations: Iterable[Sequence[Message]], tokenizer: ChatTo
 def _encode_prompts(
     conversations: Sequence[list[Message]], prompts: Sequence[str], tokenizer: ChatTokenizer, what: str
 ) -> list[list[int]]:
-    """Encode `prompts`. Raises `DataError` for control tokens that the template did not insert; it names prompts by `what`."""
+    """Encode `prompts`. Raises `DataError` for control tokens that the template did not insert. Messages call a prompt `what`."""
     if not prompts:
         return []
     encoded: list[list[int]] = tokenizer(list(prompts), add_special_tokens=False)["input_ids"]
@@ -124,8 +124,8 @@ def _forgery(what: str, number: int, found: Sequence[int], expected: Sequence[in
 def tokenize(records: Iterable[TrainingRecord], tokenizer: ChatTokenizer) -> list[TokenSequence]:
     """Return one token sequence for each record, in order.
 
-    Prompt and reply are encoded separately, because a server encodes the prompt before a reply exists. Text that the template adds
-    after the end-of-turn token (ChatML: a line break) is cut, because generation ends at that token.
+    Encode prompt and reply separately, because a server encodes the prompt before a reply exists. Cut off any text that the
+    template adds after the end-of-turn token (a line break in ChatML), because generation ends at that token.
 
     Raises `ConfigError` if the base's chat template does not have this form, `DataError` if a record's text would become a control
     token of this base, `InvariantError` if a sequence does not end in exactly one end-of-turn token.

@@ -1,11 +1,11 @@
-"""Open the experiment trackers' runs before training, and close them however it ends.
+"""Open the experiment trackers' runs before training, and close them whether it succeeds or fails.
 
-transformers' own callbacks log the numbers. They would also open a run, but with defaults that use the network or the current
-folder. So this module opens the run, and the callback uses the open one. Nothing leaves the machine unless the library's own
+transformers' own callbacks log the metrics. They would also open a run, but with defaults that use the network or the current
+folder. Therefore this module opens the run, and the callback logs to it. Nothing leaves the machine unless the library's own
 variable asks for it: `MLFLOW_TRACKING_URI`, `WANDB_MODE` or `TENSORBOARD_LOGGING_DIR`.
 
-Trackers record the numbers of each step, all of `SFTConfig` and the model's configuration. MLflow adds the names of the user and
-the program, the others the host's name. None records the environment, the command line or a record's text.
+Trackers record the metrics of each step, all of `SFTConfig` and the model's configuration. MLflow adds the names of the user and
+the program, the others add the host name. None of them records the environment, the command line or any record's text.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from transformers import TrainerCallback
 
 PROJECT: Final = "lora-trainer"
-"""Default name of MLflow's experiment and W&B's project. `MLFLOW_EXPERIMENT_NAME` and `WANDB_PROJECT` override it."""
+"""Default name of the MLflow experiment and the W&B project. `MLFLOW_EXPERIMENT_NAME` and `WANDB_PROJECT` override it."""
 
 # modules that each tracker imports; without a server, MLflow stores runs in SQLite
 _MODULES: Final[Mapping[Tracker, tuple[str, ...]]] = {
@@ -37,7 +37,7 @@ _MODULES: Final[Mapping[Tracker, tuple[str, ...]]] = {
 
 
 def require_installed(trackers: Sequence[Tracker]) -> None:
-    """Raise `ConfigError` naming every tracker whose library is not installed. Import none of them."""
+    """Raise a `ConfigError` that names every tracker whose library is not installed, without importing the libraries."""
     missing = {tracker: [module for module in _MODULES[tracker] if not _is_installed(module)] for tracker in trackers}
     problems = [
         f"logging.report_to: {tracker} is not installed ({', '.join(modules)} missing): pip install 'lora-trainer[trackers]'"
@@ -50,7 +50,7 @@ def require_installed(trackers: Sequence[Tracker]) -> None:
 
 def _is_installed(module: str) -> bool:
     spec = importlib.util.find_spec(module)
-    # W&B stores runs in a folder `wandb`, which in the current folder looks like a package without a file
+    # W&B stores runs in a folder `wandb`. In the current folder, Python would take it for a namespace package without a file
     return spec is not None and spec.origin is not None
 
 
@@ -68,9 +68,9 @@ def _tensorboard(folder: Path, run_name: str) -> Iterator[TrainerCallback]:
 
     target = str(folder)
     if users := os.environ.get("TENSORBOARD_LOGGING_DIR"):
-        # TensorBoard names a run by its folder, and the user's folder holds all runs; it may be a URI
+        # TensorBoard names a run after its folder, so add one below the user's, which may be a URI
         target = f"{os.path.expanduser(users).rstrip('/')}/{run_name}"  # noqa: PTH111
-    # hide the steps of an interrupted attempt: this one logs from the first step again
+    # hide the steps of an interrupted attempt, because this one logs from the first step again
     writer = SummaryWriter(log_dir=target, purge_step=0)
     try:
         yield TensorBoardCallback(writer)
@@ -128,7 +128,7 @@ def _wandb(folder: Path, run_name: str) -> Iterator[TrainerCallback]:
     logging.getLogger("wandb").setLevel(logging.WARNING)
     folder.mkdir(parents=True, exist_ok=True)
     with _restored_environment("WANDB_CACHE_DIR"):
-        # the service logs to the cache folder, or to our standard error if it can't: the image's home is read-only
+        # W&B's service logs to its cache folder, or to our stderr if that is read-only, as the image's home is
         os.environ.setdefault("WANDB_CACHE_DIR", str(folder / "cache"))
         try:
             wandb.init(
@@ -137,7 +137,7 @@ def _wandb(folder: Path, run_name: str) -> Iterator[TrainerCallback]:
                 dir=os.environ.get("WANDB_DIR") or str(folder),
                 mode=os.environ.get("WANDB_MODE") or "offline",
                 settings=wandb.Settings(
-                    # output may quote data, and the command line may hold private settings
+                    # record neither output, which may quote data, nor the command line, which may contain private settings
                     console="off",
                     disable_code=True,
                     save_code=False,
@@ -158,7 +158,7 @@ def _wandb(folder: Path, run_name: str) -> Iterator[TrainerCallback]:
             exit_code = 0
         finally:
             wandb.finish(exit_code=exit_code)
-            # W&B's service process would keep the environment of the first run
+            # stop W&B's service process, which would keep the first run's environment
             wandb.teardown(exit_code=exit_code)
 
 

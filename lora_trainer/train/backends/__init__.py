@@ -1,4 +1,4 @@
-"""Open one of the two training stacks, which share an interface. Neither imports torch before it is started."""
+"""Open one of the two backends, which share an interface. Neither imports torch before it is started."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["Backend", "open_backend", "open_reference_backend"]
 
 
 def open_backend(config: RunConfig, interruption: Interruption | None = None) -> Backend:
-    """Return the backend that `config` asks for, not yet started. Training stops at a safe point for `interruption`."""
+    """Return the configured backend, not yet started. On `interruption`, training stops at a safe point."""
     if config.resolved_backend == "unsloth":
         from lora_trainer.train.backends.unsloth import UnslothBackend
 

@@ -1,4 +1,4 @@
-"""Checks of what would otherwise fail silently: isolation of packed records, what training changed, and the saved adapter."""
+"""Check for silent failures: packed records that attend to each other, wrong weights trained, a broken saved adapter."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ READ_BACK_TOLERANCE: Final = 0.01
 
 @dataclass(frozen=True, slots=True)
 class ReadBack:
-    """How far the adapter from the saved folder moves the logits of one held-out record."""
+    """Differences between the logits of a held-out record with the saved adapter and two references."""
 
     base_difference: float
     """Largest |logit| difference between the saved adapter and the base."""
@@ -29,7 +29,7 @@ class ReadBack:
 
 
 def check_isolation(row_logits: Callable[[Row], torch.Tensor], first: TokenSequence, second: TokenSequence) -> float:
-    """Prove that records in one row do not attend to each other.
+    """Check that records in one row do not attend to each other.
 
     Compute the second record's logits after the first record and after another record of the same length. Return their largest
     difference relative to the largest logit. `row_logits` returns the logits of one row [T, V].
@@ -51,7 +51,7 @@ def check_isolation(row_logits: Callable[[Row], torch.Tensor], first: TokenSeque
 
 
 def check_trained_weights(before: WeightFingerprints, after: WeightFingerprints, steps: int) -> None:
-    """Raise `InvariantError` if `steps` steps of training changed a base weight, or left an adapter weight unchanged."""
+    """Raise `InvariantError` if `steps` optimizer steps changed a base weight or left an adapter weight unchanged."""
     changed = [name for name, value in after.base.items() if before.base[name] != value]
     if changed:
         raise InvariantError(f"{len(changed)} base weights changed in training ({changed[0]}, ...): only the adapter may change")
@@ -63,9 +63,9 @@ def check_trained_weights(before: WeightFingerprints, after: WeightFingerprints,
 
 
 def compare_read_back(base: torch.Tensor, trained: torch.Tensor, loaded: torch.Tensor) -> ReadBack:
-    """Compare the logits [T, V] of one record by the base, the trained adapter and the one loaded from the saved folder.
+    """Compare a record's logits [T, V] from the base, from the trained adapter, and from the adapter loaded after saving.
 
-    Raises `InvariantError` if the loaded adapter does not change the base, or is not the trained one.
+    Raises `InvariantError` if the loaded adapter does not change the base's logits or differs from the trained one.
     """
     result = ReadBack(float((loaded - base).abs().max()), float((loaded - trained).abs().max()))
     if not result.base_difference > 0:

@@ -16,7 +16,7 @@ from lora_trainer.train.backends.model_modes import enable_checkpointing
 
 
 def load_base(base: Path, training: TrainingConfig, tokenizer: PreTrainedTokenizerBase, *, on_cuda: bool) -> PreTrainedModel:
-    """Load the base from its folder, quantized and in the data type that `training` asks for."""
+    """Load the base from its folder, with the quantization and data type in `training`."""
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
         str(base),
         local_files_only=True,
@@ -52,7 +52,7 @@ def attach_adapter(model: PreTrainedModel, lora: LoraConfig, *, checkpointing: b
 
 
 def align_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Copy the tokenizer's special tokens to the model. The trainer would do the same, with a warning."""
+    """Copy the tokenizer's special tokens to the model. Otherwise the trainer does so, with a warning."""
     for settings in (model.config, model.generation_config):
         settings.bos_token_id = tokenizer.bos_token_id
         settings.pad_token_id = tokenizer.pad_token_id
@@ -60,12 +60,12 @@ def align_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerB
 
 
 def compute_dtype(training: TrainingConfig) -> torch.dtype:
-    """Return torch's type for `training.compute_dtype`."""
+    """Return the torch dtype for `training.compute_dtype`."""
     return torch.bfloat16 if training.compute_dtype == "bfloat16" else torch.float32
 
 
 def quantization(training: TrainingConfig) -> BitsAndBytesConfig | None:
-    """Return bitsandbytes' settings for NF4 with double quantization, or None for an unquantized base."""
+    """Return the bitsandbytes settings for NF4 with double quantization, or None for an unquantized base."""
     if training.quantization == "none":
         return None
     return BitsAndBytesConfig(

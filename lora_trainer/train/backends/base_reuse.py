@@ -16,22 +16,22 @@ from lora_trainer.train.memory_plan import Checkpointing
 
 @dataclass(frozen=True, slots=True)
 class TrainingBase:
-    """A base loaded for training, with its new adapter as it was before the first step.
+    """A base loaded for training, and its adapter's state before the first step.
 
-    The next persona starts from the same modules with the adapter's initial weights. Removing the adapter instead would undo
-    patches that libraries made to these modules.
+    The next persona reuses the same modules and starts from the adapter's initial weights. Removing the adapter instead would
+    undo patches that libraries made to these modules.
     """
 
     folder: Path
     checkpointing: Checkpointing
     row_tokens: int
-    """Longest row that the base was loaded for."""
+    """Longest row that the loaded base supports."""
     fingerprints: dict[str, int]
-    """Of the base's weights."""
+    """Fingerprints of the base's weights."""
     adapter: dict[str, torch.Tensor]
     attributes: tuple[tuple[torch.nn.Module, dict[str, Any]], ...]
-    """Attributes of the two modules that a trainer modifies. accelerate replaces `forward` for mixed precision, marks the model
-    as prepared, and skips a marked model: without a reset the next persona would train without mixed precision."""
+    """Original attributes of the two modules that a trainer modifies. accelerate replaces `forward` for mixed precision and marks
+    the model as prepared. It skips marked models, so without a reset the next persona would train without mixed precision."""
 
     @classmethod
     def of(cls, model: PeftModel, folder: Path, checkpointing: Checkpointing, row_tokens: int) -> TrainingBase:
@@ -45,28 +45,28 @@ class TrainingBase:
         return (self.folder, self.checkpointing) == (folder, checkpointing) and self.row_tokens >= row_tokens
 
     def reset_modules(self, model: PeftModel) -> None:
-        """Remove what the last trainer left on the modules: attributes and gradients."""
+        """Remove attributes and gradients that the last trainer left on the modules."""
         for module, attributes in self.attributes:
             vars(module).clear()
             vars(module).update(attributes)
         model.zero_grad(set_to_none=True)
 
     def is_unchanged(self, model: PeftModel) -> bool:
-        """Return whether the base's weights are the loaded ones."""
+        """Return whether the base's weights are the same as when it was loaded."""
         return base_fingerprints(model) == self.fingerprints
 
     def reset_adapter(self, model: PeftModel) -> None:
-        """Give the adapter its initial weights."""
+        """Restore the adapter's initial weights."""
         set_weights(model, self.adapter)
 
 
 @dataclass(frozen=True, slots=True)
 class EvaluationBase:
-    """A base loaded to evaluate saved adapters on it."""
+    """A base loaded for evaluating saved adapters."""
 
     folder: Path
     fingerprints: dict[str, int]
-    """Of the base's weights."""
+    """Fingerprints of the base's weights."""
 
     @classmethod
     def of(cls, model: torch.nn.Module, folder: Path) -> EvaluationBase:
@@ -74,5 +74,5 @@ class EvaluationBase:
         return cls(folder, fingerprints(model.named_parameters()))
 
     def is_unchanged(self, model: torch.nn.Module) -> bool:
-        """Return whether the weights of `model`, without an adapter, are the loaded ones."""
+        """Return whether the weights of `model`, without an adapter, are the same as when it was loaded."""
         return fingerprints(model.named_parameters()) == self.fingerprints

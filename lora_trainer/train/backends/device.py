@@ -1,4 +1,4 @@
-"""The CPU or the GPU that a run uses: its checks, its memory and its failures.
+"""The CPU or GPU of a run: checks, memory and failures.
 
 torch is imported inside the functions, because `TransformersBackend.start` reports a missing torch itself.
 """
@@ -27,9 +27,9 @@ class Device:
         return self.kind == "cuda"
 
     def start(self, compute_dtype: Literal["bfloat16", "float32"]) -> dict[str, object]:
-        """Prepare torch for the device and return the device's facts for the manifest.
+        """Prepare torch for the device and return facts about the device for the manifest.
 
-        Raises `HardwareError` unless there is exactly one GPU, and one that computes in `compute_dtype`.
+        On CUDA, raises `HardwareError` unless there is exactly one GPU and it supports `compute_dtype`.
         """
         import torch
 
@@ -79,7 +79,7 @@ class Device:
 
     def free_memory(self) -> None:
         """Collect garbage, return cached GPU memory to the driver and restart the peak measurement."""
-        # trainers and their callbacks reference each other
+        # trainers and their callbacks reference each other, so only the cycle collector frees them
         gc.collect()
         if self.is_cuda:
             import torch
@@ -89,7 +89,7 @@ class Device:
             torch.cuda.reset_peak_memory_stats()
 
     def is_working(self) -> bool:
-        """Return whether the device still computes. After most CUDA errors it does not, until the process ends."""
+        """Return whether the device still works. After most CUDA errors it cannot be used again in the same process."""
         if not self.is_cuda:
             return True
         import torch
@@ -98,14 +98,14 @@ class Device:
             torch.cuda.synchronize()
             return int(torch.ones(1, device="cuda").sum()) == 1
         except torch.OutOfMemoryError:
-            # a full GPU still works
+            # out of memory, but otherwise working
             return True
         except RuntimeError:
             return False
 
     @contextmanager
     def faults(self, row_tokens: Callable[[], int]) -> Iterator[None]:
-        """Raise torch's device errors as our own, with advice.
+        """Translate torch's device errors into our own, with advice.
 
         `row_tokens` returns the length of a micro-batch, or 0 before the base is loaded.
 

@@ -1,4 +1,4 @@
-"""Fingerprints of model weights, to tell which of them changed."""
+"""Fingerprint model weights, to detect which of them changed."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Final
 import torch
 
 _PIECE: Final = 4 * 1024 * 1024
-"""Elements summed at once: torch copies what it sums to a wider type."""
+"""Elements summed at once: torch copies the elements of a sum to a wider type, so this limits memory."""
 
 
 def fingerprints(parameters: Iterable[tuple[str, torch.Tensor]]) -> dict[str, int]:
-    """Return the sum over each weight's bits, by name: cheap, and almost certain to change with the weight."""
+    """Return the sum of each weight's bit patterns, by name. It is cheap, and almost any change of a weight changes it."""
     sums = {}
     for name, parameter in parameters:
         words = parameter.detach().reshape(-1).view(torch.uint8)

@@ -26,10 +26,10 @@ def generate(
     batch_size: int,
     processors: Callable[[], Sequence[LogitsProcessor]] | None = None,
 ) -> list[Generation]:
-    """Return the continuation of each prompt, in order. The chat template has already rendered the prompts.
+    """Return the continuation of each prompt, in order. Prompts must already be rendered with the chat template.
 
     Prompts of similar length share a batch, padded on the left. Greedy replies depend only on the prompt, up to rounding. Sampled
-    replies also depend on the seed and on the batch: the same prompts in the same order give the same replies.
+    replies also depend on the seed and the batch: only the same prompts in the same order reproduce them.
     `processors` returns new logits processors for each batch.
     """
     encoded: list[list[int]] = tokenizer(list(prompts), add_special_tokens=False)["input_ids"] if prompts else []
@@ -56,7 +56,7 @@ def generate(
 
 
 def _settings(tokenizer: PreTrainedTokenizerBase, decoding: Decoding) -> GenerationConfig:
-    """Set every option that affects the text: the base's own generation_config.json has a repetition penalty."""
+    """Set every option that affects the text, to override the base's generation_config.json, which has a repetition penalty."""
     sampling: dict[str, Any] = (
         {"do_sample": True, "temperature": decoding.temperature, "top_p": decoding.top_p, "top_k": decoding.top_k}
         if decoding.temperature > 0
@@ -66,7 +66,7 @@ def _settings(tokenizer: PreTrainedTokenizerBase, decoding: Decoding) -> Generat
         max_new_tokens=decoding.max_new_tokens,
         num_beams=1,
         repetition_penalty=1.0,
-        # <|endoftext|>, Qwen's padding token, ends the text as well, but does not end the turn
+        # also stop at Qwen's padding token <|endoftext|>, although it does not count as an end of turn
         eos_token_id=sorted({tokenizer.eos_token_id, tokenizer.pad_token_id}),
         pad_token_id=tokenizer.pad_token_id,
         use_cache=True,

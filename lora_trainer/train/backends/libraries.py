@@ -13,8 +13,8 @@ from lora_trainer.logs import adopt_library_loggers
 def import_torch(config: RunConfig, install_command: str) -> None:
     """Import torch with the environment that the job needs. Raises `ConfigError` if it is not installed."""
     if config.device == "cpu":
-        # OpenMP threads spin while they wait: with another busy process on the same cores, two runs of six steps
-        # took 65 s each, and 5 s with sleeping threads
+        # waiting OpenMP threads should sleep instead of spinning: with another busy process on the same cores, two runs
+        # of six steps took 5 s each instead of 65 s
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     try:
@@ -27,7 +27,7 @@ def import_torch(config: RunConfig, install_command: str) -> None:
 def import_stack(config: RunConfig, install_command: str) -> None:
     """Import transformers, TRL, PEFT and datasets. Raises `ConfigError` if one of them is missing."""
     if config.device == "cpu" and config.training.quantization == "none":
-        # peft imports bitsandbytes, which warns on a CPU about a kernel package that this run does not use
+        # on a CPU, peft's import of bitsandbytes warns about a kernel package that this run does not use
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         import lora_trainer.train.backends.step_trainer  # noqa: F401
@@ -37,7 +37,7 @@ def import_stack(config: RunConfig, install_command: str) -> None:
 
 
 def _quiet_libraries() -> None:
-    """Route the libraries' log records through ours and disable their progress bars, which are not log lines."""
+    """Route the libraries' log records through our handlers, and disable progress bars, which would garble the log."""
     from datasets.utils.logging import disable_progress_bar
     from transformers.utils import logging as transformers_logging
 

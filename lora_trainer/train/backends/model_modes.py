@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 def inference_mode(model: PeftModel, *, on_cpu: bool) -> Iterator[None]:
     """Put the model into evaluation mode without gradient checkpointing, and restore both afterwards."""
     was_training = model.training
-    # a key-value cache and gradient checkpointing exclude each other
+    # a key-value cache cannot be used with gradient checkpointing
     checkpointing = bool(getattr(model, "is_gradient_checkpointing", False))
     if checkpointing:
         model.gradient_checkpointing_disable()

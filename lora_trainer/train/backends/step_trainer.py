@@ -1,8 +1,8 @@
 """TRL's `SFTTrainer`, fed one optimizer step at a time.
 
 `SFTTrainer` takes the same number of rows at every step. Here a step is a fixed number of *records*, packed into as few rows as
-the device's memory allows, so that the optimizer sees the same batches on every GPU. So one item of the data loader is a whole
-step, and `training_step` iterates over its rows. Optimizer, schedule, clipping and state stay the parent's.
+the device's memory allows, so that the optimizer sees the same batches on every GPU. One item of the data loader is therefore a
+whole step, and `training_step` iterates over its rows. Optimizer, clipping and trainer state are the parent's.
 
 Import only from a started backend: unsloth has to be imported before trl, transformers and peft.
 """
@@ -64,9 +64,9 @@ class StepTrainer(SFTTrainer):
     ) -> None:
         """Build the trainer; `kwargs` go to `SFTTrainer`.
 
-        `model_takes_lengths`: the model's forward takes `packed_seq_lengths`.
-        `model_loss`: use the model's own loss instead of TRL's fused head. The head needs Triton, so not on a CPU, and Unsloth's
-        forward has a fused loss of its own.
+        `model_takes_lengths`: whether the model's forward takes `packed_seq_lengths`.
+        `model_loss`: whether to use the model's own loss instead of TRL's fused head. That head needs Triton, which a CPU lacks,
+        and Unsloth's forward has its own fused loss.
         """
         self.recipe_schedule = schedule
         super().__init__(**kwargs)
@@ -89,7 +89,7 @@ class StepTrainer(SFTTrainer):
         self._mark_s = 0.0
 
     def track(self, trackers: Sequence[TrainerCallback]) -> None:
-        """Send each step's numbers to the trackers' callbacks. They start before the clock does."""
+        """Send each step's metrics to the trackers' callbacks. They start before the clock, so step times exclude them."""
         self.remove_callback(_StepEnd)
         for callback in (*trackers, _StepEnd(self)):
             self.add_callback(callback)
@@ -98,21 +98,21 @@ class StepTrainer(SFTTrainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Step], num_batches: int, device: torch.device
     ) -> tuple[list[Step], torch.Tensor]:
-        """Return one step and the number of its loss tokens, by which its summed loss is divided."""
+        """Return one step and its number of loss tokens, the divisor of its summed loss."""
         step = next(epoch_iterator)
         return [step], torch.tensor(step.loss_tokens, device=device)
 
     def training_step(
         self, model: torch.nn.Module, inputs: Any, num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
-        """Run forward and backward over the rows of `inputs`, a `Step`. Return the step's mean loss, nats a token."""
+        """Run forward and backward over the rows of `inputs`, a `Step`. Return the step's mean loss in nats per token."""
         step: Step = inputs
         model.train()
         if self._restored is not None and self._completed_steps == self.steps_before:
             set_random_state(self._restored.random, self.args.device)
         total = torch.zeros((), device=self.args.device)
         for row in step.rows:
-            # an unfinished step changes no weight, so it can be dropped between two rows
+            # safe to stop here: an unfinished step has not changed any weights
             self._interruption.check()
             with self.compute_loss_context_manager():
                 loss = self.row_loss(model, row, num_items_in_batch)
@@ -136,7 +136,7 @@ class StepTrainer(SFTTrainer):
         return loss
 
     def mean_loss(self, sequences: Sequence[TokenSequence], row_tokens: int) -> float:
-        """Return the mean loss over all reply tokens of `sequences` in evaluation mode, nats a token."""
+        """Return the mean loss over all reply tokens of `sequences` in evaluation mode, in nats per token."""
         step = make_step(sequences, row_tokens)
         divisor = torch.tensor(step.loss_tokens, device=self.args.device)
         self.model.eval()
@@ -153,7 +153,7 @@ class StepTrainer(SFTTrainer):
             del inputs["packed_seq_lengths"]
         self.model.train()
         with torch.no_grad(), torch.random.fork_rng(devices=[] if self.args.use_cpu else [0]):
-            # the same dropout mask in every call
+            # use the same dropout mask in every call
             torch.manual_seed(0)
             with self.compute_loss_context_manager():
                 logits: torch.Tensor = self.model(**inputs, use_cache=False).logits
@@ -162,8 +162,8 @@ class StepTrainer(SFTTrainer):
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LambdaLR:
         """Create the recipe's schedule, whose learning rate is never zero.
 
-        transformers' schedules waste the first step of a warm-up on a learning rate of zero, and runs of a few dozen steps are
-        common here.
+        transformers' schedules waste the first warm-up step on a learning rate of zero, which matters here because many runs have
+        only a few dozen steps.
         """
         optimizer = optimizer or self.optimizer
         if optimizer is None:
@@ -178,7 +178,7 @@ class StepTrainer(SFTTrainer):
 
     @property
     def could_pack(self) -> bool:
-        """Whether two records of some step fit into one row."""
+        """Whether at least one step has two records that fit into one row."""
         collator = cast("StepCollator", self.data_collator)
         for step in self.train_dataset["records"]:
             lengths = sorted(len(collator.sequences[index]) for index in step)
@@ -187,7 +187,7 @@ class StepTrainer(SFTTrainer):
         return False
 
     def floating_point_ops(self, inputs: Any) -> int:
-        """Return 0. The parent's count needs a key that a `Step` does not have, and nothing here uses it."""
+        """Return 0: nothing uses the count, and the parent's method needs a key that a `Step` does not have."""
         return 0
 
     def _clip_grad_norm(self, model: torch.nn.Module) -> torch.Tensor:
@@ -199,11 +199,11 @@ class StepTrainer(SFTTrainer):
 
     @property
     def all_steps(self) -> int:
-        """Optimizer steps of the whole run, earlier processes included."""
+        """Optimizer steps of the whole run, including those of earlier processes."""
         return self.steps_before + int(self.args.max_steps)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        """Create the parent's optimizer, with the moments of the restored checkpoint."""
+        """Create the parent's optimizer, and restore the checkpoint's moments if there is one."""
         optimizer: torch.optim.Optimizer = super().create_optimizer(*args, **kwargs)
         if self._restored is not None:
             set_moments(self.model, optimizer, self._restored.moments)
@@ -212,7 +212,7 @@ class StepTrainer(SFTTrainer):
     def restore(self, state: TrainingState) -> None:
         """Continue after step `state.step`. Call it once, before `train`.
 
-        Weights are set now, moments and random numbers when training begins.
+        Sets the weights now. Moments and random generators are set when training begins.
         """
         set_weights(self.model, state.weights)
         self._restored = state
@@ -245,8 +245,8 @@ class StepTrainer(SFTTrainer):
     def end_step(self, number: int) -> None:
         """Record step `number` and report the step before it.
 
-        A step's numbers are on the device. Reading them at once would make the host wait for the device before it can prepare
-        the next step. With trackers they are read at once, because a tracker takes the step's number from the trainer's state.
+        A step's metrics are on the device. Reading them at once would make the host wait for the device before it can prepare
+        the next step. With trackers, read them at once anyway, because a tracker takes the step's number from the trainer's state.
         """
         step = self._unread
         if step is None:
@@ -274,7 +274,7 @@ class StepTrainer(SFTTrainer):
         self.training_log.train_s = self._train_s()
 
     def _report_unread(self) -> None:
-        """Report the completed steps whose numbers are still on the device. An interrupted step has no number."""
+        """Report the completed steps whose metrics are still on the device. Skip an interrupted step, which has no number."""
         last = self._unread
         self._unread = None
         for step in (last.previous, last) if last is not None else ():
@@ -307,16 +307,16 @@ class StepTrainer(SFTTrainer):
                 "learning_rate": log.learning_rate,
                 "tokens_per_s": log.tokens / log.step_s,
             }
-            # trackers show the run's step; the training loop counts this process's
+            # report the run's step: the training loop only counts the steps of this process
             state = replace(self.state, global_step=log.step)
             self.callback_handler.on_log(self.args, state, self.control, numbers)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Ignore the parent's final summary: it counts a step as a sample."""
+        """Ignore the parent's final summary, which counts each step as one sample."""
 
 
 def mean_loss(model: torch.nn.Module, sequences: Sequence[TokenSequence], row_tokens: int) -> float:
-    """Return what `StepTrainer.mean_loss` does, for a model without a trainer."""
+    """Like `StepTrainer.mean_loss`, for a model without a trainer."""
     step = make_step(sequences, row_tokens)
     device = next(model.parameters()).device
     divisor = torch.tensor(step.loss_tokens, device=device)
@@ -331,7 +331,7 @@ def mean_loss(model: torch.nn.Module, sequences: Sequence[TokenSequence], row_to
 
 @dataclass(slots=True)
 class _UnreadStep:
-    """A step whose numbers are still on the device."""
+    """A step whose metrics are still on the device."""
 
     step: Step
     loss: torch.Tensor
@@ -343,7 +343,7 @@ class _UnreadStep:
 
 
 class _StepEnd(TrainerCallback):
-    """Tell the trainer where the parent's training loop is."""
+    """Notify the trainer of the start, steps and end of the parent's training loop."""
 
     def __init__(self, trainer: StepTrainer) -> None:
         self.trainer = trainer
@@ -384,14 +384,14 @@ def build_trainer(
         max_steps=len(steps),
         per_device_train_batch_size=1,
         gradient_accumulation_steps=1,
-        # only for trackers to show: max_steps and create_scheduler decide
+        # only for display in trackers: max_steps and create_scheduler determine the steps
         num_train_epochs=recipe.epochs,
         lr_scheduler_type=recipe.schedule,
         learning_rate=recipe.learning_rate,
         warmup_steps=round(recipe.warmup_fraction * len(steps)),
         weight_decay=recipe.weight_decay,
         max_grad_norm=recipe.max_grad_norm,
-        # AdamW with full-precision states: 8-bit states of so small an adapter would save 0.2 GiB of 6
+        # AdamW with full-precision states: the adapter is so small that 8-bit states would save only 0.2 of 6 GiB
         optim="adamw_torch_fused" if on_cuda else "adamw_torch",
         adam_beta1=0.9,
         adam_beta2=0.999,
@@ -412,7 +412,7 @@ def build_trainer(
         dataset_kwargs={"skip_prepare_dataset": True},
         dataloader_num_workers=0,
         dataloader_pin_memory=on_cuda,
-        # steps are reported through on_step; the filter would average a NaN away
+        # we report steps through on_step, and this filter would hide a NaN in an average
         logging_nan_inf_filter=False,
         logging_strategy="no",
         save_strategy="no",

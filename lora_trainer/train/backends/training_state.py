@@ -1,7 +1,7 @@
 """Save and restore the state of training between two optimizer steps, without pickle.
 
-`adapter.safetensors` holds the trainable weights by name, `optimizer.safetensors` AdamW's moments as `<weight>.<moment>`, and
-`state.json` the step, the log so far and the random generators. Everything else follows from the recipe and the data.
+`adapter.safetensors` contains the trainable weights by name, `optimizer.safetensors` AdamW's moments as `<weight>.<moment>`, and
+`state.json` the step, the log so far and the random generators. The recipe and the data determine everything else.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ OPTIMIZER_NAME: Final = "optimizer.safetensors"
 STATE_NAME: Final = "state.json"
 
 _FREE_FACTOR: Final = 3
-"""Copies stay on the GPU if this many times their size is free: while one copy is written, another may wait."""
+"""Keep copies on the GPU if this many times their size is free: while one copy is being written, another may be waiting."""
 
 
 @dataclass(frozen=True, slots=True)
 class TrainingState:
-    """Copies of the state, on the GPU if there is room, else in host memory. Training does not modify them."""
+    """Copies of the training state, on the GPU if they fit, else in host memory. Training does not modify them."""
 
     step: int
     """Completed optimizer steps."""
@@ -38,7 +38,7 @@ class TrainingState:
     random: dict[str, torch.Tensor]
     log: TrainingLog
     copied: torch.cuda.Event | None = None
-    """Completes when the copies on the GPU do."""
+    """CUDA event that completes when the copies on the GPU are complete."""
 
     def write(self, folder: Path) -> None:
         """Write the files to `folder`. Any thread may call it while training continues. Raises `OSError`."""
@@ -56,7 +56,7 @@ class TrainingState:
     def _on_host(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         if self.copied is None:
             return tensors
-        # a separate stream, so that the transfer does not delay training's kernels
+        # use a separate stream, so that the transfer does not delay training's kernels
         with torch.cuda.stream(torch.cuda.Stream()):
             torch.cuda.current_stream().wait_event(self.copied)
             return {name: value.cpu() for name, value in tensors.items()}
@@ -78,7 +78,7 @@ def read_state(folder: Path) -> TrainingState:
 
 
 def random_state(device: torch.device) -> dict[str, torch.Tensor]:
-    """Return the state of each random generator that training uses: dropout draws from the device's."""
+    """Return the state of each random generator that training uses, including the device's for dropout."""
     found = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
         found["cuda"] = torch.cuda.get_rng_state(device)
@@ -100,12 +100,12 @@ def state_of(
     Copying the 0.5 GB of a 7B base's adapter to the host would stop training for half a second
     (`benchmarks/results/checkpoint-cost*.json`).
     """
-    # not copied yet: their size decides where the copies go
+    # do not copy yet: the size determines where the copies go
     weights = {name: parameter.detach() for name, parameter in _trainable(model)}
     moments = _moments(model, optimizer)
     tensors = [*weights.values(), *moments.values()]
     size_bytes = sum(tensor.nbytes for tensor in tensors if tensor.is_cuda)
-    # mem_get_info leaves out the allocator's reserve, which training needs for its next step
+    # mem_get_info excludes memory that the allocator has reserved, which training needs for its next step
     on_gpu = size_bytes > 0 and torch.cuda.mem_get_info()[0] > _FREE_FACTOR * size_bytes
     weights, moments = ({name: _copy(value, on_gpu=on_gpu) for name, value in found.items()} for found in (weights, moments))
     copied = None

@@ -1,4 +1,4 @@
-"""TRL and PEFT without Unsloth: the CPU backend, and the reference that Unsloth is measured against."""
+"""The backend with TRL and PEFT, without Unsloth. Used on CPUs, and as the reference for the Unsloth backend."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ if TYPE_CHECKING:
 class TransformersBackend:
     """Load a base, attach an adapter, train it, save it and read it back. Call the methods in this order.
 
-    Several personas can use one backend in turn, each from `load` on: the base stays loaded.
+    Several personas can use one backend in turn, each starting with `load`. The base stays loaded.
 
-    Methods import torch and what depends on it when they are called: the rest of the project runs without torch.
+    Methods import torch and its dependents when called, because the rest of the project runs without torch.
     """
 
     name: Literal["transformers", "unsloth"] = "transformers"
@@ -72,7 +72,7 @@ class TransformersBackend:
     # -- before the base is loaded ------------------------------------------------------------------
 
     def start(self) -> dict[str, object]:
-        """Import the training stack, check the device, and return the facts about both for the manifest.
+        """Import the training stack, check the device, and return facts about both for the manifest.
 
         Raises `ConfigError` if the stack is not installed, `HardwareError` if the device is missing or unsuitable.
         """
@@ -114,11 +114,11 @@ class TransformersBackend:
     # -- the model ----------------------------------------------------------------------------------
 
     def reserve(self, row_tokens: int) -> None:
-        """Announce rows of `row_tokens`. `load` prepares the base for the longest row announced so far."""
+        """Declare that rows of `row_tokens` will be needed. `load` prepares the base for the longest row declared so far."""
         self._reserved_tokens = max(self._reserved_tokens, row_tokens)
 
     def load(self, base: Path, plan: MemoryPlan, longest_tokens: int) -> bool:
-        """Load the base with a new adapter. Reuse a base that is already loaded as `plan` needs it, and reset its adapter.
+        """Load the base with a new adapter. If the loaded base fits `plan`, reuse it and reset its adapter.
 
         Return whether the loaded base was reused.
         """
@@ -140,7 +140,7 @@ class TransformersBackend:
         return attach_adapter(model, self.config.lora, checkpointing=checkpointing != "off", seed=self.config.training.seed)
 
     def _reset(self, base: Path, checkpointing: Checkpointing) -> bool:
-        """Undo what the last persona left on the loaded base. Return False if the base has to be loaded instead."""
+        """Reset the loaded base after the previous persona. Return False if it cannot be reused."""
         import torch
 
         loaded = self._training_base
@@ -185,7 +185,7 @@ class TransformersBackend:
         return is_reused
 
     def _unload_adapter(self, base: Path) -> PreTrainedModel | None:
-        """Return the base that the last adapter was evaluated on, or None if it is another one or was modified."""
+        """Remove the previous adapter and return its base, or None if that is not `base` or was modified."""
         if self._evaluation_base is None or self._evaluation_base.folder != base:
             return None
         model: PreTrainedModel = self.model.unload()
@@ -205,7 +205,7 @@ class TransformersBackend:
         after_step: AfterStep = lambda _: None,
         run_name: str = "",
     ) -> None:
-        """Build the trainer. `steps` holds indices into `sequences`; `work_dir` belongs to this run and has its id as name.
+        """Build the trainer. `steps` contains indices into `sequences`. `work_dir` is this run's folder, named after its id.
 
         Trackers show `run_name`, or the persona and the name of `work_dir` if it is empty.
         """
@@ -236,7 +236,7 @@ class TransformersBackend:
         return False
 
     def _uses_model_loss(self) -> bool:
-        """Return whether training takes the model's own loss. TRL's fused head is faster, and needs Triton."""
+        """Return whether to train with the model's own loss. TRL's fused head is faster, but needs Triton."""
         return not self._device.is_cuda
 
     def restore(self, checkpoint: Path) -> int:
@@ -267,15 +267,15 @@ class TransformersBackend:
         """Train the adapter. Trackers write to `trackers/` in the run's folder.
 
         A signal stops training between two rows with `Interrupted`; `snapshot` then returns the last completed step.
-        Raises `InvariantError` if a base weight changed, an adapter weight did not, or no row holds several records though some
-        fit; `OutOfMemoryError` and `DeviceLostError` as `device_faults` does; `DivergedError` for a NaN or infinite loss.
+        Raises `InvariantError` if a base weight changed, an adapter weight did not, or no row has several records although some
+        would fit; `OutOfMemoryError` and `DeviceLostError` as `device_faults` does; `DivergedError` for a NaN or infinite loss.
         """
         from lora_trainer.train.backends.adapter_checks import check_trained_weights
         from lora_trainer.train.backends.fingerprints import WeightFingerprints
 
         trainer = self._ready_trainer()
         if not len(trainer.train_dataset):
-            # the checkpoint was written after the last step
+            # resumed from a checkpoint after the last step
             return trainer.training_log
         before = WeightFingerprints.of(self.model)
         with (
@@ -291,23 +291,23 @@ class TransformersBackend:
         return trainer.training_log
 
     def mean_loss(self, sequences: Sequence[TokenSequence]) -> float:
-        """Return the mean loss of the current adapter over the reply tokens of `sequences`, in nats a token."""
+        """Return the mean loss of the current adapter over the reply tokens of `sequences`, in nats per token."""
         from lora_trainer.train.backends.step_trainer import mean_loss
 
         with self.device_faults():
             if self._trainer is None:
-                # the adapter was loaded by load_adapter
+                # load_adapter loaded the adapter, so there is no trainer
                 self._row_tokens = max(map(len, sequences))
                 return mean_loss(self.model, sequences, self._row_tokens)
             return self._trainer.mean_loss(sequences, self._row_tokens)
 
     def base_mean_loss(self, sequences: Sequence[TokenSequence]) -> float:
-        """Return the mean loss of the base without the adapter, in nats a token."""
+        """Return the mean loss of the base without the adapter, in nats per token."""
         with self.model.disable_adapter():
             return self.mean_loss(sequences)
 
     def check_isolation(self, first: TokenSequence, second: TokenSequence) -> float:
-        """Prove that records in one row do not attend to each other, and return the largest relative difference.
+        """Check that records in one row do not attend to each other. Return the largest relative difference in logits.
 
         Raises `InvariantError` if they do.
         """
@@ -323,7 +323,7 @@ class TransformersBackend:
     # -- the result ---------------------------------------------------------------------------------
 
     def save(self, folder: Path, canonical_id: str, revision: str | None) -> None:
-        """Write adapter and tokenizer to `folder`, naming the base by its public id and revision."""
+        """Write adapter and tokenizer to `folder`. The files name the base by its public id and revision."""
         from lora_trainer.train.backends.adapter_files import save_adapter
 
         save_adapter(self.model, self.tokenizer, folder, canonical_id, revision)
@@ -331,7 +331,7 @@ class TransformersBackend:
     def read_back(self, folder: Path, probe: TokenSequence) -> ReadBack:
         """Load the saved adapter next to the trained one and compare their logits for `probe`.
 
-        Raises `InvariantError` if the saved adapter does not change the base, or is not the trained one.
+        Raises `InvariantError` if the saved adapter does not change the base's logits or differs from the trained one.
         """
         from lora_trainer.train.backends.adapter_checks import compare_read_back
         from lora_trainer.train.backends.rows import make_row
@@ -360,7 +360,7 @@ class TransformersBackend:
     ) -> list[Generation]:
         """Return the reply of the adapter, or of the base without it, to each conversation, in order.
 
-        Raises `HardwareError` when memory runs out, `DataError` for text that would become a control token.
+        Raises `HardwareError` on OOM, `DataError` for text that would become a control token.
         """
         import torch
 
@@ -379,7 +379,7 @@ class TransformersBackend:
                 ) from error
 
     def _inference_mode(self) -> AbstractContextManager[None]:
-        """Put the model into the state that generation needs, and restore training's afterwards."""
+        """Switch the model to inference for the block, and restore its training state afterwards."""
         from lora_trainer.train.backends.model_modes import inference_mode
 
         return inference_mode(self.model, on_cpu=not self._device.is_cuda)
@@ -391,6 +391,6 @@ class TransformersBackend:
         return self._device.peak_memory_gib()
 
     def device_faults(self) -> AbstractContextManager[None]:
-        """Raise torch's errors within the block as `OutOfMemoryError`, `DeviceLostError`, or `HardwareError` if the base does not
-        fit."""
+        """Translate torch's errors in the block into `OutOfMemoryError`, `DeviceLostError`, or `HardwareError` if the base does
+        not fit."""
         return self._device.faults(lambda: self._row_tokens)

@@ -1,4 +1,4 @@
-"""Unsloth: fused kernels and varlen attention. The default backend on a GPU."""
+"""The Unsloth backend, with fused kernels and varlen attention. The default on a GPU."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ class UnslothBackend(TransformersBackend):
 
     def _import_stack(self) -> str:
         if self._device.is_cuda:
-            # by default a broken driver makes Unsloth train on the CPU without a warning
+            # by default, Unsloth silently trains on the CPU if the driver is broken
             os.environ["UNSLOTH_DISABLE_CPU_FALLBACK"] = "1"
-        # its usage statistics download a file from the hub
+        # Unsloth's usage statistics would download a file from the hub
         os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
         # the default is the current folder, which is read-only in the image
         os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(self.config.work_dir.absolute() / "unsloth_compiled_cache"))
         try:
-            # has to precede trl, transformers and peft, because it patches them on import
+            # import it before trl, transformers and peft, because it patches them
             import unsloth  # noqa: F401
         except ImportError as error:
             raise ConfigError(f"the unsloth backend is not installed ({error}): {self._install_command()}") from None
@@ -44,7 +44,7 @@ class UnslothBackend(TransformersBackend):
         use_gradient_checkpointing = "unsloth" if checkpointing == "unsloth" else checkpointing == "on"
         training = self.config.training
         model, _ = FastLanguageModel.from_pretrained(
-            # a folder: Unsloth replaces a hub name by its own pre-quantized copy
+            # pass a folder: Unsloth would replace a hub name with its own pre-quantized copy
             model_name=str(base),
             max_seq_length=self._reserved_tokens,
             dtype=compute_dtype(training),
@@ -77,25 +77,25 @@ class UnslothBackend(TransformersBackend):
 
         if not super()._reset(base, checkpointing):
             return False
-        # Unsloth's generate() and trainer leave the model in either mode; checkpointing stays as get_peft_model set it
+        # Unsloth's generate() and trainer may leave the model in either mode; they don't change checkpointing
         FastLanguageModel.for_training(self.model)
         return True
 
     def _inference_mode(self) -> AbstractContextManager[None]:
-        # on a GPU Unsloth's own generate() switches mode and checkpointing
+        # on a GPU, Unsloth's own generate() switches mode and checkpointing
         return nullcontext() if self._device.is_cuda else super()._inference_mode()
 
     def _model_takes_lengths(self) -> bool:
-        # Unsloth's forward takes them; its CPU mode keeps transformers' forward
+        # Unsloth's forward takes them, but on a CPU Unsloth keeps transformers' forward
         return self._device.is_cuda
 
     def _uses_model_loss(self) -> bool:
-        # Unsloth's forward has a fused loss of its own
+        # Unsloth's forward has its own fused loss
         return True
 
 
 def _varlen_attention() -> str:
-    """Return the name of the kernel that attends within the records of a packed row, after enabling it on torch 2.11.
+    """Return the name of the attention kernel for packed rows, enabling it first on torch 2.11.
 
     Unsloth uses flash-attn if it is installed, and torch's varlen function from torch 2.12 on, the first that supports grouped
     queries. On torch 2.11 it attends record by record, which is slow: 6,782 tokens a second instead of 17,165 with rows of 8,192 on
