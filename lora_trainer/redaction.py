@@ -1,6 +1,6 @@
 """Remove credentials from text before it is shown: in log lines, messages and the termination log.
 
-This is the last line of defence. Our own messages hold no credentials, but libraries and servers write messages too, and
+This is the last line of defence. Our own messages contain no credentials, but libraries and servers write messages too, and
 users put passwords where none belong.
 """
 

@@ -33,7 +33,7 @@ Record = TypeVar("Record", bound=StrictModel)
 
 
 class Line(NamedTuple, Generic[Record]):
-    """One line that is not blank: a record, possibly with warnings, or None and the line's errors."""
+    """The result for one non-blank line: a record with any warnings, or None with the errors."""
 
     number: int
     """Line number from 1, counting blank lines; 0 if the problems concern the whole file."""

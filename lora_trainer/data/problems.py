@@ -16,7 +16,7 @@ class Severity(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One problem in a data file: where it is, what was found, what was expected and how to fix it."""
+    """One problem in a data file: its location, the actual and the expected value, and the fix."""
 
     line: int | None
     """Line number from 1, or None if the problem concerns the whole file."""

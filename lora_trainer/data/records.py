@@ -36,7 +36,7 @@ VOCABULARIES: Final[Mapping[str, tuple[str, ...]]] = {
     "context.current_emotion.type": tuple(Feeling),
     "output.emotion": tuple(Expression),
 }
-"""The allowed values of the fields that have a closed vocabulary, by dotted path."""
+"""Allowed values of the fields with a closed vocabulary, by dotted path."""
 
 # lone surrogates, which UTF-8 cannot encode, and control characters other than white space
 _UNWRITABLE = re.compile("[\x00-\x08\x0e-\x1b\x7f\ud800-\udfff]")

@@ -55,7 +55,7 @@ class FileReport:
     cost: PromptCost | None
     """None if no tokenizer was given."""
     is_prompts: bool = False
-    """Whether the file holds evaluation prompts, which have no replies: questions and emoji are 0."""
+    """Whether the file contains evaluation prompts. They have no replies, so questions and emoji are 0."""
 
     @property
     def errors(self) -> int:

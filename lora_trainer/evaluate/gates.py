@@ -69,7 +69,7 @@ def _gate(name: str, estimate: Estimate, measure: str, relation: Literal[">=", "
 
 
 def missed_gate_messages(verdict: Verdict) -> list[str]:
-    """Return one line per missed gate: the measured bound, the threshold, the difference and what to do."""
+    """Return one line per missed gate, with the measured bound, the threshold, the difference and advice."""
     return [
         f"gates.{gate.name}: got {gate.compared:.3f} ({gate.measure} of {gate.value:.3f}), expected {gate.relation} "
         f"{gate.threshold:g}: missed by {gate.missed_by:.3f}; {ADVICE[gate.name]}"

@@ -30,7 +30,7 @@ _DIGITS: Final = regex.compile(r"\d+")
 
 
 def is_held_out(record: TrainingRecord) -> bool:
-    """Return whether a hash of its input and reply holds the record out from the classifier's training."""
+    """Return whether the record is held out from the classifier's training, based on a hash of its input and reply."""
     digest = blake2b(f"{record.input}\0{record.reply.text}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") % 100 < HELD_OUT_PERCENT
 

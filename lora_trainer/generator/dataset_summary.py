@@ -44,7 +44,7 @@ class DatasetSummary:
 
     @property
     def near_duplicate_rate(self) -> float:
-        """Upper bound of the share of records that are near-duplicates by either measure."""
+        """Upper bound on the share of records that are near-duplicates by either measure."""
         return (self.near_duplicate_replies + self.near_duplicate_dialogues) / self.records if self.records else 0.0
 
 

@@ -31,7 +31,7 @@ _MEANS: Final = (
 
 
 def metrics_table(metrics: RunMetrics) -> Group:
-    """Return the gates, followed by adapter and base on the greedy replies."""
+    """Return a table of the gates, and one that compares the greedy replies of adapter and base."""
     verdict = metrics.verdict
     headline = Text(f"{metrics.blood_type}, run {metrics.run_id}: ", style="bold")
     headline.append("gates passed" if verdict.passed else "gates NOT passed", style="green" if verdict.passed else "red")

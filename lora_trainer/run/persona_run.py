@@ -36,7 +36,7 @@ class PersonaRun:
         self._job = job
         self._on_end = on_end
         self._spent_s = 0.0
-        # a context of its own keeps what the run binds to its log lines out of other personas' lines
+        # use a separate context, so that fields bound by this run do not appear in other personas' log lines
         self._context = contextvars.copy_context()
         self._context.run(structlog.contextvars.bind_contextvars, blood_type=str(self.blood_type))
 

@@ -19,7 +19,7 @@ WRITE_EVERY_S: Final = 1.0
 
 
 class RunProgress:
-    """The progress of one run."""
+    """Tracks the stage and steps of one run."""
 
     def __init__(self, path: Path, run_id: str, blood_type: str, console: Console | None) -> None:
         """Write to `path` (`progress.json`), and draw on `console` if it is a terminal."""

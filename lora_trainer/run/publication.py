@@ -205,7 +205,7 @@ def publish(job: Job, run_id: str, folder: Path, verdict: Verdict, progress: Run
 def publish_folder(folder: Path, output_uri: str | None, process: ProcessContext) -> Outcome:
     """Publish the finished bundle that a run left in `folder`, and move `latest.json` if the gates passed.
 
-    `output_uri` overrides the run's own output. Raise `ConfigError` if the folder holds no finished bundle, `DamagedError` if
+    `output_uri` overrides the run's own output. Raise `ConfigError` if the folder has no finished bundle, `DamagedError` if
     its files differ from its manifest, `StorageError` if the upload fails.
     """
     manifest = open_local(folder)

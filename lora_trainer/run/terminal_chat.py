@@ -128,7 +128,7 @@ def read_reply(text: str) -> Reply:
     try:
         return Reply.model_validate_json(text)
     except ValidationError:
-        # the grammar does not exclude C1 and bidirectional control characters
+        # check again, although the grammar should exclude both: a terminal would interpret control characters
         raise DataError(
             "the reply is blank or holds control characters, and is dropped; say it again, or set another /seed"
         ) from None

@@ -39,7 +39,7 @@ class CheckpointWriter:
             self._changed.notify_all()
 
     def finish(self, timeout_s: float | None) -> int | None:
-        """Wait until no checkpoint is waiting or in flight. Return the newest step if its checkpoint is not uploaded by then."""
+        """Wait until no checkpoint is waiting or in flight. Return the step of a failed or late checkpoint, else None."""
         with self._changed:
             self._changed.wait_for(lambda: self._waiting is None and self._in_flight is None, timeout_s)
             return self._waiting[0] if self._waiting else self._in_flight or self._failed

@@ -68,7 +68,7 @@ class Record(Document):
 
     @property
     def described_holder(self) -> str:
-        """The holder, for messages."""
+        """Description of the holder, for messages."""
         pid = f", process {self.process.pid}" if self.process else ""
         return f"attempt {self.attempt} on host {self.host}{pid}, since {self.acquired_at}, last renewed at {self.renewed_at}"
 

@@ -180,7 +180,7 @@ class FileStorage:
                 yield from self._walk(Path(entry.path), key + "/")
                 continue
             with local_errors(Path(entry.path)):
-                # skip links to folders: their files are outside the storage or already have keys of their own
+                # skip links to folders: their files are outside the storage or already listed under other keys
                 status = entry.stat() if entry.is_file() else None
             if status is not None:
                 yield ObjectInfo(listed_key(key, str(folder)), status.st_size, f"{status.st_mtime_ns}-{status.st_size}")
