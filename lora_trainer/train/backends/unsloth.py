@@ -98,8 +98,8 @@ def _varlen_attention() -> str:
     """Return the name of the attention kernel for packed rows, enabling it first on torch 2.11.
 
     Unsloth uses flash-attn if it is installed, and torch's varlen function from torch 2.12 on, the first that supports grouped
-    queries. On torch 2.11 it attends record by record, which is slow: 6,782 tokens per second instead of 17,165 with rows of 8,192 on
-    one H200 (benchmarks/results/train-speed-h200.json). The flash kernel in torch 2.11 already supports grouped queries, so this
+    queries. On torch 2.11 it attends record by record, which is slow: 6,782 instead of 17,165 tokens per second with rows of 8,192
+    on one H200 (benchmarks/results/train-speed-h200.json). The flash kernel in torch 2.11 already supports grouped queries, so this
     enables Unsloth's own autograd function for it. `UNSLOTH_TORCH_VARLEN=0` leaves it disabled, as on later versions.
     """
     import torch
