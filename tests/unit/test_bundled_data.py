@@ -1,4 +1,4 @@
-"""The data in `data/`: what users who train on it, or copy its form, can rely on."""
+"""Test the properties of `data/` that users rely on when they train on it or copy its format."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def test_four_hundred_and_more_were_written_by_hand(blood_type: BloodType) -> No
     by_hand = tool.handwritten_records(blood_type)
     assert len(by_hand) >= 400
     assert list(checked(blood_type)[1][: len(by_hand)]) == by_hand
-    # no two hand-written replies share much more than a phrase
+    # no two hand-written replies have much more than a phrase in common
     parts = [shingles(record.reply.text) for record in by_hand]
     assert max(jaccard(one, other) for at, one in enumerate(parts) for other in parts[:at]) < 0.5
 
@@ -176,7 +176,7 @@ def test_the_prompts_in_the_data_folder_are_those_of_the_package() -> None:
 
 
 def test_no_training_input_is_nearly_a_prompt() -> None:
-    """Stricter than 0.7, the bound for near-duplicates: situations and wording must be disjoint."""
+    """Apply a stricter bound than the 0.7 for near-duplicates: situations and wording must be disjoint."""
     prompts = [shingles(prompt.input) for prompt in evaluation_prompts()]
     inputs = {record.input for blood_type in BloodType for record in checked(blood_type)[1]}
     near = [(max(jaccard(shingles(said), prompt) for prompt in prompts), said) for said in inputs]
