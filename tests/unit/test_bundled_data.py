@@ -54,7 +54,7 @@ def test_every_line_is_a_record_without_errors_or_warnings(blood_type: BloodType
 @each_persona
 def test_lines_are_in_the_documented_form(blood_type: BloodType) -> None:
     _, records = checked(blood_type)
-    # JSON Lines end only at \n; splitlines also breaks at other separators inside a text
+    # lines of JSONL end only at \n, but splitlines also splits at other separators within a text
     lines = path_of(blood_type).read_text(encoding="utf-8").removesuffix("\n").split("\n")
     assert lines == [record.to_json() for record in records]
 

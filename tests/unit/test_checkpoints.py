@@ -214,7 +214,7 @@ def test_outside_a_deferred_block_it_is_raised_at_once() -> None:
 
 
 def swallow(interruption: Interruption) -> None:
-    """Swallow the interruption, as happens when C code imports a module."""
+    """Turn the interruption into an ImportError, as C code does during an import."""
     try:
         interruption._handle(signal.SIGTERM, None)
     except BaseException as error:

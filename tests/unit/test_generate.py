@@ -56,7 +56,7 @@ def test_particles_agree_with_their_noun(noun: str, particle: str, expected: str
 @pytest.mark.parametrize("particle", sorted(PARTICLES))
 def test_every_particle_keeps_the_noun_before_it(particle: str) -> None:
     for noun in ("밥", "피자", "물", "오래된 우산"):
-        # -ㄴ and -ㄹ never attach to the noun's last syllable, so the noun itself does not change
+        # -ㄴ and -ㄹ only close the particle's own syllable, so the noun never changes
         assert with_particle(noun, particle).startswith(noun)
     assert with_particle("밥", particle) == f"밥{particle}"
 

@@ -83,7 +83,7 @@ def test_a_link_is_removed_and_not_followed(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not GCC or shutil.which("readelf") is None, reason="no gcc and readelf")
 def test_a_library_that_a_cut_breaks_fails_the_build(tmp_path: Path) -> None:
-    """Arrow's tables need its query planner, although it looks as unused as the RPC library."""
+    """Arrow's tables need the library for query plans, which looks as unused as the RPC library."""
     package = tmp_path / "pyarrow"
     package.mkdir()
     source = tmp_path / "source.c"

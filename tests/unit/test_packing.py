@@ -90,7 +90,7 @@ def test_no_more_rows_than_longest_first_needs(lengths: list[int], row_tokens: i
 
 @given(st.lists(st.integers(1, 400), min_size=1, max_size=60), st.integers(400, 3000))
 def test_rows_are_even(lengths: list[int], row_tokens: int) -> None:
-    """Moving a sequence to the emptiest row never makes rows more even. Even rows keep peak memory low."""
+    """Without its shortest sequence, no row is fuller than the emptiest one. Even rows keep peak memory even."""
     rows = [sorted(lengths[position] for position in row) for row in pack(lengths, row_tokens)]
     emptiest = min(map(sum, rows))
     assert all(sum(row) - row[0] <= emptiest for row in rows)
