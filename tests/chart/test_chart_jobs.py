@@ -142,7 +142,7 @@ def test_a_new_version_of_the_chart_alone_makes_no_new_job(helm: Helm) -> None:
     assert {"helm.sh/chart", "app.kubernetes.io/version"} <= render(helm, A).one("Job")["metadata"]["labels"].keys()
 
 
-# -- by version -----------------------------------------------------------------------------------------
+# -- Kubernetes versions -----------------------------------------------------------------------------------------
 
 NIGHTLY: Final = {"bloodType": "A", "cronJob": {"schedule": "0 3 * * *", "timeZone": "Asia/Seoul"}}
 

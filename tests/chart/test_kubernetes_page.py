@@ -68,7 +68,7 @@ def test_values_are_taken(helm: Helm, block: str) -> None:
 @pytest.mark.parametrize("command", COMMANDS)
 def test_helm_commands_are_taken(helm: Helm, command: str) -> None:
     words = shlex.split(command)
-    # the IRSA role trusts the service account of the release with this name
+    # the page's IRSA role trusts only the service account of a release called persona-train
     assert "persona-train" in words
     assert words[words.index("--namespace") + 1] == "personas"
     rendered = Manifests(helm.template(own(given_by(command))))

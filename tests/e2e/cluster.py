@@ -3,8 +3,8 @@
     python tests/e2e/cluster.py --image localhost/lora-trainer:cpu --s3-host 172.17.0.1
 
 Install, wait, interrupt, upgrade and uninstall as a user would, in a separate namespace. Exit with 1 at the first failure. Always
-delete the namespace unless `--keep` is given. The nodes need the image (`make image-cpu`), or a registry they can pull it
-from. `--s3-host` is an address of this machine that pods can reach, such as Docker's or kind's bridge. One node must offer exactly
+delete the namespace unless `--keep` is given. The nodes must have the image (`make image-cpu`) or be able to
+pull it. `--s3-host` is an address of this machine that pods can reach, such as Docker's or kind's bridge. One node must offer exactly
 one `nvidia.com/gpu`, real or not, because the test expects a second persona to wait for it:
 
     kubectl patch node NODE --subresource=status --type=json \\
@@ -246,7 +246,7 @@ def put_files(storage: Any, broken: str) -> None:
     storage.upload(REPOSITORY / "tests" / "assets" / "few_prompts.jsonl", "prompts/few_prompts.jsonl")
 
 
-# -- the story --------------------------------------------------------------------------------------------
+# -- the test --------------------------------------------------------------------------------------------
 
 
 class Story:

@@ -261,6 +261,6 @@ def test_sigterm_does_not_wait_for_a_slow_model() -> None:
         while not teacher.bodies and time.monotonic() < deadline_s:
             time.sleep(0.1)
         process.send_signal(signal.SIGTERM)
-        # far less time than the response takes
+        # the process must end long before the response would arrive
         _, errors = process.communicate(timeout=30)
     assert process.returncode == ExitCode.INTERRUPTED, errors

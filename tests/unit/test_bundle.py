@@ -400,7 +400,7 @@ def test_every_bundled_reply_is_one_that_the_schema_takes() -> None:
 
 @pytest.fixture(scope="module")
 def made() -> MadeRun:
-    """Make a run with few questions, and its metrics."""
+    """Make a run with few questions and compute its metrics."""
     return made_run(prompts=6, sampled=False, steps=3, settings=(("lora.r", 8),))
 
 
@@ -449,7 +449,7 @@ def test_the_card_says_what_was_measured(folder: Path, made: MadeRun) -> None:
     assert len(re.findall(r"^\| [^|]+ \| \d+ of \d+ \| [\d.]+% \| [\d.]+% \|$", card, re.MULTILINE)) == 6
 
 
-# -- read back --------------------------------------------------------------------------------------------
+# -- reading back --------------------------------------------------------------------------------------------
 
 
 def publish_made(folder: Path, made: MadeRun, storage: Storage) -> dict[str, Any]:

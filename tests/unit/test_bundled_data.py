@@ -121,7 +121,7 @@ def test_no_reply_is_nearly_another(blood_type: BloodType) -> None:
     assert near <= 0.02 * len(finder)
 
 
-# --- where it comes from ---------------------------------------------------------------------------------
+# --- sources of the data ---------------------------------------------------------------------------------
 
 
 @pytest.mark.slow  # make data-check, a stage of .ci/run, does the same

@@ -402,7 +402,7 @@ def test_messages_of_the_cluster_page_are_the_jobs_own() -> None:
 
 def test_events_of_the_cluster_page_are_logged() -> None:
     events = {cells[0] for cells in rows("SDS.md", "events")}
-    # match code spans that consist of one name with an underscore
+    # find code spans that consist of one name with an underscore
     named = set(re.findall(r"`([a-z]+(?:_[a-z]+)+)`", document(KUBERNETES)))
     fields = {"exit_code", "eta_s"}
     assert named - fields <= events

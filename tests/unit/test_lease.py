@@ -250,7 +250,7 @@ def test_another_process_with_the_number_is_another_one() -> None:
     assert is_gone(mine.model_copy(update={"started_ticks": mine.started_ticks - 1}), module.socket.gethostname())
 
 
-# -- losing it --------------------------------------------------------------------------------------------
+# -- losing the lease --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("taken", [True, False], ids=["taken over", "gone"])

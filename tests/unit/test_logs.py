@@ -142,7 +142,7 @@ def test_a_second_set_up_replaces_the_first(capsys: Capture) -> None:
     assert [event["event"] for event in events(capsys.readouterr().err)] == ["once"]
 
 
-# -- the last word --------------------------------------------------------------------------------------
+# -- the final line --------------------------------------------------------------------------------------
 
 
 @pytest.fixture

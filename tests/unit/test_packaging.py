@@ -47,7 +47,7 @@ def test_group_train_is_both_extras() -> None:
 def test_plain_poetry_install_brings_the_training_stack() -> None:
     assert {"torch", "transformers", "trl", "peft", "datasets", "accelerate", "bitsandbytes", "unsloth"} <= names(GROUPS["train"])
     poetry = PYPROJECT["tool"]["poetry"]
-    # Mark no group as optional, and require a Poetry that reads [dependency-groups].
+    # This table must not mark a group as optional, and must require a Poetry version that reads [dependency-groups].
     assert poetry == {"requires-poetry": ">=2.2"}
 
 

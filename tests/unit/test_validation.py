@@ -146,7 +146,7 @@ def test_the_first_fifty_are_shown_and_all_are_counted_and_streamed(tmp_path: Pa
     assert codes(report) == {"formal_speech": 60, "not_json": 30, "few_questions": 1}
     assert len(streamed) == 91
     assert len(report.problems) == SHOWN_PROBLEMS
-    # warnings do not displace errors
+    # the shortened list of problems omits warnings before errors
     assert [p.code for p in report.problems].count("not_json") == 30
     assert [p.line for p in report.problems] == sorted(p.line or 0 for p in report.problems)
     assert report.problem_lines()[-1].endswith("30 errors, 61 warnings (41 not shown; 'validate --json' lists all)")

@@ -115,7 +115,7 @@ def test_a_release_is_tagged_where_the_chart_looks_for_it() -> None:
     assert line == r"s/^  repository: //p"
     text = (REPOSITORY / "charts" / "persona-train" / "values.yaml").read_text(encoding="utf-8")
     assert re.findall(r"(?m)^  repository: (.*)$", text) == [values["image"]["repository"]]
-    # the chart's example refers to the CPU image in the same way
+    # the chart's CPU example uses the tag suffix of the CPU image
     example = yaml.safe_load((REPOSITORY / "charts/persona-train/ci/cpu-values.yaml").read_text(encoding="utf-8"))
     suffixes = [entry["suffix"] for entry in _matrix("release.yml", "image")]
     assert suffixes == ["", "-cpu"]

@@ -321,7 +321,7 @@ def make_record(rng: random.Random) -> Record:
     more = realise(rng.choice(family.questions if kind < 0.62 else lines.anything), words, polite=polite)
     if rng.random() < 0.15:
         more = realise(rng.choice(remarks), words, polite=polite)
-    # never write three sentences: a persona's reply has one or two, and adapters keep the base's habit of going on
+    # never write three sentences: a persona's reply has one or two, and adapters inherit the length of the base's replies
     shape = rng.random()
     if clauses > 1 or 0.42 <= shape < 0.72:
         sentences = [answer]
