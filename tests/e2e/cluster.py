@@ -3,9 +3,9 @@
     python tests/e2e/cluster.py --image localhost/lora-trainer:cpu --s3-host 172.17.0.1
 
 Install, wait, interrupt, upgrade and uninstall as a user would, in a separate namespace. Exit with 1 at the first failure. Always
-delete the namespace unless `--keep` is given. The nodes must have the image (`make image-cpu`) or be able to
-pull it. `--s3-host` is an address of this machine that pods can reach, such as Docker's or kind's bridge. One node must offer exactly
-one `nvidia.com/gpu`, real or not, because the test expects a second persona to wait for it:
+delete the namespace unless `--keep` is given. The nodes must have the image (`make image-cpu`) or be able to pull it. `--s3-host`
+is an address of this machine that pods can reach, such as Docker's or kind's bridge. One node must offer exactly one
+`nvidia.com/gpu`, real or not, because the test expects a second persona to wait for it:
 
     kubectl patch node NODE --subresource=status --type=json \\
       -p '[{"op": "add", "path": "/status/capacity/nvidia.com~1gpu", "value": "1"}]'
