@@ -3,10 +3,10 @@
     python benchmarks/chaos.py --runs 60
 
 Each run has its own bucket and fault-injecting proxy (`tests/fault_proxy.py`). The benchmark kills it up to five times, half by
-SIGTERM and half by SIGKILL, and restarts it after every retryable exit code, as Kubernetes would: half the time with an empty work
-folder, as on another machine. Meanwhile an observer without the proxy looks for manifests that don't match their files. A run is
-good if its adapter equals that of the undisturbed run byte for byte, `latest.json` names it, no checkpoint and no lease is left,
-and the observer found nothing.
+SIGTERM and half by SIGKILL, and restarts it after every retryable exit code, as Kubernetes would. Half of the restarts begin with
+an empty work folder, as on another machine. Meanwhile, an observer without the proxy looks for manifests that don't match their
+files. A run is good if its adapter equals that of the undisturbed run byte for byte, `latest.json` names it, no checkpoint and no
+lease is left, and the observer found nothing.
 
 FOLDER (`--folder`) keeps one JSON file per finished run, so after Ctrl-C or SIGTERM the same command continues. The summary goes to
 `benchmarks/results/chaos.json`. The exit code is 1 if a run was not good.
@@ -46,7 +46,7 @@ from lora_trainer.config import GatesConfig
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tools")]
 
-# scripts outside any package
+# these are scripts, not modules of a package
 dev_s3 = importlib.import_module("dev_s3")
 fault_proxy = importlib.import_module("fault_proxy")
 
@@ -56,7 +56,7 @@ MOST_ATTEMPTS = 40
 PROCESS_LIMIT_S = 900.0
 LOOK_EVERY_S = 0.3
 STALL_S = 1.5
-"""The proxy closes a stalled connection after this time. With the client's own, longer timeout 60 runs would take days."""
+"""The proxy closes a stalled connection after this time. With the client's longer timeout, 60 runs would take days."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class Kill:
 
 
 def planned_kills(settings: Settings, number: int) -> list[Kill]:
-    """Plan a run's kills, deterministic in seed and number. The counts of SIGTERM and SIGKILL differ by at most one."""
+    """Plan a run's kills. The same seed and number give the same plan. The counts of SIGTERM and SIGKILL differ by at most one."""
     draw = random.Random(f"{settings.seed} {number}")
     names = ["SIGTERM", "SIGKILL"]
     draw.shuffle(names)
@@ -122,7 +122,7 @@ class Attempt:
     exit_code: int = 0
     killed_by: str = ""
     killed_behind: str = ""
-    """The last event in its log before the signal."""
+    """The last logged event before the signal."""
     duration_s: float = 0.0
     resumed_from: int | None = None
     problems: list[str] = field(default_factory=list)
@@ -139,7 +139,7 @@ class Process:
         self.log: list[dict[str, Any]] = []
         self.noise: list[str] = []
         self.times_s: dict[str, float] = {}
-        """Time of the first occurrence of each event, since the start of the process."""
+        """Time from the start of the process to the first occurrence of each event."""
         self._process = subprocess.Popen(
             command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace"
         )
@@ -176,7 +176,7 @@ class Process:
         return True
 
     def event(self, name: str) -> dict[str, Any] | None:
-        """Return the last event of that name."""
+        """Return the last event with that name, or None."""
         return next((line for line in reversed(self.log) if line["event"] == name), None)
 
     def _read(self) -> None:
@@ -207,7 +207,7 @@ class Reference:
 def attempt(
     command: list[str], environment: dict[str, str], kill: Kill | None, reference: Reference, stop: threading.Event
 ) -> tuple[Attempt, Process]:
-    """Run one process to its end, killing it as planned if it lives that long."""
+    """Run one process to its end. If it is still running when `kill` is due, kill it."""
     process = Process(command, environment)
     result = Attempt()
     while (code := process.wait(stop)) is None:
@@ -349,7 +349,7 @@ def make_bucket(server: Any, settings: Settings, name: str) -> Bucket:
 
 
 def undisturbed(server: Any, settings: Settings, scratch: Path, stop: threading.Event) -> Reference:
-    """Run once without proxy and kills."""
+    """Run once without the proxy and without any kill."""
     bucket = make_bucket(server, settings, "undisturbed")
     none = Reference("", "", {}, 0)
     command = settings.command(bucket.name, scratch / "undisturbed")
@@ -401,12 +401,12 @@ def run_one(
             if attempts and draw.random() < 0.5:
                 # simulate another machine
                 shutil.rmtree(work_dir, ignore_errors=True)
-            # one kill per process
+            # kill each process at most once
             kill = planned[len(attempts)] if len(attempts) < len(planned) else None
             ended, process = attempt(settings.command(bucket.name, work_dir), environment, kill, reference, stop)
             attempts.append(ended)
             waits += sum(line["event"] == "lease_waiting" for line in process.log)
-            # SIGKILL may truncate a line, and a signal before the log is set up is reported as plain text
+            # SIGKILL may truncate a line, and a process reports a signal as plain text until it has set up its log
             if process.noise and (not ended.killed_by or any(line.startswith("Traceback") for line in process.noise)):
                 wrong.append(f"not a log line: {process.noise[0]}")
             if ended.exit_code == 1:

@@ -5,11 +5,12 @@
 FOLDER holds a model of Qwen2.5-7B's shape with a tokenizer; random weights suffice. Each case runs in its own processes:
 
 `throughput`: one training with the default settings. Every second block of steps has a checkpoint, written and uploaded in the
-background. The cost is the ratio of real tokens per second with and without. A block has --block-steps steps, so a checkpoint
-comes every 2 × --block-steps; the default of `checkpoints.every_steps` is 100.
+background. The cost is the ratio of real tokens per second with and without a checkpoint. A block has --block-steps steps, so
+there is a checkpoint every 2 × --block-steps; the default of `checkpoints.every_steps` is 100.
 
-`sigterm`: `lora-trainer run`, started as a user would, gets SIGTERM in the middle of training. Measured are the seconds until it
-exits, those of each part that the run logs, and the step that the same command resumes from. The output is a local folder.
+`sigterm`: `lora-trainer run`, started as a user would start it, receives SIGTERM during training. The benchmark measures the
+seconds until it exits and those of each part that the run logs, and records the step from which the same command resumes. The
+output is a local folder.
 """
 
 from __future__ import annotations
@@ -102,7 +103,7 @@ def throughput(arguments: argparse.Namespace, scratch: Path) -> dict[str, Any]:
 
 
 def settings(arguments: argparse.Namespace) -> dict[str, str]:
-    """Return the `--set` options as a dictionary."""
+    """Return the `--set` options by setting name."""
     return dict(text.split("=", 1) for text in arguments.set)
 
 
@@ -140,7 +141,7 @@ def sigterm(arguments: argparse.Namespace, scratch: Path) -> dict[str, Any]:
 
 
 def events(log_file: Path, name: str) -> list[dict[str, Any]]:
-    """Return the log's events of that name."""
+    """Return the log's events with that name."""
     found = []
     for line in log_file.read_text(encoding="utf-8", errors="replace").splitlines():
         if f'"event": "{name}"' in line:
@@ -152,7 +153,7 @@ def events(log_file: Path, name: str) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    """Run both cases, or with --case one of them, whose result is JSON on the last line."""
+    """Run both cases, or only the one named by --case, and print its result as JSON on the last line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", type=Path, required=True)
     parser.add_argument("--out", type=Path)

@@ -3,11 +3,11 @@
     python benchmarks/constrained_decoding.py --tokenizer FOLDER [--only llguidance]
 
 FOLDER holds Qwen2.5's tokenizer. Each library compiles two schemas: the published one, and the strict one, whose pattern also
-covers what `Reply` requires of a text. Each pair of library and schema runs on one thread of its own process. It measures import,
-tokenizer and compilation, then the work per token at batch 1 (compute the mask, apply it to 152,064 logits, accept the token) on
-bundled replies and on walks drawn from random logits at temperature 1.5, as an untrained model would produce them. CPU time keeps
-the numbers comparable on a busy machine. Every walk must be compact JSON, follow the published schema and pass the project's
-`Reply`. A few replies must be accepted and a few others rejected.
+covers the requirements of `Reply` on a text. Each pair of library and schema runs on one thread of its own process, which measures
+import, tokenizer and compilation, then the work per token at batch 1 (compute the mask, apply it to 152,064 logits, accept the
+token) on bundled replies and on walks drawn from random logits at temperature 1.5, as an untrained model would produce them. CPU
+time keeps the numbers comparable on a busy machine. Every walk must be compact JSON, follow the published schema and pass the
+project's `Reply`. The grammar must accept a few given replies and reject a few others.
 
 Writes benchmarks/results/constrained-decoding.json. The benchmark skips libraries that are not installed and records those that
 exceed the limits of time or memory.
@@ -47,7 +47,7 @@ SCHEMAS = {"published": PUBLISHED, "strict": strict_schema(PUBLISHED)}
 LOGITS = 152_064
 """Rows of Qwen2.5-7B's output layer, more than the tokenizer has tokens."""
 REPLIES = 40
-"""Per persona."""
+"""Number of bundled replies per persona."""
 WALKS = 200
 TEMPERATURE = 1.5
 ALLOWED_S = 300
@@ -187,7 +187,7 @@ def outlines(tokenizer: Any, schema: dict[str, Any]) -> Compiled:
             return logits
 
         def accept(token: int) -> bool:
-            # its backend skips this check too: the mask allows the end of the turn, but the guide refuses it
+            # skip this check, as its backend does: the mask allows the end of the turn, but the guide rejects it
             if guide.is_finished() and token == tokenizer.eos_token_id:
                 return True
             allowed = bool(guide.accepts_tokens([token]))
@@ -214,7 +214,7 @@ class Clock:
         return found
 
     def summary(self) -> dict[str, float]:
-        """Return microseconds per token."""
+        """Return statistics of the microseconds per token."""
         total = sorted(map(sum, zip(*self.parts.values(), strict=True)))
         us = 1e6
         return {

@@ -2,10 +2,10 @@
 
     python benchmarks/evaluation_speed.py --base FOLDER --out RESULT.json
 
-FOLDER holds a model of Qwen2.5-7B's shape with a tokenizer. Random weights suffice and are the worst case: they don't stop, so
-every reply reaches the limit. The adapter's B matrices are random too. Each case runs in its own process: `unsloth` evaluates
-like `run` after training, `reference` like `evaluate`, with transformers and PEFT only. Adapter and base answer 120 prompts
-greedily with 64 new tokens; with --all also at four intensities (480 replies).
+FOLDER holds a model of Qwen2.5-7B's shape with a tokenizer. Random weights suffice and are the worst case: the model never ends a
+reply, so every reply reaches the limit. The adapter's B matrices are random, too. Each case runs in its own process: `unsloth`
+evaluates like `run` after training, `reference` like `evaluate`, with transformers and PEFT only. Adapter and base answer 120
+prompts greedily with 64 new tokens. With --all, they also answer at four intensities (480 replies).
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def measure(case: str, base: Path, scratch: Path, rounds: Sequence[tuple[float, 
         tokens.write_text(json.dumps(texts))
     elif tokens.exists():
         other = json.loads(tokens.read_text())
-        # other kernels, same adapter; expect differences, since random weights give many tokens nearly equal probability
+        # the adapter is the same but the kernels differ; with random weights, many tokens have nearly equal probability
         result["first_token_as_unsloth"] = {
             model: sum(a.split()[:1] == b.split()[:1] for a, b in zip(texts[model], other[model], strict=True)) / len(texts[model])
             for model in texts
@@ -107,7 +107,7 @@ def measure(case: str, base: Path, scratch: Path, rounds: Sequence[tuple[float, 
 
 
 def main() -> None:
-    """Run both cases, or with --case one of them, whose result is JSON on the last line."""
+    """Run both cases, or only the one named by --case, and print its result as JSON on the last line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", type=Path, required=True)
     parser.add_argument("--out", type=Path)

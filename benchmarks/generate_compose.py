@@ -49,8 +49,8 @@ def run(*arguments: str) -> float:
 def near_duplicates(texts: list[str]) -> int:
     """Count texts with a Jaccard similarity of 0.7 or more to an earlier text, exactly, without hashing.
 
-    Two such texts share at least 70 % of the 5-grams of either. So any 30 % of a text's 5-grams plus one include a shared one,
-    and it suffices to look up that many of the rarest.
+    Two such texts share at least 70 % of the 5-grams of either. So any 30 % of a text's 5-grams, plus one, must include a shared
+    5-gram, and it suffices to look up that many of the rarest.
     """
     parts = [shingles(text) for text in texts]
     often: dict[str, int] = defaultdict(int)

@@ -87,7 +87,7 @@ def bombs(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def main() -> int:
-    """Run both parts and write the result."""
+    """Run both parts and write the result. Return the exit code."""
     parser = argparse.ArgumentParser(description="Test hostile input at full counts and the memory of compressed bombs.")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/hostile-input.json")
     options = parser.parse_args()

@@ -4,11 +4,11 @@
     python benchmarks/storage_throughput.py --aws /tmp/venv-aws/bin/aws
 
 A set has up to four large files, which hold 98 % of its bytes, and 32 small ones, all random. Each measurement covers a whole
-process. Ours transfers the set with `lora_trainer.store` and its default settings, as publishing and fetching a bundle does; the
+process. Ours transfers the set with `lora_trainer.store` and its default settings, as publishing and fetching a bundle does. The
 other runs `aws s3 cp --recursive` with its own defaults. Ours knows the SHA-256 of each upload, as from a bundle's manifest, hashes
-what it receives and syncs what it writes. The two alternate, as does which goes first; the ratio compares medians. Peak memory of
-a small set shows whether memory depends on the size. Downloads must equal uploads. The exit code is 1 if a ratio is below 1 or
-memory grows by more than 32 MiB.
+all downloads and syncs all files it writes. The two alternate and take turns going first; the ratio compares medians. The peak
+memory of a small set shows whether memory depends on the size. Downloads must equal uploads. The exit code is 1 if a ratio is
+below 1 or memory grows by more than 32 MiB.
 
 The server (tools/dev_s3.py) is written in Python and shares the machine's cores, so on a small machine it limits both. It reads the
 whole object for each requested range, which favours the client with larger ranges. --scratch needs space for four sets.
@@ -110,7 +110,7 @@ def one_size(size_mib: int, rounds: int, server: Any, scratch: Path, aws: str) -
     source = scratch / f"set-{size_mib}"
     size_bytes = make_set(source, size_mib)
     expected = digests(source)
-    # `transfer` reads them, as from a manifest
+    # `transfer` reads these hashes as if from a manifest
     (scratch / f"{source.name}.json").write_text(json.dumps(expected), encoding="utf-8")
     environment = {**os.environ, **server.environment}
     measured: dict[str, dict[str, list[tuple[float, float]]]] = {

@@ -32,7 +32,7 @@ STEPS = 12
 REFERENCE_BATCH = 8
 ROWS_PER_STEP = 3
 FILL = 0.95
-"""Planned fill of a row, low enough that a step rarely needs an extra row."""
+"""Share of a row that the records of a step fill on average, low enough that a step rarely needs an extra row."""
 MEAN_TOKENS = 150
 
 # name -> (backend, micro-batch tokens, checkpointing, varlen attention)
@@ -195,7 +195,7 @@ def reference(base: Path, scratch: Path) -> dict[str, Any]:
 
 
 def reload(base: Path, scratch: Path) -> dict[str, Any]:
-    """Load the adapter of the first Unsloth case with plain PEFT on plain transformers and measure how it changes the logits."""
+    """Load the first Unsloth case's adapter with plain PEFT and transformers, and measure how it changes the logits."""
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
@@ -212,7 +212,7 @@ def reload(base: Path, scratch: Path) -> dict[str, Any]:
 
 
 def machine() -> dict[str, Any]:
-    """Return the hardware and the versions of the measurement."""
+    """Return the hardware and the library versions that affect the numbers."""
     import torch
 
     packages = (
@@ -245,7 +245,7 @@ def machine() -> dict[str, Any]:
 
 
 def main() -> None:
-    """Run all cases, or with --case one of them, whose result is JSON on the last line."""
+    """Run all cases, or only the one named by --case, and print its result as JSON on the last line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", type=Path, required=True)
     parser.add_argument("--out", type=Path)

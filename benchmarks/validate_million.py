@@ -48,7 +48,7 @@ WORDS = {
     "feeling": "neutral happy excited love surprised worried sad angry embarrassed tired",
     "expression": "neutral smile laugh love wink proud surprise think worry sad cry angry pout shy sleepy",
 }
-"""Words separated by white space; `/` stands for a space within one."""
+"""Words separated by white space. `/` stands for a space within a word."""
 
 ANSWERS = [
     "나도 가고 싶다",

@@ -3,7 +3,7 @@
     python examples/demo.py [A|B|O|AB]
 
 All output goes to .demo/ (`make clean` removes it): the S3 server's data, the job's scratch files and the published
-adapter. A second start finds the run already done.
+adapter. Rerunning the demo finds the run already done.
 """
 
 from __future__ import annotations

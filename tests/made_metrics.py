@@ -1,6 +1,6 @@
-"""Make a finished run without a model: made-up replies go through the real judging, metrics and gates.
+"""Make a finished run without a model: pass made-up replies through the real rules, metrics and gates.
 
-The adapter answers with training replies that are kept out of the data it is compared with; the base answers politely in prose.
+The adapter's replies are training replies, kept out of the data that the rules compare them with. The base's are polite prose.
 
 """
 
@@ -123,7 +123,7 @@ def made_run(
     steps: int = 180,
     settings: tuple[tuple[str, Any], ...] = (),
 ) -> MadeRun:
-    """Make a run. `flaws`: the share of adapter replies that are the base's or never end. `settings`: dotted, over the defaults."""
+    """Make a run. `flaws` is the share of adapter replies that are bad: the base's or endless. `settings` override defaults."""
     config = settle(
         {
             "blood_type": blood_type,
@@ -136,7 +136,7 @@ def made_run(
     )
     asked_prompts: tuple[EvaluationPrompt, ...] = evaluation_prompts()[:prompts]
     records = _records(blood_type)
-    # Two halves: answers come from one, copies are searched in the other.
+    # Split the records: take answers from one half, and let the rules look for copies in the other.
     data, answers = TrainingData(records[::2]), records[1::2]
     asked = questions(asked_prompts, config.evaluation.intensities, persona_spec(blood_type).instruction)
     measured: dict[str, DecodingMetrics] = {}

@@ -1,4 +1,4 @@
-"""The contract of both kinds of storage. Each subclass provides the fixture `storage`."""
+"""The contract that both kinds of storage must fulfil. Each subclass provides the fixture `storage`."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ class StorageContract:
 
     def test_listing_is_sorted_by_bytes_and_sized(self, storage: Storage) -> None:
         expected = ["a-b", "a.txt", "a/b", "a/b-c/d", "a/b/c", "a0", "가/나", "Z"]
-        # on a disk a name is either a file or a folder
+        # on a disk, a name cannot be both a file and a folder
         expected.remove("a/b")
         for key in expected:
             storage.write_bytes(key, b"x" * len(key))

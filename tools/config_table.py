@@ -4,7 +4,7 @@
     python tools/config_table.py --write    write it between the markers of the page
     python tools/config_table.py --check    exit 1 if the page is out of date
 
-tests/unit/test_docs.py checks the page as well.
+tests/unit/test_docs.py runs the same check.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Final
 
 ROOT = Path(__file__).resolve().parent.parent
-# a checkout need not be installed
+# import the package from the checkout, which need not be installed
 sys.path.insert(0, str(ROOT))
 
 from lora_trainer.config import config_table  # noqa: E402
@@ -26,7 +26,7 @@ END: Final = "<!-- config:end -->"
 
 
 def render() -> str:
-    """Return the table as GitHub Markdown, with a line break at the end."""
+    """Return the table as GitHub Markdown that ends in a line break."""
     lines = ["| Setting | Default | Allowed | Meaning |", "|---|---|---|---|"]
     for name, default, allowed, meaning in config_table():
         cells = (f"`{name}`", _code(default), allowed, meaning)
@@ -35,7 +35,7 @@ def render() -> str:
 
 
 def _code(default: str) -> str:
-    # words that stand for a value
+    # these are words, not values to copy
     return default if default in ("required", "none", "all seven") else f"`{default}`"
 
 

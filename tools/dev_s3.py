@@ -3,7 +3,7 @@
 
     python tools/dev_s3.py --data .demo/s3 --port 9000
 
-The server is ministack (locks/dev-s3.txt). It pins its own botocore, so it needs a separate virtual environment:
+The server is ministack (locks/dev-s3.txt). It pins its own version of botocore, so it needs a separate virtual environment:
 `.venv-s3` in the repository root, or the one whose interpreter `DEV_S3_PYTHON` or `--python` names.
 It accepts any credentials, so it must listen on loopback only.
 """
@@ -35,7 +35,7 @@ _START_TIMEOUT_S = 30.0
 _STOP_TIMEOUT_S = 10.0
 _LOG_TAIL_LINES = 20
 
-# The server stops at the end of its standard input, which closes even if SIGKILL ends the parent.
+# The server stops when its standard input closes, which happens even if SIGKILL ends the parent.
 _BOOTSTRAP = """
 import os, runpy, signal, sys, threading
 def stop_with_parent():
@@ -128,7 +128,7 @@ def _start(folder: Path, port: int, python: Path) -> tuple[subprocess.Popen[byte
         raise DevS3Error(
             f"port {port} of {HOST} is in use; stop the process that listens there, or pass another --port (0 picks a free one)"
         )
-    # rarely another process takes the free port before the server binds it; try another one
+    # another process may take the free port before the server binds it; if so, try another port
     attempts = 1 if port else 3
     for attempt in range(1, attempts + 1):
         chosen = port or _free_port()
@@ -150,7 +150,7 @@ def _launch(folder: Path, port: int, python: Path) -> subprocess.Popen[bytes]:
     scratch = folder / "tmp"
     scratch.mkdir(exist_ok=True)
     environment = {
-        # an explicit list, because the caller's AWS_* and proxy settings must not reach the server
+        # build the environment from scratch, because the caller's AWS_* and proxy settings must not reach the server
         "PATH": os.environ.get("PATH", os.defpath),
         "HOME": str(scratch),
         "TMPDIR": str(scratch),
@@ -159,7 +159,7 @@ def _launch(folder: Path, port: int, python: Path) -> subprocess.Popen[bytes]:
         "GATEWAY_PORT": str(port),
         "SERVICES": "s3",
         "LOG_LEVEL": "WARNING",
-        # objects are written to disk at once, the other state when the server stops
+        # the server writes objects to disk at once, and its other state when it stops
         "S3_PERSIST": "1",
         "S3_DATA_DIR": str(folder / "objects"),
         "PERSIST_STATE": "1",
@@ -233,7 +233,7 @@ def main() -> int:
         with serve(options.data, options.port, options.python) as server:
             for bucket in options.bucket:
                 server.make_bucket(bucket)
-            # shell syntax, so that a user can paste it and a script can eval it
+            # print shell syntax, so that a user can paste it and a script can eval it
             sys.stdout.write("".join(f"export {name}={value}\n" for name, value in server.environment.items()))
             sys.stdout.flush()
             while not stopped.wait(0.5):

@@ -1,10 +1,10 @@
 """Train the persona classifier on the bundled data and measure how well it tells the four personas apart.
 
-    python tools/persona_classifier.py            train it and write lora_trainer/evaluate/assets/persona_classifier.npz
+    python tools/persona_classifier.py            train, and write lora_trainer/evaluate/assets/persona_classifier.npz
     python tools/persona_classifier.py --check    measure the shipped file; exit 1 if data/README.md has other numbers
 
-The measurement uses the replies held out of training, and separately the hand-written ones among them. Those are harder:
-composed replies share sentences with the training replies.
+The tool measures accuracy on the held-out replies, and separately on the hand-written ones among them. Those are harder,
+because composed replies share sentences with the training replies.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def section(everything: Matrix, by_hand: Matrix) -> str:
 
 
 def main() -> int:
-    """Train the classifier, write it and measure it."""
+    """Train and write the classifier unless checking, then measure it. Return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="measure only, write nothing")
     if not parser.parse_args().check:

@@ -2,8 +2,8 @@
 
     python tools/rooms.py
 
-Exits with 1 if modules import each other in a cycle or a module is longer than the limit. import-linter checks the layers
-(`lint-imports`, part of `make lint`).
+The exit code is 1 if modules import each other in a cycle or a module exceeds the length limit. import-linter checks the
+layers (`lint-imports`, part of `make lint`).
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def main() -> int:
         print(f"{room} ({len(modules)} modules): {to or 'imports no other room'}")
     failed = False
     try:
-        # a package is not importing its own modules
+        # a package does not import its own modules
         TopologicalSorter(imports).prepare()
         print("no module cycle")
     except CycleError as error:

@@ -1,4 +1,4 @@
-"""Wrong values are refused before anything is installed, with a message that names them."""
+"""Helm rejects wrong values before it installs anything, with a message that names them."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_a_value_out_of_bounds(helm: Helm, dotted: str, value: object, helm_vers
     assert f"'/{dotted.replace('.', '/')}" in str(refused.value)
 
 
-# One typo in each section.
+# One typo per section.
 TYPOS: Final = (
     "bloodtype", "image.digets", "s3.endpont", "s3.secretKeys.accesKeyId", "caBundle.configmap", "baseModel.revison",
     "hfToken.secret", "gpu.count", "resources.request", "sharedMemory.sizeLimit", "tmp.sizeLimit", "workVolume.storageClass",

@@ -1,7 +1,7 @@
-"""GPU faults during a run: out of memory, a lost device, a loss that is NaN.
+"""Test GPU faults during a run: out of memory, a lost device, a NaN loss.
 
-Without a GPU the tests raise torch's own exception in the forward pass, where the driver's error would surface; everything else
-is the real job.
+No GPU is needed: the tests raise torch's own exception in the forward pass, where a driver's error would surface. Everything
+else is the real job.
 
 """
 
@@ -67,7 +67,7 @@ main()
 
 
 def run(folder: Path, *more: str, fault: str = "") -> tuple[int, list[dict[str, Any]]]:
-    """Run the job on a faulty device; return exit code and log."""
+    """Run the job on a faulty device. Return its exit code and log."""
     (folder / "job.py").write_text(JOB)
     command = [
         sys.executable, str(folder / "job.py"), "run", *DEMO, "--blood-type", "A",
@@ -127,7 +127,7 @@ def test_what_was_set_by_hand_is_not_stepped_down(tmp_path: Path) -> None:
     ("fault", "code", "said"),
     [
         ("lost", 1, "the device failed"),
-        # test_run.py has a run that diverges
+        # slow, because test_run.py also covers a run that diverges
         pytest.param("nan", 7, "training diverged at step 5", marks=pytest.mark.slow),
     ],
 )

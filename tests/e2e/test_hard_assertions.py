@@ -1,4 +1,4 @@
-"""Silent failures of this ecosystem must end the run: trigger each of the backends' assertions on the tiny base."""
+"""Trigger each of the backends' hard assertions on the tiny base. They end the run on failures that would otherwise be silent."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_a_packed_row_has_the_loss_of_its_records_one_by_one(loaded: Loaded) -> 
 
 
 def test_rows_do_not_change_what_a_step_computes(tmp_path: Path) -> None:
-    """The same optimizer steps have the same losses, up to rounding, in one row or in several."""
+    """An optimizer step has the same loss, up to rounding, whether its records share one row or several."""
     logs = [Loaded(tmp_path / str(tokens), memory__micro_batch_tokens=tokens).backend.train() for tokens in (4096, 512)]
     assert [step.rows for step in logs[0].steps] != [step.rows for step in logs[1].steps]
     for wide, narrow in zip(logs[0].steps, logs[1].steps, strict=True):
@@ -164,7 +164,7 @@ def test_every_reply_ends_in_one_end_of_turn_that_is_in_the_loss(loaded: Loaded)
         assert sequence.labels[-1] == eos
         assert sequence.labels.count(eos) == 1
     row = make_row(loaded.sequences[:3])
-    # a record's first token has nothing to predict it from
+    # no earlier token predicts a record's first token
     starts = [0, len(loaded.sequences[0]), len(loaded.sequences[0]) + len(loaded.sequences[1])]
     assert [int(row["labels"][0, start]) for start in starts] == [-100, -100, -100]
     assert [int(row["position_ids"][0, start]) for start in starts] == [0, 0, 0]

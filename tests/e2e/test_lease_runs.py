@@ -1,4 +1,4 @@
-"""Two real processes with one run id at the same time, on a real store."""
+"""Run two real processes with the same run id at the same time on a real store."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Start = Callable[..., Any]
 
 @pytest.fixture
 def start(s3_server: Any, bucket: str, tmp_path: Path) -> Iterator[Start]:
-    """Start the same run repeatedly, each time with a new work folder, as on another machine."""
+    """Return a function that starts the same run with a new work folder, as if on another machine."""
     chaos.make_bucket(s3_server, chaos.Settings(), bucket)
     started: list[Any] = []
 
@@ -111,7 +111,7 @@ def test_a_killed_one_is_not_waited_for_and_a_signal_ends_the_wait(start: Start,
 
     first.send("SIGKILL")
     assert ended(first) == -signal.SIGKILL
-    # its lease still looks held
+    # the killed run did not release its lease
     assert any(name.endswith("/lease.json") for name in objects(open_storage(f"s3://{bucket}/lora/")))
     third = start()
     assert ended(third) == 0

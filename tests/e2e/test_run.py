@@ -1,4 +1,4 @@
-"""The whole job through its command line, on the tiny base, against a real S3 server over HTTP."""
+"""Run the whole job from its command line on the tiny base, against a real S3 server over HTTP."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_jsonl_in_s3_becomes_an_adapter_in_s3(blood_type: BloodType, bucket: str
         output.download(prefix + name, folder / name)
     settings = json.loads((folder / "adapter_config.json").read_text())
     assert settings["base_model_name_or_path"] == "lora-trainer/tiny-base"
-    # The manifest and the report contain the resolved configuration with its paths; files that a server loads must not.
+    # Only the manifest and the report may contain local paths, as part of the resolved configuration.
     everything = b"".join(path.read_bytes() for path in folder.iterdir() if path.name not in ("manifest.json", "report.html"))
     assert str(REPOSITORY).encode() not in everything
     assert str(tmp_path).encode() not in everything
@@ -105,7 +105,7 @@ def test_jsonl_in_s3_becomes_an_adapter_in_s3(blood_type: BloodType, bucket: str
     assert metrics["training"]["rows"] > metrics["training"]["steps"]
     assert metrics["held_out"]["loss_adapter"] < metrics["held_out"]["loss_base"]
     assert len((folder / "train_log.jsonl").read_text().splitlines()) == 6
-    # six prompts at two intensities, asked of adapter and base
+    # adapter and base each answer six prompts at two intensities
     assert len((folder / "replies.jsonl").read_text().splitlines()) == 24
     assert metrics["evaluation"]["greedy"]["base"]["exact_json"]["of"] == 12
     assert finished["report"] == f"{output_uri}{prefix}report.html"
@@ -140,7 +140,7 @@ def test_the_same_command_again_is_already_done(bucket: str, data_uri: str, tmp_
 
 
 def test_a_store_that_fails_a_fifth_of_all_requests(s3_server: Any, bucket: str, data_uri: str, tmp_path: Path) -> None:
-    """Data, checkpoints and bundle get through, and the published bundle is complete."""
+    """The job fetches its data, uploads checkpoints and publishes a complete bundle despite the failures."""
     output_uri = f"s3://{bucket}/lora/"
     with FaultProxy(s3_server.endpoint_url, share=0.2, seed=3) as proxy:
         done = job(
@@ -165,7 +165,7 @@ def test_two_runs_give_byte_identical_adapters(tmp_path: Path) -> None:
         arguments = ("run", *SHORT, "--blood-type", "B", "--data", str(REPOSITORY / "data"), "--output", str(output))
         done = job(*arguments, work_dir=tmp_path / f"work-{name}")
         assert done.returncode == 0, done.stderr
-        # the newest accepted adapter, by the name in the users' document
+        # the link to the newest accepted adapter has the name that the users' document expects
         digests.add(hashlib.sha256((output / "adapter_B" / "adapter_model.safetensors").read_bytes()).hexdigest())
     assert len(digests) == 1
 
@@ -214,7 +214,7 @@ def test_a_base_in_s3_is_mirrored_and_gives_the_folders_run(bucket: str, data_ur
         *common, "--base-model", base.uri, "--set", f"base.cache_dir={tmp_path / 'cache'}", work_dir=tmp_path / "one"
     )  # fmt: skip
     assert from_s3.returncode == 0, from_s3.stderr
-    # The weights decide the run id, not their location.
+    # The run id depends on the base's weights, not on their location.
     from_folder = job(*common, work_dir=tmp_path / "two")
     assert events(from_folder)["run_finished"]["already_done"] is True
 
@@ -267,7 +267,7 @@ def test_a_tampered_bundle_does_not_verify(bucket: str, data_uri: str, tmp_path:
 
 
 def test_runs_from_another_folder_with_the_seeds_names(tmp_path: Path) -> None:
-    # without URIs: data/ and outputs/ in the working folder
+    # without URIs, the job uses data/ and outputs/ in the working folder
     shutil.copytree(REPOSITORY / "data", tmp_path / "data")
     done = job("run", *SHORT, "--blood_type", "ab", work_dir=tmp_path / "work", cwd=tmp_path)
     assert done.returncode == 0, done.stderr

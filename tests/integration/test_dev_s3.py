@@ -1,4 +1,4 @@
-"""The local S3 server keeps its data, listens on loopback only, and always stops."""
+"""Test that the local S3 server keeps its data, listens on loopback only, and always stops."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_loopback_only(server_python: Path) -> None:
     with dev_s3.serve(python=server_python) as server:
         port = int(server.endpoint_url.rpartition(":")[2])
         assert listens(port)
-        # 127.0.0.2 is also loopback, but not the requested address: a server on all interfaces would answer there
+        # a server on all interfaces would also answer on 127.0.0.2, another loopback address
         for address in (*addresses, "127.0.0.2"):
             assert not listens(port, address)
 

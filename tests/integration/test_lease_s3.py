@@ -1,4 +1,4 @@
-"""Lease, checkpoints and bundle of two attempts at one run: on a real store, a failing one, and one without conditional writes."""
+"""Let two attempts at one run compete: on a real store, on a failing one, and on one without conditional writes."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def storage(bucket: str) -> Storage:
 
 
 def taken_over(storage: Storage, lease: Lease) -> None:
-    """Give the lease to another holder."""
+    """Write another holder into the lease."""
     found = storage.read_bytes(KEY)
     assert found is not None
     record = parse_record(found.data)
@@ -95,7 +95,7 @@ def test_faults_cost_it_neither_the_lease_nor_the_release(s3_server: Any, bucket
             lease.confirm()
         found = storage.read_bytes(KEY)
         record = parse_record(found.data) if found else None
-        # no other attempt took it, whatever the store answered
+        # no other attempt took the lease, whatever the store answered
         assert record is not None
         assert record.holder == lease.holder
         seen.append(record.attempt)
@@ -139,7 +139,7 @@ def test_a_manifest_is_never_replaced(storage: Storage, tmp_path: Path) -> None:
 def test_the_lease_is_looked_at_before_each_try(
     s3_server: Any, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An upload that is retried after the lease was lost would replace what the new holder has published."""
+    """Retrying an upload after losing the lease would overwrite the files that the new holder has published."""
     file = tmp_path / "file"
     file.write_bytes(b"mine")
     tries: list[int] = []
@@ -162,7 +162,7 @@ def test_the_lease_is_looked_at_before_each_try(
     monkeypatch.setenv("AWS_ENDPOINT_URL", s3_server.endpoint_url)
     plain = open_budgeted(f"s3://{bucket}/lora/")
     assert not plain.exists("x")
-    # reads do not ask
+    # reads do not check the lease
     storage = plain.adapted(guard=guard)
     for write in (lambda: storage.write_bytes("x", b""), lambda: storage.delete("x"), lambda: storage.upload(file, "x")):
         with pytest.raises(LeaseLostError):
@@ -175,7 +175,7 @@ def test_the_lease_is_looked_at_before_each_try(
 
 
 class Unconditional(FaultProxy):
-    """An old store that ignores conditions."""
+    """An old store that ignores the conditions of writes."""
 
     def forward(self, asked: Asked, headers: list[tuple[str, str]], body: bytes) -> Answer:
         kept = [(name, value) for name, value in headers if name.lower() not in ("if-match", "if-none-match")]
@@ -183,7 +183,7 @@ class Unconditional(FaultProxy):
 
 
 class NotImplementing(FaultProxy):
-    """A store that refuses conditions."""
+    """A store that rejects conditional writes."""
 
     def forward(self, asked: Asked, headers: list[tuple[str, str]], body: bytes) -> Answer:
         if {name.lower() for name, _ in headers} & {"if-match", "if-none-match"}:
@@ -237,7 +237,7 @@ def test_each_attempt_keeps_to_itself_and_reads_all(old_store: Callable[[], Stor
             other.write(step, state)
             other.finish(60)
         steps = {item.key.removeprefix(run_prefix(BloodType.A, RUN_ID)).rpartition("/")[0] for item in storage.list("runs/")} - {""}
-        # it prunes only its own
+        # each attempt prunes only its own checkpoints
         assert steps == {f"checkpoints-{first}/step-000003"} | {f"checkpoints-{second.holder}/step-{step:06d}" for step in (5, 6)}
         other.clear()
     assert list(storage.list("")) == []
@@ -256,7 +256,7 @@ def test_a_bundle_that_two_wrote_at_once_is_withdrawn(
         write_bytes = type(storage).write_bytes
 
         def late(self: Storage, key: str, data: bytes, **conditions: Any) -> None:
-            # the other attempt's file arrives between our files and our manifest
+            # upload the other attempt's file after our files and before our manifest
             if key == f"{PREFIX}manifest.json":
                 storage.upload(theirs / "adapter_model.safetensors", f"{PREFIX}adapter_model.safetensors")
             write_bytes(self, key, data, **conditions)

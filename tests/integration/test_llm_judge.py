@@ -1,4 +1,4 @@
-"""The judge over HTTP: asked in both orders, counted correctly, and never the reason that a run ends."""
+"""Test the judge over HTTP: the evaluation asks it in both orders, counts correctly, and survives all of its failures."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.integration
 
 @dataclass
 class Server:
-    """A chat server that answers with `opinion` of the question: content, or an HTTP status."""
+    """A chat server that answers each question with `opinion(question)`: content, or an HTTP status."""
 
     opinion: Callable[[str], str | int]
     url: str = ""
@@ -74,7 +74,7 @@ def serve(opinion: Callable[[str], str | int]) -> Iterator[Server]:
 
 @pytest.fixture(scope="module")
 def replies() -> list[ScoredReply]:
-    """Return replies of adapter and base to 20 prompts at four intensities."""
+    """Return replies of the adapter and the base to 20 prompts at four intensities."""
     return list(made_run(BloodType.A, prompts=20).replies)
 
 
@@ -112,7 +112,7 @@ def test_both_orders_are_asked_and_a_clear_preference_wins(replies: list[ScoredR
     assert (found.requests, found.prompt_tokens, found.completion_tokens) == (40, 280, 120)
     assert server.keys == {"Bearer sk-private"}
     questions = [body["messages"][1]["content"] for body in server.bodies]
-    # each pair in both orders, and no pair twice
+    # the judge saw every pair in both orders and no question twice
     assert len(set(questions)) == 40
     # the intensities alternate from prompt to prompt
     shown = {line.split()[-1] for question in questions for line in question.splitlines() if line.startswith("The friend feels")}
@@ -122,7 +122,7 @@ def test_both_orders_are_asked_and_a_clear_preference_wins(replies: list[ScoredR
         "second",
         "tie",
     ]
-    # the report prints the rubric that was sent
+    # the report prints the rubric that the judge received
     assert {body["messages"][0]["content"] for body in server.bodies} == {found.rubric}
 
 

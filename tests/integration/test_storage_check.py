@@ -1,4 +1,4 @@
-"""`lora-trainer check-storage` against a real server, and through a proxy that refuses, hides or damages."""
+"""Run `lora-trainer check-storage` against a real server, and through a proxy that rejects requests, hides or damages objects."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Check = Callable[..., tuple[int, str, str]]
 
 
 class Gateway(FaultProxy):
-    """Forwards everything unless `answers` replaces it."""
+    """A proxy that forwards everything unless `answers` has a replacement."""
 
     def __init__(self, upstream_url: str, answers: Callable[[Asked, Callable[[], Answer]], Answer]) -> None:
         super().__init__(upstream_url, share=0)
@@ -43,7 +43,7 @@ EMPTY_LISTING = xml(200, "OK", b"<ListBucketResult><IsTruncated>false</IsTruncat
 
 @pytest.fixture
 def check(bucket: str, capsys: pytest.CaptureFixture[str]) -> Check:
-    """Return a function that calls the command on a bucket with A's and B's data."""
+    """Return a function that runs the command on a bucket with A's and B's data."""
     for blood_type in "AB":
         boto3.client("s3").put_object(Bucket=bucket, Key=f"data/train_data_type_{blood_type}.jsonl", Body=b"{}\n")
     given = {"data": f"s3://{bucket}/data/", "output": f"s3://{bucket}/lora/", "base_model": str(TINY_BASE), "blood_type": "A"}
@@ -111,7 +111,7 @@ def test_what_fails_stops_none_of_the_rest(check: Check, bucket: str) -> None:
     assert [line.split(": ")[1] for line in err.splitlines()] == ["data", "base", "output", "output"]
     assert "train_data_type_O.jsonl: not found; " in err
     assert "no bucket called 'no-bucket-of-ours'" in err
-    # the worst of 3, 2, 2 and 2
+    # 3 is the worst of the four codes 3, 2, 2 and 2
     assert (code, out) == (ExitCode.DATA, "")
 
 

@@ -1,4 +1,4 @@
-"""Temporary storage failures: each operation survives each fault within its budget, and permanent failures are reported."""
+"""Test storage failures: each operation survives each temporary fault within its budget and reports permanent failures."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ Proxied = Callable[..., FaultProxy]
 
 @pytest.fixture
 def proxied(s3_server: Any, bucket: str, aws_environment: pytest.MonkeyPatch) -> Iterator[Proxied]:
-    """Route the test's storage through a proxy; its client gives up a silent connection after half a second."""
+    """Route the test's storage through a proxy. The client gives up on a silent connection after half a second."""
     aws_environment.setenv("LORA_TRAINER_STORAGE__OBJECT_BUDGET_S", "60")
     aws_environment.setenv("LORA_TRAINER_STORAGE__STALL_TIMEOUT_S", "0.5")
-    # Disable botocore's retries, so that ours are tested.
+    # Disable botocore's retries, so that the test sees only ours.
     aws_environment.setenv("AWS_MAX_ATTEMPTS", "1")
     with ExitStack() as stack:
 
@@ -57,9 +57,9 @@ def proxied(s3_server: Any, bucket: str, aws_environment: pytest.MonkeyPatch) ->
 
 @pytest.fixture
 def direct(bucket: str) -> Storage:
-    """The same storage, without a proxy."""
+    """Open the same storage without the proxy."""
     storage = open_budgeted(f"s3://{bucket}/prefix/")
-    storage.write_bytes("first/request", b"")  # its client is made before AWS_ENDPOINT_URL changes
+    storage.write_bytes("first/request", b"")  # creates its client before AWS_ENDPOINT_URL changes
     storage.delete("first/request")
     return storage
 
@@ -157,9 +157,9 @@ CARRY_BYTES = [upload, upload_all, download, read_bytes, write_bytes, write_if_a
 def test_each_fault_in_each_operation(
     proxied: Proxied, direct: Storage, source: Path, kind: Fault, operation: Callable[[Storage, Storage, Path], None]
 ) -> None:
-    """The first request that can have this fault has it."""
+    """The first request to which the fault applies fails with it."""
     if kind == Fault.WRONG_BYTES and operation not in CARRY_BYTES:
-        # nothing protects the bytes of a listing, and there are no others
+        # the operation transfers only listings, whose bytes nothing protects
         return
     proxy = proxied(share=1, kinds=[kind], at_most=1)
     operation(open_budgeted(direct.uri), direct, source)
@@ -170,7 +170,7 @@ def test_each_fault_in_each_operation(
 def test_one_part_of_many(
     proxied: Proxied, direct: Storage, tmp_path: Path, aws_environment: pytest.MonkeyPatch, kind: Fault
 ) -> None:
-    """The fault hits a part of a large object, up or down, with botocore's retries as in a run."""
+    """The fault hits one part of a large upload or download. botocore also retries, as in a run."""
     aws_environment.setenv("AWS_MAX_ATTEMPTS", "4")
     source, target = tmp_path / "source", tmp_path / "target"
     source.write_bytes(random.Random(1).randbytes(LARGE_BYTES))
@@ -183,7 +183,7 @@ def test_one_part_of_many(
 
 
 def test_lost_answer_of_a_complete_upload(proxied: Proxied, direct: Storage, tmp_path: Path) -> None:
-    """An upload that is already complete is not sent again."""
+    """The client does not repeat an upload that the server has already completed."""
     source = tmp_path / "source"
     source.write_bytes(bytes(LARGE_BYTES))
     sent: list[Asked] = []
@@ -200,7 +200,7 @@ def test_lost_answer_of_a_complete_upload(proxied: Proxied, direct: Storage, tmp
 
 
 def test_a_fifth_of_all_requests(proxied: Proxied, direct: Storage, tmp_path: Path, aws_environment: pytest.MonkeyPatch) -> None:
-    """All kinds mixed, with botocore's retries as in a run."""
+    """Mix all kinds of faults. botocore also retries, as in a run."""
     aws_environment.setenv("AWS_MAX_ATTEMPTS", "4")
     proxy = proxied(share=0.2, seed=5)
     storage = open_budgeted(direct.uri)
@@ -246,7 +246,7 @@ def test_wrong_bytes_from_a_store_without_checksums(
     aws_environment: pytest.MonkeyPatch,
     operation: Callable[[Storage, Storage, Path], None],
 ) -> None:
-    """The object's metadata contain a checksum."""
+    """The object's metadata contains a checksum, so the client still detects wrong bytes."""
     aws_environment.setenv("AWS_RESPONSE_CHECKSUM_VALIDATION", "when_required")
     proxy = proxied(share=1, kinds=[Fault.WRONG_BYTES], at_most=1)
     with capture_logs() as logs:
@@ -290,7 +290,7 @@ def test_what_lasts_is_said(proxied: Proxied, direct: Storage, source: Path, aws
 
 
 def test_all_objects_share_one_budget(proxied: Proxied, direct: Storage) -> None:
-    """A store that fails each object for a while must not cost its budget for each of a thousand objects."""
+    """Without a shared budget, a store that fails each of a thousand objects for a while would use a thousand budgets."""
     budget = RetryBudget(StorageConfig(object_budget_s=60, total_budget_s=1, stall_timeout_s=1))
     proxied(share=1, kinds=[Fault.THROTTLED])
     with pytest.raises(StorageError, match=r"storage\.total_budget_s"):
@@ -367,7 +367,7 @@ def test_a_silent_store_does_not_hold_sigterm(
     aws_environment: pytest.MonkeyPatch,
     operation: Callable[[Storage, Storage, Path], None],
 ) -> None:
-    """The connection times out after a minute: waiting for the transfer's threads would take as long."""
+    """The connection times out after a minute, so waiting for the transfer's threads would take a minute, too."""
     aws_environment.setenv("LORA_TRAINER_STORAGE__STALL_TIMEOUT_S", "60")
     direct.upload(source, KEY)
     silent = threading.Event()
@@ -377,7 +377,7 @@ def test_a_silent_store_does_not_hold_sigterm(
             silent.set()
         return asked.carries_object
 
-    # closing the proxy releases the threads left over
+    # closing the proxy releases the remaining threads
     proxied(share=1, kinds=[Fault.STALLED], only=carries)
     storage = open_budgeted(direct.uri)
     sender = threading.Thread(target=lambda: silent.wait(30) and (time.sleep(0.3), os.kill(os.getpid(), signal.SIGTERM)))
@@ -403,7 +403,7 @@ def test_sigterm_ends_a_pause(proxied: Proxied, direct: Storage) -> None:
 
 # ------------------------------------------------------------------------------------------------- local disk
 
-# Runs in a separate mount namespace, which ends with the process.
+# Runs in its own mount namespace, which the kernel removes with the process.
 MOUNTED = """
     import resource, subprocess, sys
     from pathlib import Path
@@ -449,7 +449,7 @@ READ_ONLY = """
     ("script", "said"), [(FULL, "No space left on device; free some space"), (READ_ONLY, "Read-only file system; ")]
 )
 def test_full_and_read_only_disks(direct: Storage, tmp_path: Path, script: str, said: str) -> None:
-    """Uses a real small disk if this user may mount one."""
+    """Use a real small disk if this user is allowed to mount one."""
     apart = [shutil.which("unshare") or "unshare", "--user", "--map-root-user", "--mount", sys.executable, "-c"]
     if not shutil.which("unshare") or subprocess.run([*apart, ""], capture_output=True, check=False).returncode:
         pytest.skip("mount namespaces are not allowed here")

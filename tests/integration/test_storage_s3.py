@@ -1,4 +1,4 @@
-"""`s3://` against a real server, and against answers that a real server rarely gives."""
+"""Test `s3://` storage against a real server, and against responses that a real server rarely sends."""
 
 from __future__ import annotations
 
@@ -174,7 +174,7 @@ def xml(status: int, code: str, message: str = "") -> Answer:
 
 
 class BadDay:
-    """An HTTP server whose answers the test chooses, with one function for all requests."""
+    """An HTTP server that answers every request with a function of the test."""
 
     def __init__(self) -> None:
         self.answer: Callable[[Request], Answer] = lambda _: xml(500, "InternalError")
@@ -257,7 +257,7 @@ def head_or(answer: Callable[[Request], Answer], size_bytes: int) -> Callable[[R
 def test_refusals(
     bad_day: BadDay, tmp_path: Path, status: int, code: str, kind: type[Exception], said: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """The error gives the reason, although the first request is a HEAD, whose refusal has no body."""
+    """The error states the reason, although the response to the first request, a HEAD, has no body."""
     bad_day.answer = lambda _: xml(status, code, f"user {KEY_ID} with {SECRET} at http://someone:pass@proxy may not")
     storage = open_budgeted(STORE)
     for call in (
@@ -287,7 +287,7 @@ def test_refused_writes_and_listings_name_their_action(bad_day: BadDay, tmp_path
 
 
 class Expiring:
-    """A store and its STS, which accept one set of credentials at a time."""
+    """A store and its STS, which both accept one set of credentials at a time."""
 
     def __init__(self) -> None:
         self.valid = 1
@@ -318,7 +318,7 @@ class Expiring:
 def test_credentials_that_expire_during_a_run(
     bad_day: BadDay, aws_environment: pytest.MonkeyPatch, tmp_path: Path, way: str
 ) -> None:
-    """Credentials are looked up again as often as needed, whichever operation is refused."""
+    """The client asks for new credentials as often as it needs to, whichever operation the store rejects."""
     store = Expiring()
     bad_day.answer = store
     for variable in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
@@ -367,7 +367,7 @@ def test_credentials_that_expire_during_a_run(
             assert storage.exists("x")
         assert store.answers_whole
         return
-    # the new credentials come late
+    # the new credentials arrive late
     store.valid = 9
     sender = threading.Timer(1.0, hand_out, (9,))
     sender.start()
@@ -440,7 +440,7 @@ def test_addressing_and_region(bad_day: BadDay, aws_environment: pytest.MonkeyPa
 
 
 def test_listing_goes_on_after_the_first_page(bad_day: BadDay) -> None:
-    """A real store returns a thousand keys a page; here two pages have one each."""
+    """A real store returns a thousand keys per page. This one returns two pages with one key each."""
 
     def answer(request: Request) -> Answer:
         asked = parse_qs(urlsplit(request.path).query)
@@ -460,7 +460,7 @@ def test_listing_goes_on_after_the_first_page(bad_day: BadDay) -> None:
 
 
 def test_virtual_hosts_at_a_custom_endpoint(bad_day: BadDay, aws_environment: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The one S3 setting without a variable: botocore reads it from the profile."""
+    """The addressing style has no environment variable, so botocore reads it from the profile."""
     (tmp_path / "config").write_text("[default]\ns3 =\n  addressing_style = virtual\n")
     aws_environment.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
     aws_environment.setenv("AWS_ENDPOINT_URL", "http://store.invalid:1")
@@ -470,7 +470,7 @@ def test_virtual_hosts_at_a_custom_endpoint(bad_day: BadDay, aws_environment: py
 
 
 def test_store_without_conditional_writes(bad_day: BadDay) -> None:
-    """The write succeeds with a check before it, and one warning covers all of them."""
+    """Each write checks the object first and then succeeds. The client logs one warning, not one per write."""
     kept: dict[str, bytes] = {}
 
     def answer(request: Request) -> Answer:
@@ -521,7 +521,7 @@ def test_store_that_refuses_a_matching_if_match(bad_day: BadDay) -> None:
 
 @pytest.mark.parametrize("condition", [{"if_absent": True}, {"if_match": '"e"'}])
 def test_write_whose_first_answer_was_lost(bad_day: BadDay, condition: dict[str, str | bool]) -> None:
-    """The retry finds its own object: a success, not a lost race."""
+    """A retry that finds its own object has succeeded. It has not lost a race."""
     kept: list[bytes] = []
 
     def answer(request: Request) -> Answer:

@@ -1,4 +1,4 @@
-"""`generate --engine teacher` against a real HTTP server that works, and one that does not."""
+"""Run `generate --engine teacher` against a real HTTP server, first one that works, then one that misbehaves."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def records_of(path: Path) -> list[TrainingRecord]:
 
 
 def assert_as_ordered(path: Path, count: int = COUNT) -> None:
-    """As many records as requested: clean, balanced and without repetition."""
+    """Check that the file has the requested number of records, clean, balanced and without repetition."""
     report = check_file(path, BloodType.O)
     assert [problem.render(path) for problem in report.problems] == []
     records = records_of(path)
@@ -75,7 +75,7 @@ def test_a_good_server(capsys: pytest.CaptureFixture[str]) -> None:
     page = Path("report.html").read_text(encoding="utf-8")
     assert teacher.url in page
     assert "prompt tokens" in page
-    # an interrupted run leaves nothing behind
+    # the finished run has removed its working files
     assert list(Path(".lora-trainer/generate").glob("*")) == []
 
 
@@ -94,7 +94,7 @@ def test_what_is_asked_for() -> None:
 
 
 def test_a_server_that_misbehaves(capsys: pytest.CaptureFixture[str]) -> None:
-    """Throttled, stalled, truncated or malformed answers and a model that errs: the wanted number arrives, without repetition."""
+    """The run gets all its records without repetition, despite throttled, stalled, truncated or wrong responses."""
     faults = (None, "429", "500", None, "malformed", "cut connection", None, "stall", "cut off", None)
     with serve(Teacher(faults=faults, slips=SLIPS)) as teacher:
         code = run_cli(arguments(teacher, "--concurrency", "4", "--request-timeout", "1.5", "--retries", "6"))
@@ -138,7 +138,7 @@ def test_a_killed_run_goes_on_where_it_stopped(slow_teacher: Teacher, number: si
     if number == signal.SIGTERM:
         assert "run the same command again to go on" in errors
     else:
-        # the crash truncated the last line
+        # simulate a crash that truncated the last line
         with kept[0].open("a", encoding="utf-8") as file:
             file.write('{"instruction": "너는 O형')
     before = slow_teacher.requests
@@ -150,14 +150,14 @@ def test_a_killed_run_goes_on_where_it_stopped(slow_teacher: Teacher, number: si
     written = Path("out/train_data_type_O.jsonl").read_text(encoding="utf-8").splitlines()
     assert written[: len(taken)] == taken
     assert f"records resumed from an interrupted run: {len(taken)}" in second.stdout
-    # existing records are not requested again
+    # the second run does not request the existing records again
     assert slow_teacher.requests - before <= (COUNT - len(taken)) // 2 + 12
 
 
 def test_output_goes_to_s3(bucket: str, s3_server: Any) -> None:
     with serve(Teacher()) as teacher:
         assert run_cli([*arguments(teacher, count=9), "--output", f"s3://{bucket}/made/"]) == ExitCode.DONE
-        # the file is complete, so nothing is requested
+        # the file is complete, so the second run requests nothing
         before = teacher.requests
         assert run_cli([*arguments(teacher, count=9), "--output", f"s3://{bucket}/made/"]) == ExitCode.CONFIG
         assert teacher.requests == before
@@ -202,7 +202,7 @@ def test_the_key_and_the_texts_are_in_no_log(capsys: pytest.CaptureFixture[str],
 
 
 def test_a_checkpoint_belongs_to_its_order() -> None:
-    """Another seed, model or count starts over."""
+    """A run with another seed, model or count ignores the checkpoint and starts over."""
     with serve(Teacher(faults=(None, None, *["500"] * 5))) as teacher:
         run_cli(arguments(teacher, "--retries", "0", "--concurrency", "1"))
         run_cli(arguments(teacher, "--retries", "0", "--concurrency", "1", "--seed", "2"))
@@ -261,6 +261,6 @@ def test_sigterm_does_not_wait_for_a_slow_model() -> None:
         while not teacher.bodies and time.monotonic() < deadline_s:
             time.sleep(0.1)
         process.send_signal(signal.SIGTERM)
-        # far less than the answer needs
+        # the process must end long before the response would arrive
         _, errors = process.communicate(timeout=30)
     assert process.returncode == ExitCode.INTERRUPTED, errors

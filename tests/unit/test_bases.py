@@ -1,4 +1,4 @@
-"""The base of a run: the identity of folders and hub ids, and the errors for anything that is no base."""
+"""Test the base of a run: the identity of folders and hub ids, and the errors for folders and ids that are not a base."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def test_no_such_folder(tmp_path: Path, folder: Path) -> None:
 def test_a_file_that_cannot_be_read(folder: Path) -> None:
     weights = folder / "model-00001-of-00002.safetensors"
     weights.unlink()
-    # reading a process's memory at address 0 fails for root, too
+    # reading a process's memory at address 0 fails even for root
     weights.symlink_to("/proc/self/mem")
     if not weights.is_file():
         pytest.skip("/proc is not there: no file that root cannot read")
@@ -179,7 +179,7 @@ for ask in (lambda: fetch_base(identify_base(config), config), lambda: tokenizer
 
 @pytest.mark.parametrize("offline", ["0", "1"])
 def test_a_hub_that_cannot_be_reached(tmp_path: Path, offline: str) -> None:
-    """In a separate process, because the hub's library reads its environment at import."""
+    """Run in a separate process, because the hub's library reads its environment at import."""
     pytest.importorskip("huggingface_hub", reason="huggingface_hub is not installed: nothing can be fetched")
     kept = {
         name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING")) and "proxy" not in name.lower()

@@ -1,4 +1,4 @@
-"""The bundle on a local output: manifest, publication, pointer, and reading it back."""
+"""Test the bundle on a local output: manifest, publication, pointer and reading back."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def storage(tmp_path: Path) -> Storage:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A bundle as the backend and the pipeline write it, with a subfolder and a Korean file name."""
+    """Write a bundle like the backend's and the pipeline's, with a subfolder and a Korean file name."""
     path = tmp_path / "bundle"
     (path / "extra").mkdir(parents=True)
     (path / "adapter_model.safetensors").write_bytes(bytes(range(256)) * 100)
@@ -121,7 +121,7 @@ def test_verify_does_not_follow_a_name_out_of_the_bundle(folder: Path, storage: 
 @pytest.mark.parametrize("hindered", ["adapter_config.json", "adapter_model.safetensors", "tokenizer_config.json"])
 def test_a_publication_that_breaks_off_is_no_bundle(folder: Path, storage: Storage, hindered: str) -> None:
     write_manifest(folder, facts())
-    # A folder in place of the file makes its upload fail.
+    # A folder with the file's name makes its upload fail.
     assert storage.local_folder is not None
     in_the_way = storage.local_folder / PREFIX / hindered
     (in_the_way / "x").mkdir(parents=True)
@@ -176,7 +176,7 @@ def test_the_first_run_is_the_latest(storage: Storage) -> None:
         ("2026-01-01T00:00:01+00:00", True),
         ("2026-01-01T00:00:00+00:00", True),
         ("2025-12-31T23:59:59+00:00", False),
-        # 00:00:01 and 23:59:59 UTC, written in Seoul time: times are compared, not their spelling
+        # 00:00:01 and 23:59:59 UTC in Seoul time: the job compares times, not strings
         ("2026-01-01T09:00:01+09:00", True),
         ("2026-01-01T08:59:59+09:00", False),
     ],
@@ -225,7 +225,7 @@ def test_a_broken_pointer_is_said_and_left(storage: Storage, data: bytes) -> Non
 
 
 def test_concurrent_movers_end_with_the_latest(tmp_path: Path) -> None:
-    # Eight movers, because a move is attempted eight times, and each lost swap is another mover's success.
+    # A mover tries eight times, and whenever its swap fails, another mover's has succeeded. So all of eight movers finish.
     movers = 8
     for attempt in range(20):
         uri = f"file://{tmp_path}/{attempt}/"
@@ -243,7 +243,7 @@ def test_concurrent_movers_end_with_the_latest(tmp_path: Path) -> None:
 
 
 class Contended:
-    """A real storage in which another client writes between every read and the next write."""
+    """A real storage with another client that writes between each of our reads and the next write."""
 
     def __init__(self, storage: Storage) -> None:
         self._storage = storage
@@ -276,13 +276,13 @@ def test_promotion_moves_whatever_is_newer_and_those_that_started_before_it_leav
     assert (pointer["run_id"], pointer["bundle"]) == ("older", "adapters/A/older/")
     promoted_at = datetime.fromisoformat(pointer["promoted_at"])
     assert before - timedelta(seconds=1) <= promoted_at <= datetime.now(UTC)
-    # started long after the promoted run, but before the promotion
+    # this run started long after the promoted one, but before the promotion
     move = move_latest(storage, A, facts("running", (promoted_at - timedelta(seconds=1)).isoformat()))
     assert (move.moved, move.names_this_run) == (False, False)
     assert move.reason == "it names run older, which was promoted after this run started"
     assert move_latest(storage, A, facts("newer", "2026-06-01T00:00:00+00:00")).moved is False
     assert pointed_at(storage) == pointer
-    # the promoted run again: the pointer already names it
+    # the pointer already names the promoted run
     move = move_latest(storage, A, facts("older", "2026-01-01T00:00:00+00:00"))
     assert (move.moved, move.names_this_run) == (False, True)
     # a run that starts now takes over as usual
@@ -317,7 +317,7 @@ def test_the_link_follows(storage: Storage) -> None:
     link = link_newest(storage, A, "0123456789abcdef")
     assert link == storage.local_folder / "adapter_A"
     assert (link / "x").read_bytes() == b"1"
-    # relative, because the output may be moved or mounted elsewhere
+    # the link is relative, so that users can move the output or mount it elsewhere
     assert link.readlink() == Path("adapters/A/0123456789abcdef")
     link_newest(storage, A, "other")
     assert (link / "x").read_bytes() == b"2"
@@ -346,7 +346,7 @@ def test_an_object_store_has_no_links() -> None:
 
 
 def accepts(schema: dict[str, Any], value: object) -> bool:
-    """Validate the part of JSON Schema that our schemas use; an unknown keyword fails the test."""
+    """Validate against the subset of JSON Schema that our schemas use. An unknown keyword fails the test."""
     assert set(schema) <= {
         "$schema", "type", "properties", "required", "additionalProperties", "minLength", "maxLength", "enum",
     }  # fmt: skip
@@ -400,7 +400,7 @@ def test_every_bundled_reply_is_one_that_the_schema_takes() -> None:
 
 @pytest.fixture(scope="module")
 def made() -> MadeRun:
-    """A run with few questions and its metrics."""
+    """Make a run with few questions and compute its metrics."""
     return made_run(prompts=6, sampled=False, steps=3, settings=(("lora.r", 8),))
 
 
@@ -441,7 +441,7 @@ def test_the_documents(folder: Path, made: MadeRun, revision: str | None) -> Non
 def test_the_card_says_what_was_measured(folder: Path, made: MadeRun) -> None:
     write_documents(folder, made.config, Base("x/y", None, "identity", None), made.metrics)
     card = (folder / "README.md").read_text(encoding="utf-8")
-    # six prompts at four intensities are too few for a bound of 0.97
+    # with only six prompts at four intensities, no lower bound can reach 0.97
     assert not made.metrics.verdict.passed
     assert "Gates at publication: **not passed**, on 24 greedy, unconstrained replies to\n6 held-out prompts" in card
     rate = made.metrics.evaluation.greedy.adapter.exact_json
@@ -449,7 +449,7 @@ def test_the_card_says_what_was_measured(folder: Path, made: MadeRun) -> None:
     assert len(re.findall(r"^\| [^|]+ \| \d+ of \d+ \| [\d.]+% \| [\d.]+% \|$", card, re.MULTILINE)) == 6
 
 
-# -- read back --------------------------------------------------------------------------------------------
+# -- reading back --------------------------------------------------------------------------------------------
 
 
 def publish_made(folder: Path, made: MadeRun, storage: Storage) -> dict[str, Any]:
@@ -500,7 +500,7 @@ def test_a_manifest_cannot_put_files_elsewhere(folder: Path, made: MadeRun, stor
 def test_a_bundle_from_before_there_were_evaluations_comes_back_without(
     folder: Path, made: MadeRun, storage: Storage, tmp_path: Path
 ) -> None:
-    """The adapter is good, so it is evaluated again and not trained again."""
+    """The adapter itself is intact, so the job evaluates it again instead of training again."""
     write_evaluation(folder, made.metrics, made.steps, made.replies, made.facts)
     old = {name: value for name, value in made.metrics.as_json().items() if name not in ("evaluation", "verdict", "schema")}
     (folder / "metrics.json").write_text(json.dumps(old), encoding="utf-8")

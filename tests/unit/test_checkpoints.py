@@ -1,4 +1,4 @@
-"""Checkpoints without a model: committing, pruning, finding them again, and a failing store."""
+"""Test checkpoints without a model: committing, pruning, finding the newest, and a failing store."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_a_damaged_one_is_passed_over(tmp_path: Path, damage: str) -> None:
     found = opened(tmp_path, "elsewhere").newest()
     assert found is not None
     assert found.name == checkpoint_name(1)
-    # on the first attempt's machine its local copy is enough
+    # on the same machine, the job uses the local copy
     here = opened(tmp_path).newest()
     assert here is not None
     assert here.name == checkpoint_name(2)
@@ -106,7 +106,7 @@ def test_due_after_steps_or_minutes(tmp_path: Path) -> None:
 
 
 class SlowStorage(FileStorage):
-    """Blocks the first upload until released."""
+    """A storage that blocks the first upload until the test releases it."""
 
     begun, go_on = threading.Event(), threading.Event()
 
@@ -131,7 +131,7 @@ def test_training_never_waits_and_of_those_that_wait_the_newest_is_next(tmp_path
 
 
 class FullStorage(FileStorage):
-    """Refuses every write until released."""
+    """A storage that rejects every write until the test releases it."""
 
     full = True
 
@@ -214,7 +214,7 @@ def test_outside_a_deferred_block_it_is_raised_at_once() -> None:
 
 
 def swallow(interruption: Interruption) -> None:
-    """Swallow the interruption, as an import from C code does."""
+    """Turn the interruption into an ImportError, as C code does during an import."""
     try:
         interruption._handle(signal.SIGTERM, None)
     except BaseException as error:

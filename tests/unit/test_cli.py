@@ -1,4 +1,4 @@
-"""The command line: output and exit codes. A user's mistake never ends in a traceback."""
+"""Test the output and exit codes of the command line. A user's mistake never ends in a traceback."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ PLANTED = "아무도보면안되는말"
 
 
 class Panic(BaseException):
-    """A library's own exception."""
+    """An exception of a library that does not derive from Exception."""
 
 
 @pytest.fixture(autouse=True)
 def own_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, aws_environment: pytest.MonkeyPatch) -> Iterator[None]:
-    """Isolate the test like a new process: no settings, an empty working folder, logging restored afterwards."""
+    """Give the test the state of a new process: no settings and an empty working folder. Restore logging afterwards."""
     for variable in list(os.environ):
         if variable.startswith("LORA_TRAINER_"):
             monkeypatch.delenv(variable)
@@ -67,7 +67,7 @@ def own_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, aws_environment
 def termination_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     path = tmp_path / "termination-log"
     path.touch()
-    # The default is bound when the function is defined.
+    # Patch the default argument, because Python binds it when it defines the function.
     monkeypatch.setattr(logs.last_word, "__defaults__", (path,))
     return path
 
@@ -77,7 +77,7 @@ def invoke(*arguments: str) -> Result:
 
 
 def called(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
-    """Return exit code, standard output and standard error of a command."""
+    """Run a command. Return its exit code, standard output and standard error."""
     code = run_cli(arguments)
     out, err = capsys.readouterr()
     assert "Traceback" not in out + err
@@ -124,7 +124,7 @@ def test_help(command: list[str], option: str) -> None:
 def test_every_option_is_explained() -> None:
     for name, command in cli.commands.items():
         for option in command.params:
-            # Click has no help for arguments: the command's text has to explain them
+            # Click has no help texts for arguments, so the command's own text must explain them
             explained = (
                 (command.help or "").split("\n", 1)[1] if isinstance(option, click.Argument) else getattr(option, "help", "")
             )
@@ -269,7 +269,7 @@ def test_validate_does_not_quote_training_text(capsys: pytest.CaptureFixture[str
 
 
 def planted() -> str:
-    """Return a file with every kind of faulty line, full of text that must not be quoted."""
+    """Return a file with every kind of faulty line. All contain text that no message may quote."""
     text = f"{PLANTED} 그리고 아주 길고 긴 이야기"
     good = json.dumps({"text": text, "emotion": "smile"}, ensure_ascii=False)
     return "".join(
@@ -289,7 +289,7 @@ def planted() -> str:
     )
 
 
-# -- run: its last words --------------------------------------------------------------------------------
+# -- run: the last log line --------------------------------------------------------------------------------
 
 
 def run_arguments(tmp_path: Path, data: str) -> list[str]:
@@ -350,7 +350,7 @@ def test_run_stops_at_warnings_under_strict(capsys: pytest.CaptureFixture[str], 
     data = write(tmp_path / "data" / "train_data_type_A.jsonl", record() + record(output=formal, input="둘"))
     code, _, err = called(capsys, *run_arguments(tmp_path, data), "--strict")
     assert code == 3
-    # the user's own file, not the copy in the work folder
+    # the message names the user's own file, not the copy in the work folder
     assert last_event(err)["problems"][0].startswith(f"{tmp_path}/data/train_data_type_A.jsonl:2: ")
     assert PLANTED not in err
 
@@ -362,14 +362,14 @@ def test_run_with_a_base_that_is_none(capsys: pytest.CaptureFixture[str], tmp_pa
 
 
 def few_records(tmp_path: Path, blood_type: str = "A") -> str:
-    """Copy the first records of the bundled data to a folder: validating all of them takes seconds."""
+    """Copy the first records of the bundled data to a folder, because validating all of them takes seconds."""
     name = f"train_data_type_{blood_type}.jsonl"
     lines = (REPOSITORY / "data" / name).read_text(encoding="utf-8").splitlines(keepends=True)[:60]
     return str(Path(write(tmp_path / "few" / name, "".join(lines))).parent)
 
 
 def finished(tmp_path: Path, *, passed: bool = True, blood_type: str = "A") -> tuple[list[str], str]:
-    """Publish the bundle of a finished run; return the arguments of that run, and its id."""
+    """Publish the bundle of a finished run. Return the run's arguments and id."""
     data = Path(few_records(tmp_path, blood_type)) / f"train_data_type_{blood_type}.jsonl"
     settings = {"blood_type": blood_type, "device": "cpu", "base.model": str(TINY_BASE), "training.quantization": "none"}
     config = settle(settings, {})
@@ -413,7 +413,7 @@ def test_a_finished_run_ends_at_once(capsys: pytest.CaptureFixture[str], tmp_pat
         assert event["bundle"] == out.strip()
         assert (event["passed"], event["report"]) == (True, f"{event['bundle']}report.html")
         assert "problems" not in event
-        # the run completes the pointer and the link that a crash left out
+        # the run adds the pointer and the link that a crash prevented
         assert json.loads((tmp_path / "out" / "adapters" / "A" / "latest.json").read_text())["run_id"] == identity
         assert (tmp_path / "out" / "adapter_A" / "manifest.json").is_file()
         (tmp_path / "out" / "adapter_A").unlink()
@@ -434,7 +434,7 @@ def test_a_finished_run_that_missed_a_gate_says_so_each_time(
         assert problem.startswith("gates.persona: got 0.625 (lower 95 % bound (Clopper-Pearson) of 0.800), expected >= 0.7: ")
         assert "missed by 0.075; " in problem
         assert json.loads(termination_log.read_text(encoding="utf-8"))["problems"] == [problem]
-        # this run does not become the newest accepted one
+        # the run does not become the newest accepted one
         assert not (tmp_path / "out" / "adapters" / "A" / "latest.json").exists()
         assert not (tmp_path / "out" / "adapter_A").exists()
 
@@ -476,7 +476,7 @@ def test_each_of_several_has_its_own_end_and_the_last_line_has_them_all(
     write(data / "train_data_type_O.jsonl", planted())
     code, out, err = called(capsys, *arguments, "--data", f"{data}/", "--blood-type", "O,A,B")
     event = last_event(err)
-    # B has no data and A's adapter misses a gate: bad data is the worse of the two
+    # B has no data and A's adapter misses a gate: bad data has the worse exit code
     assert (code, event["exit_code"], event["outcome"], event["level"]) == (3, 3, "DataError", "error")
     assert out == f"file://{tmp_path}/out/adapters/A/{identity}/\n"
     assert event["personas"] == [
@@ -563,7 +563,7 @@ def test_validate_takes_one_persona_and_settings_for_several(
         (OSError(f"no tokenizer takes {PLANTED}"), "builtins.OSError (its message is left out"),
         (AssertionError(PLANTED), "builtins.AssertionError (its message is left out"),
         (AttributeError(f"'str' object has no attribute '{PLANTED}'"), "builtins.AttributeError (its message is left out"),
-        # like the panic of a Rust library, not an Exception
+        # like the panic of a Rust library, this does not derive from Exception
         (Panic(PLANTED), "test_cli.Panic (its message is left out"),
         (RuntimeError("CUDA error: device lost"), "builtins.RuntimeError: CUDA error: device lost"),
         (RuntimeError(f"CUDA error: device lost\n{PLANTED}"), "builtins.RuntimeError: CUDA error: device lost"),
@@ -588,7 +588,7 @@ def test_a_bug_is_exit_1_with_its_place_and_no_text_of_the_datas(
     if "left out" in shown:
         _, _, file = problem.partition("it may quote training text; ")
         kept = Path(file.removesuffix(" has it)"))
-        # next to the data, readable by the same users
+        # the file lies next to the data and only its owner can read it
         assert kept.parent == tmp_path / "work"
         assert kept.stat().st_mode & 0o077 == 0
         assert PLANTED in kept.read_text(encoding="utf-8")
@@ -608,7 +608,7 @@ def test_on_a_terminal_problems_are_lines(
     assert "problems=" not in err
 
 
-# -- in a process of its own ----------------------------------------------------------------------------
+# -- in a separate process ----------------------------------------------------------------------------
 
 
 def environment(**changes: str) -> dict[str, str]:
@@ -654,7 +654,7 @@ def test_no_gpu_is_exit_5(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_an_interruption_before_training_is_143(tmp_path: Path, number: signal.Signals) -> None:
-    """During the download, from a store that accepts the connection and never answers."""
+    """Interrupt the download from a store that accepts the connection and never responds."""
     with socket.create_server(("127.0.0.1", 0)) as silent:
         silent.settimeout(60)
         arguments = run_arguments(tmp_path, "s3://bucket/data/")
@@ -698,7 +698,7 @@ except BaseException:
 
 @pytest.mark.parametrize("stubborn", [False, True], ids=["once", "twice"])
 def test_an_interruption_while_libraries_are_imported_is_143(tmp_path: Path, stubborn: bool) -> None:
-    """PID 1 has no default handler, and the imports take half a minute: the signal must not be lost."""
+    """PID 1 has no default handlers and the imports take half a minute. The signal must not get lost meanwhile."""
     write(tmp_path / "slow" / "click.py", f"STUBBORN = {stubborn}\n{SLOW_IMPORT}")
     process = subprocess.Popen(
         [sys.executable, "-m", "entrypoint", "run", "--blood-type", "A"],

@@ -1,4 +1,4 @@
-"""`lora-trainer compare` on local bundles."""
+"""Test `lora-trainer compare` on local bundles."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_two_runs_of_one_persona(bundles: Path, capsys: pytest.CaptureFixture[st
     assert rows["Win rate against the base"][0].startswith(f"{greedy.win_rate.value:.1%} (")
     assert rows["steps"] == ["180", "180"]
     assert rows["Judge's preference"] == ["86.2% (82.1–90.0%)", "–"]
-    # only the settings that differ
+    # the table lists only settings that differ
     settings = out[out.index("\n Settings") :]
     assert list(rows_of(settings))[1:3] == ["lora.r", "training.learning_rate"]
     assert rows["lora.r"] == ["16", "32"]
@@ -93,7 +93,7 @@ def test_it_fits_the_terminal(
     assert run_cli(["compare", *runs]) == ExitCode.DONE
     out = capsys.readouterr().out
     assert max(cell_len(line) for line in out.splitlines()) <= columns
-    # numbers are not split across lines
+    # the table does not break numbers across lines
     for part in (FIRST[:8], "86.2%", "(82.1–90.0%)", "1.238", "✗ not passed"):
         assert part in out
 

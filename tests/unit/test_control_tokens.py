@@ -1,6 +1,6 @@
-"""No text becomes a control token, with the tiny base's tokenizer and the tokens that Qwen2.5 adds to its vocabulary.
+"""Check that no text turns into a control token of the tiny base's tokenizer, extended with the tokens that Qwen2.5 adds.
 
-`QWEN_TOKENIZER=FOLDER` uses the genuine tokenizer of Qwen2.5 instead.
+`QWEN_TOKENIZER=FOLDER` uses Qwen2.5's real tokenizer instead.
 
 """
 
@@ -91,7 +91,7 @@ def test_nor_in_evaluation_and_chat(tokenizer: Any, text: str) -> None:
 
 @pytest.mark.parametrize("token", QWEN_TOKENS)
 def test_each_of_them_would_be_one(tokenizer: Any, token: str) -> None:
-    """Otherwise the tests above prove nothing."""
+    """Without the protection each text is a control token; otherwise the tests above would prove nothing."""
     assert control_in(tokenizer, tokenizer(token)["input_ids"]) == [token]
     assert spells_control_token(token)
     assert control_in(tokenizer, tokenizer(escape_control_tokens(token))["input_ids"]) == []

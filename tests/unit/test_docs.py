@@ -33,7 +33,7 @@ CONFIGURATION: Final = "docs/configuration.md"
 TROUBLESHOOTING: Final = "docs/troubleshooting.md"
 KUBERNETES: Final = "docs/kubernetes.md"
 WITH_EXIT_CODES: Final = (*READMES, TROUBLESHOOTING, "SDS.md")
-# every document of the project, without folders that git ignores
+# all documents of the project, except in folders that git ignores
 DOCUMENTS: Final = sorted(
     str(path.relative_to(REPOSITORY))
     for pattern in (
@@ -67,13 +67,13 @@ def document(name: str) -> str:
 
 
 def marked(name: str, marker: str) -> str:
-    """What stands between `<!-- marker:begin -->` and `<!-- marker:end -->`."""
+    """Return the text between `<!-- marker:begin -->` and `<!-- marker:end -->`."""
     (found,) = re.findall(f"<!-- {marker}:begin -->\n(.*?)<!-- {marker}:end -->", document(name), re.DOTALL)
     return str(found)
 
 
 def rows(name: str, marker: str) -> list[list[str]]:
-    """The cells of a marked table without its head; a cell that is one piece of code, without its backticks."""
+    """Return the cells of a marked table without its header. A cell that is a single code span loses its backticks."""
     lines = marked(name, marker).strip().splitlines()
     assert set(lines[1]) <= set("|- "), f"{name}: {marker} is not a table"
     cells = ([cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines[2:])
@@ -92,7 +92,7 @@ def calls() -> Iterator[ast.Call]:
 
 
 def words(node: ast.AST) -> set[str]:
-    """The snake_case string constants in `node`."""
+    """Return the snake_case string constants in `node`."""
     constants = (part.value for part in ast.walk(node) if isinstance(part, ast.Constant))
     return {value for value in constants if isinstance(value, str) and re.fullmatch(r"[a-z][a-z0-9_]*", value)}
 
@@ -264,11 +264,11 @@ def option_names(command: click.Command) -> set[str]:
 
 @pytest.mark.parametrize("name", [*READMES, *(name for name in DOCUMENTS if name.startswith(("docs/", "k8s/", "data/")))])
 def test_commands_in_the_documents_exist(name: str) -> None:
-    """Every `lora-trainer COMMAND --option` names a command and options of it."""
+    """Every `lora-trainer COMMAND --option` in the text names an existing command and its options."""
     text = document(name).replace("\\\n", " ")
     for command, arguments in re.findall(r"lora-trainer ([a-z][a-z-]*)((?: [^\n`#]*)?)", text):
         options = set(re.findall(r"(?<=\s)--[a-z_-]+", arguments))
-        # without options it may be prose about the project or an image
+        # without options, the match may be prose about the project or an image
         if command in cli.commands or options:
             assert options <= option_names(cli.commands[command]), command
 
@@ -283,7 +283,7 @@ def test_troubleshooting_quotes_real_messages() -> None:
 
 @cache
 def literals() -> frozenset[str]:
-    """All string constants of the code."""
+    """Return all string constants of the code."""
     constants = (part.value for module in sources() for part in ast.walk(module) if isinstance(part, ast.Constant))
     return frozenset(value for value in constants if isinstance(value, str))
 
@@ -297,7 +297,7 @@ def test_a_readme_is_short(name: str) -> None:
 
 
 def commands(name: str) -> list[str]:
-    """The commands in the code blocks, without comments."""
+    """Return the commands in the code blocks, without comments."""
     blocks = re.findall(r"```bash\n(.*?)```", document(name), re.DOTALL)
     lines = (re.sub(r"\s*(?:^|\s)#.*", "", line) for block in blocks for line in block.replace("\\\n", " ").splitlines())
     return [" ".join(line.split()) for line in lines if line]
@@ -347,7 +347,7 @@ def test_make_targets_exist(name: str) -> None:
 
 
 def anchors(text: str) -> set[str]:
-    """The ids that GitHub gives to headings."""
+    """Return the ids that GitHub generates for headings."""
     headings = re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", text, flags=re.DOTALL), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
 
@@ -377,7 +377,7 @@ def test_the_documents_are_there() -> None:
 
 
 def tables(name: str) -> Iterator[list[str]]:
-    """The cells of every line of every table."""
+    """Yield the cells of each row of each table."""
     for line in document(name).splitlines():
         if line.startswith("| "):
             yield [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
@@ -402,7 +402,7 @@ def test_messages_of_the_cluster_page_are_the_jobs_own() -> None:
 
 def test_events_of_the_cluster_page_are_logged() -> None:
     events = {cells[0] for cells in rows("SDS.md", "events")}
-    # in backticks, with an underscore and nothing else
+    # find code spans that consist of one name with an underscore
     named = set(re.findall(r"`([a-z]+(?:_[a-z]+)+)`", document(KUBERNETES)))
     fields = {"exit_code", "eta_s"}
     assert named - fields <= events
@@ -410,7 +410,7 @@ def test_events_of_the_cluster_page_are_logged() -> None:
 
 
 def test_seconds_of_the_cluster_page_were_measured() -> None:
-    """The numbers of its table on cost are those of the results that it names."""
+    """The numbers in the page's cost table match the benchmark results that the page names."""
 
     def result(name: str) -> Any:
         return json.loads(document(f"benchmarks/results/{name}"))
@@ -433,5 +433,5 @@ def test_seconds_of_the_cluster_page_were_measured() -> None:
         4.0,
     ]
     assert "ended after 4.0 s, already done" in run["what"]
-    # adapter and base, greedy and sampled, 480 each
+    # adapter and base each write 480 replies greedily and 480 sampled
     assert round(8 * (evaluation["adapter_generate_s"] + evaluation["base_generate_s"])) == 145

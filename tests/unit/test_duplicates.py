@@ -1,4 +1,4 @@
-"""Duplicate records: identical, identical up to decoration, and similar by character 5-grams."""
+"""Test the detection of records that are identical, identical up to decoration, or similar by character 5-grams."""
 
 import json
 import random
@@ -84,7 +84,7 @@ def test_a_text_that_is_nearly_the_same_is_found_and_another_is_not() -> None:
 
 
 def test_every_pair_that_is_near_enough_is_found() -> None:
-    """The index only proposes candidates; compare it with all pairs, so that it misses no near-duplicate."""
+    """Compare the index, which only proposes candidates, with all pairs to show that it misses no near-duplicate."""
     rng = random.Random(5)
     words = [chr(rng.randrange(0xAC00, 0xD7A4)) * 2 for _ in range(12)]
     texts = [" ".join(rng.choice(words) for _ in range(12)) for _ in range(60)]

@@ -1,4 +1,4 @@
-"""Gates: one reply more or less decides, and the message says what was missed."""
+"""Test gates: a single reply can decide, and the message names each missed gate."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ RATE_OF = {
 
 @cache
 def measured() -> EvaluationMetrics:
-    """Return a whole evaluation, in which a test changes the numbers it needs."""
+    """Return a complete evaluation for tests to modify."""
     return made_run(prompts=6, sampled=False, steps=3).metrics.evaluation
 
 
@@ -96,7 +96,7 @@ def test_one_reply_decides(name: str, enough: int) -> None:
         assert gate.compared == clopper_pearson(successes, 480)[0]
         assert gate.value == successes / 480
         assert gate.passed is verdict.passed is passes
-        # The rate itself is above the threshold in both cases: the bound decides.
+        # The rate itself is above the threshold in both cases, so the bound decides.
         assert gate.value > threshold
 
 
@@ -139,7 +139,7 @@ def test_what_was_never_seen_is_the_worst_that_it_could_be() -> None:
 
 
 def test_greedy_replies_of_the_adapter_decide_alone() -> None:
-    """Sampled replies vary, and the base is not judged."""
+    """Gates ignore sampled replies, which vary, and the base's replies."""
     evaluation = evaluation_with(exact_json=rate(480))
     bad = evaluation.greedy.base.model_copy(update={"exact_json": rate(0)})
     worse = evaluation.greedy.model_copy(update={"adapter": bad, "base": bad})
@@ -148,7 +148,7 @@ def test_greedy_replies_of_the_adapter_decide_alone() -> None:
     assert not decide(changed.model_copy(update={"greedy": worse}), only(exact_json=0.97)).passed
 
 
-# -- which gates there are ------------------------------------------------------------------------------
+# -- enabled gates ------------------------------------------------------------------------------
 
 
 def test_none_takes_a_gate_away() -> None:
@@ -190,7 +190,7 @@ def test_the_gate_id_is_of_the_evaluation_and_of_the_thresholds() -> None:
     assert decide(measured(), GatesConfig()).gate_id == gate_id(measured().evaluation_id, GatesConfig())
 
 
-# -- what is said ---------------------------------------------------------------------------------------
+# -- messages ---------------------------------------------------------------------------------------
 
 
 def test_what_was_missed_is_said_in_full() -> None:

@@ -1,4 +1,4 @@
-"""`generate --engine compose`: the grammar, balance, the guarantees about its output, and the command line."""
+"""Test `generate --engine compose`: its grammar, its balance, the guarantees about its output, and the command line."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_particles_agree_with_their_noun(noun: str, particle: str, expected: str
 @pytest.mark.parametrize("particle", sorted(PARTICLES))
 def test_every_particle_keeps_the_noun_before_it(particle: str) -> None:
     for noun in ("밥", "피자", "물", "오래된 우산"):
-        # -ㄴ and -ㄹ only close a syllable of their own: a noun never changes
+        # -ㄴ and -ㄹ only close the particle's own syllable, so the noun never changes
         assert with_particle(noun, particle).startswith(noun)
     assert with_particle("밥", particle) == f"밥{particle}"
 
@@ -87,7 +87,7 @@ def test_every_feeling_is_served_at_every_strength() -> None:
 
 @pytest.mark.parametrize("scene", load_scenes(), ids=lambda scene: scene.scene)
 def test_lines_of_the_grammar(scene: Scene) -> None:
-    """Each line is one clean sentence, whatever fills its slots, so that two lines make a reply of at most two."""
+    """Whatever fills its slots, each line is one clean sentence, so a reply of two lines has at most two sentences."""
     rng = random.Random(scene.scene)
     for _, kind, text in all_lines(scene):
         filled = fill(text, {slot: rng.choice(choices) for slot, choices in scene.slots.items()})
@@ -150,7 +150,7 @@ def test_a_mistake_in_a_scene_is_named(old: str, new: str, said: str) -> None:
     assert said in str(caught.value)
 
 
-# --- what is composed ------------------------------------------------------------------------------------
+# --- composed records ------------------------------------------------------------------------------------
 
 
 @each_persona
@@ -184,7 +184,7 @@ def test_emoji_rise_with_the_intensity(blood_type: BloodType) -> None:
 
 @each_persona
 def test_no_two_are_nearly_the_same(blood_type: BloodType) -> None:
-    """Compare all pairs, without the index that the generator uses."""
+    """Compare all pairs directly instead of using the generator's index."""
     records, summary = composed(blood_type)
     assert summary.near_duplicate_rate == 0
     parts = [shingles(record.reply.text) for record in records]
@@ -248,7 +248,7 @@ def test_the_command_writes_a_file_a_table_and_a_report(capsys: pytest.CaptureFi
     page = Path("pages/report.html").read_text(encoding="utf-8")
     assert page.count("<svg") >= 8
     assert page.count('<section id="') == 2
-    # self-contained: it loads nothing
+    # the page is self-contained and loads no other resource
     assert "http" not in page.replace("http://www.w3.org", "")
     assert "<script" not in page
 

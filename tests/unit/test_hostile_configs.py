@@ -1,4 +1,4 @@
-"""Hostile configuration files, names and manifests: one message each, exit 2, and nothing outside is touched."""
+"""Test hostile configuration files, names and manifests: each yields one message and exit 2, and changes no other file."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def no_settings_around(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def show_config(content: bytes) -> tuple[int, str]:
-    """Return exit code and all output."""
+    """Run `show-config` on a file with this content. Return its exit code and all output."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "run.yaml"
         path.write_bytes(content)
@@ -152,7 +152,7 @@ def test_two_files_of_one_persona_are_refused(tmp_path: Path) -> None:
 
 
 class Trap:
-    """Creates a file when unpickled."""
+    """An object that creates a file when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -1,4 +1,4 @@
-"""Bounds of rates, means and rank correlations, against closed forms, scipy and data with known dependence."""
+"""Compare bounds of rates, means and rank correlations with closed forms, scipy and data of known dependence."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ counts = st.integers(1, 2000).flatmap(lambda of: st.tuples(st.integers(0, of), s
     [(0.97, 472), (0.93, 456), (0.95, 465)],
 )
 def test_how_many_of_480_a_gate_takes(threshold: float, enough: int) -> None:
-    """The numbers in the settings' descriptions."""
+    """These are the numbers that the descriptions of the settings state."""
     assert clopper_pearson(enough, 480)[0] >= threshold
     assert clopper_pearson(enough - 1, 480)[0] < threshold
 
@@ -37,13 +37,13 @@ def test_none_and_all_have_closed_forms(of: int) -> None:
 
 
 def test_the_rule_of_59() -> None:
-    """59 trials without a fault show 95 % with 95 % confidence, as in every table of acceptance sampling."""
+    """59 successes in 59 trials show a rate of 95 % with 95 % confidence, as tables of acceptance sampling state."""
     assert clopper_pearson(59, 59)[0] >= 0.95 > clopper_pearson(58, 58)[0]
 
 
 @pytest.mark.parametrize(
     ("successes", "of", "lower", "upper"),
-    # tables list two-sided 90 % intervals, which consist of these two one-sided bounds
+    # published tables list two-sided 90 % intervals, whose ends are our one-sided 95 % bounds
     [(5, 10, 0.2224, 0.7776), (1, 10, 0.0051, 0.3942), (9, 10, 0.6058, 0.9949), (10, 20, 0.3020, 0.6980), (3, 15, 0.0568, 0.4398)],
 )
 def test_tabulated_values(successes: int, of: int, lower: float, upper: float) -> None:
@@ -62,7 +62,7 @@ def test_counts_that_are_none(successes: int, of: int) -> None:
 
 @given(counts)
 def test_the_bounds_are_quantiles_of_the_beta_distribution(count: tuple[int, int]) -> None:
-    """The closed form of Clopper and Pearson's bounds."""
+    """Compare the bounds with the closed form of Clopper and Pearson's interval."""
     successes, of = count
     lower, upper = clopper_pearson(successes, of)
     if successes:
@@ -119,7 +119,7 @@ def test_copies_within_a_prompt_are_no_new_observations() -> None:
     clustered = ClusterBootstrap(clusters, 4000, 20).mean(four_times)
     independent = ClusterBootstrap(range(480), 4000, 20).mean(four_times)
     assert clustered == ClusterBootstrap(range(120), 4000, 20).mean(once)
-    # twice as wide: the square root of four
+    # the interval is twice as wide: the square root of four
     assert width(clustered) / width(independent) == pytest.approx(2, rel=0.15)
     exact = clopper_pearson(int(sum(four_times)), 480)
     assert width(clustered) > 1.5 * width(exact)
@@ -162,7 +162,7 @@ def test_the_same_seed_draws_the_same_and_another_does_not() -> None:
     clusters = [at // 4 for at in range(100)]
     bounds = [ClusterBootstrap(clusters, 500, seed).mean(values) for seed in (1, 1, 2)]
     assert bounds[0] == bounds[1] != bounds[2]
-    # one bootstrap draws once for all its statistics
+    # one bootstrap uses the same draws for all its statistics
     bootstrap = ClusterBootstrap(clusters, 500, 1)
     assert bootstrap.mean(values) == bounds[0] == bootstrap.mean(values)
 
@@ -174,7 +174,7 @@ def test_the_names_of_the_clusters_do_not_matter() -> None:
 
 
 def test_what_is_not_there_is_left_out() -> None:
-    """A prompt with only unreadable replies is drawn, but contributes nothing."""
+    """The bootstrap draws prompts with only unreadable replies, too, but they contribute nothing."""
     clusters = [0, 0, 1, 1, 2, 2]
     values = [1.0, None, 0.5, 0.75, None, None]
     lower, upper = ClusterBootstrap(clusters, 2000, 1).mean(values)
@@ -182,7 +182,7 @@ def test_what_is_not_there_is_left_out() -> None:
     assert not math.isnan(lower)
     bootstrap = ClusterBootstrap(clusters, 2000, 1)
     lower, upper = bootstrap.spearman([1.0, 2.0, 1.0, 2.0, 1.0, None], [0.0, 1.0, 0.0, 1.0, None, 5.0])
-    # a draw of only the third prompt has one side and no correlation
+    # a draw that consists of only the third prompt has no pairs, so no correlation
     assert (lower, upper) == pytest.approx((1, 1))
 
 

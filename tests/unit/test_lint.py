@@ -1,4 +1,4 @@
-"""The rules for one reply, line by line. test_lint_lines.py measures how often they are right."""
+"""Test the rules for one reply on single lines. test_lint_lines.py measures their accuracy."""
 
 import time
 import unicodedata
@@ -204,7 +204,7 @@ def test_hostile_text_costs_no_more_than_other_text(unit: str) -> None:
     begin = time.perf_counter()
     list(lint_reply(text, 0.5))
     has_question(text)
-    # linear work takes well under a second; quadratic work on 200,000 characters takes minutes
+    # 200,000 characters take well under a second in linear time, and minutes in quadratic time
     assert time.perf_counter() - begin < 10
 
 

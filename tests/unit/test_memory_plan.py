@@ -1,4 +1,4 @@
-"""The memory rule against the measurements it was fitted to, and its plans for common GPUs."""
+"""Test the memory rule on the measurements it was fitted to, and its plans for common GPUs."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def plan(
 
 
 def test_the_shape_is_qwens() -> None:
-    # the model card: 6.53B parameters without embeddings (0.3M of them biases and norms), 7.61B with
+    # per the model card: 6.53B parameters without embeddings (0.3M of them biases and norms), 7.61B with embeddings
     assert QWEN_7B.linear_parameters == pytest.approx(6.525e9, rel=0.001)
     assert QWEN_7B.weight_bytes("none", 2) == pytest.approx(7.615e9 * 2, rel=0.001)
 
@@ -101,7 +101,7 @@ def test_too_small_a_card() -> None:
     ) as caught:
         plan(6)
     assert caught.value.exit_code == ExitCode.HARDWARE
-    # the memory it asks for is enough
+    # the memory that the message asks for is enough
     assert plan(6.85).micro_batch_tokens == 1024
 
 
@@ -155,7 +155,7 @@ def test_tied_embeddings_are_held_once() -> None:
     tied = ModelShape(24, 896, 4864, 14, 2, 151936, tied_embeddings=True, positions=32768)
     untied = ModelShape(24, 896, 4864, 14, 2, 151936, tied_embeddings=False, positions=32768)
     assert untied.weight_bytes("none", 2) - tied.weight_bytes("none", 2) == 151936 * 896 * 2
-    # Qwen2.5-0.5B: 0.494B parameters with tied embeddings
+    # Qwen2.5-0.5B has 0.494B parameters and tied embeddings
     assert tied.weight_bytes("none", 2) == pytest.approx(0.494e9 * 2, rel=0.005)
 
 
@@ -182,7 +182,7 @@ def test_memory_that_runs_out_is_met_by_one_smaller_plan_after_another_until_non
         now = plan(free_gib, limit=limit)
         seen.append((now.gradient_checkpointing, now.micro_batch_tokens))
     first = seen[0][1]
-    # recomputation first, because it frees most
+    # recomputation comes first, because it frees the most memory
     assert seen[:3] == [("off", first), ("unsloth", first), ("unsloth", first // 2)]
     assert seen[-1] == ("unsloth", LEAST_ROW_TOKENS)
     assert len(seen) == len(set(seen))

@@ -1,4 +1,4 @@
-"""The table of `evaluate` and the demo: the numbers in metrics.json, and by how much each gate missed."""
+"""Test the table that `evaluate` and the demo print: it shows the numbers of metrics.json and how far each gate was missed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The evaluation's classifier: accurate on replies it has not seen, and a file that holds only numbers."""
+"""Test the evaluation's classifier: it is accurate on unseen replies, and its file holds only numbers."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_hand_written_replies_are_the_harder_part_and_are_told_apart_too() -> No
 
 
 def test_what_ships_is_what_the_tool_trains(tmp_path: Path) -> None:
-    """The file matches the data. Weights may differ in their last digits between machines; predictions may not."""
+    """The shipped file matches the data. Between machines, weights may differ in their last digits but predictions may not."""
     fresh = tool.train()
     fresh.save(tmp_path / "fresh.npz")
     with np.load(tool.ARTEFACT, allow_pickle=False) as shipped, np.load(tmp_path / "fresh.npz", allow_pickle=False) as trained:

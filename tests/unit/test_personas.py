@@ -1,4 +1,4 @@
-"""The four specifications: complete, of one schema, and different from each other."""
+"""Test that the four specifications are complete, follow one schema, and differ from each other."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The steps of a run that need no torch, with real files, tokenizer and storage."""
+"""Test the steps of a run that need no torch, with real files, a real tokenizer and real storage."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def config(tmp_path: Path, **changes: Any) -> RunConfig:
 
 @pytest.fixture
 def few(tmp_path: Path) -> Path:
-    """Copy the beginning of the bundled data: validating all of it takes seconds."""
+    """Copy the beginning of the bundled data, because validating all of it takes seconds."""
     file = tmp_path / "few" / DATA.name
     file.parent.mkdir()
     file.write_text("".join(DATA.read_text(encoding="utf-8").splitlines(keepends=True)[:160]), encoding="utf-8")
@@ -74,7 +74,7 @@ def few(tmp_path: Path) -> Path:
 
 
 def prepare(job: Job, tmp_path: Path) -> tuple[inputs.DataFile, identities.Identity, training.TrainingPlan]:
-    """Run the steps up to the split."""
+    """Run all steps up to the held-out split."""
     pytest.importorskip("transformers", reason="transformers is not installed: no chat template can be applied")
     data = inputs.fetch(job)
     records = inputs.read(job, data)
@@ -125,7 +125,7 @@ def test_a_long_record_is_left_out_and_never_cut(tmp_path: Path, few: Path) -> N
     with capture_logs() as events:
         some = prepare(Job(config(tmp_path, data=str(few), **{"training.max_length_tokens": limit})), tmp_path)[2].data
     assert some.left_out == sum(length > limit for length in lengths) > 0
-    # the remaining records keep side, order and tokens
+    # the remaining records keep their side of the split, their order and their tokens
     assert some.train == [sequence for sequence in whole.train if len(sequence) <= limit]
     assert some.held_out == [sequence for sequence in whole.held_out if len(sequence) <= limit]
     (event,) = (event for event in events if event["event"] == "records_left_out")
@@ -134,7 +134,7 @@ def test_a_long_record_is_left_out_and_never_cut(tmp_path: Path, few: Path) -> N
 
 @pytest.mark.parametrize("limit", [1024, 90])
 def test_what_an_adapter_is_compared_with_is_what_it_was_trained_on(tmp_path: Path, few: Path, limit: int) -> None:
-    """In the run itself, and when its bundle is evaluated again later."""
+    """This holds in the run itself and when the job evaluates its bundle again later."""
     job = Job(config(tmp_path, data=str(few), **{"training.max_length_tokens": limit}))
     data, _, plan = prepare(job, tmp_path)
     tokenizer = open_backend(job.config).load_tokenizer(TINY_BASE)
@@ -185,7 +185,7 @@ def trained() -> Trained:
 
 @pytest.fixture(scope="module")
 def made() -> MadeRun:
-    """A run of twelve prompts: the replies are made up, everything after that is real."""
+    """Make a run with twelve prompts. The replies are made up; everything computed from them is real."""
     return made_run(prompts=12, sampled=False, steps=3, flaws=0.0)
 
 
@@ -228,7 +228,7 @@ def test_the_metrics_add_up(tmp_path: Path, made: MadeRun) -> None:
 
 @pytest.mark.parametrize(("threshold", "passed"), [(0.5, True), (0.97, False)])
 def test_the_verdict_is_said(tmp_path: Path, made: MadeRun, threshold: float, passed: bool) -> None:
-    """48 replies are too few for a bound of 0.97, however good they are."""
+    """With only 48 replies, the lower bound cannot reach 0.97, however good they are."""
     with capture_logs() as events:
         verdict = decide(
             Job(config(tmp_path, **{"gates.exact_json": threshold, **no_gates("exact_json")})), made.metrics.evaluation
@@ -292,12 +292,12 @@ def test_what_a_killed_attempt_left_goes_with_the_next_look(tmp_path: Path, held
     record = Record(holder="f" * 16, attempt=1, host="elsewhere", duration_s=60, released_at=None if held else "then")
     job.output.write_bytes(f"{prefix}lease.json", record.as_bytes())
     assert publication.find_finished(job, identity) is not None
-    # files of a running attempt stay
+    # the job does not remove files of a running attempt
     assert {item.key for item in job.output.list("runs/")} == (left if held else set())
 
 
 def made_folder(job: Job, identity: identities.Identity, verdict: Verdict) -> Path:
-    """Write a bundle that is ready to be published."""
+    """Write a bundle that is ready for publication."""
     folder = fresh_folder(job.run_dir(identity.run_id) / "bundle")
     (folder / "adapter_config.json").write_text("{}")
     facts = {
@@ -386,7 +386,7 @@ def test_prompts_that_are_not_there(tmp_path: Path, name: str, kind: type[Except
         inputs.fetch_prompts(Job(config(tmp_path, **{"evaluation.prompts": uri})))
 
 
-# -- a finished run, asked for again through the command line -------------------------------------------
+# -- rerunning a finished run from the command line -------------------------------------------
 
 DATA_LINES = 60
 
@@ -396,7 +396,7 @@ def no_gates(*but: str) -> dict[str, None]:
 
 
 class Finished:
-    """A published run judged by `gates.exact_json` alone, and the command that would train it."""
+    """A published run with `gates.exact_json` as its only gate, and the command that would train it."""
 
     def __init__(self, tmp_path: Path, made: MadeRun, *, threshold: float) -> None:
         self.folder = tmp_path
@@ -428,7 +428,7 @@ class Finished:
             "config": job.config.model_dump(mode="json"),
         }
         self.kept = tmp_path / "work" / "runs" / "A" / self.identity.run_id / "bundle"
-        """Where a run keeps a bundle that it could not publish."""
+        """The folder in which a run keeps a bundle that it could not publish."""
         folder = fresh_folder(self.kept)
         (folder / "adapter_config.json").write_text("{}")
         (folder / "adapter_model.safetensors").write_bytes(b"weights")
@@ -440,7 +440,7 @@ class Finished:
         self.bundle = self.output / self.prefix
 
     def hashes(self) -> dict[str, str]:
-        """Hash the bundle's own files, without those under evaluations/."""
+        """Return the SHA-256 of the bundle's own files by name, without those under evaluations/."""
         return {path.name: sha256_of(path) for path in self.bundle.iterdir() if path.is_file() and not path.name.startswith(".")}
 
     def gate_id(self, threshold: float) -> str:
@@ -448,7 +448,7 @@ class Finished:
         return gates.gate_id(evaluation_id(settings.evaluation, prompts_digest(evaluation_prompts()[:12])), settings.gates)
 
     def run(self, threshold: float | None = None, *more: str) -> tuple[int, str, dict[str, dict[str, Any]]]:
-        """Return exit code, standard output and log by event, from a process that must not import torch."""
+        """Run the command in a process that cannot import torch. Return exit code, standard output and log by event."""
         program = (
             "import sys\n"
             "from entrypoint.cli import run_cli\n"
@@ -516,12 +516,12 @@ def test_other_thresholds_decide_again_from_what_was_published(
     last = events["run_finished"]
     assert (ended, last["already_done"], last["passed"]) == (code, False, code == 0)
     assert last["run_id"] == finished.identity.run_id
-    # the same bundle, unchanged
+    # the bundle is the same and unchanged
     assert out == f"file://{finished.bundle}/\n"
     assert finished.hashes() == before
     output = Job(config(tmp_path)).output
     assert verify_files(output, finished.prefix) == []
-    # the new verdict lies below it, complete and with a report
+    # the new verdict lies below the bundle, complete and with a report
     prefix = f"{finished.prefix}evaluations/{gate_id}/"
     assert last["report"] == f"file://{finished.output}/{prefix}report.html"
     assert verify_files(output, prefix) == []
@@ -541,12 +541,12 @@ def test_other_thresholds_decide_again_from_what_was_published(
     assert (folder / "replies.jsonl").read_bytes() == (finished.bundle / "replies.jsonl").read_bytes()
     latest = finished.output / "adapters" / "A" / "latest.json"
     assert latest.exists() is (code == 0)
-    # the next run repeats it
+    # the next run repeats the new verdict
     ended, _, events = finished.run(second)
     again = events["run_finished"]
     assert (ended, again["already_done"], again["report"]) == (code, True, last["report"])
     assert "evaluating_again" not in events
-    # the first verdict still holds for its own thresholds
+    # with the first thresholds, the run repeats the first verdict
     ended, _, events = finished.run(first)
     assert (ended, events["run_finished"]["already_done"]) == (4 - code, True)
     assert events["run_finished"]["report"] == f"file://{finished.bundle}/report.html"
@@ -579,7 +579,7 @@ def test_what_a_run_could_not_publish_is_published_by_hand(
 
 
 def test_a_bundle_from_elsewhere_does_not_say_itself_where_it_is_published(tmp_path: Path, made: MadeRun) -> None:
-    """Otherwise the manifest could choose the output and move its pointer."""
+    """Otherwise a manifest could choose an output and move its pointer."""
     finished = Finished(tmp_path, made, threshold=0.9)
     shutil.rmtree(finished.output)
     copy = tmp_path / "download" / "bundle"
@@ -653,7 +653,7 @@ def test_the_image_digest(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_pipeline_imports_without_the_training_stack() -> None:
-    """CI and data authors have no torch, and a bad record must not wait for its import."""
+    """CI and data authors have no torch, and the report of a bad record must not wait for its import."""
     program = (
         "import sys\n"
         "import lora_trainer.run.pipeline, entrypoint.cli\n"

@@ -1,4 +1,4 @@
-"""Several personas in one process: selection, order, and the effect of one failure on the others."""
+"""Test several personas in one process: selection, order, and the effect of one failure on the others."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from lora_trainer.run.publication import Outcome
 from lora_trainer.run.shared_models import SharedModels
 
 A, B, LIVELY, AB = BloodType
-"""The name O alone looks like a zero."""
+"""`LIVELY` is persona O, because the name O looks like a zero."""
 
 
-# -- which ones -----------------------------------------------------------------------------------------
+# -- selection -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ def test_a_file_and_the_environment_name_several_and_the_stronger_one_wins(tmp_p
     file.write_text(text)
     configs = settle_each({"training.epochs": 2}, {}, file)
     assert [config.blood_type for config in configs] == [B, AB]
-    # They differ in nothing else, so each has the run id that it has alone.
+    # The configurations differ only in the persona, so each persona gets the same run id as alone.
     assert configs[0] == settle({"training.epochs": 2, "blood_type": "B"}, {})
     assert configs[1].model_copy(update={"blood_type": B}) == configs[0]
     in_environment = {"LORA_TRAINER_BLOOD_TYPE": "all"}
@@ -110,16 +110,16 @@ def test_the_worst_code_is_the_process_s() -> None:
     assert worst([]) is ExitCode.DONE
 
 
-# -- in turns -------------------------------------------------------------------------------------------
+# -- phases -------------------------------------------------------------------------------------------
 
 Told = list[tuple[str, str]]
 PLAN, EVALUATE, TRAIN = object(), object(), object()
 Plot = list[object]
-"""A persona's script: strings are recorded, a marker ends the phase, and an exception ends the run."""
+"""A persona's script: the test records strings, a marker ends the phase, and an exception ends the run."""
 
 
 class Device(SharedModels):
-    """A device that may be lost."""
+    """A device that can fail."""
 
     is_lost = False
     released = 0
@@ -132,12 +132,12 @@ class Device(SharedModels):
 
 
 def tell(monkeypatch: pytest.MonkeyPatch, plots: dict[str, Plot], device: Device | None = None) -> tuple[Told, list[PersonaRun]]:
-    """Run personas with these scripts; return the recorded order and the personas."""
+    """Run personas with these scripts. Return the recorded order and the personas."""
     told: Told = []
     rest = {name: iter(plot) for name, plot in plots.items()}
 
     def play(job: Job) -> object:
-        """Play the plot up to its next marker; without one the run is done."""
+        """Run the script up to its next marker, or to its end, which ends the run."""
         name = str(job.config.blood_type)
         structlog.contextvars.bind_contextvars(run_id=f"id-of-{name}")
         for part in rest[name]:
@@ -167,7 +167,7 @@ def tell(monkeypatch: pytest.MonkeyPatch, plots: dict[str, Plot], device: Device
 
 @dataclass
 class Ready:
-    """As much of `Prepared` as the pipeline looks at."""
+    """The attributes of `Prepared` that the pipeline reads."""
 
     published: dict[str, str] | None
 
@@ -213,7 +213,7 @@ def test_one_that_ends_badly_leaves_the_others_whole(
     told, personas = tell(monkeypatch, {"A": trained(), "B": trained(then=error), "O": trained()}, device)
     assert codes(personas) == [0, code, 0]
     assert told[-3:] == [("O", "trains"), ("O", "publishes"), ("O", "ended")]
-    # A failure makes the device's state untrusted, a missed gate does not. It is emptied once between personas.
+    # The pipeline releases the device once between phases, and again after a failure, but not after a missed gate.
     assert device.released == (1 if code == 4 else 2)
     together = combined_report(FailureReport(), personas)
     assert together.exit_code == code

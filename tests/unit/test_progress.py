@@ -1,4 +1,4 @@
-"""`progress.json` and the progress bar."""
+"""Test `progress.json` and the progress bar."""
 
 from __future__ import annotations
 

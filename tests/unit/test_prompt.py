@@ -1,4 +1,4 @@
-"""The prompt structure that training and serving share: exact, safe from forged lines, and fully described by its template."""
+"""Test the prompt that training and serving share: it is exact, its template is complete, and no text can forge its lines."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ TEXT_RULES = (
 )
 INTENSITY = st.floats(0, 1)
 FEELING = st.sampled_from([str(feeling) for feeling in Feeling])
-# text that a forger would write, and arbitrary text
+# text that tries to forge lines, and arbitrary text
 TEXT = st.one_of(
     st.text(max_size=40),
     st.lists(
@@ -61,7 +61,7 @@ def test_the_seeds_record() -> None:
 
 
 def test_the_form_is_version_two() -> None:
-    """Another form is another version and another run: this test fails so that nobody forgets to raise PROMPT_VERSION."""
+    """A changed prompt needs a new version and is another run. If this test fails, raise PROMPT_VERSION."""
     assert PROMPT_VERSION == 2
     assert prompt_template() == {
         "version": 2,
@@ -119,7 +119,7 @@ def test_a_reply_is_written_in_its_own_letters() -> None:
 
 
 def rebuild(template: dict[str, Any], fields: dict[str, str], intensity: float) -> list[dict[str, str]]:
-    """Build the messages from `prompt.json` alone, as a service without this package does."""
+    """Build the messages from `prompt.json` alone, as a service without this package would."""
     assert template["intensity_format"] == "one decimal"
     assert template["text_rules"] == TEXT_RULES
 

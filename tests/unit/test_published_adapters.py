@@ -1,4 +1,4 @@
-"""`evaluate` and `promote` up to the point that needs a model: bundle, settings, base and data."""
+"""Test `evaluate` and `promote` up to the point where they need a model: bundle, settings, base and data."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ TINY_BASE = REPOSITORY / "examples" / "tiny-base"
 DATA = REPOSITORY / "data" / "train_data_type_A.jsonl"
 RUN_ID = "0123456789abcdef"
 STARTED_AT = "2026-01-01T00:00:00+00:00"
-# settings of the run that trained the adapter
+# the settings of the run that trained the adapter
 TOLD: dict[str, Any] = {
     "blood_type": "A",
     "data": str(DATA.parent),
@@ -92,7 +92,7 @@ def made_here() -> MadeRun:
 
 @cache
 def evaluation_files() -> dict[str, bytes]:
-    """Write the evaluation of `made_here` once: the report's plots take half a second."""
+    """Write the evaluation of `made_here` only once, because the report's plots take half a second."""
     made = made_here()
     with tempfile.TemporaryDirectory() as folder:
         write_evaluation(Path(folder), made.metrics, made.steps, made.replies, made.facts)
@@ -146,7 +146,7 @@ def local(adapter: Adapter) -> Path:
     return adapter.storage.local_folder
 
 
-# -- which bundle ---------------------------------------------------------------------------------------
+# -- finding the bundle ---------------------------------------------------------------------------------------
 
 
 def test_a_bundle_is_opened_by_uri_by_folder_and_by_link(adapter: Adapter, output: Storage) -> None:
@@ -173,7 +173,7 @@ def test_a_half_published_bundle_is_none(adapter: Adapter) -> None:
 
 
 def test_a_manifest_of_something_else(adapter: Adapter) -> None:
-    """Other programs and versions also write a manifest.json, for example web pages."""
+    """Other programs and versions also write a manifest.json, for example for web pages."""
     path = local(adapter) / "manifest.json"
     path.write_text('{"schema": 1, "files": {}}')
     with pytest.raises(ConfigError, match=r"no manifest\.json of a run there"):
@@ -202,7 +202,7 @@ def test_the_output_of_a_copy_elsewhere_is_unknown(adapter: Adapter, tmp_path: P
     copy = open_adapter(str(tmp_path / "copy"))
     with pytest.raises(ConfigError, match=f"expected a bundle in its place, <output>/adapters/A/{RUN_ID}/: a copy elsewhere"):
         output_of(copy)
-    # the run's own id in another persona's folder
+    # a folder with the run's own id, but of another persona
     shutil.copytree(local(adapter), tmp_path / "adapters" / "AB" / RUN_ID)
     with pytest.raises(ConfigError, match="expected a bundle in its place"):
         output_of(open_adapter(str(tmp_path / "adapters" / "AB" / RUN_ID)))
@@ -215,7 +215,7 @@ def test_the_output_of_a_bundle_in_s3() -> None:
     assert output_of(Adapter(storage, {"run_id": RUN_ID, "blood_type": "A"})).uri == "s3://bucket/"
 
 
-# -- which settings -------------------------------------------------------------------------------------
+# -- settings -------------------------------------------------------------------------------------
 
 
 def test_the_runs_settings_and_not_those_of_its_machine(adapter: Adapter) -> None:
@@ -245,7 +245,7 @@ def test_no_place_is_taken_from_a_manifest(adapter: Adapter) -> None:
     assert foreign["config"]["evaluation"]["judge_base_url"].startswith("https://foreign/")
     config = settle_for(Adapter(adapter.storage, foreign), {}, {})
     assert "foreign" not in config.model_dump_json()
-    # a new setting with a path or a URI must be considered here
+    # if you add a setting with a path or a URI, add it here
     texts = {
         name
         for name in setting_names()
@@ -269,7 +269,7 @@ def test_everything_may_be_told_otherwise(adapter: Adapter, tmp_path: Path) -> N
     config = settle_for(adapter, {"gates.persona": "0.9", "data": "other/"}, environment, file)
     assert (config.gates.exact_json, config.gates.stop, config.gates.persona) == (0.6, 0.7, 0.9)
     assert (config.device, config.data, config.work_dir) == ("cuda", "other/", Path("w"))
-    # settings that nobody mentions are the run's
+    # settings that neither options nor variables mention come from the run
     assert (config.lora.r, config.evaluation.intensities) == (8, (0.2, 0.8))
     assert settle_for(adapter, {"gates.exact_json": None}, {}).gates.exact_json is None
 
@@ -308,13 +308,13 @@ def test_a_manifest_from_before_there_was_a_configuration(adapter: Adapter) -> N
     [({"blood_type": "B"}, {}), ({}, {"LORA_TRAINER_BLOOD_TYPE": "B"}), ({}, {"LORA_TRAINER_BLOOD_TYPE": "AB"})],
 )
 def test_an_adapter_is_not_judged_as_another_persona(adapter: Adapter, cli: dict[str, Any], environment: dict[str, str]) -> None:
-    """The variable is set in every pod of a job; a folder of data would then be another persona's, too."""
+    """A job sets the variable in every pod, and with it the data folder would be another persona's, too."""
     with pytest.raises(ConfigError, match=r"blood_type: got A?B, the adapter is A's: leave it out"):
         settle_for(adapter, cli, environment)
     assert settle_for(adapter, {}, {"LORA_TRAINER_BLOOD_TYPE": "a"}).blood_type == "A"
 
 
-# -- which base, which data -----------------------------------------------------------------------------
+# -- base and data -----------------------------------------------------------------------------
 
 
 def settled(adapter: Adapter, tmp_path: Path, **changes: Any) -> RunConfig:
@@ -324,7 +324,7 @@ def settled(adapter: Adapter, tmp_path: Path, **changes: Any) -> RunConfig:
 
 def test_the_base_that_it_was_trained_on(adapter: Adapter, tmp_path: Path) -> None:
     assert base_of(adapter, settled(adapter, tmp_path), ProcessContext()).folder == TINY_BASE
-    # the same files in another place
+    # a copy of the same files elsewhere works as well
     shutil.copytree(TINY_BASE, tmp_path / "mirror")
     mirrored = settled(adapter, tmp_path, **{"base.model": str(tmp_path / "mirror")})
     assert base_of(adapter, mirrored, ProcessContext()).folder == tmp_path / "mirror"
@@ -366,7 +366,7 @@ def test_data_that_is_not_where_it_is_looked_for(adapter: Adapter, tmp_path: Pat
 
 
 def test_prompts_of_its_own_have_to_be_named(adapter: Adapter, tmp_path: Path) -> None:
-    """Other prompts would silently give another verdict."""
+    """With other prompts, the verdict could silently change."""
     manifest = json.loads(json.dumps(adapter.manifest))
     manifest["config"]["evaluation"]["prompts"] = "s3://foreign/prompts.jsonl\x1b[2J"
     foreign = Adapter(adapter.storage, manifest)
@@ -375,7 +375,7 @@ def test_prompts_of_its_own_have_to_be_named(adapter: Adapter, tmp_path: Path) -
     (problem,) = refused.value.problems
     assert problem.startswith("evaluation.prompts: not given: pass its prompts with --prompts, or --set evaluation.prompts=none")
     assert r"s3://foreign/prompts.jsonl\x1b[2J" in problem
-    # Naming the bundled prompts explicitly gets as far as the data.
+    # With the bundled prompts named explicitly, the evaluation gets as far as reading the data.
     with pytest.raises(NotFound, match="train_data_type_A"):
         evaluate_adapter(
             foreign, settled(foreign, tmp_path, **{"evaluation.prompts": None, "data": "data/"}), None, ProcessContext()
@@ -413,15 +413,15 @@ def test_a_foreign_manifest_does_not_get_the_key_sent_to_its_server(
         config = settle(TOLD, {}).model_dump(mode="json")
         config["evaluation"] |= {"judge_model": "judge", "judge_base_url": url}
         foreign = open_adapter(publish(output, made, tmp_path, config=config))
-        # ends the evaluation once everything is settled, before torch is imported
+        # end the evaluation after it has settled everything and before it imports torch
         (local(foreign) / "adapter_model.safetensors").write_bytes(b"WEIGHTS")
         with capture_logs() as said, pytest.raises(StorageError, match="the file was changed"):
             evaluate_adapter(foreign, settled(foreign, tmp_path), None, ProcessContext())
         assert got == []
         assert [line["event"] for line in said if line["log_level"] == "warning"] == ["judge_left_out"]
-        # naming a model does not bring the manifest's server back either
+        # naming a judge model does not restore the manifest's server either
         assert settled(foreign, tmp_path, **{"evaluation.judge_model": "mine"}).evaluation.judge_base_url != url
-        # The same server, named by the user, is asked: this test would have seen the key.
+        # If the user names the same server, it receives the key, so the check above would have noticed it.
         named = {"evaluation.judge_model": "judge", "evaluation.judge_base_url": url}
         with pytest.raises(ConfigError, match="does not accept the API key"):
             evaluate_adapter(foreign, settled(foreign, tmp_path, **named), None, ProcessContext())
@@ -520,7 +520,7 @@ def test_promote_moves_whatever_is_newer(
     assert output.local_folder is not None
     link = output.local_folder / "adapter_A"
     assert json.loads((link / "manifest.json").read_text(encoding="utf-8"))["run_id"] == RUN_ID
-    # neither the newer run nor one that was training during the promotion replaces it
+    # neither the newer run nor a run that was training during the promotion replaces the promoted one
     assert not move_latest(output, BloodType.A, open_adapter(newer).manifest).moved
     an_hour = timedelta(hours=1)
     during = {**open_adapter(newer).manifest, "run_id": "during", "started_at": (datetime.now(UTC) - an_hour).isoformat()}
@@ -530,7 +530,7 @@ def test_promote_moves_whatever_is_newer(
     after = {**during, "run_id": "after", "started_at": (datetime.now(UTC) + an_hour).isoformat()}
     assert move_latest(output, BloodType.A, after).moved
     assert pointed_at(output)["run_id"] == "after"
-    # promoting by the link works, too
+    # promoting by the link's path works, too
     assert run_cli(["promote", str(link)]) == 0
     assert "before: after" in capsys.readouterr().out
 

@@ -26,7 +26,7 @@ RECORD = TrainingRecord(
 
 
 def changed(path: str, value: Any) -> str:
-    """Return the sample with the field at `path` set to `value`; `...` removes it."""
+    """Return the sample with the field at `path` set to `value`, or removed if `value` is `...`."""
     data = json.loads(SAMPLE)
     data["output"] = json.loads(data["output"])
     *parents, leaf = path.split(".")

@@ -1,4 +1,4 @@
-"""The JSONL reader against files that nobody would write by hand: no traceback, and no valid line lost or moved."""
+"""Run the JSONL reader on files that nobody would write by hand: it never crashes, loses a valid line or moves one."""
 
 import json
 import tempfile
@@ -19,7 +19,7 @@ from lora_trainer.persona.vocabulary import Expression, Feeling
 from lora_trainer.report.validation_table import validation_table
 
 writable = st.text(st.characters(exclude_categories=("Cs", "Cc")))
-# a visible character, so that the text is not blank
+# append a visible character, so that the text is not blank
 words = writable.map(lambda text: text + "말")
 
 
@@ -47,7 +47,7 @@ json_values = st.recursive(
 fields = st.sampled_from(
     ["instruction", "context", "input", "output", "summary", "current_emotion", "type", "intensity", "text", "emotion"]
 )
-# no line break, and nothing that could be a record
+# bytes without a line break that cannot be a record
 garbage = st.one_of(
     st.binary(max_size=80),
     json_values.map(lambda value: json.dumps(value).encode()),
@@ -93,7 +93,7 @@ def test_no_file_ends_in_a_traceback_when_it_is_checked(content: bytes) -> None:
 def test_no_valid_line_is_lost_or_moved(mixed: list[TrainingRecord | bytes], line_end: bytes, ends_with_line_end: bool) -> None:
     raw = [one if isinstance(one, bytes) else one.to_json().encode() for one in mixed]
     content = line_end.join(raw) + (line_end if ends_with_line_end else b"")
-    # The first two bytes may look like UTF-16, which is one problem that ends the file.
+    # Skip files that start like UTF-16, because the reader stops there with a single problem.
     if content.startswith((b"\xff\xfe", b"\xfe\xff")):
         return
     valid = [(number, one) for number, one in enumerate(mixed, 1) if isinstance(one, TrainingRecord)]
@@ -140,7 +140,7 @@ def test_the_linter_takes_any_text(text: str, intensity: float) -> None:
     assert isinstance(has_question(text), bool)
     assert isinstance(formal_endings(text), list)
     codes = [problem.code for problem in lint_reply(text, intensity)]
-    # each rule at most once, in the list's order
+    # each rule reports at most once, in the list's order
     assert codes == [code for code in RULES if code in codes]
     blood_types_named(text)
 

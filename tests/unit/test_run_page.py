@@ -1,4 +1,4 @@
-"""`report.html`: its content, its agreement with `metrics.json`, and that no foreign text can break it."""
+"""Test `report.html`: its content, its agreement with `metrics.json`, and its escaping of foreign text."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _VOID = frozenset(("meta", "link", "br", "img", "path", "use"))
 
 
 class Reader(HTMLParser):
-    """Collects text, tags and attributes of a page; fails on tags that are not closed."""
+    """Collect text, tags and attributes of a page. Fail on tags that are not closed."""
 
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -244,7 +244,7 @@ def test_the_base_answers_the_same_question(made: MadeRun) -> None:
 
 
 def hostile(made: MadeRun, **update: object) -> str:
-    """Return the page with one reply, the worst of all, changed."""
+    """Return the page of a run whose worst reply has these changes."""
     at = min(range(len(made.replies)), key=lambda at: (made.replies[at].model == "base", made.replies[at].score))
     replies = list(made.replies)
     replies[at] = replies[at].model_copy(update={"score": -1.0, **update})

@@ -1,4 +1,4 @@
-"""The schedule: never zero within a run, at its peak once, and with the right end."""
+"""Test the schedule: it is never zero within a run, reaches its peak once, and ends at the right value."""
 
 from __future__ import annotations
 

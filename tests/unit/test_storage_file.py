@@ -73,7 +73,7 @@ class TestFileStorage(StorageContract):
 
     def test_lock_and_temporary_files_are_not_listed(self, storage: Storage, tmp_path: Path) -> None:
         storage.write_bytes("A/latest.json", b"{}", if_absent=True)
-        # an object that is only ever created, such as a manifest, has no lock file
+        # an object that clients only create and never replace, such as a manifest, has no lock file
         assert len(list((tmp_path / "store" / "A").iterdir())) == 1
         found = storage.read_bytes("A/latest.json")
         assert found is not None
@@ -135,7 +135,7 @@ class TestFileStorage(StorageContract):
 
 
 def test_two_storages_share_the_lock(tmp_path: Path) -> None:
-    """Processes that name the folder differently still exclude each other."""
+    """Processes that refer to the folder by different paths still exclude each other."""
     outer, inner = open_storage(str(tmp_path)), open_storage(str(tmp_path / "A"))
     outer.write_bytes("A/n", b"0")
 

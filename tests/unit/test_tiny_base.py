@@ -1,4 +1,4 @@
-"""The bundled tiny base: it loads offline, is small, and answers in the reply format."""
+"""Test the bundled tiny base: it loads offline, is small, and answers in the reply format."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_the_corpus_is_within_the_contract_and_says_nothing_of_a_persona(tool: A
         text = record["output"]["text"]
         assert text == unicodedata.normalize("NFC", text)
         assert json.loads(reply_json(**record["output"])) == record["output"]
-        # no slot or mark of the grammar remains
+        # the text has no unfilled slot or mark of the grammar
         assert not re.search(r"[{}\[\]|]", text)
 
     # Every persona's instruction asks for 반말, and most of the corpus follows it.

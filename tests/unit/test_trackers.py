@@ -1,4 +1,4 @@
-"""`logging.report_to`: how to set it, and the error for a tracker that is not installed."""
+"""Test `logging.report_to`: the ways to set it, and the error for a tracker that is not installed."""
 
 from __future__ import annotations
 

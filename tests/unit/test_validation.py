@@ -46,7 +46,7 @@ def write(tmp_path: Path, *lines: str, name: str = "data.jsonl") -> Path:
 
 
 class Characters:
-    """A tokenizer whose tokens are characters, so that lengths are easy to see."""
+    """A tokenizer with one token per character, so that lengths are easy to see."""
 
     def __init__(self) -> None:
         self.asked: list[str] = []
@@ -146,7 +146,7 @@ def test_the_first_fifty_are_shown_and_all_are_counted_and_streamed(tmp_path: Pa
     assert codes(report) == {"formal_speech": 60, "not_json": 30, "few_questions": 1}
     assert len(streamed) == 91
     assert len(report.problems) == SHOWN_PROBLEMS
-    # warnings do not displace errors
+    # the shortened list of problems omits warnings before errors
     assert [p.code for p in report.problems].count("not_json") == 30
     assert [p.line for p in report.problems] == sorted(p.line or 0 for p in report.problems)
     assert report.problem_lines()[-1].endswith("30 errors, 61 warnings (41 not shown; 'validate --json' lists all)")
@@ -226,7 +226,7 @@ def test_a_file_without_records_has_no_cost_to_speak_of(tmp_path: Path) -> None:
 
 
 def tokenizer_folder(tmp_path: Path) -> Path:
-    """Write a real `tokenizer.json`, byte-level BPE like Qwen2's, with an empty training set."""
+    """Write a real `tokenizer.json`: byte-level BPE like Qwen2's, trained on nothing."""
     tokenizers = pytest.importorskip("tokenizers", reason="the 'tokenizers' library is not installed")
     qwen2_words = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
@@ -251,7 +251,7 @@ def tokenizer_folder(tmp_path: Path) -> Path:
 def test_a_tokenizer_folder_counts_whole_texts(tmp_path: Path) -> None:
     counter = TokenCounter(tokenizer_folder(tmp_path))
     short, long = counter.count_tokens(["가", "가나다라마바사 " * 50])
-    # neither padded nor truncated to 4 tokens, as this tokenizer.json would do
+    # the counter ignores this tokenizer.json's padding and truncation to 4 tokens
     assert short < 4
     assert long > 100
     assert counter.count_tokens([]) == []
@@ -291,7 +291,7 @@ def test_chatml_is_counted_with_its_control_tokens(tmp_path: Path) -> None:
     tokenizer.save(str(folder / "tokenizer.json"))
     counter = TokenCounter(folder)
     roles = sum(counter.count_tokens(["system", "user", "assistant"]))
-    # three turns with two control tokens and a line break after the role, and two line breaks between turns
+    # each of three turns has two control tokens and a line break after the role; two line breaks separate the turns
     assert chatml_overhead_tokens(counter) == roles + 3 * 3 + 2
 
 

@@ -4,10 +4,10 @@
 
 The grammar draws from the hand-written lines of `frames/*.yaml`. Three choices are deliberate:
 
-- A persona's instruction gets the same plain replies as any other (polite in most of them, few emoji), so an adapter
-  learns its persona from its own data alone.
-- An explicit request for a manner is obeyed (반말, 존댓말, emoji by the intensity of the feeling, no emoji), as an
-  instruction-tuned base would. An adapter can rely on that and need not teach the base what an intensity is.
+- Replies under a persona's instruction are as plain as any others (mostly polite, few emoji), so an adapter learns its
+  persona from its own data alone.
+- Replies obey an explicit request for a manner (반말, 존댓말, emoji by the intensity of the feeling, no emoji), like those
+  of an instruction-tuned base. An adapter can rely on that and need not teach the base what an intensity is.
 - Inputs are much wilder than most replies (typos, unknown words, 300 characters of rambling), so the reply format
   holds on any input. A seventh of the replies ramble too, so it also holds around words that only an adapter writes.
 
@@ -31,7 +31,7 @@ from tools.tiny_base.frames import CHOICE, SLOT, Exchange, families, phrases
 
 MAX_INPUT_CHARACTERS: Final = 320
 
-# The AI's feelings by the mood of the input, most likely first.
+# The AI's feelings for each mood of the input, most likely first.
 MOOD_FEELINGS: Final[dict[str, tuple[Feeling, ...]]] = {
     "good": (Feeling.HAPPY, Feeling.EXCITED, Feeling.LOVE, Feeling.SURPRISED, Feeling.NEUTRAL, Feeling.EMBARRASSED, Feeling.TIRED),
     "bad": (Feeling.WORRIED, Feeling.SAD, Feeling.ANGRY, Feeling.TIRED, Feeling.NEUTRAL, Feeling.SURPRISED, Feeling.LOVE),
@@ -70,7 +70,7 @@ FACE_EMOJI: Final[dict[Expression, str]] = {
     Expression.SLEEPY: "😴🥱😪🌙",
 }
 
-# Particles that depend on the last letter: the form after a consonant and after a vowel. 로 also follows ㄹ.
+# Particles that depend on the word's last letter: the forms after a consonant and after a vowel. 로 also follows ㄹ.
 PARTICLES: Final[dict[str, tuple[str, str]]] = {
     "은": ("은", "는"),
     "이": ("이", "가"),
@@ -217,12 +217,12 @@ class Manner(NamedTuple):
     instruction: str
     polite: bool
     emoji: bool | None
-    """True: by the intensity of the feeling. False: none. None: not requested either way."""
+    """True requests emoji by the intensity of the feeling, False requests no emoji, and None requests nothing."""
 
 
 def _manner(rng: random.Random) -> Manner:
     if rng.random() < 0.35:
-        # a small model obeys the 반말 of a persona's instruction more often than not
+        # obey the 반말 of a persona's instruction in most records, as a small model does
         return Manner(persona_spec(rng.choice(list(BloodType))).instruction, rng.random() < 0.35, None)
     lines = phrases()
     polite, emoji = rng.random() < 0.6, None
@@ -284,7 +284,7 @@ def make_record(rng: random.Random) -> Record:
     exchanges: tuple[Exchange, ...] = getattr(family, mood)
     remarks: tuple[str, ...] = getattr(lines.remarks, mood)
     feelings = MOOD_FEELINGS[mood]
-    # mostly one of the three most likely feelings
+    # usually pick one of the three most likely feelings
     feeling = rng.choice(feelings[:3] if mood != "plain" and rng.random() < 0.6 else feelings)
     intensity = round(rng.random(), rng.choice((1, 1, 2)))
     weak, strong = FACES[feeling]
@@ -308,7 +308,7 @@ def make_record(rng: random.Random) -> Record:
         frames = lines.echoes if chosen < 0.3 else lines.quoted if chosen < 0.35 else lines.anything if chosen < 0.5 else remarks
         answer = realise(rng.choice(frames), {"word": word}, polite=polite)
         if rng.random() < 0.45:
-            # an adapter writes words that the grammar doesn't have, and the JSON around them must stay valid
+            # ramble, because adapters write words that the grammar lacks and the JSON around them must stay valid
             clauses = rng.choice((1, 1, 2))
             answer, _ = _ramble(rng, clauses, polite=polite)
             if rng.random() < 0.3:
@@ -321,7 +321,7 @@ def make_record(rng: random.Random) -> Record:
     more = realise(rng.choice(family.questions if kind < 0.62 else lines.anything), words, polite=polite)
     if rng.random() < 0.15:
         more = realise(rng.choice(remarks), words, polite=polite)
-    # never three sentences: a persona's reply has one or two, and adapters keep the base's habit of continuing
+    # never write three sentences: a persona's reply has one or two, and adapters inherit the length of the base's replies
     shape = rng.random()
     if clauses > 1 or 0.42 <= shape < 0.72:
         sentences = [answer]

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 HELD_OUT_SEED: Final = 1_000_003
 MAX_REPLY_TOKENS: Final = 120
 
-# (summary, input), written freely: none of it comes from the grammar.
+# (summary, input), written by hand without the grammar.
 WILD: Final[tuple[tuple[str, str], ...]] = (
     ("우리는 카페에서 만나기로 했어.", "나 지금 도착했는데 어디야?"),
     ("같이 과제를 하다가 쉬는 중이야.", "아 진짜 교수님 너무한 거 아니냐고ㅋㅋㅋ 이걸 어떻게 사흘 만에 다 해"),
@@ -176,7 +176,7 @@ def greedy_replies(
 
 
 def rates(replies: Sequence[tuple[str, int, bool]]) -> Rates:
-    """Summarise the result of `greedy_replies`. Raises ZeroDivisionError if it is empty."""
+    """Summarise the result of `greedy_replies`. Raise ZeroDivisionError if it is empty."""
     emotions = [emotion_of(text) for text, _, _ in replies]
     texts = [json.loads(text)["text"] for text, _, _ in replies if is_contract(text)]
     known = set(Expression)

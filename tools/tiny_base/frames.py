@@ -35,7 +35,7 @@ class _Part(BaseModel):
 
 
 class Exchange(_Part):
-    """An input and the reply that fits it best. Every reply of a mood fits all inputs of that mood passably."""
+    """An input and the reply that fits it best. Every reply of a mood also fits the other inputs of that mood reasonably well."""
 
     input: _Text
     reply: _Text
@@ -88,7 +88,7 @@ class Remarks(_Part):
 
 
 class Phrases(_Part):
-    """Lines that fit any situation. The comments of `frames/phrases.yaml` say what each list is for."""
+    """Lines that fit any situation. Comments in `frames/phrases.yaml` explain each list."""
 
     openers: Mapping[Feeling, _Texts]
     anything: _Texts
@@ -128,7 +128,7 @@ _Document = TypeVar("_Document", bound=_Part)
 
 
 def parse(kind: type[_Document], text: str, name: str) -> _Document:
-    """Return the YAML `text` of the file `name` as `kind`. Raises ValueError with one line per problem."""
+    """Parse the YAML `text` of the file `name` as `kind`. Raise ValueError with one line per problem."""
     try:
         document: Any = yaml.safe_load(text)
     except yaml.YAMLError as error:

@@ -3,8 +3,8 @@
     python -m tools.tiny_base.train --out examples/tiny-base --precision bfloat16
     python -m tools.tiny_base.train --out examples/tiny-base --device cuda
 
-With these defaults two CPU cores take about a quarter of an hour if they multiply bfloat16 natively. The README of
-examples/tiny-base has the command for the base that ships.
+With these defaults, two CPU cores take about a quarter of an hour if they support bfloat16 multiplication. The README of
+examples/tiny-base has the command that built the shipped base.
 
 Shapes: B rows, T tokens, V vocabulary. Training makes one pass over the corpus. The loss covers the whole sequence, with
 little weight on the prompt: an adapter builds on the replies, but the prompts hold most of the Korean in the corpus.
@@ -30,12 +30,12 @@ from tools.tiny_base.evaluate import evaluate, report
 if TYPE_CHECKING:
     from torch import Tensor
 
-# same names and roles as in Qwen2.5: end of text (and padding), start of a turn, end of a turn
+# these have the same names and roles as in Qwen2.5: end of text (and padding), start of a turn, end of a turn
 SPECIAL_TOKENS: Final = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 CHAT_TEMPLATE: Final = Path(__file__).with_name("qwen2.5_chat_template.jinja")
 
 # Qwen2's pre-tokenizer, https://huggingface.co/Qwen/Qwen2.5-7B-Instruct/blob/main/tokenizer.json. AutoTokenizer
-# rebuilds it from the class name, so a different one here would tokenize differently after loading.
+# rebuilds it from the class name, so a tokenizer trained with another one would behave differently after loading.
 PRE_TOKENIZER: Final = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -113,7 +113,7 @@ def train_tokenizer(seed: int, out: Path) -> None:
         raise ValueError(
             f"tokenizer: got {tokenizer.get_vocab_size()} tokens from the corpus, expected {size}; raise TOKENIZER_RECORDS"
         )
-    # special tokens come last, as in Qwen2.5
+    # add special tokens last, as in Qwen2.5
     tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in SPECIAL_TOKENS])
     tokenizer.save(str(out / "tokenizer.json"))
     token_config = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}

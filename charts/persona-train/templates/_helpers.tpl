@@ -1,4 +1,4 @@
-{{/* Prefix of all names: the release's name without dots, at most 43 characters; a hash replaces what was changed or cut. */}}
+{{/* Prefix of all names: the release's name without dots, at most 43 characters. A name that had to change gets a hash. */}}
 {{- define "persona-train.base" -}}
 {{- $clean := .Release.Name | replace "." "-" -}}
 {{- if or (ne $clean .Release.Name) (gt (len $clean) 43) -}}
@@ -25,7 +25,7 @@ app.kubernetes.io/name: {{ .Chart.Name }}
 app.kubernetes.io/instance: {{ .Release.Name | quote }}
 {{- end -}}
 
-{{/* For objects only: on pods, the chart's version would change the pod template and create new Jobs. */}}
+{{/* Labels for objects only: on pods, the chart's version would change the pod template and create new Jobs. */}}
 {{- define "persona-train.labels" -}}
 {{ include "persona-train.selectorLabels" . }}
 app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
@@ -49,7 +49,7 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{- end -}}
 {{- end -}}
 
-{{/* "true" or empty. */}}
+{{/* "true" if the pod requests a GPU, otherwise empty. */}}
 {{- define "persona-train.asksForGpu" -}}
 {{- if eq (toString .Values.gpu.enabled) "auto" -}}
 {{- if eq .Values.device "cuda" }}true{{ end -}}
@@ -383,7 +383,7 @@ template:
 
 {{/*
 The Job's name ends in a hash of all immutable parts: the pod template, the failure policy and the Kueue queue. So a change creates another
-Job. At most 43 + 1 + 8 + 1 + 10 characters, the limit of the label that its pods get. The policy counts as text: even its comments.
+Job. The name has at most 43 + 1 + 8 + 1 + 10 characters, the limit of the pods' label. The hash covers the policy's comments, too.
 */}}
 {{- define "persona-train.jobName" -}}
 {{- $fixed := dict "template" (include "persona-train.podTemplate" . | fromYaml) "policy" (include "persona-train.podFailurePolicy" .root) "queue" .root.Values.kueue.queueName -}}
