@@ -36,7 +36,8 @@ setup: $(VENV)/.installed $(VENV_S3)/.installed ## Install everything for develo
 demo: setup ## Run the real job on a tiny model against a local S3 server: minutes, no GPU
 	$(BIN)/python examples/demo.py
 
-PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
+# With the profile ci, hypothesis draws the same examples in each run; test-slow draws new ones.
+PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --hypothesis-profile ci
 
 test: setup ## Run all tests that need no GPU and are not slow; cover at least 90 % of the pure modules
 	$(PYTEST) -m 'not slow' tests/unit tests/integration tests/e2e --cov --cov-report=term $(ARGS)
@@ -44,9 +45,9 @@ test: setup ## Run all tests that need no GPU and are not slow; cover at least 9
 test-fast: $(VENV)/.installed ## Run the unit tests without the slow ones, in under two minutes on two cores
 	$(PYTEST) -m 'not slow' tests/unit $(ARGS)
 
-test-slow: setup ## Run the slow tests, and hostile input with its full counts
+test-slow: setup ## Run the slow tests, and the property tests with new examples and full counts
 	$(PYTEST) -m slow tests/unit tests/integration tests/e2e $(ARGS)
-	HOSTILE_INPUT=full $(PYTEST) tests/unit/test_hostile_records.py tests/unit/test_hostile_configs.py tests/unit/test_control_tokens.py
+	HOSTILE_INPUT=full $(PYTEST) --hypothesis-profile explore -m hypothesis tests/unit
 
 test-gpu: ## Run the tests that need a CUDA GPU, in the active environment
 	$(PYTHON) -m pytest tests/gpu $(ARGS)

@@ -40,6 +40,15 @@ def open_budgeted(uri: str) -> Storage:
     return open_storage(uri, budget_from_environment())
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    """Define the profile `explore`: new examples in each run, and no deadline, which a busy machine would miss."""
+    if config.getoption("--hypothesis-profile", None) == "explore":
+        from hypothesis import settings
+
+        settings.register_profile("explore", deadline=None, print_blob=True)
+
+
 @pytest.fixture(scope="session")
 def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """Start one `DevS3` on loopback for the session."""
