@@ -17,7 +17,7 @@ from lora_trainer.run.failure_report import failure_report
 from lora_trainer.signals import Interruption
 
 if TYPE_CHECKING:
-    from lora_trainer.run.persona_run import PersonaRun
+    from lora_trainer.run.batch import PersonaRun
 
 
 class RunEnd:
@@ -45,7 +45,7 @@ class RunEnd:
             return False
         report, printed, bound = own, own.problems, {}
         if self.personas:
-            from lora_trainer.run.persona_run import combined_report
+            from lora_trainer.run.batch import combined_report
 
             report = combined_report(own, self.personas)
             if len(self.personas) == 1:

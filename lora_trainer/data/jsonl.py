@@ -5,25 +5,22 @@ No message here quotes an instruction, a summary, an input or a reply: problems 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from difflib import get_close_matches
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, Final, Generic, NamedTuple, TypeVar, overload
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from lora_trainer.config import DEFAULT_LIMITS, LimitsConfig
 from lora_trainer.data.compression import CorruptStreamError, DecompressedTooLargeError, detect_compression, open_data
 from lora_trainer.data.problems import IncompleteJsonError, Problem, RecordError, Severity
+from lora_trainer.data.record_errors import described, error_problem, schema_problems
 from lora_trainer.data.records import (
-    EXPECTED_BY_FIELD,
-    VOCABULARIES,
     EvaluationPrompt,
     StrictModel,
     TrainingRecord,
-    lone_surrogate_error,
 )
-from lora_trainer.data.strict_json import MAX_QUOTED_CHARACTERS, RECORD_SHAPE, decode_json, is_quotable, quoted_key
+from lora_trainer.data.strict_json import RECORD_SHAPE, decode_json
 from lora_trainer.persona.prompt import spells_control_token
 
 _SKIP_CHUNK_BYTES: Final = 64 * 1024
@@ -190,12 +187,12 @@ def _read_line(raw: bytes, number: int, start: int, schema: type[Record], limits
 def _read_text(text: str, number: int, schema: type[Record], limits: LimitsConfig) -> Line[Record]:
     data = decode_json(text, limits)
     if not isinstance(data, dict):
-        raise RecordError("not_an_object", _described(data), RECORD_SHAPE, "write one record per line, without a list around them")
+        raise RecordError("not_an_object", described(data), RECORD_SHAPE, "write one record per line, without a list around them")
     try:
         # by alias only: a file must call the field `output`, never `reply`
         record = schema.model_validate(data, by_alias=True, by_name=False, context=limits)
     except ValidationError as error:
-        return Line(number, None, tuple(_validation_problems(error, number, schema)))
+        return Line(number, None, tuple(schema_problems(error, number, schema)))
     texts = list(_texts(record))
     if too_long := [_text_too_long(number, field, said, limits) for field, said in texts if len(said) > limits.text_characters]:
         return Line(number, None, tuple(too_long))
@@ -219,7 +216,7 @@ def _text_too_long(number: int, field: str, text: str, limits: LimitsConfig) -> 
         f"at most {limits.text_characters:,} (limits.text_characters)",
         "shorten it",
     )
-    return _error(number, field, fault)
+    return error_problem(number, field, fault)
 
 
 def _control_token(number: int, field: str) -> Problem:
@@ -234,68 +231,6 @@ def _control_token(number: int, field: str) -> Problem:
     )
 
 
-def _validation_problems(error: ValidationError, number: int, schema: type[BaseModel]) -> Iterator[Problem]:
-    for detail in error.errors(include_url=False):
-        path = [str(part) for part in detail["loc"]]
-        field = ".".join(path)
-        if detail["type"] == "extra_forbidden":
-            yield _unknown_field(path, number, schema)
-            continue
-        raised = detail.get("ctx", {}).get("error")
-        yield _error(number, field, raised if isinstance(raised, RecordError) else _fault(detail["type"], field, detail["input"]))
-
-
-def _fault(kind: str, field: str, value: object) -> RecordError:
-    """Translate `kind`, pydantic's error type for `field`, into a `RecordError` for the author."""
-    expected = EXPECTED_BY_FIELD[field]
-    if kind == "missing":
-        return RecordError("missing_field", "nothing", expected, f"add '{field.rsplit('.', 1)[-1]}'")
-    if kind == "enum":
-        got = f"'{value}'" if isinstance(value, str) and is_quotable(value) else _described(value)
-        return RecordError("unknown_value", got, expected, _nearest(value, VOCABULARIES[field], "choose the closest one"))
-    if kind in ("greater_than_equal", "less_than_equal", "finite_number"):
-        return RecordError("out_of_range", _described(value), expected, "use 0 (barely) to 1 (fully)")
-    if kind == "string_unicode":
-        return lone_surrogate_error("half of a surrogate pair")
-    return RecordError("wrong_type", _described(value), expected, "write a value of that type")
-
-
-def _unknown_field(path: list[str], number: int, schema: type[BaseModel]) -> Problem:
-    *parents, key = path
-    siblings = [name.rsplit(".", 1)[-1] for name in EXPECTED_BY_FIELD if name and name.split(".")[:-1] == parents]
-    if not parents and schema is EvaluationPrompt:
-        siblings = list(EvaluationPrompt.model_fields)
-    # a key that does not look like a name is probably training text with misplaced quotes
-    field = ".".join([*parents, key if is_quotable(key) else "?"])
-    fault = RecordError(
-        "unknown_field", f"the key {quoted_key(key)}", "only " + ", ".join(siblings), _nearest(key, siblings, "remove it")
-    )
-    return _error(number, field, fault)
-
-
-def _nearest(value: object, names: Sequence[str], otherwise: str) -> str:
-    if isinstance(value, str) and len(value) <= MAX_QUOTED_CHARACTERS:
-        close = get_close_matches(value.strip().lower(), names, n=1, cutoff=0.7)
-        if close:
-            return f"did you mean '{close[0]}'?"
-    return otherwise
-
-
-def _described(value: object) -> str:
-    """Describe a JSON value by its kind and size, without quoting text."""
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, int):
-        return str(value) if abs(value) < 10**MAX_QUOTED_CHARACTERS else "a very large number"
-    if isinstance(value, float):
-        return repr(value)
-    if isinstance(value, str):
-        return f"text of {len(value)} character{'' if len(value) == 1 else 's'}"
-    return "a list" if isinstance(value, list) else "an object"
-
-
 def _truncated(length_bytes: int) -> RecordError:
     return RecordError(
         "truncated",
@@ -305,12 +240,8 @@ def _truncated(length_bytes: int) -> RecordError:
     )
 
 
-def _error(number: int, field: str, fault: RecordError) -> Problem:
-    return Problem(number, field, Severity.ERROR, fault.code, fault.got, fault.expected, fault.fix)
-
-
 def _bad_line(number: int, fault: RecordError) -> Line[Any]:
-    return Line(number, None, (_error(number, "", fault),))
+    return Line(number, None, (error_problem(number, "", fault),))
 
 
 def _bad_file(fault: RecordError) -> Line[Any]:

@@ -13,11 +13,11 @@ from typing import Any
 from lora_trainer.config import RunConfig
 from lora_trainer.data.records import EvaluationPrompt, TrainingRecord
 from lora_trainer.evaluate.llm_judge import check_judge
+from lora_trainer.run.batch import BatchStopped, PersonaRun
 from lora_trainer.run.evaluation import decide, evaluate
 from lora_trainer.run.identity import Identity, identify
 from lora_trainer.run.inputs import DataFile, fetch, fetch_prompts, read, require_data_folder
 from lora_trainer.run.job import Job, ProcessContext
-from lora_trainer.run.persona_run import BatchStopped, PersonaRun
 from lora_trainer.run.progress import RunProgress
 from lora_trainer.run.publication import Outcome, assemble, find_finished, find_published, hold_lease, publish
 from lora_trainer.run.reevaluation import publish_new_verdict

@@ -9,11 +9,17 @@ import os
 import secrets
 import threading
 import time
-from typing import Final, Self
+from collections.abc import Callable
+from typing import Final, Self, TypeVar
+
+import structlog
 
 from lora_trainer.config import ENVIRONMENT_PREFIX, StorageConfig
 from lora_trainer.config_sources import settle
 from lora_trainer.errors import StorageError
+
+_log = structlog.get_logger(__name__)
+_T = TypeVar("_T")
 
 _DEFAULT_SETTINGS: Final = StorageConfig()
 _FIRST_PAUSE_S: Final = 0.5
@@ -48,6 +54,34 @@ def budget_from_environment() -> RetryBudget:
     variables = {name: value for name, value in os.environ.items() if name.startswith(_VARIABLES)}
     # settle() requires a persona, which the command may not have
     return RetryBudget(settle({}, variables, fallback={"blood_type": "A"}).storage)
+
+
+def retry(
+    attempt: Callable[[bool], _T],
+    budget: RetryBudget,
+    where: str,
+    *,
+    permanent: Callable[[TransientError, TransientError | None], StorageError | None],
+    kept: str = "",
+) -> _T:
+    """Return the result of `attempt`, repeating it after transient faults while the budgets last.
+
+    The argument of `attempt` is True for a repetition. `permanent` gets a fault and the one before, and returns the error to end
+    with if another attempt can't help. `where` names the object in the log, `kept` what a failure leaves intact.
+    """
+    with Retries(budget) as retries:
+        while True:
+            try:
+                return attempt(retries.failures > 0)
+            except TransientError as error:
+                fault, before = error, retries.last_fault
+            if (final := permanent(fault, before)) is not None:
+                raise final from fault
+            pause_s = retries.pause_s_after(fault)
+            if pause_s is None:
+                raise StorageError("; ".join(filter(None, (str(fault), retries.summary, kept)))) from fault
+            _log.warning("storage_retry", uri=where, problem=str(fault), failures=retries.failures, pause_s=round(pause_s, 1))
+            time.sleep(pause_s)
 
 
 class Retries:

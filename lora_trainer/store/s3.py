@@ -27,7 +27,6 @@ import mimetypes
 import os
 import re
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from copy import copy
@@ -53,7 +52,7 @@ from lora_trainer.store.interface import (
 )
 from lora_trainer.store.keys import checked_prefix, safe_key, unsafe_reason
 from lora_trainer.store.local import local_errors, replacing, sha256_of
-from lora_trainer.store.retry import Retries, RetryBudget, TransientError
+from lora_trainer.store.retry import RetryBudget, TransientError, retry
 from lora_trainer.store.s3_errors import (
     TRANSIENT_CODES,
     CorruptedError,
@@ -235,33 +234,22 @@ class S3Storage:
     # -- retries
 
     def _with_retries(self, key: str, attempt: Callable[[bool], _T], *, kept: str = "", operation_key: bool = True) -> _T:
-        """Return the result of `attempt`, repeating it after transient faults while the budgets last.
+        """Return the result of `attempt`, repeated as `retry` says. `kept` tells the user what a failure leaves intact."""
 
-        The argument of `attempt` is True for a repetition. `kept` is appended to the error message: what a failure leaves intact.
-        """
-        with Retries(self._retry_budget) as retries:
-            while True:
-                try:
-                    with self._translated_errors(key, operation_key=operation_key):
-                        return attempt(retries.failures > 0)
-                except CredentialsRefusedError as error:
-                    if not self._renew_credentials(error):
-                        raise StorageError(error.problems) from error
-                    fault: TransientError = error
-                except CorruptedError as error:
-                    if isinstance(before := retries.last_fault, CorruptedError) and before.got == error.got:
-                        # a faulty network would not corrupt the same bytes twice
-                        raise StorageError(f"{error}; got the same wrong bytes twice, so the object itself is damaged") from error
-                    fault = error
-                except TransientError as error:
-                    fault = error
-                pause_s = retries.pause_s_after(fault)
-                if pause_s is None:
-                    raise StorageError("; ".join(filter(None, (str(fault), retries.summary, kept)))) from fault
-                _log.warning(
-                    "storage_retry", uri=self._where(key), problem=str(fault), failures=retries.failures, pause_s=round(pause_s, 1)
-                )
-                time.sleep(pause_s)
+        def translated(again: bool) -> _T:
+            with self._translated_errors(key, operation_key=operation_key):
+                return attempt(again)
+
+        return retry(translated, self._retry_budget, self._where(key), permanent=self._permanent, kept=kept)
+
+    def _permanent(self, fault: TransientError, before: TransientError | None) -> StorageError | None:
+        """Return the error to end with if another attempt can't help, given the fault `before` this one."""
+        if isinstance(fault, CredentialsRefusedError) and not self._renew_credentials(fault):
+            return StorageError(fault.problems)
+        if isinstance(fault, CorruptedError) and isinstance(before, CorruptedError) and before.got == fault.got:
+            # a faulty network would not corrupt the same bytes twice
+            return StorageError(f"{fault}; got the same wrong bytes twice, so the object itself is damaged")
+        return None
 
     def _renew_credentials(self, refused: CredentialsRefusedError) -> bool:
         """Load the credentials again, as a new process would. Return whether another attempt may succeed."""

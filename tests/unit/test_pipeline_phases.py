@@ -14,9 +14,9 @@ from lora_trainer.errors import ConfigError, DataError, DivergedError, ExitCode,
 from lora_trainer.evaluate.metrics import Verdict
 from lora_trainer.persona.vocabulary import BloodType, parse_blood_types
 from lora_trainer.run import pipeline
+from lora_trainer.run.batch import PersonaRun, combined_report
 from lora_trainer.run.failure_report import FailureReport
 from lora_trainer.run.job import Job, ProcessContext
-from lora_trainer.run.persona_run import PersonaRun, combined_report
 from lora_trainer.run.publication import Outcome
 from lora_trainer.run.shared_models import SharedModels
 
