@@ -1,8 +1,8 @@
-# The job for one NVIDIA GPU, or with VARIANT=cpu the same layout without CUDA, for tests and demos.
+# Build the job's image for one NVIDIA GPU, or with VARIANT=cpu the same layout without CUDA, for tests and demos.
 #   make image, make image-cpu; docs/image.md lists the arguments, docs/adr/0015-image.md gives the reasons.
 # Without a `# syntax=` line BuildKit uses its built-in frontend, and the build pulls only the base.
 
-# The `base` flavour: torch's wheels contain the CUDA libraries they were built with and load them from their own path, so
+# Use the `base` flavour: torch's wheels contain the CUDA libraries they were built with and load them from their own path, so
 # `runtime` would add a second copy that nothing loads. The locked torch is built for CUDA 13.0; Ubuntu 24.04 has the lock's
 # Python, 3.12.
 ARG BASE_IMAGE=nvidia/cuda:13.0.3-base-ubuntu24.04@sha256:7c7413a56200486f71f181cad9310f6fd31b6bb21816ade15fc9c1e1e927a5c1
@@ -11,7 +11,7 @@ ARG VARIANT=gpu
 
 # System packages: Python, and a compiler with Python's headers, because Triton and torch compile at run time.
 FROM ${BASE_IMAGE} AS system
-# A base with a complete Python (such as python:3.12-slim) keeps it. NVIDIA's package source is removed: nothing comes from it.
+# Keep a complete Python of the base (such as python:3.12-slim). Remove NVIDIA's package source, because nothing comes from it.
 RUN --mount=type=secret,id=ca,target=/run/ca.crt \
     set -eu; \
     export DEBIAN_FRONTEND=noninteractive; \
@@ -35,7 +35,7 @@ WORKDIR /build
 
 FROM builder AS packages-gpu
 COPY locks/gpu.txt locks/
-# kiwipiepy-model (data) exists only as source and is built with the locked setuptools. Every file must match its hash.
+# Build kiwipiepy-model (data), which exists only as source, with the locked setuptools. Every file must match its hash.
 ARG PIP_INDEX_URL
 ARG PIP_EXTRA_INDEX_URL
 ARG PIP_FIND_LINKS
@@ -94,7 +94,7 @@ RUN set -eu; \
     mv /opt/venv /layers/rest/opt/
 
 
-# The job itself, built with hashed tools and installed without an index.
+# Build the job itself with hash-checked tools and install it without an index.
 FROM builder AS job
 COPY locks/build.txt locks/
 ARG PIP_INDEX_URL
@@ -148,7 +148,7 @@ WORKDIR /job
 USER 10001:10001
 ENTRYPOINT ["lora-trainer"]
 CMD ["--help"]
-# Last, because they change with each commit. Every bundle's manifest records GIT_REVISION, and IMAGE_DIGEST if the container
+# These come last, because they change with each commit. Every bundle's manifest records GIT_REVISION, and IMAGE_DIGEST if the container
 # was started with it: an image cannot know its own digest.
 ARG VARIANT
 ARG BASE_IMAGE

@@ -1,4 +1,4 @@
-# `make` lists the targets. Everything is installed into .venv and .venv-*, nothing outside this folder.
+# Run `make` to list the targets. They install everything into .venv and .venv-*, and nothing outside this folder.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -9,15 +9,15 @@ VENV_POETRY ?= .venv-poetry
 UV ?= uv
 # extra arguments for pytest: make test ARGS='-k packing --no-cov'
 ARGS ?=
-# test files that run in parallel; each needs up to 1.5 GB and one or two cores
+# number of test files to run in parallel; each needs up to 1.5 GB and one or two cores
 WORKERS ?= 2
 # make install: extra arguments for helm, and the release's name
 HELM_ARGS ?=
 RELEASE ?= persona-train
 BLOOD_TYPE ?= A
-# where packages are written
+# folder for built packages
 DIST ?= dist
-# make benchmark: which one
+# make benchmark: name of the benchmark
 NAME ?=
 
 BIN := $(VENV)/bin
@@ -25,7 +25,7 @@ PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-fast test-slow test-gpu lint workflow-lint typecheck format data-check lock poetry-check \
+.PHONY: help setup demo test test-fast test-slow test-gpu lint rooms workflow-lint typecheck format data-check lock poetry-check \
 	chart-lint chart-test chart-package k8s-rendered install image image-cpu image-test train-local cluster-test benchmark clean
 
 help: ## List the targets
@@ -52,13 +52,19 @@ test-slow: setup ## Run the slow tests, and the property tests with new examples
 test-gpu: ## Run the tests that need a CUDA GPU, in the active environment
 	$(PYTHON) -m pytest tests/gpu $(ARGS)
 
-lint: $(VENV)/.installed ## Lint the code, shell scripts, Dockerfile and workflows
+lint: $(VENV)/.installed ## Lint the code, its layers, shell scripts, Dockerfile and workflows
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-cache
+	$(BIN)/python tools/rooms.py
 	$(BIN)/shellcheck .ci/run tools/*.sh
 	$(BIN)/hadolint Dockerfile
 	$(BIN)/zizmor --quiet --offline .github/workflows
 	$(BIN)/pre-commit validate-config
+
+rooms: $(VENV)/.installed ## Print the import graph: rooms, edges, cycles, long modules, and the contracts
+	$(BIN)/python tools/rooms.py
+	$(BIN)/lint-imports --no-cache
 
 workflow-lint: $(VENV)/.installed $(VENV_CHART)/.installed ## Lint the workflows with actionlint, and their scripts with shellcheck
 	$(VENV_CHART)/bin/actionlint -shellcheck $(BIN)/shellcheck -pyflakes= .github/workflows/*.yml
@@ -113,7 +119,7 @@ cluster-test: setup ## Install, interrupt, upgrade and uninstall on KUBECONFIG's
 train-local: ## Train in the image: BLOOD_TYPE=A [DEVICE=cpu] [DATA=] [OUTPUT=] [GPUS=] [ARGS=] [DRY_RUN=1]
 	@tools/train_local.sh
 
-# Keeps pins that still fit; `make lock UPGRADE=--upgrade` moves all of them. Downloads metadata only.
+# Keep pins that still satisfy the requirements; `make lock UPGRADE=--upgrade` updates all of them. Downloads only metadata.
 COMPILE := $(UV) pip compile pyproject.toml --quiet $(UPGRADE) --no-python-downloads --no-emit-index-url --no-annotate \
 	--custom-compile-command 'make lock' --constraints locks/pins.txt --overrides locks/overrides.txt
 lock: ## Regenerate locks/ from pyproject.toml (needs uv)
@@ -150,7 +156,7 @@ $(VENV)/.installed: pyproject.toml locks/cpu.txt
 		exit 1; }
 	@touch $@
 
-# The S3 server pins another botocore, so it needs its own environment. $(VENV) is only an order: it checks the Python version.
+# The S3 server pins another botocore, so it needs its own environment. $(VENV) is order-only: its rule checks the Python version.
 $(VENV_S3)/.installed: locks/dev-s3.txt | $(VENV)/.installed
 	@$(PYTHON) -m venv $(VENV_S3)
 	@$(VENV_S3)/bin/python $(PIP_INSTALL) --requirement locks/dev-s3.txt || \

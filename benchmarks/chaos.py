@@ -1,15 +1,15 @@
-"""Runs on the tiny base, killed at random moments, against an S3 server whose requests fail: does each end as if nothing was?
+"""Kill runs on the tiny base at random moments while their S3 requests fail, and check that each still ends correctly.
 
     python benchmarks/chaos.py --runs 60
 
-Each run has a bucket and a fault-injecting proxy (`tests/fault_proxy.py`) of its own, and is killed up to five times, half by
-SIGTERM and half by SIGKILL; whenever its process ends with a code that may be retried, it is started again, as Kubernetes would,
-half the time with an empty work folder, as on another machine. Straight at the server an observer looks all along for a manifest
-whose files are not what it says. A run is good when it ends with the adapter of the undisturbed run, byte for byte, a
-`latest.json` that names it, no checkpoint and no lease left, and nothing that the observer could object to.
+Each run has its own bucket and fault-injecting proxy (`tests/fault_proxy.py`). The benchmark kills it up to five times, half by
+SIGTERM and half by SIGKILL, and restarts it after every retryable exit code, as Kubernetes would. Half of the restarts begin with
+an empty work folder, as on another machine. Meanwhile, an observer without the proxy looks for manifests that don't match their
+files. A run is good if its adapter equals that of the undisturbed run byte for byte, `latest.json` names it, no checkpoint and no
+lease is left, and the observer found nothing.
 
-Runs that have ended are kept in FOLDER (`--folder`), one JSON file each: Ctrl-C or SIGTERM stops, and the same command goes on. The
-summary goes to `benchmarks/results/chaos.json`. Exits with 1 if a run was not good.
+FOLDER (`--folder`) keeps one JSON file per finished run, so after Ctrl-C or SIGTERM the same command continues. The summary goes to
+`benchmarks/results/chaos.json`. The exit code is 1 if a run was not good.
 """
 
 from __future__ import annotations
@@ -46,22 +46,22 @@ from lora_trainer.config import GatesConfig
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tools")]
 
-# scripts of the repository's, in no package
+# these are scripts, not modules of a package
 dev_s3 = importlib.import_module("dev_s3")
 fault_proxy = importlib.import_module("fault_proxy")
 
 RETRIED = (1, 6, 143, -signal.SIGKILL, -signal.SIGTERM)
-"""What Kubernetes would start again. SIGTERM in the first milliseconds finds no handler, and is 143 there as well."""
+"""Exit codes that Kubernetes would retry. SIGTERM before the handler is installed counts as 143 there as well."""
 MOST_ATTEMPTS = 40
 PROCESS_LIMIT_S = 900.0
 LOOK_EVERY_S = 0.3
 STALL_S = 1.5
-"""Then the proxy closes the connection: shorter than the client's own patience, which would make 60 runs take days."""
+"""The proxy closes a stalled connection after this time. With the client's longer timeout, 60 runs would take days."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What all runs have in common."""
+    """Settings that all runs share."""
 
     records: int = 48
     steps: int = 8
@@ -71,7 +71,7 @@ class Settings:
     seed: int = 1
 
     def command(self, bucket: str, work_dir: Path, **more: object) -> list[str]:
-        """`lora-trainer run`, cut down to what is needed; `more` are settings with `__` for the dots."""
+        """Return a minimal `lora-trainer run` command; `more` holds settings with `__` for the dots."""
         values = {
             "lora.r": 4, "lora.dropout": 0.1, "memory.micro_batch_tokens": 512, "logging.log_every_steps": 1,
             "checkpoints.every_steps": self.every_steps, "checkpoints.grace_s": 30,
@@ -90,17 +90,17 @@ class Settings:
 
 @dataclass(frozen=True)
 class Kill:
-    """When and how a process is to be killed."""
+    """When and how to kill a process."""
 
     signal_name: str
     phase: str
-    """`any` moment, or while it `train`s, or once it is `resumable`, or behind training, up to the `end`."""
+    """A key of `PHASES`: `any` time, `train`ing, `resumable` (after the first checkpoint) or the `end` (after training)."""
     fraction: float
-    """Of that phase's time in the undisturbed run; up to 1.3, since faults make it longer."""
+    """Share of the phase's duration in the undisturbed run; up to 1.3, because faults slow a run down."""
 
 
 def planned_kills(settings: Settings, number: int) -> list[Kill]:
-    """The same for the same seed and number; as many by SIGTERM as by SIGKILL, or one more of either."""
+    """Plan a run's kills. The same seed and number give the same plan. The counts of SIGTERM and SIGKILL differ by at most one."""
     draw = random.Random(f"{settings.seed} {number}")
     names = ["SIGTERM", "SIGKILL"]
     draw.shuffle(names)
@@ -122,24 +122,24 @@ class Attempt:
     exit_code: int = 0
     killed_by: str = ""
     killed_behind: str = ""
-    """The last event that the log had."""
+    """The last logged event before the signal."""
     duration_s: float = 0.0
     resumed_from: int | None = None
     problems: list[str] = field(default_factory=list)
 
 
 class StoppedError(Exception):
-    """Somebody wants the whole thing to stop."""
+    """The user asked the benchmark to stop."""
 
 
 class Process:
-    """`lora-trainer run` and its log."""
+    """A `lora-trainer run` process and its log."""
 
     def __init__(self, command: list[str], environment: dict[str, str]) -> None:
         self.log: list[dict[str, Any]] = []
         self.noise: list[str] = []
         self.times_s: dict[str, float] = {}
-        """When an event came first."""
+        """Time from the start of the process to the first occurrence of each event."""
         self._process = subprocess.Popen(
             command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace"
         )
@@ -152,7 +152,10 @@ class Process:
         return time.monotonic() - self._started_s
 
     def wait(self, stop: threading.Event) -> int | None:
-        """A tenth of a second, or its exit code. Raises `StoppedError`, and lets no process live."""
+        """Wait 20 ms and return the exit code, or None if the process still runs.
+
+        Kill it after `PROCESS_LIMIT_S` and when `stop` is set, which also raises `StoppedError`.
+        """
         if stop.is_set() or self.age_s > PROCESS_LIMIT_S:
             self._process.kill()
         if stop.is_set():
@@ -166,14 +169,14 @@ class Process:
         return code
 
     def send(self, signal_name: str) -> bool:
-        """Whether it was still there."""
+        """Send the signal. Return False if the process had already ended."""
         if self._process.poll() is not None:
             return False
         self._process.send_signal(signal.Signals[signal_name])
         return True
 
     def event(self, name: str) -> dict[str, Any] | None:
-        """The last one of that name."""
+        """Return the last event with that name, or None."""
         return next((line for line in reversed(self.log) if line["event"] == name), None)
 
     def _read(self) -> None:
@@ -183,12 +186,12 @@ class Process:
                 self.times_s.setdefault(found["event"], self.age_s)
                 self.log.append(found)
             except (ValueError, KeyError, TypeError):
-                # a line that SIGKILL cut off, or a traceback
+                # a line that SIGKILL truncated, or a traceback
                 self.noise.append(line.rstrip()[:300])
 
 
 PHASES = {"any": "", "train": "packing_checked", "resumable": "checkpoint_uploaded", "end": "training_finished"}
-"""The event with which each begins."""
+"""The event that starts each phase."""
 
 
 @dataclass(frozen=True)
@@ -204,7 +207,7 @@ class Reference:
 def attempt(
     command: list[str], environment: dict[str, str], kill: Kill | None, reference: Reference, stop: threading.Event
 ) -> tuple[Attempt, Process]:
-    """One process, killed as planned if it lives that long."""
+    """Run one process to its end. If it is still running when `kill` is due, kill it."""
     process = Process(command, environment)
     result = Attempt()
     while (code := process.wait(stop)) is None:
@@ -222,11 +225,11 @@ def attempt(
     return result, process
 
 
-# -- the store --------------------------------------------------------------------------------------------
+# -- the bucket -------------------------------------------------------------------------------------------
 
 
 class Bucket:
-    """A bucket as it is, without the proxy."""
+    """Direct access to a bucket, without the proxy."""
 
     def __init__(self, server: Any, name: str) -> None:
         environment = server.environment
@@ -249,7 +252,7 @@ class Bucket:
         return [item["Key"] for page in pages for item in page.get("Contents", [])]
 
     def get(self, key: str) -> tuple[bytes, str] | None:
-        """The object and its tag; None when it is not there."""
+        """Return the object and its ETag, or None if it doesn't exist."""
         try:
             found = self._client.get_object(Bucket=self.name, Key=key)
         except self._client.exceptions.NoSuchKey:
@@ -257,7 +260,7 @@ class Bucket:
         return found["Body"].read(), found["ETag"]
 
     def sha256(self, key: str) -> str:
-        """Empty when it is not there."""
+        """Return the object's SHA-256, or an empty string if it doesn't exist."""
         try:
             tag = self._client.head_object(Bucket=self.name, Key=key)["ETag"]
         except ClientError:
@@ -268,14 +271,14 @@ class Bucket:
         return self._sha256[key, tag]
 
     def wrong_manifests(self) -> Iterator[str]:
-        """What a reader would take for a bundle or a checkpoint, and is not."""
+        """Yield each manifest or `latest.json` that would mislead a reader."""
         for key in self.keys("lora/"):
             if key.endswith("/manifest.json") and (problem := self._problem(key)):
                 yield f"{key}: {problem}"
             elif key.endswith("/latest.json") and (found := self.get(key)):
                 named = f"lora/{json.loads(found[0])['bundle']}manifest.json"
                 if self.get(named) is None:
-                    yield f"{key}: names {named}, which is not there"
+                    yield f"{key}: names {named}, which doesn't exist"
 
     def _problem(self, key: str) -> str:
         found = self.get(key)
@@ -284,19 +287,19 @@ class Bucket:
         try:
             files = {name: file["sha256"] for name, file in json.loads(found[0])["files"].items()}
         except (ValueError, KeyError, TypeError) as error:
-            return f"no manifest: {error!r}"
+            return f"not a manifest: {error!r}"
         wrong = [name for name, sha256 in files.items() if self.sha256(key.removesuffix("manifest.json") + name) != sha256]
         now = self.get(key)
-        # one that was taken away while we looked was none of these any more
-        return f"{', '.join(wrong)}: not what it says" if wrong and now and now[1] == found[1] else ""
+        # ignore a manifest that was replaced or deleted during the check
+        return f"{', '.join(wrong)}: SHA-256 differs from the manifest" if wrong and now and now[1] == found[1] else ""
 
     def uploads(self) -> int:
-        """Parts that were never put together."""
+        """Return the number of unfinished multipart uploads."""
         return len(self._client.list_multipart_uploads(Bucket=self.name).get("Uploads", []))
 
 
 class Observer:
-    """Looks at a bucket all along."""
+    """Watch a bucket for wrong manifests in a background thread."""
 
     def __init__(self, bucket: Bucket) -> None:
         self.looks = 0
@@ -321,7 +324,7 @@ class Observer:
                 self.problems.extend(problem for problem in self._bucket.wrong_manifests() if problem not in self.problems)
                 self.looks += 1
             except Exception as error:
-                # one that has ended in silence would be taken for one that saw nothing
+                # without this, an observer that crashed would look like one that found nothing
                 self.problems.append(f"the observer failed: {error!r}")
                 return
 
@@ -330,14 +333,14 @@ class Observer:
 
 
 def environment_for(server: Any, endpoint_url: str) -> dict[str, str]:
-    """Nothing of the caller's that S3 goes by, and one thread."""
+    """Return an environment for one thread, without the caller's AWS and project settings."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "LORA_TRAINER_"))}
     own = {"AWS_ENDPOINT_URL": endpoint_url, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONPATH": str(ROOT)}
     return {**kept, "AWS_EC2_METADATA_DISABLED": "true", "NO_PROXY": "127.0.0.1", **server.environment, **own}
 
 
 def make_bucket(server: Any, settings: Settings, name: str) -> Bucket:
-    """With the data in it."""
+    """Create a bucket that holds the training data."""
     server.make_bucket(name)
     bucket = Bucket(server, name)
     with (ROOT / "data" / "train_data_type_A.jsonl").open("rb") as file:
@@ -346,13 +349,13 @@ def make_bucket(server: Any, settings: Settings, name: str) -> Bucket:
 
 
 def undisturbed(server: Any, settings: Settings, scratch: Path, stop: threading.Event) -> Reference:
-    """One run straight at the server, that nobody kills."""
+    """Run once without the proxy and without any kill."""
     bucket = make_bucket(server, settings, "undisturbed")
     none = Reference("", "", {}, 0)
     command = settings.command(bucket.name, scratch / "undisturbed")
     done, process = attempt(command, environment_for(server, server.endpoint_url), None, none, stop)
     if done.exit_code:
-        raise SystemExit(f"the undisturbed run ended with {done.exit_code}: {done.problems or process.noise}")
+        raise SystemExit(f"the undisturbed run ended with exit code {done.exit_code}: {done.problems or process.noise}")
     times_s = process.times_s
     run_id = (process.event("run_finished") or {})["run_id"]
     return Reference(
@@ -377,9 +380,9 @@ def run_one(
     stop: threading.Event,
     kills: Sequence[Kill] | None = None,
 ) -> dict[str, Any]:
-    """Kill it, start it again, look at what is left. Gives what there is to say about it; `wrong` is empty when it is good.
+    """Run, kill and restart until the run ends. Return its facts; `wrong` is empty if the run is good.
 
-    `kills`: others than those that the seed and the number plan.
+    `kills` replaces the kills planned from seed and number.
     """
     bucket = make_bucket(server, settings, f"run-{number:03d}-{os.getpid()}")
     draw = random.Random(f"{settings.seed} {number} work folders")
@@ -396,24 +399,24 @@ def run_one(
         work_dir = scratch / f"{number}"
         while len(attempts) < MOST_ATTEMPTS:
             if attempts and draw.random() < 0.5:
-                # another machine
+                # simulate another machine
                 shutil.rmtree(work_dir, ignore_errors=True)
-            # one for each process
+            # kill each process at most once
             kill = planned[len(attempts)] if len(attempts) < len(planned) else None
             ended, process = attempt(settings.command(bucket.name, work_dir), environment, kill, reference, stop)
             attempts.append(ended)
             waits += sum(line["event"] == "lease_waiting" for line in process.log)
-            # SIGKILL may cut a line off, and a signal that comes before the log is set up is said in plain words
+            # SIGKILL may truncate a line, and a process reports a signal as plain text until it has set up its log
             if process.noise and (not ended.killed_by or any(line.startswith("Traceback") for line in process.noise)):
                 wrong.append(f"not a log line: {process.noise[0]}")
             if ended.exit_code == 1:
-                # Kubernetes would start it again, but nothing that was done to it explains a bug
-                wrong.append(f"ended with 1 behind {ended.killed_behind or 'no signal'}: {ended.problems}")
+                # Kubernetes would retry, but neither kills nor faults justify an unexpected error
+                wrong.append(f"exit code 1 after {ended.killed_behind or 'no signal'}: {ended.problems}")
             if ended.exit_code not in RETRIED:
                 break
         swept = bool(bucket.keys("lora/runs/")) and attempts[-1].exit_code == 0
         if swept:
-            # a killed or refused clearing away: the same command says that it is done, and finds it
+            # a kill or a fault interrupted the cleanup; running the same command again finishes it
             ended, _ = attempt(
                 settings.command(bucket.name, work_dir), environment_for(server, server.endpoint_url), None, reference, stop
             )
@@ -423,7 +426,7 @@ def run_one(
     wrong.extend(observer.problems)
     wrong.extend(what_is_wrong(bucket, reference, attempts))
     if waits:
-        wrong.append(f"waited {waits} times for a lease that nobody held")
+        wrong.append(f"waited {waits} times for a lease without a live holder")
     return {
         "number": number,
         "wrong": wrong,
@@ -439,25 +442,25 @@ def run_one(
 
 
 def what_is_wrong(bucket: Bucket, reference: Reference, attempts: list[Attempt]) -> Iterator[str]:
-    """Of a run that has ended."""
+    """Yield the problems of a finished run."""
     if attempts[-1].exit_code:
-        yield f"ended with {attempts[-1].exit_code}: {attempts[-1].problems}"
+        yield f"exit code {attempts[-1].exit_code}: {attempts[-1].problems}"
     yield from bucket.wrong_manifests()
     folder = f"lora/adapters/A/{reference.run_id}/"
     if bucket.get(folder + "manifest.json") is None:
-        yield f"{folder}manifest.json: not there"
+        yield f"{folder}manifest.json: missing"
     if bucket.sha256(folder + "adapter_model.safetensors") != reference.adapter_sha256:
-        yield f"{folder}adapter_model.safetensors: not the undisturbed run's"
+        yield f"{folder}adapter_model.safetensors: differs from the undisturbed run's"
     latest = bucket.get("lora/adapters/A/latest.json")
     if latest is None or json.loads(latest[0])["run_id"] != reference.run_id:
         yield "latest.json: does not name the run"
     if left := bucket.keys("lora/runs/"):
         yield f"left over: {', '.join(left)}"
     if uploads := bucket.uploads():
-        yield f"left over: {uploads} uploads that were never ended"
+        yield f"left over: {uploads} unfinished multipart uploads"
 
 
-# -- all of them ------------------------------------------------------------------------------------------
+# -- all runs ---------------------------------------------------------------------------------------------
 
 
 def revision() -> str:
@@ -472,7 +475,7 @@ def cpu_model() -> str:
 
 
 def summarise(settings: Settings, runs: list[dict[str, Any]], reference: Reference, command: str) -> dict[str, Any]:
-    """What is committed."""
+    """Return the document for `benchmarks/results/`."""
     attempts = [ended for run in runs for ended in run["attempts"]]
     killed = [ended for ended in attempts if ended["killed_by"]]
     faults: Counter[str] = Counter()
@@ -513,13 +516,13 @@ def summarise(settings: Settings, runs: list[dict[str, Any]], reference: Referen
 
 @contextmanager
 def stopping() -> Iterator[threading.Event]:
-    """Set by the first signal; the second one is the ordinary one again."""
+    """Yield an event that the first signal sets. A second signal has its default effect."""
     stop = threading.Event()
 
     def handle(number: int, _: object) -> None:
         stop.set()
         signal.signal(number, signal.SIG_DFL)
-        print("stopping; the same command goes on with the runs that have not ended", flush=True)
+        print("stopping; the same command continues with the unfinished runs", flush=True)
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, handle)
@@ -532,7 +535,7 @@ def kept_runs(folder: Path) -> dict[int, dict[str, Any]]:
 
 
 def kept_reference(folder: Path, made: Reference, settings: Settings) -> Reference:
-    """The one that the kept runs were held to. Raises `SystemExit` if it is another run's."""
+    """Return the reference that the kept runs were compared with. Raises `SystemExit` if it differs from `made`."""
     path = folder / "undisturbed.json"
     now = {"reference": asdict(made), "settings": asdict(settings)}
     if not path.exists():
@@ -540,9 +543,11 @@ def kept_reference(folder: Path, made: Reference, settings: Settings) -> Referen
         return made
     kept = json.loads(path.read_text())
     if kept["settings"] != now["settings"] or kept["reference"]["run_id"] != made.run_id:
-        raise SystemExit(f"{folder}: holds runs of other settings or another version; remove it, or give another --folder")
+        raise SystemExit(f"{folder}: holds runs with other settings or of another version; remove it or pass another --folder")
     if kept["reference"]["adapter_sha256"] != made.adapter_sha256:
-        raise SystemExit(f"{folder}: two undisturbed runs end with different adapters; was it another machine?")
+        raise SystemExit(
+            f"{folder}: its undisturbed run has another adapter, perhaps of another machine; remove it or pass another --folder"
+        )
     return made
 
 
@@ -556,11 +561,11 @@ def write(path: Path, document: object) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--runs", type=int, default=60)
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
-    parser.add_argument("--share", type=float, default=Settings.share, help="of the requests that fail")
-    parser.add_argument("--most-kills", type=int, default=Settings.most_kills, help="of one run")
+    parser.add_argument("--jobs", type=int, default=2, help="parallel runs")
+    parser.add_argument("--share", type=float, default=Settings.share, help="share of requests that fail")
+    parser.add_argument("--most-kills", type=int, default=Settings.most_kills, help="kills per run")
     parser.add_argument("--seed", type=int, default=Settings.seed)
-    parser.add_argument("--folder", type=Path, default=ROOT / "outputs" / "chaos", help="keeps the runs that have ended")
+    parser.add_argument("--folder", type=Path, default=ROOT / "outputs" / "chaos", help="keeps finished runs")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "chaos.json")
     options = parser.parse_args()
     settings = Settings(share=options.share, most_kills=options.most_kills, seed=options.seed)

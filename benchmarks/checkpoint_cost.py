@@ -1,15 +1,16 @@
-"""What checkpoints cost, and how fast an interrupted run leaves.
+"""Measure the cost of checkpoints and how fast an interrupted run exits.
 
     python benchmarks/checkpoint_cost.py --base FOLDER --out RESULT.json
 
-FOLDER holds a model of Qwen2.5-7B's shape with a tokenizer; random weights do. Two cases, each in processes of its own:
+FOLDER holds a model of Qwen2.5-7B's shape with a tokenizer; random weights suffice. Each case runs in its own processes:
 
-`throughput`: one training with the default settings. Of its steps every second block is trained with a checkpoint in the middle,
-written and uploaded in the background, and every other one without: real tokens a second of both, whose ratio is the cost.
-A block has --block-steps steps, so a checkpoint comes every 2 × that; the default of `checkpoints.every_steps` is 100.
+`throughput`: one training with the default settings. Every second block of steps has a checkpoint, written and uploaded in the
+background. The cost is the ratio of real tokens per second with and without a checkpoint. A block has --block-steps steps, so
+there is a checkpoint every 2 × --block-steps; the default of `checkpoints.every_steps` is 100.
 
-`sigterm`: `lora-trainer run` as a user starts it gets SIGTERM in the middle of training; seconds until it is gone, of each part as
-the run logs it, and what the same command then goes on from. The output is a folder on the local disk.
+`sigterm`: `lora-trainer run`, started as a user would start it, receives SIGTERM during training. The benchmark measures the
+seconds until it exits and those of each part that the run logs, and records the step from which the same command resumes. The
+output is a local folder.
 """
 
 from __future__ import annotations
@@ -33,15 +34,17 @@ CASES = ("throughput", "sigterm")
 
 
 def throughput(arguments: argparse.Namespace, scratch: Path) -> dict[str, Any]:
-    """Alternating blocks of one training."""
-    from lora_trainer.backends import open_backend
-    from lora_trainer.checkpoints import Checkpoints
-    from lora_trainer.config import settle
-    from lora_trainer.packing import plan_steps
-    from lora_trainer.planning import plan_memory
-    from lora_trainer.records import JsonlReader
-    from lora_trainer.tokenization import tokenize
-    from lora_trainer.training import StepLog
+    """Measure alternating blocks of one training."""
+    from lora_trainer.config_sources import settle
+    from lora_trainer.data.jsonl import JsonlReader
+    from lora_trainer.signals import Interruption
+    from lora_trainer.store.checkpoints import Checkpoints
+    from lora_trainer.store.local import FileStorage
+    from lora_trainer.train.backends import open_backend
+    from lora_trainer.train.memory_plan import plan_memory
+    from lora_trainer.train.packing import plan_steps
+    from lora_trainer.train.step_log import StepLog
+    from lora_trainer.train.tokenization import tokenize
 
     config = settle({"blood_type": "A", "work_dir": str(scratch), "device": arguments.device, **settings(arguments)}, {})
     records = [line.record for line in JsonlReader(ROOT / "data" / "train_data_type_A.jsonl") if line.record]
@@ -49,21 +52,24 @@ def throughput(arguments: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     backend.start()
     sequences = tokenize(records, backend.load_tokenizer(arguments.base))
     block, blocks = arguments.block_steps, arguments.blocks
-    # the same records in the same order in every block: the blocks differ in nothing but the checkpoint
+    # every block has the same records in the same order, so blocks differ only in the checkpoint
     steps = plan_steps(len(sequences), config.training.sequences_per_step, config.training.epochs, config.training.seed)[:block] * (
         blocks + 1
     )
     longest = max(map(len, sequences))
     plan = plan_memory(config.memory, config.training, backend.shape(arguments.base), backend.free_bytes(), longest, backend.name)
     backend.load(arguments.base, plan, longest)
-    checkpoints = Checkpoints(config.checkpoints, scratch / "checkpoints", f"file://{scratch}/output/", "checkpoints/", "benchmark")
+    output = FileStorage(scratch / "output")
+    checkpoints = Checkpoints(
+        config.checkpoints, scratch / "checkpoints", output, "checkpoints/", "benchmark", interruption=Interruption()
+    )
     marks: list[float] = []
     tokens: list[int] = []
     held_up_s: list[float] = []
 
     def after_step(step: int) -> None:
         at, within = divmod(step, block)
-        # the first block warms up, and of the others every second one has a checkpoint
+        # the first block is a warm-up; every second one of the others has a checkpoint
         if within == block // 4 and at % 2 == 1:
             started_s = time.perf_counter()
             if taken := backend.snapshot():
@@ -97,12 +103,12 @@ def throughput(arguments: argparse.Namespace, scratch: Path) -> dict[str, Any]:
 
 
 def settings(arguments: argparse.Namespace) -> dict[str, str]:
-    """`--set` of both cases."""
+    """Return the `--set` options by setting name."""
     return dict(text.split("=", 1) for text in arguments.set)
 
 
 def sigterm(arguments: argparse.Namespace, scratch: Path) -> dict[str, Any]:
-    """A real run, interrupted, and the same command again."""
+    """Interrupt a real run, then interrupt the same command again after it resumed."""
     command = [
         sys.executable, "-m", "entrypoint", "run", "--blood-type", "A", "--device", arguments.device,
         "--base-model", str(arguments.base.resolve()), "--set", "base.canonical_id=random/benchmark", "--data", f"file://{ROOT}/data/",
@@ -112,7 +118,7 @@ def sigterm(arguments: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for name in ("first", "resumed"):
         started_s = time.perf_counter()
-        # the log goes through a file: a pipe that nobody reads would hold the run
+        # log to a file: a pipe that nobody reads would block the run
         log_file = scratch / f"{name}.log"
         with log_file.open("wb") as log:
             process = subprocess.Popen(command, cwd=ROOT, stderr=log, stdout=subprocess.DEVNULL)
@@ -135,26 +141,26 @@ def sigterm(arguments: argparse.Namespace, scratch: Path) -> dict[str, Any]:
 
 
 def events(log_file: Path, name: str) -> list[dict[str, Any]]:
-    """The log's events of one name."""
+    """Return the log's events with that name."""
     found = []
     for line in log_file.read_text(encoding="utf-8", errors="replace").splitlines():
         if f'"event": "{name}"' in line:
             try:
                 found.append(json.loads(line))
             except ValueError:
-                continue  # still being written
+                continue  # an incomplete line
     return found
 
 
 def main() -> None:
-    """Both cases, or one of them with --case (its result as JSON on the last line)."""
+    """Run both cases, or only the one named by --case, and print its result as JSON on the last line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", type=Path, required=True)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--case", choices=CASES)
-    parser.add_argument("--only", choices=CASES, action="append", help="leave out the other")
-    parser.add_argument("--blocks", type=int, default=8, help="even, beside the one that warms up (default: %(default)s)")
+    parser.add_argument("--only", choices=CASES, action="append", help="run only this case")
+    parser.add_argument("--blocks", type=int, default=8, help="even number, not counting the warm-up block (default: %(default)s)")
     parser.add_argument("--block-steps", type=int, default=25, help="default: %(default)s")
     parser.add_argument("--set", action="append", default=[], metavar="SETTING=VALUE")
     parser.add_argument("--timeout-s", type=int, default=300)
@@ -171,7 +177,7 @@ def main() -> None:
             done = subprocess.run(command, capture_output=True, text=True, timeout=arguments.timeout_s, check=False)
             results[case] = json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else {"failed": done.stderr[-2500:]}
         except subprocess.TimeoutExpired:
-            results[case] = {"failed": f"no result after {arguments.timeout_s} s"}
+            results[case] = {"failed": f"no result within {arguments.timeout_s} s"}
         sys.stdout.write(f"{case}: {json.dumps(results[case])[:3000]}\n")
         sys.stdout.flush()
         if arguments.out:

@@ -1,16 +1,16 @@
-"""Which library holds a reply to its schema, and at what cost? xgrammar, llguidance and outlines on a real tokenizer.
+"""Compare how reliably and at what cost xgrammar, llguidance and outlines hold replies to a schema on a real tokenizer.
 
     python benchmarks/constrained_decoding.py --tokenizer FOLDER [--only llguidance]
 
-FOLDER holds Qwen2.5's tokenizer. Each library gets two schemas: the published one, and the strict one, which also says by a
-pattern what `Reply` asks of a text. Each pair runs in a process of its own, on one thread: import, tokenizer, compilation, then
-the work per token at batch 1 (mask, its application to 152,064 logits, acceptance of the token) along two kinds of text: bundled
-replies, and walks drawn from random logits at temperature 1.5, as an untrained model would. Times are of the CPU, so that a busy
-machine says the same. Every walk is checked: compact JSON, by the published schema, and by the project's own `Reply`. So are a
-few replies that have to be accepted, and others that must not be.
+FOLDER holds Qwen2.5's tokenizer. Each library compiles two schemas: the published one, and the strict one, whose pattern also
+covers the requirements of `Reply` on a text. Each pair of library and schema runs on one thread of its own process, which measures
+import, tokenizer and compilation, then the work per token at batch 1 (compute the mask, apply it to 152,064 logits, accept the
+token) on bundled replies and on walks drawn from random logits at temperature 1.5, as an untrained model would produce them. CPU
+time keeps the numbers comparable on a busy machine. Every walk must be compact JSON, follow the published schema and pass the
+project's `Reply`. The grammar must accept a few given replies and reject a few others.
 
-Writes benchmarks/results/constrained-decoding.json. A library that is not installed is named and left out, one that does not
-compile a schema within its limits of time and memory is recorded as such.
+Writes benchmarks/results/constrained-decoding.json. The benchmark skips libraries that are not installed and records those that
+exceed the limits of time or memory.
 """
 
 from __future__ import annotations
@@ -33,20 +33,21 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from lora_trainer.bundle import response_schema
-from lora_trainer.constrained import most_tokens, strict_schema
-from lora_trainer.formatter import reply_json
-from lora_trainer.personas import BloodType
-from lora_trainer.records import JsonlReader, Reply
+from lora_trainer.data.jsonl import JsonlReader
+from lora_trainer.data.records import Reply
+from lora_trainer.persona.prompt import reply_json
+from lora_trainer.persona.reply_schema import response_schema
+from lora_trainer.persona.vocabulary import BloodType
+from lora_trainer.train.constrained_decoding import most_tokens, strict_schema
 
 ROOT = Path(__file__).resolve().parent.parent
 LIBRARIES = ("xgrammar", "llguidance", "outlines")
 PUBLISHED = response_schema()
 SCHEMAS = {"published": PUBLISHED, "strict": strict_schema(PUBLISHED)}
 LOGITS = 152_064
-"""Rows of Qwen2.5-7B's output layer: more than the tokenizer has."""
+"""Rows of Qwen2.5-7B's output layer, more than the tokenizer has tokens."""
 REPLIES = 40
-"""Of each persona."""
+"""Number of bundled replies per persona."""
 WALKS = 200
 TEMPERATURE = 1.5
 ALLOWED_S = 300
@@ -55,7 +56,7 @@ LONGEST = 200
 
 
 def reply(text: str) -> str:
-    """A reply with `text` as it stands there, escaped or not."""
+    """Return a reply with `text` inserted verbatim, without escaping."""
     return f'{{"text":"{text}","emotion":"smile"}}'
 
 
@@ -76,29 +77,29 @@ BAD = {
     "a line break": reply("응\n응"),
     "half of a surrogate pair": reply(r"응\ud83d"),
     "a quotation mark": reply('응" 응'),
-    "a space behind the colon": '{"text": "응","emotion":"smile"}',
+    "a space after the colon": '{"text": "응","emotion":"smile"}',
     "emotion first": '{"emotion":"smile","text":"응"}',
     "an unknown emotion": '{"text":"응","emotion":"happy"}',
     "a third key": '{"text":"응","emotion":"smile","a":1}',
-    "more behind it": reply("응") + " ",
+    "trailing text": reply("응") + " ",
 }
 
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """One reply in the making."""
+    """The constraint on one reply in progress."""
 
     fill: Callable[[], None]
     """Compute the mask."""
     apply: Callable[[Any], Any]
-    """The logits [1, LOGITS], masked."""
+    """Return the logits [1, LOGITS] with the mask applied."""
     accept: Callable[[int], bool]
-    """Take a token; False: the grammar forbids it."""
+    """Accept a token. Return False if the grammar forbids it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Compiled:
-    """A library with tokenizer and schema."""
+    """A schema compiled for a tokenizer."""
 
     session: Callable[[], Session]
     tokenizer_s: float
@@ -106,7 +107,7 @@ class Compiled:
 
 
 def xgrammar(tokenizer: Any, schema: dict[str, Any]) -> Compiled:
-    """A pushdown automaton, masks of most tokens computed ahead."""
+    """Compile with xgrammar: a pushdown automaton that precomputes the masks of most tokens."""
     import xgrammar as xgr
 
     clock = time.process_time()
@@ -130,7 +131,7 @@ def xgrammar(tokenizer: Any, schema: dict[str, Any]) -> Compiled:
 
 
 def llguidance(tokenizer: Any, schema: dict[str, Any]) -> Compiled:
-    """A lexer of regular-expression derivatives and an Earley parser, masks as they are needed; as `lora_trainer.constrained`."""
+    """Compile with llguidance as `lora_trainer.constrained` does: regex-derivative lexer, Earley parser, masks on demand."""
     import numpy as np
     import torch
     from llguidance import LLMatcher
@@ -161,7 +162,7 @@ def llguidance(tokenizer: Any, schema: dict[str, Any]) -> Compiled:
 
 
 def outlines(tokenizer: Any, schema: dict[str, Any]) -> Compiled:
-    """A regular expression compiled to a finite automaton over the whole vocabulary, as its transformers backend does."""
+    """Compile with outlines as its transformers backend does: a finite automaton over the whole vocabulary."""
     from outlines.backends.outlines_core import OutlinesCoreBackend
     from outlines.models.transformers import TransformerTokenizer
     from outlines_core import Guide, Index
@@ -186,7 +187,7 @@ def outlines(tokenizer: Any, schema: dict[str, Any]) -> Compiled:
             return logits
 
         def accept(token: int) -> bool:
-            # its backend does not ask at the end, either: there the mask allows the end of the turn, and the guide does not take it
+            # skip this check, as its backend does: the mask allows the end of the turn, but the guide rejects it
             if guide.is_finished() and token == tokenizer.eos_token_id:
                 return True
             allowed = bool(guide.accepts_tokens([token]))
@@ -200,20 +201,20 @@ def outlines(tokenizer: Any, schema: dict[str, Any]) -> Compiled:
 
 
 class Clock:
-    """CPU seconds of the parts of each token."""
+    """CPU seconds of each part of the work per token."""
 
     def __init__(self) -> None:
         self.parts: dict[str, list[float]] = {"mask": [], "apply": [], "accept": []}
 
     def timed(self, part: str, work: Callable[..., Any], *arguments: Any) -> Any:
-        """What `work` gives."""
+        """Return the result of `work` and record its CPU time."""
         clock = time.process_time()
         found = work(*arguments)
         self.parts[part].append(time.process_time() - clock)
         return found
 
     def summary(self) -> dict[str, float]:
-        """Microseconds a token."""
+        """Return statistics of the microseconds per token."""
         total = sorted(map(sum, zip(*self.parts.values(), strict=True)))
         us = 1e6
         return {
@@ -226,7 +227,7 @@ class Clock:
 
 
 def takes(session: Session, tokens: list[int], clock: Clock) -> bool:
-    """Whether all of `tokens` may come, one behind the other."""
+    """Return whether the session allows `tokens` in sequence."""
     import torch
 
     for token in tokens:
@@ -239,7 +240,7 @@ def takes(session: Session, tokens: list[int], clock: Clock) -> bool:
 
 
 def walk(session: Session, end: int, seed: int, clock: Clock) -> tuple[list[int], str]:
-    """Tokens drawn from random logits up to the end-of-turn token, and what went wrong on the way."""
+    """Draw tokens from random logits up to the end-of-turn token. Return them and a fault, empty if there is none."""
     import torch
 
     draw = torch.Generator().manual_seed(seed)
@@ -258,7 +259,7 @@ def walk(session: Session, end: int, seed: int, clock: Clock) -> tuple[list[int]
 
 
 def fault_of(text: str) -> str:
-    """What is wrong with a finished reply; empty: nothing."""
+    """Return the fault of a finished reply, empty if there is none."""
     try:
         found = json.loads(text)
     except ValueError as error:
@@ -277,7 +278,7 @@ def fault_of(text: str) -> str:
 
 
 def bundled() -> list[str]:
-    """Replies of all personas as they are trained on."""
+    """Return bundled replies of all personas in the form that training uses."""
     found = []
     for blood_type in BloodType:
         lines = JsonlReader(ROOT / "data" / f"train_data_type_{blood_type}.jsonl")
@@ -287,7 +288,7 @@ def bundled() -> list[str]:
 
 
 def measure(library: str, schema: str, folder: Path) -> dict[str, Any]:
-    """Set-up and per-token times of one library with one schema, and what its replies are worth."""
+    """Measure one library with one schema: set-up times, times per token and the faults of its replies."""
     import torch
     from transformers import AutoTokenizer
 
@@ -301,7 +302,7 @@ def measure(library: str, schema: str, folder: Path) -> dict[str, Any]:
     def tokens_of(text: str) -> list[int]:
         return [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
 
-    # what compiles its kernels when they are first used has done so now
+    # warm-up: some libraries compile their kernels on first use
     takes(compiled.session(), tokens_of(reply("응")), Clock())
     along, drawn, unmeasured = Clock(), Clock(), Clock()
     texts = bundled()
@@ -332,12 +333,12 @@ def measure(library: str, schema: str, folder: Path) -> dict[str, Any]:
 
 
 def limited() -> None:
-    """In the child: a library that compiles for hours or fills the memory is stopped."""
+    """Limit the child's memory."""
     resource.setrlimit(resource.RLIMIT_AS, (ALLOWED_GIB * 2**30,) * 2)
 
 
 def in_a_process(library: str, schema: str, folder: Path) -> dict[str, Any]:
-    """`measure` in a process of its own."""
+    """Run `measure` in a child process with limits of time and memory."""
     command = [sys.executable, __file__, "--tokenizer", str(folder), "--measure", library, schema]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     try:
@@ -356,9 +357,9 @@ def in_a_process(library: str, schema: str, folder: Path) -> dict[str, Any]:
 
 
 def main() -> int:
-    """All libraries with both schemas; writes the result."""
+    """Measure all libraries with both schemas and write the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokenizer", type=Path, required=True, help="folder of Qwen2.5's tokenizer")
+    parser.add_argument("--tokenizer", type=Path, required=True, help="folder with Qwen2.5's tokenizer")
     parser.add_argument("--only", choices=LIBRARIES, help="print this library's numbers and write nothing")
     parser.add_argument("--measure", nargs=2, metavar=("LIBRARY", "SCHEMA"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -369,7 +370,7 @@ def main() -> int:
     results: dict[str, dict[str, Any]] = {}
     for name in (arguments.only,) if arguments.only else LIBRARIES:
         if importlib.util.find_spec(name) is None:
-            print(f"{name}: not installed, left out")
+            print(f"{name}: not installed, skipped")
             continue
         results[name] = {schema: in_a_process(name, schema, arguments.tokenizer) for schema in SCHEMAS}
         print(name, json.dumps(results[name], indent=2), flush=True)

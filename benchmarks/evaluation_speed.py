@@ -1,11 +1,11 @@
-"""How long does the proof take? Adapter and base answer the evaluation's prompts on one GPU, and are judged.
+"""Measure how long the evaluation takes: adapter and base answer its prompts on one GPU, and the rules judge the replies.
 
     python benchmarks/evaluation_speed.py --base FOLDER --out RESULT.json
 
-FOLDER holds a model of Qwen2.5-7B's shape with a tokenizer; random weights do, and are the worst case: they don't stop, so
-every reply runs to the limit. The adapter's B matrices are random, too. Each case runs in a process of its own:
-`unsloth` as `run` does it, right after training, and `reference` as `evaluate` does it, with transformers and PEFT alone.
-120 prompts, 64 new tokens, adapter and base, greedily; with --all also at four intensities (480 replies).
+FOLDER holds a model of Qwen2.5-7B's shape with a tokenizer. Random weights suffice and are the worst case: the model never ends a
+reply, so every reply reaches the limit. The adapter's B matrices are random, too. Each case runs in its own process: `unsloth`
+evaluates like `run` after training, `reference` like `evaluate`, with transformers and PEFT only. Adapter and base answer 120
+prompts greedily with 64 new tokens. With --all, they also answer at four intensities (480 replies).
 """
 
 from __future__ import annotations
@@ -29,14 +29,16 @@ ROUNDS: tuple[tuple[float, ...], ...] = ((0.5,), (0.1, 0.4, 0.7, 1.0))
 
 
 def measure(case: str, base: Path, scratch: Path, rounds: Sequence[tuple[float, ...]]) -> dict[str, Any]:
-    """One backend's evaluation."""
-    from lora_trainer import evaluation
-    from lora_trainer.backends import open_backend, open_reference_backend
-    from lora_trainer.config import settle
-    from lora_trainer.evaluation_prompts import evaluation_prompts
-    from lora_trainer.personas import BloodType
-    from lora_trainer.planning import plan_memory
-    from lora_trainer.records import JsonlReader
+    """Measure one backend's evaluation."""
+    from lora_trainer.config_sources import settle
+    from lora_trainer.data.evaluation_prompts import evaluation_prompts
+    from lora_trainer.data.jsonl import JsonlReader
+    from lora_trainer.evaluate.decoding import Decoding
+    from lora_trainer.evaluate.questions import instruction_of, questions
+    from lora_trainer.evaluate.rules import MODELS, TrainingData, score_by_rules
+    from lora_trainer.persona.vocabulary import BloodType
+    from lora_trainer.train.backends import open_backend, open_reference_backend
+    from lora_trainer.train.memory_plan import plan_memory
 
     config = settle({"blood_type": "A", "work_dir": str(scratch)}, {})
     clock = time.perf_counter()
@@ -61,14 +63,14 @@ def measure(case: str, base: Path, scratch: Path, rounds: Sequence[tuple[float, 
         backend.load_adapter(base, adapter)
     load_s = time.perf_counter() - clock
     records = [line.record for line in JsonlReader(ROOT / "data" / "train_data_type_A.jsonl") if line.record]
-    data = evaluation.TrainingData(records)
-    decoding = evaluation.Decoding("greedy", NEW_TOKENS)
+    data = TrainingData(records)
+    decoding = Decoding("greedy", NEW_TOKENS)
     result: dict[str, Any] = {"import_s": import_s, "load_s": load_s, "replies": {}}
     texts: dict[str, list[str]] = {}
     for intensities in rounds:
-        asked = evaluation.questions(evaluation_prompts(), intensities, evaluation.instruction_of(BloodType.A))
+        asked = questions(evaluation_prompts(), intensities, instruction_of(BloodType.A))
         found: dict[str, Any] = {}
-        for model in evaluation.MODELS:
+        for model in MODELS:
             torch.cuda.synchronize()
             clock = time.perf_counter()
             generations = backend.generate(
@@ -80,7 +82,7 @@ def measure(case: str, base: Path, scratch: Path, rounds: Sequence[tuple[float, 
             torch.cuda.synchronize()
             found[f"{model}_generate_s"] = time.perf_counter() - clock
             clock = time.perf_counter()
-            evaluation.judge(asked, generations, model=model, decoding="greedy", blood_type=BloodType.A, data=data)
+            score_by_rules(asked, generations, model=model, decoding="greedy", blood_type=BloodType.A, data=data)
             found[f"{model}_judge_s"] = time.perf_counter() - clock
             found[f"{model}_tokens"] = sum(len(generation.token_ids) for generation in generations)
             if len(intensities) == 1:
@@ -96,7 +98,7 @@ def measure(case: str, base: Path, scratch: Path, rounds: Sequence[tuple[float, 
         tokens.write_text(json.dumps(texts))
     elif tokens.exists():
         other = json.loads(tokens.read_text())
-        # the same adapter in other kernels: random weights have many tokens of nearly one probability
+        # the adapter is the same but the kernels differ; with random weights, many tokens have nearly equal probability
         result["first_token_as_unsloth"] = {
             model: sum(a.split()[:1] == b.split()[:1] for a, b in zip(texts[model], other[model], strict=True)) / len(texts[model])
             for model in texts
@@ -105,14 +107,14 @@ def measure(case: str, base: Path, scratch: Path, rounds: Sequence[tuple[float, 
 
 
 def main() -> None:
-    """Both cases, or one of them with --case (its result as JSON on the last line)."""
+    """Run both cases, or only the one named by --case, and print its result as JSON on the last line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", type=Path, required=True)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--case", choices=CASES)
     parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()) / "evaluation_speed")
     parser.add_argument("--timeout-s", type=int, default=200)
-    parser.add_argument("--all", action="store_true", help="480 replies, too")
+    parser.add_argument("--all", action="store_true", help="also measure 480 replies")
     arguments = parser.parse_args()
     if arguments.case:
         scratch = arguments.scratch / arguments.case
@@ -130,7 +132,7 @@ def main() -> None:
             done = subprocess.run(command, capture_output=True, text=True, timeout=arguments.timeout_s, check=False)
             results[case] = json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else {"failed": done.stderr[-2500:]}
         except subprocess.TimeoutExpired:
-            results[case] = {"failed": f"no result after {arguments.timeout_s} s"}
+            results[case] = {"failed": f"no result within {arguments.timeout_s} s"}
         results[case]["wall_s"] = round(time.perf_counter() - started_s, 1)
         sys.stdout.write(f"{case}: {json.dumps(results[case])[:3000]}\n")
         sys.stdout.flush()

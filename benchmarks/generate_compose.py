@@ -1,10 +1,10 @@
-"""`lora-trainer generate --engine compose`: time on one core, the same bytes again, clean, and no near-duplicates.
+"""Measure `lora-trainer generate --engine compose`: time on one core, reproducibility, lint and near-duplicates.
 
     python benchmarks/generate_compose.py [--count 5000]
 
-Runs the command twice for each persona, each in a process of its own on one core, checks the output with
-`validate --strict`, counts near-duplicates by exact Jaccard, and writes `benchmarks/results/generate-compose.json`. Exits with 1
-when a persona takes more than 60 s, differs when it is repeated, is not clean, or has more than 2 % near-duplicates.
+Runs the command twice per persona, each time in its own process on one core, checks the output with `validate --strict`, counts
+near-duplicates by exact Jaccard similarity and writes `benchmarks/results/generate-compose.json`. The exit code is 1 if a persona
+takes more than 60 s, the second output differs from the first, the lint finds something, or more than 2 % are near-duplicates.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from lora_trainer.duplicates import NEAR_JACCARD, jaccard, shingles
-from lora_trainer.personas import BloodType
+from lora_trainer.data.duplicates import NEAR_JACCARD, jaccard, shingles
+from lora_trainer.persona.vocabulary import BloodType
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -34,12 +34,12 @@ ALLOWED_NEAR = 0.02
 
 
 def one_core() -> None:
-    """In the child: whatever it starts stays on one core."""
+    """Pin the child and its own children to one core."""
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 
 
 def run(*arguments: str) -> float:
-    """The command line, on one core; gives its seconds."""
+    """Run the command line on one core and return its duration in seconds."""
     started_s = time.monotonic()
     command = [sys.executable, "-m", "entrypoint", *arguments]
     subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL, preexec_fn=one_core)
@@ -47,10 +47,10 @@ def run(*arguments: str) -> float:
 
 
 def near_duplicates(texts: list[str]) -> int:
-    """Texts that have an earlier one at a Jaccard of 0.7 or more, found without hashing.
+    """Count texts with a Jaccard similarity of 0.7 or more to an earlier text, exactly, without hashing.
 
-    At least 0.7 of a text's 5-grams stand in such another text, so of any 30 % of them and one more at least one does: the rarest
-    are looked up.
+    Two such texts share at least 70 % of the 5-grams of either. So any 30 % of a text's 5-grams, plus one, must include a shared
+    5-gram, and it suffices to look up that many of the rarest.
     """
     parts = [shingles(text) for text in texts]
     often: dict[str, int] = defaultdict(int)
@@ -69,7 +69,7 @@ def near_duplicates(texts: list[str]) -> int:
 
 
 def measure(blood_type: BloodType, count: int) -> dict[str, Any]:
-    """One persona."""
+    """Measure one persona."""
     with tempfile.TemporaryDirectory() as scratch:
         files = [Path(scratch) / name / f"train_data_type_{blood_type}.jsonl" for name in ("once", "again")]
         common = ("generate", "--engine", "compose", "--blood-type", blood_type, "--count", str(count), "--seed", "1")

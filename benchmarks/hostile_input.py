@@ -1,11 +1,11 @@
-"""The full counts of hostile input: records, configurations, names, damaged streams and texts, and what a bomb costs in memory.
+"""Test hostile input at full counts (records, configurations, names, damaged streams, texts) and the memory of compressed bombs.
 
     python benchmarks/hostile_input.py
 
-Runs the property tests with `HOSTILE_INPUT=full` (some minutes), each file in a process of its own, then `validate` on a small
-file and on compressed bombs, and writes `benchmarks/results/hostile-input.json`. `QWEN_TOKENIZER=FOLDER` takes the genuine
-tokenizer of Qwen2.5 for the control tokens. Exits with 1 when a test fails, a count falls short, or a bomb takes more than
-64 MiB over the small file.
+Runs the property tests with `HOSTILE_INPUT=full` (some minutes), each file in its own process, then `validate` on a small file
+and on compressed bombs, and writes `benchmarks/results/hostile-input.json`. `QWEN_TOKENIZER=FOLDER` selects Qwen2.5's own
+tokenizer for the control tokens. The exit code is 1 if a test fails, a count falls short, or a bomb takes over 64 MiB more than the
+small file.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ BOMB_MIB = 4096
 
 
 def measure(command: list[str], environment: dict[str, str] | None = None) -> dict[str, Any]:
-    """Wall time, peak memory and exit code of one process, and the end of what it said."""
+    """Return wall time, peak memory, exit code and last output line of one process."""
     begin = time.perf_counter()
     with tempfile.TemporaryFile() as said:
         process = subprocess.Popen(command, stdout=said, stderr=said, cwd=ROOT, env={**os.environ, **(environment or {})})
@@ -52,7 +52,7 @@ def measure(command: list[str], environment: dict[str, str] | None = None) -> di
 
 
 def properties(folder: Path) -> dict[str, dict[str, Any]]:
-    """Each test file with the full counts."""
+    """Run each test file with the full counts."""
     results: dict[str, dict[str, Any]] = {}
     for name in TESTS:
         counts = folder / f"{name}.json"
@@ -64,7 +64,7 @@ def properties(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def bombs(folder: Path) -> dict[str, dict[str, Any]]:
-    """`validate` on a small file, on 4 GiB of one line, and on 64 MiB of one record again and again, compressed."""
+    """Run `validate` on a small file and on compressed files: 4 GiB of one line, and 64 MiB of one repeated record."""
     record = (ROOT / "data" / "train_data_type_A.jsonl").read_bytes().splitlines(keepends=True)[0]
     files = {"small.jsonl": folder / "small.jsonl"}
     files["small.jsonl"].write_bytes(record)
@@ -87,8 +87,8 @@ def bombs(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def main() -> int:
-    """Run all, and write the result."""
-    parser = argparse.ArgumentParser(description="Hostile input: the full counts, and the memory of compressed bombs.")
+    """Run both parts and write the result. Return the exit code."""
+    parser = argparse.ArgumentParser(description="Test hostile input at full counts and the memory of compressed bombs.")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/hostile-input.json")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:

@@ -1,18 +1,17 @@
-"""Uploading and downloading a set of files beside the AWS CLI, against the same local S3 server.
+"""Compare upload and download of a set of files with the AWS CLI, against the same local S3 server.
 
     python -m venv /tmp/venv-aws && /tmp/venv-aws/bin/pip install awscli
     python benchmarks/storage_throughput.py --aws /tmp/venv-aws/bin/aws
 
-A set is up to four large files, 98 % of it, and 32 small ones, all random. Each measurement is a process of its own, from its
-start to its end: ours puts the set through `lora_trainer.storage` as a bundle is published and fetched, with the default
-settings; theirs is `aws s3 cp --recursive`, with its own. Ours knows the SHA-256 of what it sends, as a bundle's manifest has it,
-hashes what it received and syncs what it wrote. The two take turns, and so does who begins; the medians make the ratio. Peak
-memory is measured for a small set, too, which shows that it does not depend on the size. What was downloaded is compared with what
-was uploaded. Exits with 1 if a ratio is below 1 or memory grows by more than 32 MiB.
+A set has up to four large files, which hold 98 % of its bytes, and 32 small ones, all random. Each measurement covers a whole
+process. Ours transfers the set with `lora_trainer.store` and its default settings, as publishing and fetching a bundle does. The
+other runs `aws s3 cp --recursive` with its own defaults. Ours knows the SHA-256 of each upload, as from a bundle's manifest, hashes
+all downloads and syncs all files it writes. The two alternate and take turns going first; the ratio compares medians. The peak
+memory of a small set shows whether memory depends on the size. Downloads must equal uploads. The exit code is 1 if a ratio is
+below 1 or memory grows by more than 32 MiB.
 
-The server (tools/dev_s3.py) is written in Python and shares the machine's cores: on a small machine it bounds both. It reads a
-whole object for each range that is asked for, which favours whoever asks for larger ones. Room for four sets is needed under
---scratch.
+The server (tools/dev_s3.py) is written in Python and shares the machine's cores, so on a small machine it limits both. It reads the
+whole object for each requested range, which favours the client with larger ranges. --scratch needs space for four sets.
 """
 
 from __future__ import annotations
@@ -37,8 +36,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 SMALL_FILES = 32
 LARGE_SHARE = 0.98
-# a set has up to four large files, none smaller than this: enough parts that all connections are busy, also in the small set,
-# whose peak memory would say nothing otherwise
+# minimum size of a large file: enough parts to keep all connections busy even in the small set, whose peak memory would be
+# meaningless otherwise
 LARGE_MIB = 120
 ALLOWED_GROWTH_MIB = 32
 DIRECTIONS = ("up", "down")
@@ -46,8 +45,8 @@ TOOLS = ("ours", "aws")
 
 
 def transfer(direction: str, folder: Path, uri: str) -> None:
-    """Ours, in a process of its own: the peak that a process is said to have is at least the memory of the one that started it."""
-    from lora_trainer.storage import open_storage
+    """Transfer with our storage. Needs a fresh process: a forked one reports at least its parent's memory as its peak."""
+    from lora_trainer.store.opening import open_storage
 
     storage = open_storage(uri)
     if direction == "clear":
@@ -62,7 +61,7 @@ def transfer(direction: str, folder: Path, uri: str) -> None:
 
 
 def make_set(folder: Path, size_mib: int) -> int:
-    """Random files in `folder`; gives their bytes."""
+    """Create random files in `folder` and return their total bytes."""
     folder.mkdir(parents=True)
     large_files = min(4, max(1, size_mib // LARGE_MIB))
     large_bytes = int(size_mib * 2**20 * LARGE_SHARE / large_files)
@@ -77,7 +76,7 @@ def make_set(folder: Path, size_mib: int) -> int:
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """Name -> SHA-256."""
+    """Return the SHA-256 of each file by name."""
     found = {}
     for path in sorted(folder.iterdir()):
         with path.open("rb") as file:
@@ -86,7 +85,7 @@ def digests(folder: Path) -> dict[str, str]:
 
 
 def measure(command: list[str], environment: dict[str, str]) -> tuple[float, float]:
-    """Seconds and peak MiB of one process that has to end well."""
+    """Return seconds and peak MiB of one process. Raises SystemExit if it fails."""
     began_s = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=environment)
     _, status, usage = os.wait4(process.pid, 0)
@@ -99,7 +98,7 @@ def measure(command: list[str], environment: dict[str, str]) -> tuple[float, flo
 
 
 def command_of(tool: str, direction: str, folder: Path, uri: str, aws: str) -> list[str]:
-    """What is measured."""
+    """Return the command to measure."""
     if tool == "ours":
         return [sys.executable, __file__, "--transfer", direction, str(folder), uri]
     source, target = (str(folder), uri) if direction == "up" else (uri, str(folder))
@@ -107,11 +106,11 @@ def command_of(tool: str, direction: str, folder: Path, uri: str, aws: str) -> l
 
 
 def one_size(size_mib: int, rounds: int, server: Any, scratch: Path, aws: str) -> dict[str, Any]:
-    """All rounds with one set of files."""
+    """Measure all rounds with one set of files."""
     source = scratch / f"set-{size_mib}"
     size_bytes = make_set(source, size_mib)
     expected = digests(source)
-    # as a manifest has them
+    # `transfer` reads these hashes as if from a manifest
     (scratch / f"{source.name}.json").write_text(json.dumps(expected), encoding="utf-8")
     environment = {**os.environ, **server.environment}
     measured: dict[str, dict[str, list[tuple[float, float]]]] = {
@@ -122,7 +121,7 @@ def one_size(size_mib: int, rounds: int, server: Any, scratch: Path, aws: str) -
             uri, target = f"s3://benchmark/{size_mib}/{tool}/{number}/", scratch / "downloaded"
             target.mkdir()
             for direction, folder in (("up", source), ("down", target)):
-                # what the one before left to be written is not this one's
+                # flush what the previous transfer wrote, so that it doesn't slow this one down
                 os.sync()
                 wall_s, peak_mib = measure(command_of(tool, direction, folder, uri, aws), environment)
                 measured[tool][direction].append((wall_s, peak_mib))
@@ -131,7 +130,7 @@ def one_size(size_mib: int, rounds: int, server: Any, scratch: Path, aws: str) -
                     f"{size_bytes / wall_s / 2**20:,.0f} MiB/s, peak {peak_mib:,.0f} MiB\n"
                 )
             if digests(target) != expected:
-                raise SystemExit(f"{tool}: what was downloaded is not what was uploaded")
+                raise SystemExit(f"{tool}: the download differs from the upload")
             shutil.rmtree(target)
             measure(command_of("ours", "clear", source, uri, aws), environment)
     shutil.rmtree(source)
@@ -153,7 +152,7 @@ def one_size(size_mib: int, rounds: int, server: Any, scratch: Path, aws: str) -
 
 
 def machine() -> dict[str, object]:
-    """The machine, as far as the numbers depend on it."""
+    """Return the properties of the machine that affect the numbers."""
     cpuinfo = Path("/proc/cpuinfo")
     described = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     models = [line.partition(":")[2].strip() for line in described if line.startswith("model name")]
@@ -166,21 +165,19 @@ def machine() -> dict[str, object]:
 
 
 def load_dev_s3() -> ModuleType:
-    """tools/dev_s3.py, which is a script and not part of a package."""
+    """Import tools/dev_s3.py, a script outside any package."""
     sys.path.insert(0, str(ROOT / "tools"))
     return importlib.import_module("dev_s3")
 
 
 def main() -> int:
     """Measure both sizes and write the result."""
-    parser = argparse.ArgumentParser(description="Throughput and peak memory of lora_trainer.storage beside the AWS CLI.")
-    parser.add_argument("--aws", default="aws", help="the AWS CLI's command")
+    parser = argparse.ArgumentParser(description="Compare throughput and peak memory of lora_trainer.store with the AWS CLI.")
+    parser.add_argument("--aws", default="aws", help="command of the AWS CLI")
     parser.add_argument("--size-mib", type=int, default=2048)
-    parser.add_argument("--small-mib", type=int, default=128, help="the set that peak memory is compared with")
+    parser.add_argument("--small-mib", type=int, default=128, help="size of the set for the peak memory comparison")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument(
-        "--scratch", type=Path, help="folder on a disk with room for four sets (default: the system's temporary one)"
-    )
+    parser.add_argument("--scratch", type=Path, help="folder with space for four sets (default: the system's temporary folder)")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/storage-throughput.json")
     parser.add_argument("--transfer", nargs=3, metavar=("DIRECTION", "FOLDER", "URI"), help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -191,7 +188,7 @@ def main() -> int:
     version = subprocess.run([options.aws, "--version"], capture_output=True, text=True, check=True).stdout.strip()
     for variable in [name for name in os.environ if name.startswith("AWS_") or name.lower().endswith("_proxy")]:
         del os.environ[variable]
-    # theirs with its defaults, whatever this user's files say
+    # ignore the user's AWS configuration, so that the CLI runs with its defaults
     os.environ |= {"AWS_CONFIG_FILE": os.devnull, "AWS_SHARED_CREDENTIALS_FILE": os.devnull, "AWS_EC2_METADATA_DISABLED": "true"}
     results = {}
     with tempfile.TemporaryDirectory(dir=options.scratch) as name:
@@ -199,7 +196,7 @@ def main() -> int:
         needed_bytes = 4 * options.size_mib * 2**20
         if shutil.disk_usage(scratch).free < needed_bytes:
             raise SystemExit(
-                f"{scratch}: got {shutil.disk_usage(scratch).free:,} bytes free, expected {needed_bytes:,}; see --scratch"
+                f"{scratch}: got {shutil.disk_usage(scratch).free:,} bytes free, expected {needed_bytes:,}; pass another --scratch"
             )
         with load_dev_s3().serve(scratch / "server") as server:
             server.make_bucket("benchmark")

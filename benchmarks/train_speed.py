@@ -1,11 +1,10 @@
-"""Training speed and memory on one GPU: our backends beside stock TRL + PEFT, in one run on one machine.
+"""Compare training speed and memory of our backends with stock TRL + PEFT on one GPU, in one run on one machine.
 
     python benchmarks/train_speed.py --base FOLDER --out RESULT.json
 
-FOLDER holds a model of Qwen2.5-7B's shape with a tokenizer; random weights do, since speed and memory
-depend on shapes alone. Every case runs in a process of its own with its own time limit. Samples are
-N(150, 40) tokens clipped to 60..400, 70 % of each prompt. Real tokens a second: padding is not counted.
-Median over the steps after the first four.
+FOLDER holds a model of Qwen2.5-7B's shape with a tokenizer; random weights suffice, since speed and memory depend only on
+shapes. Every case runs in its own process with its own time limit. Samples have N(150, 40) tokens, clipped to 60..400, and
+70 % of each is prompt. Speeds are real tokens per second, without padding, as the median over the steps after the first four.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ STEPS = 12
 REFERENCE_BATCH = 8
 ROWS_PER_STEP = 3
 FILL = 0.95
-"""Planned fill of a row, so that a step's records rarely need one row more."""
+"""Share of a row that the records of a step fill on average, low enough that a step rarely needs an extra row."""
 MEAN_TOKENS = 150
 
 # name -> (backend, micro-batch tokens, checkpointing, varlen attention)
@@ -47,7 +46,7 @@ CASES = ("trl-peft-reference", *OURS, "reload")
 
 
 def samples(count: int, vocabulary: int) -> list[tuple[list[int], int]]:
-    """(token ids, prompt tokens) of random samples, the same ones in every case."""
+    """Return (token ids, prompt tokens) of random samples, the same in every case."""
     draw = random.Random(0)
     made = []
     for _ in range(count):
@@ -57,13 +56,13 @@ def samples(count: int, vocabulary: int) -> list[tuple[list[int], int]]:
 
 
 def ours(name: str, base: Path, scratch: Path) -> dict[str, Any]:
-    """One case through the project's own backend, as `lora-trainer run` calls it."""
+    """Measure one case with the project's backend, called as `lora-trainer run` does."""
     backend_name, row_tokens, checkpointing, varlen = OURS[name]
-    from lora_trainer.backends import open_backend
-    from lora_trainer.config import settle
-    from lora_trainer.packing import plan_steps
-    from lora_trainer.planning import plan_memory
-    from lora_trainer.tokenization import TokenSequence
+    from lora_trainer.config_sources import settle
+    from lora_trainer.train.backends import open_backend
+    from lora_trainer.train.memory_plan import plan_memory
+    from lora_trainer.train.packing import plan_steps
+    from lora_trainer.train.tokenization import TokenSequence
 
     per_step = int(ROWS_PER_STEP * row_tokens * FILL / MEAN_TOKENS)
     config = settle(
@@ -128,7 +127,7 @@ def ours(name: str, base: Path, scratch: Path) -> dict[str, Any]:
 
 
 def reference(base: Path, scratch: Path) -> dict[str, Any]:
-    """Stock TRL + PEFT QLoRA: padded batches of 8, gradient checkpointing; none of this project's code."""
+    """Measure stock TRL + PEFT QLoRA without this project's code: padded batches of 8, gradient checkpointing."""
     import torch
     from datasets import Dataset
     from peft import LoraConfig
@@ -196,13 +195,13 @@ def reference(base: Path, scratch: Path) -> dict[str, Any]:
 
 
 def reload(base: Path, scratch: Path) -> dict[str, Any]:
-    """The adapter that the first Unsloth case saved, loaded with plain PEFT on plain transformers: do the logits move?"""
+    """Load the first Unsloth case's adapter with plain PEFT and transformers, and measure how it changes the logits."""
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
     if any(name.split(".")[0] in ("unsloth", "lora_trainer") for name in sys.modules):
-        raise RuntimeError("this case has to run without unsloth and without the project")
+        raise RuntimeError("reload: unsloth or lora_trainer is imported; this case must run without them")
     model = AutoModelForCausalLM.from_pretrained(str(base), dtype=torch.bfloat16, device_map={"": 0})
     ids = torch.tensor([samples(1, 151000)[0][0]], device="cuda")
     with torch.no_grad():
@@ -213,7 +212,7 @@ def reload(base: Path, scratch: Path) -> dict[str, Any]:
 
 
 def machine() -> dict[str, Any]:
-    """What the numbers were measured on."""
+    """Return the hardware and the library versions that affect the numbers."""
     import torch
 
     packages = (
@@ -246,7 +245,7 @@ def machine() -> dict[str, Any]:
 
 
 def main() -> None:
-    """Run all cases, or one of them with --case (its result as JSON on the last line)."""
+    """Run all cases, or only the one named by --case, and print its result as JSON on the last line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", type=Path, required=True)
     parser.add_argument("--out", type=Path)
@@ -274,7 +273,7 @@ def main() -> None:
             done = subprocess.run(command, capture_output=True, text=True, timeout=arguments.timeout_s, check=False)
             results[case] = json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else {"failed": done.stderr[-2500:]}
         except subprocess.TimeoutExpired:
-            results[case] = {"failed": f"no result after {arguments.timeout_s} s"}
+            results[case] = {"failed": f"no result within {arguments.timeout_s} s"}
         results[case]["wall_s"] = round(time.perf_counter() - started_s, 1)
         sys.stdout.write(f"{case}: {json.dumps(results[case])[:3000]}\n")
         sys.stdout.flush()

@@ -1,4 +1,4 @@
-"""`python -m entrypoint` and the console script: signals first, then everything that takes time to import."""
+"""Entry point of `python -m entrypoint` and the console script. Installs signal handlers before the slow imports."""
 
 from __future__ import annotations
 
@@ -6,27 +6,28 @@ import os
 import sys
 
 from lora_trainer.errors import ExitCode, Interrupted
-from lora_trainer.interruption import INTERRUPTION
-from lora_trainer.restart import StepDown, ready, start_again
+from lora_trainer.run.reexec import StepDown, reexec, unblock_signals
+from lora_trainer.signals import Interruption
 
 
 def main() -> None:
     """Run the command line and exit with its code."""
+    interruption = Interruption()
     try:
-        INTERRUPTION.install()
-        ready()
+        interruption.install()
+        unblock_signals()
         from entrypoint.cli import run_cli
 
-        code = run_cli(sys.argv[1:])
+        code = run_cli(sys.argv[1:], interruption)
     except (Interrupted, ImportError) as error:
-        meaning = INTERRUPTION.meaning_of(error)
+        meaning = interruption.meaning_of(error)
         if not isinstance(meaning, Interrupted):
             raise
         sys.stderr.write(f"interrupted by {meaning.signal_name} before the job began\n")
         code = ExitCode.INTERRUPTED
     except StepDown as step_down:
-        start_again(step_down.limit)
-    # not sys.exit: libraries' threads and exit handlers have nothing left to save, and some of them hang
+        reexec(step_down.limit)
+    # os._exit skips the libraries' exit handlers and threads, which have nothing to save and sometimes hang
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

@@ -1,9 +1,9 @@
-"""`make demo`: the real job on the tiny base, against a real S3 server on loopback.
+"""`make demo`: run the real job on the tiny base against a real S3 server on loopback.
 
     python examples/demo.py [A|B|O|AB]
 
-Everything it keeps is in .demo/ (`make clean` removes it): the S3 server's data, the job's scratch, the
-published adapter. Run again, it finds the run done.
+All output goes to .demo/ (`make clean` removes it): the S3 server's data, the job's scratch files and the published
+adapter. Rerunning the demo finds the run already done.
 """
 
 from __future__ import annotations
@@ -20,19 +20,22 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-# dev_s3 is a script beside the package; the imports below have to come after this line
+# dev_s3 is a script outside the package, so the path must be set before the imports below
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
 from dev_s3 import DevS3Error, serve  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
-from lora_trainer import bundle, summary  # noqa: E402
 from lora_trainer.errors import ExitCode  # noqa: E402
-from lora_trainer.formatter import prompt_messages  # noqa: E402
-from lora_trainer.metrics import RunMetrics  # noqa: E402
-from lora_trainer.personas import BloodType, persona_spec  # noqa: E402
-from lora_trainer.storage import open_storage  # noqa: E402
+from lora_trainer.evaluate.metrics import RunMetrics  # noqa: E402
+from lora_trainer.persona.prompt import prompt_messages  # noqa: E402
+from lora_trainer.persona.specs import persona_spec  # noqa: E402
+from lora_trainer.persona.vocabulary import BloodType  # noqa: E402
+from lora_trainer.report import metrics_table  # noqa: E402
+from lora_trainer.store.manifest import read_manifest, verify_files  # noqa: E402
+from lora_trainer.store.opening import open_storage  # noqa: E402
+from lora_trainer.store.prefixes import latest_key  # noqa: E402
 
 SCRATCH = ROOT / ".demo"
 BUCKET = "persona-demo"
@@ -40,7 +43,7 @@ DATA_URI = f"s3://{BUCKET}/data/"
 OUTPUT_URI = f"s3://{BUCKET}/lora/"
 NEW_TOKENS = 96
 
-# (what was said before, feeling, intensity, what the user says): none of it is in data/
+# (summary, feeling, intensity, input), none of them in data/
 PROMPTS = (
     ("", "happy", 0.9, "나 오늘 첫 월급 받았어!"),
     ("친구가 밤늦게까지 과제를 하고 있어.", "worried", 0.5, "졸린데 과제가 안 끝나ㅠㅠ"),
@@ -52,14 +55,14 @@ console = Console()
 
 
 def main() -> int:
-    """Run the demo; gives the job's exit code."""
+    """Run the demo and return the job's exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("blood_type", nargs="?", default="AB", type=str.upper, choices=[str(kind) for kind in BloodType])
     blood_type = BloodType(parser.parse_args().blood_type)
     spec = persona_spec(blood_type)
     try:
         with serve(SCRATCH / "s3") as server:
-            # this process and the job's: ordinary AWS variables, nothing of our own
+            # plain AWS variables configure both this process and the job
             os.environ.update(server.environment)
             server.make_bucket(BUCKET)
             heading(f"1. Data: data/ -> {DATA_URI} (a local S3 server, {server.endpoint_url})")
@@ -71,44 +74,44 @@ def main() -> int:
             started = datetime.now(UTC)
             code, uri, seconds = run_job(blood_type)
             if code not in (ExitCode.DONE, ExitCode.GATE):
-                console.print(f"[red]The job ended with exit code {code}; its own words are above.[/red]")
+                console.print(f"[red]The job failed with exit code {code}; see its messages above.[/red]")
                 return code
-            manifest = bundle.read_manifest(open_storage(OUTPUT_URI), uri.removeprefix(OUTPUT_URI))
+            manifest = read_manifest(open_storage(OUTPUT_URI), uri.removeprefix(OUTPUT_URI))
             if manifest and datetime.fromisoformat(manifest["finished_at"]) < started.replace(microsecond=0):
-                heading(f"3. Already done at {manifest['finished_at']}, nothing was trained again: {uri}")
+                heading(f"3. Already finished at {manifest['finished_at']}, nothing to train: {uri}")
             else:
-                heading(f"3. Published, after {seconds:.0f} s: {uri}")
+                heading(f"3. Published after {seconds:.0f} s: {uri}")
             show_bundle(blood_type, uri)
-            heading("4. Is it that friend? 120 held-out prompts at four intensities, adapter against base")
+            heading("4. Evaluation: 120 held-out prompts at four intensities, adapter against base")
             folder = fetch_bundle(blood_type, uri)
             metrics = RunMetrics.model_validate_json((folder / "metrics.json").read_bytes())
-            console.print(summary.render(metrics))
-            console.print(f"   To look at: {folder / 'report.html'}", highlight=False, soft_wrap=True)
-            heading("5. The same prompts, the base and the adapter")
+            console.print(metrics_table.metrics_table(metrics))
+            console.print(f"   Report: {folder / 'report.html'}", highlight=False, soft_wrap=True)
+            heading("5. Replies of the base and of the adapter to the same prompts")
             show_replies(blood_type, spec.instruction, folder)
             if code:
-                console.print("[red]The gates were not passed: the bundle is published, latest.json stays (exit code 4).[/red]")
+                console.print("[red]The gates did not pass: the bundle is published, latest.json is unchanged (exit code 4).[/red]")
                 return code
     except DevS3Error as error:
         console.print(f"[red]{error}[/red]")
         return 1
-    heading("Now try")
-    console.print("   make demo                      again: the run is already done")
+    heading("Next")
+    console.print("   make demo                                again: the run is already done")
     console.print("   .venv/bin/python examples/demo.py A      another persona (A, B, O, AB)")
     console.print("   .venv/bin/lora-trainer chat --adapter .demo/adapter/AB --base-model ./examples/tiny-base --device cpu")
-    console.print("                                  talk to it")
-    console.print("   .venv/bin/lora-trainer generate          more data for all four, from the grammar")
+    console.print("                                            chat with the adapter")
+    console.print("   .venv/bin/lora-trainer generate          more data for all four personas, from the grammar")
     console.print("   .venv/bin/lora-trainer run --help        your own data, bucket and GPU")
     return 0
 
 
 def heading(text: str) -> None:
-    """A line that stands out."""
+    """Print a bold line."""
     console.print(f"\n[bold]{text}[/bold]", highlight=False)
 
 
 def run_job(blood_type: BloodType) -> tuple[int, str, float]:
-    """`lora-trainer run` in a process of its own; gives its exit code, the bundle's URI and its seconds."""
+    """Run `lora-trainer run` in a child process. Return its exit code, the bundle's URI and its duration in seconds."""
     command = [
         sys.executable, "-m", "entrypoint", "run",
         "--config", str(ROOT / "examples" / "demo.yaml"),
@@ -124,23 +127,23 @@ def run_job(blood_type: BloodType) -> tuple[int, str, float]:
 
 
 def show_bundle(blood_type: BloodType, uri: str) -> None:
-    """List what was published, checked against its manifest."""
+    """List the published files and verify them against the manifest."""
     output = open_storage(OUTPUT_URI)
     prefix = uri.removeprefix(OUTPUT_URI)
     for item in output.list(prefix):
         console.print(f"   {item.key.removeprefix(prefix):28} {item.size_bytes:>10,} bytes", highlight=False)
-    problems = bundle.verify(output, prefix)
+    problems = verify_files(output, prefix)
     for problem in problems:
         console.print(f"[red]   {problem}[/red]")
     if not problems:
         console.print("   every file matches the manifest's SHA-256")
-    pointer = output.read_bytes(bundle.latest_key(blood_type))
+    pointer = output.read_bytes(latest_key(blood_type))
     if pointer:
         console.print(f"   latest.json names run {json.loads(pointer.data)['run_id']}", highlight=False)
 
 
 def fetch_bundle(blood_type: BloodType, uri: str) -> Path:
-    """The bundle, from S3 into a folder of its own."""
+    """Download the bundle from S3 and return its folder."""
     folder = SCRATCH / "adapter" / blood_type
     output = open_storage(OUTPUT_URI)
     prefix = uri.removeprefix(OUTPUT_URI)
@@ -150,9 +153,9 @@ def fetch_bundle(blood_type: BloodType, uri: str) -> Path:
 
 
 def show_replies(blood_type: BloodType, instruction: str, folder: Path) -> None:
-    """Greedy replies of base and adapter, loaded with plain PEFT."""
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the job: other processes may be busy on these cores
-    # peft imports bitsandbytes, which asks for a kernel package that nothing here would use
+    """Print greedy replies of base and adapter, loaded with plain PEFT."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the job does: idle threads must not spin on cores that others use
+    # peft imports bitsandbytes, which warns about a kernel package that the demo doesn't need
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     import torch
     from peft import PeftModel
@@ -181,7 +184,9 @@ def show_replies(blood_type: BloodType, instruction: str, folder: Path) -> None:
             before = reply(prompt)
         table.add_row(f"{said}\n({feeling} {intensity})", before, reply(prompt))
     console.print(table)
-    console.print("   A model of 2.4 million parameters: the manner changes, the wit waits for the 7B.")
+    console.print(
+        "   The base has 2.4 million parameters: the adapter changes its manner, but only the 7B base makes sense reliably."
+    )
 
 
 if __name__ == "__main__":

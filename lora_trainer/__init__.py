@@ -1,8 +1,8 @@
-"""Turns a persona's JSONL into a LoRA adapter: see `pipeline.run` for the whole story."""
+"""Train LoRA adapters from personas' JSONL. Start reading at `run.pipeline.run`."""
 
 from importlib.metadata import PackageNotFoundError, version
 
 try:
     __version__ = version("lora-trainer")
-except PackageNotFoundError:  # run from a checkout that is not installed
+except PackageNotFoundError:  # a checkout that is not installed
     __version__ = "0+unknown"

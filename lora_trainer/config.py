@@ -1,38 +1,26 @@
-"""One frozen `RunConfig`, and how it is put together: command line > environment > YAML file > defaults.
-
-The merge is ours, and not pydantic-settings', for two things that a batch job's users need: every
-problem names the place its value came from, and an unknown `LORA_TRAINER_*` variable is an error
-(docs/adr/0003-configuration-sources.md).
-"""
+"""The schema of all settings: one frozen `RunConfig`. `config_sources` fills it."""
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, TypeVar, get_args
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic.fields import FieldInfo
 
-from lora_trainer.errors import ConfigError
-from lora_trainer.personas import BloodType, named_blood_types
-from lora_trainer.redaction import has_user_info, redacted
+from lora_trainer.persona.vocabulary import BloodType
+from lora_trainer.redaction import has_user_info
 
 ENVIRONMENT_PREFIX: Final = "LORA_TRAINER_"
-CONFIG_FILE_VARIABLE: Final = "LORA_TRAINER_CONFIG"
 
-_MOST_FILE_BYTES: Final = 2**20
-"""Of a configuration file. One with every setting and its comment has 10 KB."""
-_MOST_NODES: Final = 10_000
-_SHOWN_CHARACTERS: Final = 200
-_SHOWN_PROBLEMS: Final = 50
 
-# settings that hold a local path or a URI: a relative one in a file is taken from that file's folder
-_PATH_FIELDS: Final = ("data", "output", "work_dir", "base.model", "base.cache_dir", "evaluation.prompts")
+class Location:
+    """Marks a text setting as a local path or URI. Relative paths in a configuration file are relative to its folder."""
+
+
+LOCATION: Final = Location()
 
 TargetModule = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 ALL_LINEAR: Final[tuple[TargetModule, ...]] = get_args(TargetModule)
@@ -46,12 +34,12 @@ _PathOrText = TypeVar("_PathOrText", bound=str | Path)
 
 
 def _no_control_characters(value: _PathOrText) -> _PathOrText:
-    """For names of files and objects. Raises `ValueError`."""
+    """Return `value`, or raise `ValueError` if it cannot name a file or an object."""
     text = str(value)
     if any(ord(character) < 32 or ord(character) == 127 for character in text):
         raise ValueError("expected a name without control characters")
     try:
-        # what the system gave as bytes that are no UTF-8 goes back as those bytes
+        # Python decodes invalid UTF-8 in arguments to surrogates, which fsencode accepts; other surrogates fail
         os.fsencode(text)
     except UnicodeEncodeError:
         raise ValueError("expected a name that can be written as UTF-8") from None
@@ -59,21 +47,21 @@ def _no_control_characters(value: _PathOrText) -> _PathOrText:
 
 
 def _no_credentials(uri: str) -> str:
-    """For what a manifest and a log will name. Raises `ValueError`."""
+    """Return `uri`, or raise `ValueError` if it contains credentials: manifests and logs show it."""
     if has_user_info(uri):
         raise ValueError(
-            "expected no user and no password in a URI: the manifest and the log name it; credentials have variables of their own"
+            "expected a URI without user and password: manifests and logs show it; set credentials in their own variables"
         )
     return uri
 
 
 class BaseModelConfig(_Section):
-    """Which model the adapter is trained on, and where its files come from."""
+    """Base model and the source of its files."""
 
-    model: str = Field(
+    model: Annotated[str, LOCATION] = Field(
         default="Qwen/Qwen2.5-7B-Instruct",
         min_length=1,
-        description="Hub id; or a folder (begins with `/`, `./`, `../`, `~` or `file://`); or an `s3://bucket/prefix/`.",
+        description="Hub id, folder (begins with `/`, `./`, `../`, `~` or `file://`) or `s3://bucket/prefix/`.",
     )
     revision: str | None = Field(
         default="a09a35458c702b33eeacc393d103063234e8bc28",
@@ -81,12 +69,12 @@ class BaseModelConfig(_Section):
     )
     canonical_id: str | None = Field(
         default=None,
-        description="Name written into the adapter for a folder or an `s3://` prefix (a mirror of a hub model, say). "
+        description="Base name written into the adapter, for a folder or an `s3://` prefix such as a mirror of a hub model. "
         "Default: the folder's own name.",
     )
     cache_dir: Path = Field(
         default=Path("~/.cache/lora-trainer"),
-        description="Folder in which a base from `s3://` is mirrored, verified and reused.",
+        description="Folder that caches a verified mirror of a base from `s3://`.",
     )
 
     @field_validator("model", "canonical_id", "cache_dir")
@@ -124,32 +112,33 @@ class LoraConfig(_Section):
     def _each_once(cls, value: tuple[TargetModule, ...]) -> tuple[TargetModule, ...]:
         if len(set(value)) != len(value):
             raise ValueError("expected each module once")
-        # one order, so that the same set is the same run
+        # use a fixed order, so that equal sets get equal run ids
         return tuple(module for module in ALL_LINEAR if module in value)
 
 
 class TrainingConfig(_Section):
-    """The recipe: what, with the data and the base, decides the weights."""
+    """Training recipe. Together with data and base it determines the adapter's weights."""
 
     epochs: float = Field(default=3.0, gt=0, le=1000, description="Passes over the training split.")
     max_steps: int | None = Field(default=None, ge=1, description="Stop after this many optimizer steps, if that is sooner.")
     sequences_per_step: int = Field(
-        default=32, ge=1, le=65536, description="Records in one optimizer step, however many micro-batches they are packed into."
+        default=32, ge=1, le=65536, description="Records per optimizer step, however many micro-batches they are packed into."
     )
     learning_rate: float = Field(default=2e-4, gt=0, le=1, description="Peak learning rate.")
     schedule: Literal["cosine", "linear", "constant"] = Field(default="cosine", description="Learning rate after the warm-up.")
-    warmup_fraction: float = Field(
-        default=0.05, ge=0, lt=1, description="Share of all steps in which the learning rate rises linearly."
-    )
+    warmup_fraction: float = Field(default=0.05, ge=0, lt=1, description="Share of all steps with a linearly rising learning rate.")
     weight_decay: float = Field(default=0.0, ge=0, le=1, description="AdamW's decoupled weight decay.")
     max_grad_norm: float = Field(default=1.0, gt=0, description="Gradient clipping, L2 norm.")
     max_length_tokens: int = Field(
-        default=1024, ge=16, le=32768, description="Longest record, in tokens. A longer one is left out and reported, never cut."
+        default=1024,
+        ge=16,
+        le=32768,
+        description="Longest record, in tokens. Longer ones are left out and reported, never truncated.",
     )
-    held_out_fraction: float = Field(default=0.05, gt=0, lt=0.9, description="Share of the records held out by a stable hash.")
+    held_out_fraction: float = Field(default=0.05, gt=0, lt=0.9, description="Share of the records to hold out, by a stable hash.")
     seed: int = Field(default=20, ge=0, lt=2**32, description="Order of the records, adapter initialisation and dropout.")
     quantization: Literal["nf4", "none"] = Field(
-        default="nf4", description="Base weights: 4-bit NormalFloat with double quantization (QLoRA), or as they are."
+        default="nf4", description="Base weights: 4-bit NormalFloat with double quantization (QLoRA), or unquantized."
     )
     compute_dtype: Literal["bfloat16", "float32"] = Field(
         default="bfloat16", description="Type of activations and of unquantized weights."
@@ -157,33 +146,35 @@ class TrainingConfig(_Section):
 
 
 class EvaluationConfig(_Section):
-    """How the adapter is questioned after training."""
+    """Evaluation of the adapter after training."""
 
-    prompts: str | None = Field(
+    prompts: Annotated[str | None, LOCATION] = Field(
         default=None,
-        description="JSONL with the evaluation's prompts: `s3://`, `file://` or a path. Default: the 120 that ship.",
+        description="JSONL with the evaluation's prompts: `s3://`, `file://` or a path. Default: the 120 bundled ones.",
     )
     intensities: Annotated[tuple[Annotated[float, Field(ge=0, le=1)], ...], Field(min_length=1, max_length=20)] = Field(
-        default=(0.1, 0.4, 0.7, 1.0), description="Each prompt is asked once at each of these intensities, whatever its own is."
+        default=(0.1, 0.4, 0.7, 1.0), description="Ask each prompt once at each of these intensities, whatever its own is."
     )
-    max_new_tokens: int = Field(default=128, ge=8, le=2048, description="Limit of one reply; a longer one counts as not stopped.")
-    temperature: float = Field(
-        default=0.7, ge=0, le=2, description="Of the sampled replies beside the greedy ones; 0: greedy ones only."
+    max_new_tokens: int = Field(
+        default=128, ge=8, le=2048, description="Token limit of one reply; a longer reply counts as not stopped."
     )
-    top_p: float = Field(default=0.8, gt=0, le=1, description="Nucleus of the sampled replies; as Qwen2.5's own settings.")
-    top_k: int = Field(default=20, ge=0, le=1000, description="Most probable tokens that are sampled from; 0: all.")
-    seed: int = Field(default=20, ge=0, lt=2**32, description="Of sampling and of the bootstrap.")
-    bootstrap_resamples: int = Field(default=2000, ge=100, le=100_000, description="Draws of the bootstrap behind the intervals.")
-    batch_size: int = Field(default=120, ge=1, le=4096, description="Replies generated at once. Not part of `gate_id`.")
+    temperature: float = Field(default=0.7, ge=0, le=2, description="Temperature of the sampled replies; 0: greedy replies only.")
+    top_p: float = Field(
+        default=0.8, gt=0, le=1, description="Nucleus (top-p) of the sampled replies. The default is Qwen2.5's own."
+    )
+    top_k: int = Field(default=20, ge=0, le=1000, description="Sample from this many most probable tokens; 0: all.")
+    seed: int = Field(default=20, ge=0, lt=2**32, description="Seed of sampling and of the bootstrap.")
+    bootstrap_resamples: int = Field(default=2000, ge=100, le=100_000, description="Bootstrap resamples for the confidence bounds.")
+    batch_size: int = Field(default=120, ge=1, le=4096, description="Replies generated per batch. Not part of `gate_id`.")
     judge_model: str | None = Field(
         default=None,
         min_length=1,
-        description="Model that also compares adapter and base; none: no judge. It opens or shuts no gate.",
+        description="Model that compares the replies of adapter and base; none: no judge. It decides no gate.",
     )
     judge_base_url: str = Field(
         default="https://api.openai.com/v1",
         pattern="^https?://",
-        description="OpenAI-compatible server of the judge; the key comes from `OPENAI_API_KEY`.",
+        description="OpenAI-compatible server of the judge. The key comes from `OPENAI_API_KEY`.",
     )
 
     @field_validator("prompts")
@@ -205,13 +196,13 @@ class EvaluationConfig(_Section):
 
 
 class GatesConfig(_Section):
-    """What an adapter must reach to become the newest accepted one. `none` takes a gate away.
+    """Thresholds that an adapter must meet before `latest.json` points at it. `none` disables a gate.
 
-    Thresholds are on the lower 95 % bound, except where a maximum is: there on the upper one.
+    Minimums are compared with the lower 95 % bound, maximums with the upper one.
     """
 
     exact_json: float | None = Field(default=0.97, ge=0, le=1, description="Replies that are exact JSON: 472 of 480.")
-    stop: float | None = Field(default=0.97, ge=0, le=1, description="Replies that end by themselves before the limit: 472 of 480.")
+    stop: float | None = Field(default=0.97, ge=0, le=1, description="Replies that end before the token limit: 472 of 480.")
     one_or_two_sentences: float | None = Field(
         default=0.93, ge=0, le=1, description="Replies of at most two sentences: 456 of 480."
     )
@@ -220,24 +211,31 @@ class GatesConfig(_Section):
         default=0.70,
         ge=0,
         le=1,
-        description="Replies that the persona classifier takes for this persona's; by chance it is a quarter.",
+        description="Replies that the persona classifier assigns to this persona; chance is a quarter.",
     )
     emoji_intensity: float | None = Field(
-        default=0.2, ge=-1, le=1, description="Spearman correlation of emoji count and intensity: more than this."
+        default=0.2, ge=-1, le=1, description="Spearman correlation of emoji count and intensity: above this."
     )
-    question_rate_min: float | None = Field(default=0.40, ge=0, le=1, description="Readable replies that ask something: at least.")
-    question_rate_max: float | None = Field(default=0.85, ge=0, le=1, description="Readable replies that ask something: at most.")
+    question_rate_min: float | None = Field(
+        default=0.40, ge=0, le=1, description="Minimum share of readable replies that ask something."
+    )
+    question_rate_max: float | None = Field(
+        default=0.85, ge=0, le=1, description="Maximum share of readable replies that ask something."
+    )
     win_rate: float | None = Field(
-        default=0.5, ge=0, le=1, description="Replies with a higher rule score than the base's, a tie being half: more than this."
+        default=0.5,
+        ge=0,
+        le=1,
+        description="Share of replies with a higher rule score than the base's, ties counting half: above this.",
     )
 
 
 class MemoryConfig(_Section):
-    """How the work is laid out on the device. Never part of `run_id`: it does not change what is computed."""
+    """Memory layout on the device. Not part of `run_id`, because it does not change what is computed."""
 
     gradient_checkpointing: Literal["auto", "off", "on", "unsloth"] = Field(
         default="auto",
-        description="Recompute activations in the backward pass. `unsloth` also offloads them; `auto` decides by free memory.",
+        description="Recompute activations in the backward pass; `unsloth` also offloads them. `auto` decides by free memory.",
     )
     micro_batch_tokens: Literal["auto"] | Annotated[int, Field(ge=64, le=1_048_576)] = Field(
         default="auto", description="Tokens packed into one forward pass. `auto` decides by free memory."
@@ -245,58 +243,64 @@ class MemoryConfig(_Section):
 
 
 class CheckpointConfig(_Section):
-    """What an interrupted run goes on from. Never part of `run_id`."""
+    """Checkpoint frequency and retention. Not part of `run_id`."""
 
     every_steps: int = Field(
-        default=100, ge=0, description="Optimizer steps between two checkpoints; 0: only the minutes count. Whichever comes first."
+        default=100,
+        ge=0,
+        description="Optimizer steps between checkpoints, or `every_minutes`, whichever comes first. 0: by time only.",
     )
     every_minutes: float = Field(
-        default=5.0, gt=0, le=1440, allow_inf_nan=False, description="Minutes between two checkpoints. Whichever comes first."
+        default=5.0,
+        gt=0,
+        le=1440,
+        allow_inf_nan=False,
+        description="Minutes between checkpoints, or `every_steps`, whichever comes first.",
     )
-    keep: int = Field(default=2, ge=1, le=100, description="Newest complete checkpoints that are kept.")
+    keep: int = Field(default=2, ge=1, le=100, description="Complete checkpoints to keep.")
     grace_s: float = Field(
         default=90.0,
         ge=1,
         allow_inf_nan=False,
-        description="Seconds from SIGTERM to the end of the last checkpoint's upload: below `terminationGracePeriodSeconds`.",
+        description="Seconds from SIGTERM until the last checkpoint must be uploaded. Less than `terminationGracePeriodSeconds`.",
     )
 
 
 class StorageConfig(_Section):
-    """How long an object store that fails is given. Never part of `run_id`."""
+    """Retry budgets for a failing object store. Not part of `run_id`."""
 
     object_budget_s: float = Field(
         default=120.0,
         ge=0,
         le=86_400,
-        description="Seconds that one object is tried again for, from its first failure. A store that restarts takes less; "
-        "what takes longer is for the next attempt of the job. 0: never again.",
+        description="Seconds to retry one object, from its first failure. Long enough for a store to restart; longer outages "
+        "are left to the next attempt of the job. 0: no retries.",
     )
     total_budget_s: float = Field(
         default=600.0,
         ge=0,
         le=604_800,
-        description="Seconds that all objects of a run together may lose so, those uploaded in the background included.",
+        description="Seconds that all objects of a run together may spend on retries, background uploads included.",
     )
     stall_timeout_s: float = Field(
-        default=20.0, ge=0.1, le=600, description="Seconds of silence after which a connection to the store is given up."
+        default=20.0, ge=0.1, le=600, description="Seconds without data after which a connection to the store times out."
     )
 
 
 class LeaseConfig(_Section):
-    """Two attempts at one run at once: who is at work, and what the other one does. Never part of `run_id`."""
+    """Lease that lets only one attempt at a run work at a time. Not part of `run_id`."""
 
     duration_s: float = Field(
         default=60.0,
         ge=1,
         le=3600,
-        description="Seconds without a renewal after which another attempt takes over. Renewed three times in it.",
+        description="Lease TTL: seconds without a renewal after which another attempt takes over. Renewed three times per TTL.",
     )
     wait_s: float = Field(
         default=600.0,
         ge=1,
         le=86_400,
-        description="Seconds to wait for another attempt at the same run to end or to stop renewing, before exit 6. "
+        description="Seconds to wait for another attempt at the same run to end or to lose its lease, before exit 6. "
         "At least `lease.duration_s`.",
     )
 
@@ -306,13 +310,13 @@ class LeaseConfig(_Section):
         duration_s = info.data.get("duration_s")
         if duration_s is not None and value < duration_s:
             raise ValueError(
-                f"expected at least lease.duration_s, {duration_s:g}: a lost machine's lease would never be waited out"
+                f"expected at least lease.duration_s, {duration_s:g}: otherwise the lease of a lost machine can't expire in time"
             )
         return value
 
 
 class LimitsConfig(_Section):
-    """How much is taken of a data file and of one record: more is refused (exit 3). Never part of `run_id`: nothing is cut."""
+    """Limits of a data file and its records. `run` refuses a larger file (exit 3). Not part of `run_id`: nothing is truncated."""
 
     line_bytes: int = Field(
         default=1024 * 1024,
@@ -325,32 +329,33 @@ class LimitsConfig(_Section):
     )
     nesting_depth: int = Field(default=16, ge=4, le=100, description="Deepest list or object in a line. A record needs 3.")
     decompressed_bytes: int = Field(
-        default=2**30, ge=2**16, le=2**40, description="Most that comes out of a `.gz` or `.zst`, in bytes."
+        default=2**30, ge=2**16, le=2**40, description="Largest decompressed `.gz` or `.zst`, in bytes."
     )
     compression_ratio: float = Field(
-        default=200.0, ge=1, le=1_000_000, description="The same, as a multiple of the compressed size; 16 MiB are always taken."
+        default=200.0,
+        ge=1,
+        le=1_000_000,
+        description="Largest decompressed size as a multiple of the compressed size. 16 MiB are always allowed.",
     )
 
 
 DEFAULT_LIMITS: Final = LimitsConfig()
-
-
 Tracker = Literal["tensorboard", "mlflow", "wandb"]
 
 
 class LoggingConfig(_Section):
-    """What is said, and how."""
+    """Log level, log format and experiment trackers."""
 
-    level: Literal["debug", "info", "warning", "error"] = Field(default="info", description="Least severe event that is printed.")
+    level: Literal["debug", "info", "warning", "error"] = Field(default="info", description="Least severe level to print.")
     format: Literal["auto", "json", "console"] = Field(
         default="auto", description="`auto`: console on a terminal, JSON lines elsewhere."
     )
     report_to: tuple[Tracker, ...] = Field(
         default=(),
-        description="Trackers that also get loss, learning rate and speed: under `work_dir` and offline, unless their own "
-        "variables say otherwise.",
+        description="Trackers that also receive loss, learning rate and speed. They write under `work_dir` and stay offline "
+        "unless their own variables say otherwise.",
     )
-    log_every_steps: int = Field(default=10, ge=1, description="Optimizer steps between two `training_step` events.")
+    log_every_steps: int = Field(default=10, ge=1, description="Optimizer steps between `training_step` events.")
 
     @field_validator("report_to", mode="before")
     @classmethod
@@ -367,27 +372,27 @@ class LoggingConfig(_Section):
 
 
 class RunConfig(_Section):
-    """All that one run of one persona is asked to do."""
+    """All settings of one persona's run."""
 
-    blood_type: BloodType = Field(
-        description="Persona to train: A, B, O or AB. `run` takes several, one after another: `A,B`, a list, or `all`."
-    )
-    data: str = Field(
+    blood_type: BloodType = Field(description="Persona to train: A, B, O or AB. `run` also takes several: `A,B`, a list, or `all`.")
+    data: Annotated[str, LOCATION] = Field(
         default="data/",
         description="Folder that holds `train_data_type_<blood type>.jsonl`, or one `.jsonl`: `s3://` or `file://`. "
-        "`.jsonl.gz` and `.jsonl.zst` are read, too.",
+        "Also reads `.jsonl.gz` and `.jsonl.zst`.",
     )
-    output: str = Field(default="outputs/", description="Folder that adapters are published under: `s3://` or `file://`.")
+    output: Annotated[str, LOCATION] = Field(
+        default="outputs/", description="Folder to publish adapters under: `s3://` or `file://`."
+    )
     work_dir: Path = Field(
         default=Path(".lora-trainer"),
-        description="Local scratch: fetched data, `progress.json`, the bundle before it is published.",
+        description="Local scratch folder: fetched data, `progress.json`, the bundle until it is published.",
     )
     strict: bool = Field(default=False, description="Treat warnings about the data as errors.")
     backend: Literal["auto", "unsloth", "transformers"] = Field(
         default="auto", description="Training stack. `auto`: unsloth on CUDA, transformers on the CPU."
     )
     device: Literal["cuda", "cpu"] = Field(
-        default="cuda", description="`cuda` without a GPU ends with exit 5; the CPU is used only when asked for."
+        default="cuda", description="`cuda` without a GPU exits with 5; the CPU is never a fallback."
     )
     base: BaseModelConfig = BaseModelConfig()
     lora: LoraConfig = LoraConfig()
@@ -407,7 +412,7 @@ class RunConfig(_Section):
         try:
             return value.expanduser()
         except RuntimeError:
-            raise ValueError("expected a folder: '~' names none here, since this user has no home") from None
+            raise ValueError("expected a folder: '~' has no meaning here, since this user has no home folder") from None
 
     @field_validator("data", "output", "work_dir")
     @classmethod
@@ -426,106 +431,33 @@ class RunConfig(_Section):
 
     @property
     def resolved_backend(self) -> Literal["unsloth", "transformers"]:
-        """`backend` with `auto` settled by `device`."""
+        """The backend, with `auto` resolved by `device`."""
         if self.backend != "auto":
             return self.backend
         return "unsloth" if self.device == "cuda" else "transformers"
 
 
-@dataclass(frozen=True, slots=True)
-class Source:
-    """Settings from one place, and how to name that place for a given setting."""
-
-    values: Mapping[str, Any]
-    """Nested like `RunConfig`."""
-    name: str
-    """`{key}` is replaced by the dotted setting, `{env}` by its environment variable."""
-
-    def place(self, dotted: str) -> str:
-        """Where the setting `dotted` came from, in the user's words."""
-        return self.name.format(key=dotted, env=environment_name(dotted))
-
-
 def environment_name(dotted: str) -> str:
-    """`training.epochs` -> `LORA_TRAINER_TRAINING__EPOCHS`."""
+    """Return the environment variable of a setting: `training.epochs` -> `LORA_TRAINER_TRAINING__EPOCHS`."""
     return ENVIRONMENT_PREFIX + dotted.replace(".", "__").upper()
 
 
-def setting_names(model: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[str]:
-    """Every leaf setting in dotted form, in the order of the classes."""
+def setting_fields(model: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """Yield the dotted name and field of every leaf setting, in definition order."""
     for name, field in model.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from setting_names(field.annotation, f"{prefix}{name}.")
+            yield from setting_fields(field.annotation, f"{prefix}{name}.")
         else:
-            yield prefix + name
+            yield prefix + name, field
 
 
-def settle(
-    cli: Mapping[str, Any],
-    environment: Mapping[str, str] | None = None,
-    config_file: Path | None = None,
-    fallback: Mapping[str, Any] | None = None,
-) -> RunConfig:
-    """Merge the sources into one `RunConfig`; see `settle_each`. Raises `ConfigError` if several personas are named."""
-    config, *more = settle_each(cli, environment, config_file, fallback)
-    if more:
-        named = ", ".join(each.blood_type for each in (config, *more))
-        raise ConfigError(f"blood_type: got {named}, expected one: only 'lora-trainer run' takes several")
-    return config
-
-
-def settle_each(
-    cli: Mapping[str, Any],
-    environment: Mapping[str, str] | None = None,
-    config_file: Path | None = None,
-    fallback: Mapping[str, Any] | None = None,
-) -> tuple[RunConfig, ...]:
-    """Merge the sources into one `RunConfig` for each persona that `blood_type` names, in its order; they differ in nothing else.
-
-    `cli` maps dotted settings to values (only those given), `fallback` likewise, for a command that can do
-    without a setting that `run` needs. `environment` is `os.environ` unless told.
-    Raises `ConfigError` with every problem of every source at once.
-    """
-    environment = os.environ if environment is None else environment
-    problems: list[str] = []
-    sources: list[Source] = []
-    named_file = config_file or (Path(environment[CONFIG_FILE_VARIABLE]) if environment.get(CONFIG_FILE_VARIABLE) else None)
-    if named_file is not None:
-        try:
-            # a file's name may hold braces of its own
-            escaped = str(named_file).replace("{", "{{").replace("}", "}}")
-            sources.append(Source(_read_file(named_file), f"{escaped}: {{key}}"))
-        except ConfigError as error:
-            problems.extend(error.problems)
-    from_environment, unknown = _read_environment(environment)
-    problems.extend(unknown)
-    sources.append(Source(from_environment, "{env}"))
-    sources.append(Source(_nest(cli), "command line: {key}"))
-    merged = _nest(fallback or {})
-    for source in sources:
-        merged = _merge(merged, source.values)
-    blood_types: tuple[BloodType, ...] = ()
-    if "blood_type" in merged:
-        try:
-            blood_types = named_blood_types(merged["blood_type"])
-        except ValueError as error:
-            problems.append(f"{_place(sources, ['blood_type'])}: {error}")
-        # any one: what is wrong with the other settings is said, too
-        merged["blood_type"] = next(iter(blood_types), BloodType.A)
-    try:
-        config = RunConfig.model_validate(merged)
-    except ValidationError as error:
-        problems.extend(_explain(error, sources))
-        if len(problems) > _SHOWN_PROBLEMS:
-            problems[_SHOWN_PROBLEMS:] = [f"and {len(problems) - _SHOWN_PROBLEMS:,} more problems: is this a file of settings?"]
-        raise ConfigError(problems) from None
-    if problems:
-        raise ConfigError(problems)
-    return tuple(config.model_copy(update={"blood_type": blood_type}) for blood_type in blood_types)
+def setting_names() -> Iterator[str]:
+    """Yield the dotted name of every leaf setting."""
+    return (name for name, _ in setting_fields())
 
 
 def config_table() -> list[tuple[str, str, str, str]]:
-    """One row a setting for the README: name, default, range, meaning. A test compares the two."""
+    """Return a row for each setting: name, default, range, meaning. The table in docs/ is generated from it."""
     return list(_table_rows(RunConfig, ""))
 
 
@@ -570,204 +502,3 @@ def _range_of(schema: Mapping[str, Any], root: Mapping[str, Any]) -> str:
             else f"{'≤' if 'maximum' in schema else '<'} {high:g}"
         )
     return ", ".join(parts)
-
-
-def _read_file(path: Path) -> dict[str, Any]:
-    """The YAML mapping in `path`, its relative paths taken from the file's own folder."""
-    try:
-        with path.open("rb") as file:
-            raw = file.read(_MOST_FILE_BYTES + 1)
-    except (OSError, ValueError) as error:
-        # ValueError: a NUL in the path
-        said = (error.strerror if isinstance(error, OSError) else None) or str(error)
-        raise ConfigError(f"{path}: cannot read the configuration file: {said}; check the path given to --config") from None
-    if len(raw) > _MOST_FILE_BYTES:
-        raise ConfigError(f"{path}: got more than {_MOST_FILE_BYTES:,} bytes, expected a file of settings; check the path")
-    try:
-        loaded = _load_plain_yaml(raw.decode("utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"{path}:{mark.line + 1}" if mark else str(path)
-        kinds = {UnicodeDecodeError: "not UTF-8", RecursionError: "nested too deeply"}
-        said = getattr(error, "problem", None) or kinds.get(type(error)) or "a character that YAML does not allow"
-        raise ConfigError(f"{where}: not plain YAML: {said}; only mappings, lists and scalars are accepted") from None
-    if loaded is None:
-        return {}
-    if not isinstance(loaded, dict) or not all(isinstance(key, str) for key in loaded):
-        raise ConfigError(
-            f"{path}: got a {type(loaded).__name__}, expected a mapping of settings, such as 'training: {{epochs: 3}}'"
-        )
-    for dotted in _PATH_FIELDS:
-        section: Any = loaded
-        *parents, leaf = dotted.split(".")
-        for parent in parents:
-            section = section.get(parent) if isinstance(section, dict) else None
-        if isinstance(section, dict) and isinstance(value := section.get(leaf), str) and _is_relative_path(dotted, value):
-            trailing = "/" if value.endswith("/") else ""
-            section[leaf] = os.path.normpath(path.absolute().parent / value) + trailing
-    return loaded
-
-
-class _PlainLoader(yaml.SafeLoader):
-    """Plain values only, and each that cannot be read as what it says it is, with its line."""
-
-    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
-        try:
-            return super().construct_object(node, deep)
-        except yaml.YAMLError:
-            raise
-        # what PyYAML's own constructors stumble over: `2026-13-01`, a number of 5,000 digits, `!!bool maybe`
-        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
-            raise yaml.constructor.ConstructorError(None, None, "a value that is not what it says it is", node.start_mark) from None
-
-
-def _load_plain_yaml(text: str) -> Any:
-    """The one document in `text`. Raises `YAMLError`, or `RecursionError` for one that is nested too deeply."""
-    loader = _PlainLoader(text)
-    try:
-        root = loader.get_single_node()
-        if root is None:
-            return None
-        _check_nodes(root)
-        return loader.construct_document(root)
-    finally:
-        loader.dispose()
-
-
-def _check_nodes(root: yaml.Node) -> None:
-    """Refuse a key twice in a mapping, and aliases that would write the document out to many times its size, or without end."""
-    waiting, seen = [root], 0
-    while waiting:
-        node = waiting.pop()
-        seen += 1
-        if seen > _MOST_NODES:
-            # an alias is the node that it names: each use of it is counted, and one that holds itself has no end
-            problem = f"more than {_MOST_NODES:,} values, its aliases written out"
-            raise yaml.constructor.ConstructorError(None, None, problem, root.start_mark)
-        if isinstance(node, yaml.MappingNode):
-            keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-            if len(set(keys)) != len(keys):
-                raise yaml.constructor.ConstructorError(None, None, "a key twice in one mapping", node.start_mark)
-            waiting.extend(part for pair in node.value for part in pair)
-        elif isinstance(node, yaml.SequenceNode):
-            waiting.extend(node.value)
-
-
-def _is_relative_path(dotted: str, value: str) -> bool:
-    if not value or "://" in value or value.startswith(("/", "~")):
-        return False
-    # a bare "org/name" is a hub id
-    return dotted != "base.model" or value.startswith(("./", "../"))
-
-
-def _read_environment(environment: Mapping[str, str]) -> tuple[dict[str, Any], list[str]]:
-    known = {environment_name(dotted): dotted for dotted in setting_names()}
-    values: dict[str, Any] = {}
-    problems = []
-    for variable, text in sorted(environment.items()):
-        if not variable.startswith(ENVIRONMENT_PREFIX) or variable == CONFIG_FILE_VARIABLE:
-            continue
-        if variable not in known:
-            problems.append(f"{variable}: no such setting; {_nearest(variable, list(known), ENVIRONMENT_PREFIX)}")
-        elif text != "":
-            values[known[variable]] = _list_or_text(known[variable], text)
-    return _nest(values), problems
-
-
-def parse_override(text: str) -> tuple[str, Any]:
-    """`training.epochs=1` from `--set` as (setting, value). Raises `ConfigError`."""
-    dotted, equals, value = text.partition("=")
-    if not equals or dotted not in set(setting_names()):
-        # not the value: whoever takes a secret for a setting should not find it in a log
-        shown = f"{dotted}=…" if equals else dotted
-        raise ConfigError(f"--set {shown}: expected SETTING=VALUE; {_nearest(dotted, list(setting_names()))}")
-    return dotted, _list_or_text(dotted, value)
-
-
-_MAY_BE_UNSET: Final = frozenset(
-    ("base.revision", "base.canonical_id", "training.max_steps", "evaluation.prompts", "evaluation.judge_model")
-) | {f"gates.{name}" for name in GatesConfig.model_fields}
-
-
-def _list_or_text(dotted: str, text: str) -> Any:
-    """Text as pydantic should see it: lists as JSON or comma-separated, `none` for settings that may be unset."""
-    if dotted in ("lora.target_modules", "evaluation.intensities", "logging.report_to"):
-        if text.lstrip().startswith("["):
-            # what is not JSON goes on as a name, which the check of the names then refuses with its place
-            with suppress(json.JSONDecodeError):
-                return json.loads(text)
-        return [part.strip() for part in text.split(",")]
-    if text.lower() in ("none", "null") and dotted in _MAY_BE_UNSET:
-        return None
-    return text
-
-
-def _nest(flat: Mapping[str, Any]) -> dict[str, Any]:
-    nested: dict[str, Any] = {}
-    for dotted, value in flat.items():
-        section = nested
-        *parents, leaf = dotted.split(".")
-        for parent in parents:
-            section = section.setdefault(parent, {})
-        section[leaf] = value
-    return nested
-
-
-def _merge(low: Mapping[str, Any], high: Mapping[str, Any]) -> dict[str, Any]:
-    merged = dict(low)
-    for key, value in high.items():
-        below = merged.get(key)
-        merged[key] = _merge(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
-    return merged
-
-
-def _explain(error: ValidationError, sources: list[Source]) -> Iterator[str]:
-    names = list(setting_names())
-    found = error.errors(include_url=False)
-    for problem in found:
-        if problem["type"] == "too_short" and any(other["loc"][:-1] == problem["loc"] for other in found):
-            # a list is only too short for want of the elements that have a line of their own
-            continue
-        # a union adds the branch it tried ("auto", "int") behind the field: the field is enough
-        location = [str(part) for part in problem["loc"]]
-        dotted = ".".join(location)
-        while dotted not in names and len(location) > 1 and problem["type"] != "extra_forbidden":
-            location.pop()
-            dotted = ".".join(location)
-        place = _place(sources, location)
-        if problem["type"] == "extra_forbidden":
-            yield f"{place[-_SHOWN_CHARACTERS * 2 :]}: no such setting; {_nearest(dotted[:_SHOWN_CHARACTERS], names)}"
-        elif problem["type"] == "missing":
-            option = "--" + dotted.replace("_", "-")
-            yield f"{dotted}: not given; pass {option}, or set {environment_name(dotted)}, or '{dotted}:' in the configuration file"
-        else:
-            said = problem["msg"].removeprefix("Value error, ")
-            yield f"{place}: got {_shortened(problem['input'])}; {said[0].lower()}{said[1:]}"
-
-
-def _place(sources: list[Source], location: list[str]) -> str:
-    """The strongest of `sources` that gives the setting, in the user's words."""
-    dotted = ".".join(location)
-    return next((source.place(dotted) for source in reversed(sources) if _holds(source.values, location)), dotted)
-
-
-def _shortened(value: object) -> str:
-    text = redacted(repr(value))
-    return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}…"
-
-
-def _holds(values: Any, location: list[str]) -> bool:
-    for part in location:
-        if not isinstance(values, dict) or part not in values:
-            return False
-        values = values[part]
-    return True
-
-
-def _nearest(name: str, names: list[str], shared: str = "") -> str:
-    """`shared`: what all names begin with, which would make any two look alike."""
-    import difflib
-
-    bare = [known.removeprefix(shared) for known in names]
-    close = [shared + found for found in difflib.get_close_matches(name.removeprefix(shared), bare, n=2, cutoff=0.6)]
-    return f"did you mean {' or '.join(close)}?" if close else "see 'lora-trainer show-config' for all of them"

@@ -1,6 +1,6 @@
-"""Every failure a user can cause, each class with the exit code it ends in.
+"""The errors that end a job with a message; each class owns its exit code.
 
-The README, the chart's `podFailurePolicy` and this module share one table of codes; a test compares them.
+The README and the chart's `podFailurePolicy` repeat the table of codes; a test compares them.
 """
 
 from __future__ import annotations
@@ -35,18 +35,18 @@ _WORST_FIRST: Final = (
     ExitCode.GATE,
     ExitCode.DONE,
 )
-"""What may be retried first: a retry then does what it can, and ends with what it cannot do."""
+"""Worst first. Retryable codes lead, because a retry finishes those personas and then reports the remaining failures."""
 
 
 def worst(codes: Iterable[ExitCode]) -> ExitCode:
-    """The exit code of a process that did several things, by the code of each."""
+    """Return the worst of several exit codes, as the exit code of the process."""
     return min(codes, key=_WORST_FIRST.index, default=ExitCode.DONE)
 
 
 class LoraTrainerError(Exception):
     """A failure that ends the job with one message and `exit_code`.
 
-    `problems` holds one line for each thing that is wrong: what, where, got, expected, what to do.
+    `problems` holds one line per problem: what, where, got, expected, what to do.
     """
 
     exit_code = ExitCode.BUG
@@ -57,41 +57,41 @@ class LoraTrainerError(Exception):
 
 
 class ConfigError(LoraTrainerError):
-    """Settings that do not validate, or a command used wrongly."""
+    """Invalid settings or command-line usage."""
 
     exit_code = ExitCode.CONFIG
 
 
 class DataError(LoraTrainerError):
-    """Training data that cannot be trained on."""
+    """Unusable training data."""
 
     exit_code = ExitCode.DATA
 
 
 class GateError(LoraTrainerError):
-    """An adapter that was measured and falls short of a threshold. Its bundle is published, `latest.json` stays."""
+    """An adapter that missed a threshold. Its bundle is published, but `latest.json` does not move."""
 
     exit_code = ExitCode.GATE
 
 
 class HardwareError(LoraTrainerError):
-    """The machine cannot do what the run asks for."""
+    """The machine cannot run these settings."""
 
     exit_code = ExitCode.HARDWARE
 
 
 class OutOfMemoryError(HardwareError):
-    """The device's memory ran out with the plan at hand; a smaller one may do."""
+    """The device ran out of memory. A smaller plan may fit."""
 
 
 class DeviceLostError(LoraTrainerError):
-    """The GPU is gone: fallen off the bus, reset, or faulty. Another machine, or the same one later, goes on."""
+    """The GPU fell off the bus, was reset, or is faulty. The run can resume on another machine, or on this one later."""
 
     exit_code = ExitCode.BUG
 
 
 class StorageError(LoraTrainerError):
-    """An object store, a disk, or another server that the work depends on, that refused for good."""
+    """An object store, a disk, or another server failed after all retries."""
 
     exit_code = ExitCode.STORAGE
 
@@ -103,18 +103,18 @@ class DivergedError(LoraTrainerError):
 
 
 class InvariantError(LoraTrainerError):
-    """A hard assertion of the training stack failed: going on would train or publish something wrong."""
+    """A hard assertion about the training stack failed: continuing would train or publish something wrong."""
 
     exit_code = ExitCode.BUG
 
 
 class Interrupted(BaseException):
-    """SIGTERM or SIGINT. Not an `Exception`, so that no library's handler swallows it."""
+    """SIGTERM or SIGINT arrived. Not an `Exception`, so that no library's handler swallows it."""
 
     exit_code = ExitCode.INTERRUPTED
 
     def __init__(self, signal_name: str) -> None:
         self.signal_name = signal_name
         self.kept = ""
-        """What the next attempt finds, in words; empty when it starts from nothing."""
+        """What the next attempt can resume from, as message text; empty if there is nothing."""
         super().__init__(signal_name)

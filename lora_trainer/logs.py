@@ -1,4 +1,4 @@
-"""structlog set up once, by the entrypoint: JSON lines off a terminal, a console format on it, always on stderr."""
+"""Configure structlog: JSON lines, or a console format on a terminal, always on stderr."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ import structlog
 from lora_trainer.redaction import redacted_value
 
 TERMINATION_LOG: Final = Path("/dev/termination-log")
-"""What Kubernetes shows as the container's last word; at most 4,096 bytes are kept."""
+"""The file that Kubernetes reports as the container's termination message; it keeps at most 4,096 bytes."""
 TERMINATION_LOG_BYTES: Final = 4096
 
 
 def get_logger() -> structlog.stdlib.BoundLogger:
-    """The project's logger; `run_id` and `blood_type` are bound through context variables."""
+    """Return the project's logger. Context variables bind `run_id` and `blood_type` to it."""
     return cast("structlog.stdlib.BoundLogger", structlog.get_logger())
 
 
 def configure(level: str, log_format: Literal["auto", "json", "console"]) -> None:
     """Route our events, and the libraries' own logging and warnings, to stderr in one format.
 
-    Libraries speak at warning level and above only, or at ours if that is stricter: their chatter is theirs,
-    and some of it quotes data. Tracebacks are left out, since they hold messages, and a credential is, wherever it turns up.
+    Libraries log at warning level or ours, whichever is stricter: their other messages are noise, and some quote data. Drop
+    tracebacks, which contain messages, and redact credentials everywhere.
     """
     as_json = log_format == "json" or (log_format == "auto" and not sys.stderr.isatty())
     number = logging.getLevelNamesMapping()[level.upper()]
@@ -67,9 +67,9 @@ def configure(level: str, log_format: Literal["auto", "json", "console"]) -> Non
 
 
 def adopt_library_loggers() -> None:
-    """Take the handlers off loggers that libraries set up for themselves, so that their records come through ours.
+    """Remove the handlers that libraries install, so that their records go through ours.
 
-    Called after the libraries are imported: torch, transformers and others write lines of their own format.
+    Call this after importing the libraries. Otherwise torch, transformers and others write lines in their own formats.
     """
     for logger in list(logging.Logger.manager.loggerDict.values()):
         if isinstance(logger, logging.Logger) and logger.handlers:
@@ -78,7 +78,7 @@ def adopt_library_loggers() -> None:
 
 
 class _LineLog(io.TextIOBase):
-    """A stream for libraries that print: each line becomes a `library_output` event at debug level."""
+    """A stream that turns each printed line into a `library_output` event at debug level."""
 
     def __init__(self, stream: str) -> None:
         self._stream = stream
@@ -96,27 +96,27 @@ class _LineLog(io.TextIOBase):
 
 @contextmanager
 def libraries_print_to_the_log() -> Iterator[None]:
-    """Keep standard output for results and standard error for one event a line, whatever a library prints."""
+    """Redirect what libraries print to the log, so that stdout holds only results and stderr one event per line."""
     with redirect_stdout(_LineLog("stdout")), redirect_stderr(_LineLog("stderr")):
         yield
 
 
 def _redact(logger: object, method: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
-    # keys with an underscore are structlog's own
+    # skip structlog's own keys, which start with an underscore
     return {key: value if key.startswith("_") else redacted_value(value) for key, value in event.items()}
 
 
 def _event_first(logger: object, method: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
-    """When, how bad and what stand first in a line; the rest follows as it was given."""
+    """Put timestamp, level and event first, and keep the order of the rest."""
     leading = {key: event.pop(key) for key in ("timestamp", "level", "event") if key in event}
     return {**leading, **event}
 
 
 def _library_event(logger: object, method: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
-    """A library's message under a snake_case event of its own."""
+    """Wrap a library's message in the event `library_message`."""
     record = event.get("_record")
     event["library"] = record.name if isinstance(record, logging.LogRecord) else "unknown"
-    # a traceback ends in a message, and the console would show the variables of each frame
+    # a traceback repeats the exception's message, and the console renderer would show the variables of each frame
     raised = event.pop("exc_info", None)
     event.pop("stack_info", None)
     if isinstance(raised, tuple) and raised[0] is not None:
@@ -127,9 +127,9 @@ def _library_event(logger: object, method: str, event: structlog.typing.EventDic
 
 
 def last_word(summary: dict[str, object], path: Path = TERMINATION_LOG) -> None:
-    """Write `summary` to the termination log where there is one; losing it must not change the exit code."""
+    """Write `summary` to the termination log, if it exists. A failure to write must not change the exit code."""
     summary = {key: redacted_value(value) for key, value in summary.items()}
-    # backslashes: a file name of the user's may hold bytes that are no UTF-8
+    # escape surrogates, which stand for invalid UTF-8 in file names
     text = json.dumps(summary, ensure_ascii=False).encode(errors="backslashreplace")
     if len(text) > TERMINATION_LOG_BYTES:
         kept = {key: value for key, value in summary.items() if key != "problems"}

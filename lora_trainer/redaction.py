@@ -1,7 +1,7 @@
-"""Credentials taken out of text that is about to be shown: a log line, a message, the termination log.
+"""Remove credentials from text before it is shown: in log lines, messages and the termination log.
 
-The last of several lines of defence: nothing here should ever have something to do. What a library or a server says is
-not ours, though, and a user may have put a password where none belongs.
+This is the last line of defence. Our own messages contain no credentials, but libraries and servers write messages too, and
+users put passwords where none belong.
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ import threading
 from collections.abc import Iterator
 from typing import Final
 
-_SHOWN_INSTEAD: Final = "…"
-_SHORTEST: Final = 8
-"""Characters. A shorter value is a word such as "test", which tells nothing and may be part of any message."""
+_REPLACEMENT: Final = "…"
+_MIN_CHARACTERS: Final = 8
+"""Minimum length of a value to redact. Shorter ones are words such as "test", which occur in ordinary messages."""
 
-# AWS_SECRET_ACCESS_KEY, HF_TOKEN, OPENAI_API_KEY, MLFLOW_TRACKING_PASSWORD; not AWS_WEB_IDENTITY_TOKEN_FILE, which is a path
+# matches AWS_SECRET_ACCESS_KEY, HF_TOKEN, OPENAI_API_KEY, MLFLOW_TRACKING_PASSWORD, but not AWS_WEB_IDENTITY_TOKEN_FILE (a path)
 _NAMES_A_CREDENTIAL: Final = re.compile(r"(?:KEY|KEY_ID|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|CREDENTIALS)$", re.IGNORECASE)
-# up to the last @, since a password may hold one; behind a colon that begins no port, also across slashes, as AWS secrets have them
+# Matches up to the last @, since a password may contain one. After a colon that does not introduce a port, it also matches
+# slashes, which AWS secrets contain.
 _USER_INFO: Final = re.compile(r"(?<=://)(?:[^/\s\"'@:]*:(?!\d+(?:/|$))[^\s\"']*|[^/\s\"']*)@")
 _ACCESS_KEY_ID: Final = re.compile(r"\b(?:AKIA|ASIA|AROA|AIDA)[A-Z0-9]{12,}\b")
 
@@ -27,25 +28,25 @@ _lock = threading.Lock()
 
 
 def remember(*credentials: str | None) -> None:
-    """Credentials that come from elsewhere than a variable: a profile's, a role's. For the rest of the process."""
+    """Redact these credentials from now on. Use it for those outside the environment, such as a profile's or a role's."""
     with _lock:
         _remembered.update(value for value in credentials if value)
 
 
 def has_user_info(uri: str) -> bool:
-    """Whether a URI holds a user or a password, as in `s3://key:secret@bucket/`."""
+    """Return whether a URI contains a user or a password, as in `s3://key:secret@bucket/`."""
     return _USER_INFO.search(uri) is not None
 
 
 def redacted(text: str) -> str:
-    """`text` without the value of any credential that is known, and without what looks like one."""
+    """Return `text` without known credentials and anything that looks like one."""
     for value in sorted(_known(), key=len, reverse=True):
-        text = text.replace(value, _SHOWN_INSTEAD)
-    return _USER_INFO.sub(f"{_SHOWN_INSTEAD}@", _ACCESS_KEY_ID.sub(_SHOWN_INSTEAD, text))
+        text = text.replace(value, _REPLACEMENT)
+    return _USER_INFO.sub(f"{_REPLACEMENT}@", _ACCESS_KEY_ID.sub(_REPLACEMENT, text))
 
 
 def redacted_value(value: object) -> object:
-    """The same for all text in a value of a log line, however it is nested."""
+    """Redact all strings in a value of a log event, at any depth."""
     if isinstance(value, str):
         return redacted(value)
     if isinstance(value, dict):
@@ -65,7 +66,7 @@ def _known() -> set[str]:
             found.add(value)
         elif "@" in value:
             found.update(_passwords(value))
-    return {value for value in found if len(value) >= _SHORTEST}
+    return {value for value in found if len(value) >= _MIN_CHARACTERS}
 
 
 def _passwords(value: str) -> Iterator[str]:

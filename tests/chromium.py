@@ -1,4 +1,4 @@
-"""Headless Chromium for tests, over the DevTools protocol on a pipe: needs neither a driver nor a library."""
+"""Control headless Chromium over the DevTools protocol on a pipe. Needs neither a driver nor a library."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _ON_3_AND_4: Final = (
 
 
 def chromium() -> str | None:
-    """Return its path, or None if it is not installed."""
+    """Return Chromium's path, or None if it is not installed."""
     return next((path for name in _NAMES if (path := shutil.which(name))), None)
 
 
@@ -102,7 +102,7 @@ class Browser:
         self._number += 1
         number = self._number
         message = {"id": number, "method": method, "params": parameters or {}, **({"sessionId": session} if session else {})}
-        # The answer only comes after the whole command was written.
+        # Chromium responds only after it has read the whole command.
         data = json.dumps(message).encode() + b"\0"
         while data:
             data = data[os.write(self._write_fd, data) :]

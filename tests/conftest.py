@@ -1,4 +1,4 @@
-"""Shared by all kinds of tests: a real S3 server, and an AWS environment without the developer's settings."""
+"""Fixtures for all tests: a real S3 server, and an AWS environment without the developer's settings."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ from typing import Any
 
 import pytest
 
-from lora_trainer.patience import PATIENCE
+from lora_trainer.store.interface import Storage
+from lora_trainer.store.opening import open_storage
+from lora_trainer.store.retry import budget_from_environment
 
-# Set before torch is imported: with threads that spin while they wait, two processes on two cores block each other.
+# Must be set before torch is imported: if idle threads spin, two processes on two cores block each other.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -31,6 +33,11 @@ def load_tool(name: str, folder: str = "tools") -> ModuleType:
         sys.modules[name] = module
         spec.loader.exec_module(module)
     return sys.modules[name]
+
+
+def open_budgeted(uri: str) -> Storage:
+    """Open `uri` with a new retry budget, configured by the test's `LORA_TRAINER_STORAGE__*` variables."""
+    return open_storage(uri, budget_from_environment())
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -54,7 +61,7 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
 @pytest.fixture
 def aws_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> pytest.MonkeyPatch:
-    """Remove every AWS setting of the machine; a test sets those it needs."""
+    """Remove the machine's AWS settings, so that each test sets the ones it needs."""
     for variable in os.environ:
         if variable.startswith("AWS_") or variable.lower() in ("http_proxy", "https_proxy", "all_proxy"):
             monkeypatch.delenv(variable)
@@ -62,15 +69,14 @@ def aws_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> pytest.M
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "no-aws-credentials"))
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "2")
-    # A permanent failure should not be retried for long.
+    # Give up quickly on permanent failures.
     monkeypatch.setenv("LORA_TRAINER_STORAGE__OBJECT_BUDGET_S", "0.2")
-    PATIENCE.begin(None)
     return monkeypatch
 
 
 @pytest.fixture
 def bucket(s3_server: Any, aws_environment: pytest.MonkeyPatch) -> str:
-    """Return the name of a fresh bucket; AWS_* point at its server."""
+    """Create a bucket, point AWS_* at its server, and return its name."""
     for variable, value in s3_server.environment.items():
         aws_environment.setenv(variable, value)
     name = f"test-{secrets.token_hex(6)}"

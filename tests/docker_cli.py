@@ -1,4 +1,4 @@
-"""Docker for tests: the engine that tools/docker_engine.sh finds, and images that were built before."""
+"""Run Docker in tests: use the engine that tools/docker_engine.sh finds, and images that already exist."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from conftest import REPOSITORY
 
 @dataclass(frozen=True)
 class Docker:
-    """A client and its engine."""
+    """A Docker client and the engine that it talks to."""
 
     client: str
     environment: dict[str, str]
@@ -25,7 +25,7 @@ class Docker:
         )
 
     def start(self, *arguments: str) -> subprocess.Popen[str]:
-        """Start one command whose standard error the caller reads."""
+        """Start one command and return its process, so that the caller can read standard error."""
         return subprocess.Popen(
             [self.client, *arguments],
             env=self.environment,
@@ -36,7 +36,7 @@ class Docker:
 
 
 def docker_with(image: str, target: str) -> Docker:
-    """Return an engine that has the image, or skip the test and name the make target."""
+    """Return an engine that has the image. Otherwise skip the test and name the make target that builds it."""
     found = subprocess.run([REPOSITORY / "tools" / "docker_engine.sh", "find"], capture_output=True, text=True, check=False)
     if found.returncode:
         pytest.skip(found.stderr.strip())

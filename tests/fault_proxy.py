@@ -1,12 +1,12 @@
-"""A proxy between an S3 client and an S3 server that makes a share of the requests fail, each in one of seven ways.
+"""Proxy requests between an S3 client and an S3 server, and make a share of them fail in one of seven ways.
 
     with FaultProxy(s3_server.endpoint_url, share=0.2, seed=1) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
         ...
     assert proxy.faults[Fault.STALLED] > 0
 
-The proxy decides for each request whether it fails, even if one connection carries several. It forwards `Host` as the client
-sent it, because the request's signature covers it.
+The proxy decides separately for each request, even if one connection carries several. It forwards the client's `Host` header
+unchanged, because the request's signature covers it.
 
 """
 
@@ -26,7 +26,7 @@ from urllib.parse import urlsplit
 
 
 class Fault(StrEnum):
-    """What can happen to a request."""
+    """A way in which a request can fail."""
 
     THROTTLED = "throttled"
     """503 SlowDown; the server does not see the request."""
@@ -37,30 +37,30 @@ class Fault(StrEnum):
     RESET_AFTER = "reset_after"
     """The server executes the request, then the connection is reset before any answer."""
     STALLED = "stalled"
-    """Executed, but the answer stops half-way for `stall_s`; an answer without a body does not start."""
+    """The server executes the request, then the response pauses half-way for `stall_s`, or at its start if it has no body."""
     TRUNCATED = "truncated"
-    """Executed, but the connection closes half-way through the body, or through the status line if there is no body."""
+    """The server executes the request, then the connection closes half-way through the body, or the status line if none follows."""
     WRONG_BYTES = "wrong_bytes"
-    """One bit of the object is flipped on its way there or back. S3 protects no bytes of listings and errors."""
+    """One bit of the object flips in transit. Listings and errors stay intact, because S3 does not protect their bytes."""
 
 
 @dataclass(frozen=True)
 class Asked:
-    """A request, as far as a test can select by it."""
+    """The properties of a request by which a test can select it."""
 
     method: str
     path: str
-    """With its query, percent-encoded."""
+    """Path and query, percent-encoded."""
 
     @property
     def carries_object(self) -> bool:
-        """Whether the request or its answer carries bytes of an object."""
+        """Whether the body of the request or of its response is object data."""
         path, _, query = self.path.partition("?")
         return "/" in path.strip("/") and (self.method == "PUT" or (self.method == "GET" and "uploadId" not in query))
 
 
 class FaultProxy:
-    """Listens on loopback while the block runs. Counts may be read at any time."""
+    """Listen on loopback while the block runs. Counts can be read at any time."""
 
     def __init__(
         self,
@@ -73,10 +73,10 @@ class FaultProxy:
         only: Callable[[Asked], bool] = lambda _: True,
         stall_s: float = 600,
     ) -> None:
-        """Let `share` (0 to 1) of the requests that `only` selects fail, but at most `at_most` of them.
+        """Make `share` (0 to 1) of the requests that `only` selects fail, at most `at_most` of them.
 
-        A request gets one of the `kinds` that apply to it: one without an object cannot get wrong bytes. The same seed gives
-        the same faults to the same sequence of requests.
+        Each fault is one of the `kinds` that apply to the request: wrong bytes need object data. The same seed causes the same
+        faults in the same sequence of requests.
 
         """
         self.requests = 0
@@ -106,11 +106,11 @@ class FaultProxy:
         self._server.server_close()
 
     def draw(self, asked: Asked) -> Fault | None:
-        """Draw what happens to this request, and count it."""
+        """Count the request and its fault. Return the fault, or None if the request succeeds."""
         with self._lock:
             self.requests += 1
             kinds = [kind for kind in self._kinds if kind != Fault.WRONG_BYTES or asked.carries_object]
-            # called for every request, so that a test may record them
+            # call `only` for every request, so that a test can use it to record them
             picked = self._only(asked)
             spent = self._at_most is not None and self.faults.total() >= self._at_most
             if not kinds or not picked or spent or self._random.random() >= self._share:
@@ -166,7 +166,7 @@ def _error(fault: Fault) -> Answer:
 
 
 class _Server(ThreadingHTTPServer):
-    # a killed client leaves its connections open
+    # do not wait for threads at exit: a killed client leaves its connections open
     daemon_threads = True
     block_on_close = False
     request_queue_size = 128
@@ -183,12 +183,12 @@ class _Handler(BaseHTTPRequestHandler):
         try:
             super().handle()
         except (ConnectionError, ValueError):
-            # The client gave up or was killed, or we reset the connection; then the base class flushes a closed file.
+            # The client gave up or was killed, or we reset the connection and the base class flushes a closed file.
             self.close_connection = True
 
     def handle_expect_100(self) -> bool:
         going_on = super().handle_expect_100()
-        # otherwise botocore waits a second for it
+        # flush the interim response, which botocore otherwise waits a second for
         self.wfile.flush()
         return going_on
 
@@ -204,7 +204,7 @@ class _Handler(BaseHTTPRequestHandler):
             return
         if fault == Fault.WRONG_BYTES and self.command == "PUT":
             body = self.proxy.damaged(body)
-        # The body is already complete, so the server need not ask for it.
+        # The proxy has read the whole body, so it need not wait for the server's 100 Continue.
         kept = [(name, value) for name, value in self.headers.items() if name.lower() not in ("expect", "connection")]
         answer = self.proxy.forward(asked, [*kept, ("Connection", "close")], body)
         match fault:
@@ -232,7 +232,7 @@ class _Handler(BaseHTTPRequestHandler):
         for name, value in answer.headers:
             if name.lower() not in ("connection", "transfer-encoding", "content-length"):
                 self.send_header(name, value)
-        # a HEAD announces a length without sending a body
+        # the response to a HEAD request announces a length but has no body
         length = {name.lower(): value for name, value in answer.headers}.get("content-length", str(len(answer.body)))
         if answer.status != 204:
             self.send_header("Content-Length", length)
@@ -243,7 +243,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._send_head(answer)
             self.wfile.write(answer.body[: len(answer.body) // 2])
         elif not stall:
-            # Do not stop within the headers: clients accept incomplete ones.
+            # Truncate the status line, not the headers, because clients accept incomplete headers.
             self.wfile.write(b"HTTP/1.1")
         self.wfile.flush()
         if stall:

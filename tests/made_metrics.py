@@ -1,6 +1,6 @@
-"""Make a finished run without a model: made-up replies go through the real judging, metrics and gates.
+"""Make a finished run without a model: pass made-up replies through the real rules, metrics and gates.
 
-The adapter answers with training replies that are kept out of the data it is compared with; the base answers politely in prose.
+The adapter's replies are training replies, kept out of the data that the rules compare them with. The base's are polite prose.
 
 """
 
@@ -19,25 +19,23 @@ from typing import Any
 
 from conftest import REPOSITORY
 
-from lora_trainer import bundle, gates
-from lora_trainer.config import RunConfig, settle
-from lora_trainer.evaluation import (
-    Decoding,
-    Generation,
-    JudgedReply,
-    Question,
-    TrainingData,
-    decoding_metrics,
-    decodings,
-    evaluation_metrics,
-    judge,
-    questions,
-)
-from lora_trainer.evaluation_prompts import evaluation_prompts
-from lora_trainer.metrics import DecodingMetrics, Estimate, HeldOutMetrics, JudgeMetrics, RunMetrics, TrainingMetrics
-from lora_trainer.personas import BloodType, IntensityThird, persona_spec
-from lora_trainer.records import EvaluationPrompt, JsonlReader, TrainingRecord
-from lora_trainer.training import StepLog, learning_rate_factor
+from lora_trainer.config import RunConfig
+from lora_trainer.config_sources import settle
+from lora_trainer.data.evaluation_prompts import evaluation_prompts
+from lora_trainer.data.jsonl import JsonlReader
+from lora_trainer.data.records import EvaluationPrompt, TrainingRecord
+from lora_trainer.evaluate import gates
+from lora_trainer.evaluate.decoding import Decoding, Generation, decodings
+from lora_trainer.evaluate.measures import decoding_metrics, evaluation_metrics
+from lora_trainer.evaluate.metrics import DecodingMetrics, Estimate, HeldOutMetrics, JudgeMetrics, RunMetrics, TrainingMetrics
+from lora_trainer.evaluate.questions import Question, questions
+from lora_trainer.evaluate.rules import ScoredReply, TrainingData, score_by_rules
+from lora_trainer.persona.specs import persona_spec
+from lora_trainer.persona.vocabulary import BloodType, IntensityThird
+from lora_trainer.run.bundle_files import write_evaluation
+from lora_trainer.store.manifest import write_manifest
+from lora_trainer.train.schedule import learning_rate_factor
+from lora_trainer.train.step_log import StepLog
 
 RUN_ID = "3f9c2a7be14d5068"
 BASE_ANSWERS = (
@@ -61,7 +59,7 @@ class MadeRun:
     metrics: RunMetrics
     facts: Mapping[str, Any]
     steps: Sequence[StepLog]
-    replies: Sequence[JudgedReply]
+    replies: Sequence[ScoredReply]
 
 
 @cache
@@ -127,7 +125,7 @@ def made_run(
     steps: int = 180,
     settings: tuple[tuple[str, Any], ...] = (),
 ) -> MadeRun:
-    """Make a run. `flaws`: the share of adapter replies that are the base's or never end. `settings`: dotted, over the defaults."""
+    """Make a run. `flaws` is the share of adapter replies that are bad: the base's or endless. `settings` override defaults."""
     config = settle(
         {
             "blood_type": blood_type,
@@ -140,11 +138,11 @@ def made_run(
     )
     asked_prompts: tuple[EvaluationPrompt, ...] = evaluation_prompts()[:prompts]
     records = _records(blood_type)
-    # Two halves: answers come from one, copies are searched in the other.
+    # Split the records: take answers from one half, and let the rules look for copies in the other.
     data, answers = TrainingData(records[::2]), records[1::2]
     asked = questions(asked_prompts, config.evaluation.intensities, persona_spec(blood_type).instruction)
     measured: dict[str, DecodingMetrics] = {}
-    replies: list[JudgedReply] = []
+    replies: list[ScoredReply] = []
     for number, decoding in enumerate(decodings(config.evaluation)):
         adapter = _judged(
             asked, _adapter_answers(asked, answers, 5 + number, flaws * (1 + number)), "adapter", decoding, blood_type, data
@@ -201,8 +199,8 @@ def _judged(
     decoding: Decoding,
     blood_type: BloodType,
     data: TrainingData,
-) -> list[JudgedReply]:
-    return judge(asked, generations, model=model, decoding=decoding.name, blood_type=blood_type, data=data)
+) -> list[ScoredReply]:
+    return score_by_rules(asked, generations, model=model, decoding=decoding.name, blood_type=blood_type, data=data)
 
 
 def _judge_metrics() -> JudgeMetrics:
@@ -279,14 +277,14 @@ def _facts(config: RunConfig, run_id: str, blood_type: BloodType, records: int, 
 _WRITTEN: dict[int, dict[str, bytes]] = {}
 
 
-def write_evaluation(made: MadeRun, folder: Path) -> None:
-    """Write what `bundle.write_evaluation` writes, but render a run's report once: its plots take half a second.
+def write_made_evaluation(made: MadeRun, folder: Path) -> None:
+    """Write what `write_evaluation` writes, but render a run's report once: its plots take half a second.
 
     Only for runs of `made_run`, which keeps them.
     """
     if id(made) not in _WRITTEN:
         with tempfile.TemporaryDirectory() as scratch:
-            bundle.write_evaluation(Path(scratch), made.metrics, made.steps, made.replies, made.facts)
+            write_evaluation(Path(scratch), made.metrics, made.steps, made.replies, made.facts)
             _WRITTEN[id(made)] = {path.name: path.read_bytes() for path in Path(scratch).iterdir()}
     for name, content in _WRITTEN[id(made)].items():
         (folder / name).write_bytes(content)
@@ -300,5 +298,5 @@ def write_bundle(made: MadeRun, folder: Path) -> Path:
         file.writelines(json.dumps(asdict(step)) + "\n" for step in made.steps)
     with (folder / "replies.jsonl").open("w", encoding="utf-8") as file:
         file.writelines(reply.model_dump_json() + "\n" for reply in made.replies)
-    bundle.write_manifest(folder, made.facts)
+    write_manifest(folder, made.facts)
     return folder

@@ -1,4 +1,4 @@
-"""The contract of both kinds of storage. Each subclass provides the fixture `storage`."""
+"""The contract that both kinds of storage must fulfil. Each subclass provides the fixture `storage`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from lora_trainer.errors import ExitCode, StorageError
-from lora_trainer.storage import NotFound, PreconditionFailed, Storage
+from lora_trainer.store.interface import NotFound, PreconditionFailed, Storage
 
 KEY = "runs/A/manifest.json"
 UNSAFE = ["", "/etc/passwd", "a/../b", "..", "a//b", "a/", "./a", "a\\b", "a\0b", "a\nb", "\udcff"]
@@ -91,7 +91,7 @@ class StorageContract:
         assert list(tmp_path.glob("target*")) == []
 
     def test_missing_key_in_an_empty_folder(self, storage: Storage, tmp_path: Path) -> None:
-        with pytest.raises(NotFound, match=r"nothing is in .*data/; check the folder"):
+        with pytest.raises(NotFound, match=r"no files in .*data/; check the folder"):
             storage.download("data/train.jsonl", tmp_path / "target")
 
     def test_missing_file_to_upload(self, storage: Storage, tmp_path: Path) -> None:
@@ -149,7 +149,7 @@ class StorageContract:
 
     def test_listing_is_sorted_by_bytes_and_sized(self, storage: Storage) -> None:
         expected = ["a-b", "a.txt", "a/b", "a/b-c/d", "a/b/c", "a0", "가/나", "Z"]
-        # on a disk a name is either a file or a folder
+        # on a disk, a name cannot be both a file and a folder
         expected.remove("a/b")
         for key in expected:
             storage.write_bytes(key, b"x" * len(key))
@@ -175,7 +175,7 @@ class StorageContract:
 
     def test_read_bytes_is_bounded(self, storage: Storage) -> None:
         storage.write_bytes(KEY, b"x" * 11)
-        with pytest.raises(StorageError, match="more than the 10 bytes"):
+        with pytest.raises(StorageError, match="more than 10 bytes"):
             storage.read_bytes(KEY, max_bytes=10)
         assert storage.read_bytes(KEY, max_bytes=11) is not None
 

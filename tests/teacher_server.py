@@ -1,6 +1,6 @@
-"""An OpenAI-compatible chat server that writes dialogues from the grammar, and misbehaves on request.
+"""An OpenAI-compatible chat server that composes dialogues from the grammar and misbehaves on request.
 
-Like a model it reads the orders from the prompt and answers within the JSON schema it was sent; it also counts requests.
+Like a model, it reads the requested dialogues from the prompt and follows the JSON schema of the request. It counts requests.
 
 """
 
@@ -18,16 +18,16 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+from lora_trainer.data.records import TrainingRecord
+from lora_trainer.generator.collector import RecordCollector
 from lora_trainer.generator.compose import compose
-from lora_trainer.generator.intake import Intake
-from lora_trainer.personas import BloodType, Feeling, IntensityThird
-from lora_trainer.records import TrainingRecord
+from lora_trainer.persona.vocabulary import BloodType, Feeling, IntensityThird
 
 ORDER = re.compile(r"^(\d+)\. 주제: .*친구의 감정: (\w+) ([\d.]+)", re.MULTILINE)
 PERSONA = re.compile(r"'(AB|A|B|O)형")
-# the dialogue that it repeats
+# the reply of the dialogue that it repeats
 SAME_AGAIN = "그 얘기 자꾸 생각나네, 오늘은 어떻게 됐어?"
-# A model's mistakes with a dialogue, in turn; None: no mistake.
+# A model's mistakes, one per dialogue in turn; None means no mistake.
 SLIPS = (None, None, "formal", None, "three sentences", None, None, "same again", None, "not asked for", None)
 
 
@@ -36,7 +36,7 @@ class Teacher:
     """The server's behaviour and what it has received."""
 
     faults: tuple[str | None, ...] = (None,)
-    """Faults of the requests, in turn: 429, 500, malformed, truncated, stalled, closed connection, or none."""
+    """Faults, one per request in turn: 429, 500, malformed, truncated, stalled, closed connection, or None."""
     slips: tuple[str | None, ...] = (None,)
     refuses: tuple[str, ...] = ()
     """Request fields that the server does not know."""
@@ -51,7 +51,7 @@ class Teacher:
     most_at_once: int = 0
     """The largest number of simultaneous requests."""
     not_before_s: float = 0.0
-    """Until when a client that was told to wait must wait."""
+    """The time until which the server has told a client to wait."""
     too_early: int = 0
     url: str = ""
     _under_way: int = 0
@@ -83,9 +83,9 @@ class Teacher:
             self._dialogues += 1
             stock = self._pool.get((persona, feeling, third))
             if not stock:
-                intake = Intake(persona)
-                compose(intake, [(feeling, third)] * 25, random.randrange(1 << 30))
-                stock = self._pool[persona, feeling, third] = intake.taken
+                collector = RecordCollector(persona)
+                compose(collector, [(feeling, third)] * 25, random.randrange(1 << 30))
+                stock = self._pool[persona, feeling, third] = collector.accepted
             record = stock.pop()
         text = SAME_AGAIN if slip == "same again" else record.reply.text
         if slip == "formal":

@@ -40,7 +40,7 @@ options=(
   --build-arg "BASE_IMAGE=${BASE_IMAGE:-$(default_base "$variant")}"
   --build-arg "VERSION=$(sed -n 's/^version = "\(.*\)"$/\1/p' pyproject.toml)"
   --build-arg "REVISION=$revision"
-  # The commit's time, so that one commit always gets the same labels.
+  # Use the commit's time, so that one commit always gets the same labels.
   --build-arg "CREATED=$(git log -1 --format=%cI 2>/dev/null || date --iso-8601=seconds)"
   --tag "${IMAGE:-localhost/lora-trainer:$variant}"
 )
@@ -57,7 +57,7 @@ if [[ -d ${PIP_FIND_LINKS:-} ]]; then
   export PIP_FIND_LINKS
 fi
 for name in PIP_INDEX_URL PIP_EXTRA_INDEX_URL PIP_FIND_LINKS; do
-  # Only the name: Docker reads the value from the environment.
+  # Pass only the name; Docker reads the value from the environment.
   [[ -z ${!name:-} ]] || options+=(--build-arg "$name")
 done
 [[ -z ${BUILD_NETWORK:-} ]] || options+=(--network "$BUILD_NETWORK")

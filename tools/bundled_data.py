@@ -1,10 +1,10 @@
-"""Build `data/train_data_type_*.jsonl` from what was written by hand and what the grammar composes.
+"""Build `data/train_data_type_*.jsonl` from hand-written records and records that the grammar composes.
 
     python tools/bundled_data.py            write the files
-    python tools/bundled_data.py --check    say whether the files are what would be written; exit 1 when they are not
+    python tools/bundled_data.py --check    compare the files with the sources; exit 1 if one is out of date
 
-Hand-written records come first, in the order of `data/handwritten/*.yaml`. The composed ones behind them fill every
-feeling and third of intensity up to the same number, and repeat nothing that was written by hand.
+Hand-written records come first, in the order of `data/handwritten/*.yaml`. Composed records then fill every pair of
+feeling and intensity third up to the same count, without repeating a hand-written record.
 """
 
 from __future__ import annotations
@@ -21,20 +21,21 @@ from typing import Annotated, Final
 import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
-from lora_trainer.evaluation_prompts import evaluation_prompts
+from lora_trainer.data.evaluation_prompts import evaluation_prompts
+from lora_trainer.data.records import TrainingRecord
+from lora_trainer.generator.collector import RecordCollector, all_cells
 from lora_trainer.generator.compose import compose
-from lora_trainer.generator.intake import Intake, all_cells
-from lora_trainer.generator.summary import summarise
+from lora_trainer.generator.dataset_summary import summarise
 from lora_trainer.generator.teacher import families
-from lora_trainer.personas import BloodType, Expression, Feeling, IntensityThird, persona_spec
-from lora_trainer.records import TrainingRecord
+from lora_trainer.persona.specs import persona_spec
+from lora_trainer.persona.vocabulary import BloodType, Expression, Feeling, IntensityThird
 
 REPOSITORY: Final = Path(__file__).resolve().parents[1]
 
 
 DATA: Final = REPOSITORY / "data"
 RECORDS_IN_A_CELL: Final = 36
-"""Records of each feeling and third of intensity: 1,080 in a file."""
+"""Records per feeling and intensity third, so 1,080 per file."""
 SEED: Final = 20
 
 
@@ -43,7 +44,7 @@ class _Part(BaseModel):
 
 
 class HandwrittenReply(_Part):
-    """How one friend answers."""
+    """One persona's reply."""
 
     feeling: Feeling
     intensity: Annotated[float, Field(ge=0, le=1)]
@@ -52,7 +53,7 @@ class HandwrittenReply(_Part):
 
 
 class Situation(_Part):
-    """What was said, and the answers; all four, or only those that it was written for."""
+    """An input, and the replies of all four personas or of some of them."""
 
     summary: str
     input: str
@@ -60,7 +61,7 @@ class Situation(_Part):
 
 
 class Family(_Part):
-    """Situations of one kind."""
+    """Situations about one topic."""
 
     family: str
     title: str
@@ -75,17 +76,19 @@ class HandwrittenFile(_Part):
 
 @cache  # parsing the YAML takes half a second
 def handwritten_families() -> tuple[Family, ...]:
-    """Return the hand-written families, file by file."""
+    """Return all hand-written families in the order of the files. Raises ValueError if families.yaml doesn't list one of them."""
     found: list[Family] = []
     for path in sorted((DATA / "handwritten").glob("*.yaml")):
         found += HandwrittenFile.model_validate(yaml.safe_load(path.read_text(encoding="utf-8"))).families
     if unknown := {family.family for family in found} - set(families()):
-        raise ValueError(f"families that families.yaml does not list: {', '.join(sorted(unknown))}")
+        raise ValueError(
+            f"data/handwritten: families missing from families.yaml: {', '.join(sorted(unknown))}; add them there or rename them"
+        )
     return tuple(found)
 
 
 def handwritten_records(blood_type: BloodType) -> list[TrainingRecord]:
-    """One persona's hand-written records, in order."""
+    """Return one persona's hand-written records, in order."""
     return [
         TrainingRecord.model_validate(
             {
@@ -105,21 +108,22 @@ def handwritten_records(blood_type: BloodType) -> list[TrainingRecord]:
 
 
 def build(blood_type: BloodType) -> list[TrainingRecord]:
-    """All records of one persona: by hand, then composed."""
+    """Return all records of one persona, the hand-written ones first."""
     by_hand = handwritten_records(blood_type)
     have = Counter((r.context.current_emotion.type, IntensityThird.of(r.context.current_emotion.intensity)) for r in by_hand)
     wanted = [cell for cell in all_cells() for _ in range(RECORDS_IN_A_CELL - have[cell])]
-    intake = Intake(blood_type)
-    intake.hold_out(prompt.input for prompt in evaluation_prompts())
-    intake.hold_against(by_hand)
-    compose(intake, wanted, SEED)
-    if len(intake.taken) < len(wanted):
-        raise ValueError(f"{blood_type}: the grammar gave {len(intake.taken)} of {len(wanted)} records")
-    return [*by_hand, *intake.taken]
+    collector = RecordCollector(blood_type)
+    collector.exclude_inputs(prompt.input for prompt in evaluation_prompts())
+    collector.exclude_similar(by_hand)
+    compose(collector, wanted, SEED)
+    if len(collector.accepted) < len(wanted):
+        got = len(collector.accepted)
+        raise ValueError(f"{blood_type}: the grammar composed {got} records, expected {len(wanted)}; add scenes or slot values")
+    return [*by_hand, *collector.accepted]
 
 
 def coverage(records: Mapping[BloodType, list[TrainingRecord]]) -> str:
-    """What the files hold, as two Markdown tables."""
+    """Return statistics of the files as two Markdown tables."""
     summaries = {name: summarise(name, found) for name, found in records.items()}
     by_hand = {name: len(handwritten_records(name)) for name in records}
     lines = ["| | " + " | ".join(records) + " |", "|---|" + "---|" * len(records)]
@@ -129,12 +133,12 @@ def coverage(records: Mapping[BloodType, list[TrainingRecord]]) -> str:
 
     row("records", lambda p: f"{summaries[p].records:,}")
     row("by hand, composed", lambda p: f"{by_hand[p]:,}, {summaries[p].records - by_hand[p]:,}")
-    row("replies that ask something back", lambda p: f"{summaries[p].question_rate:.0%}")
+    row("replies that ask back", lambda p: f"{summaries[p].question_rate:.0%}")
     row(
-        "emoji a reply at low, middle, high intensity",
+        "emoji per reply at low, middle, high intensity",
         lambda p: ", ".join(f"{summaries[p].emoji_by_third[t]:.2f}" for t in IntensityThird),
     )
-    row("characters in a reply, mean", lambda p: f"{mean(summaries[p].reply_characters):.0f}")
+    row("characters per reply, mean", lambda p: f"{mean(summaries[p].reply_characters):.0f}")
     row("unique replies", lambda p: f"{summaries[p].unique_replies / summaries[p].records:.1%}")
     row("near-duplicates (character 5-grams, Jaccard ≥ 0.7)", lambda p: f"{summaries[p].near_duplicate_rate:.2%}")
     lines += ["", "Records by feeling, at low / middle / high intensity:", ""]
@@ -146,7 +150,7 @@ def coverage(records: Mapping[BloodType, list[TrainingRecord]]) -> str:
 
 
 def with_section(document: str, marker: str, text: str) -> str:
-    """`document` with `text` between `<!-- marker:begin -->` and `<!-- marker:end -->`."""
+    """Return `document` with the section between `<!-- marker:begin -->` and `<!-- marker:end -->` replaced by `text`."""
     begin, end = f"<!-- {marker}:begin -->\n", f"<!-- {marker}:end -->"
     head, rest = document.split(begin)
     return head + begin + text + end + rest.split(end)[1]
@@ -155,24 +159,22 @@ def with_section(document: str, marker: str, text: str) -> str:
 def main() -> int:
     """Write or check the files."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write nothing, and exit with 1 where a file differs")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if a file is out of date")
     check = parser.parse_args().check
     differ = 0
-    prompts = (REPOSITORY / "lora_trainer/assets/eval_prompts.jsonl").read_text(encoding="utf-8")
+    prompts = (REPOSITORY / "lora_trainer/data/assets/eval_prompts.jsonl").read_text(encoding="utf-8")
     files = {DATA / "eval_prompts.jsonl": prompts}
     records = {blood_type: build(blood_type) for blood_type in BloodType}
     for blood_type, found in records.items():
         files[DATA / f"train_data_type_{blood_type}.jsonl"] = "".join(record.to_json() + "\n" for record in found)
-    tables = coverage(records)
-    for name in ("README.md", "README.ko.md", "data/README.md"):
-        page = REPOSITORY / name
-        files[page] = with_section(page.read_text(encoding="utf-8"), "coverage", tables)
+    page = DATA / "README.md"
+    files[page] = with_section(page.read_text(encoding="utf-8"), "coverage", coverage(records))
     for path, text in files.items():
         is_same = path.exists() and path.read_text(encoding="utf-8") == text
         differ += not is_same
         if not check and not is_same:
             path.write_text(text, encoding="utf-8", newline="\n")
-        state = "as it should be" if is_same else "differs" if check else "written"
+        state = "up to date" if is_same else "out of date" if check else "written"
         print(f"{path.relative_to(REPOSITORY)}: {text.count(chr(10)):,} lines, {state}")
     return 1 if check and differ else 0
 

@@ -1,9 +1,9 @@
-"""What the chart takes from elsewhere: its README from values.yaml, the schema of `config` from `lora_trainer.config`, versions.
+"""Generate parts of the chart: the table in its README, the schemas of its values and of `config`, and versions.
 
     python tools/chart_files.py --write    update charts/persona-train
     python tools/chart_files.py --check    exit 1 if something there is out of date
 
-tests/unit/test_chart_files.py holds the chart to it as well.
+tests/unit/test_chart_files.py runs the same check.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any, Final
 import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
-# a checkout need not be installed
+# import the package from the checkout, which need not be installed
 sys.path.insert(0, str(ROOT))
 
 config = importlib.import_module("lora_trainer.config")
@@ -36,7 +36,7 @@ _KEPT: Final = ("type", "enum", "const", "minimum", "exclusiveMinimum", "maximum
 
 
 def documented_values(text: str) -> dict[str, str]:
-    """Dotted value -> what its `# --` comment says, in the order of the file.
+    """Return the text of each value's `# --` comment by the value's dotted name, in the order of the file.
 
     Raises `ValueError` for a value that is neither documented nor a section of documented ones, and for a comment without a value.
     """
@@ -54,7 +54,7 @@ def documented_values(text: str) -> dict[str, str]:
         elif match := _KEY.fullmatch(line):
             indent = len(match[1])
             if documented_indent is not None and indent > documented_indent and not comment:
-                continue  # inside a default that is a list or a map
+                continue  # within a default that is a list or a map
             sections = [section for section in sections if section[0] < indent]
             dotted = ".".join([name for _, name in sections] + [match[2]])
             is_section = not match[3].strip()
@@ -73,7 +73,7 @@ def documented_values(text: str) -> dict[str, str]:
 
 
 def values_table(text: str) -> str:
-    """The values of values.yaml as a table, with a line break at the end."""
+    """Return the values of values.yaml as a Markdown table that ends in a line break."""
     values = yaml.safe_load(text)
     lines = ["| Value | Default | Meaning |", "|---|---|---|"]
     documented = documented_values(text)
@@ -90,7 +90,7 @@ def values_table(text: str) -> str:
 
 
 def with_table(readme: str, table: str) -> str:
-    """`readme` with the table between its markers. Raises `ValueError` unless each stands there once, in order."""
+    """Return `readme` with the table between its markers. Raise `ValueError` unless each marker occurs once, in order."""
     if readme.count(BEGIN) != 1 or readme.count(END) != 1 or readme.index(BEGIN) > readme.index(END):
         raise ValueError(f"README.md: expected one '{BEGIN}' and, behind it, one '{END}'")
     before, rest = readme.split(BEGIN)
@@ -98,13 +98,13 @@ def with_table(readme: str, table: str) -> str:
 
 
 def config_schema() -> dict[str, Any]:
-    """JSON Schema, draft 7, of a settings file: `RunConfig` with nothing required and nothing unknown."""
+    """Return the JSON Schema (draft 7) of a settings file: `RunConfig` without required properties, and closed to unknown ones."""
     schema = config.RunConfig.model_json_schema()
     return _plain(schema, schema["$defs"], {name: meaning for name, _, _, meaning in config.config_table()}, "")
 
 
 def _plain(schema: dict[str, Any], definitions: dict[str, Any], meanings: dict[str, str], dotted: str) -> dict[str, Any]:
-    """pydantic's schema without titles, defaults and references, which Helm's older validators read as well."""
+    """Strip titles, defaults and references from pydantic's schema, so that Helm's older validators can read it."""
     if "$ref" in schema:
         return _plain(definitions[schema["$ref"].rpartition("/")[2]], definitions, meanings, dotted)
     plain = {key: schema[key] for key in _KEPT if key in schema}
@@ -123,7 +123,7 @@ def _plain(schema: dict[str, Any], definitions: dict[str, Any], meanings: dict[s
 
 
 def values_schema(text: str, values: str) -> str:
-    """values.schema.json with the schema of `config`, and with the comments of values.yaml as descriptions."""
+    """Return values.schema.json with the schema of `config`, and with the comments of values.yaml as descriptions."""
     schema = json.loads(text)
     schema["properties"]["config"] = config_schema()
     for dotted, meaning in documented_values(values).items():
@@ -131,7 +131,7 @@ def values_schema(text: str, values: str) -> str:
         for name in dotted.split("."):
             part = part["properties"][name] if "properties" in part else {}
             if "$ref" in part:
-                # what is shared has no description of its own
+                # a shared definition has no description for one value
                 part = {}
         if part:
             part["description"] = meaning
@@ -139,20 +139,20 @@ def values_schema(text: str, values: str) -> str:
 
 
 def app_version(text: str) -> str:
-    """Chart.yaml with the project's version."""
+    """Return Chart.yaml with the project's version."""
     version = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
     return re.sub(r"(?m)^appVersion: .*$", f"appVersion: {version}", text)
 
 
 def base_model(text: str) -> str:
-    """values.yaml with the base of `RunConfig`."""
+    """Return values.yaml with the default base of `RunConfig`."""
     base = config.RunConfig.model_fields["base"].default
     text = re.sub(r"(?m)^  id: .*$", f"  id: {base.model}", text)
     return re.sub(r"(?m)^  revision: .*$", f"  revision: {base.revision}", text)
 
 
 def wanted() -> Iterator[tuple[Path, str]]:
-    """Each file that this tool keeps, and what should be in it."""
+    """Yield each file that this tool updates, and its expected content."""
     values = base_model((CHART / "values.yaml").read_text(encoding="utf-8"))
     yield CHART / "values.yaml", values
     yield CHART / "Chart.yaml", app_version((CHART / "Chart.yaml").read_text(encoding="utf-8"))
@@ -161,7 +161,7 @@ def wanted() -> Iterator[tuple[Path, str]]:
 
 
 def main() -> int:
-    """Write or check; gives the exit code."""
+    """Write or check the files. Return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     mode = parser.add_mutually_exclusive_group(required=True)
     mode.add_argument("--write", action="store_true", help="update the chart")

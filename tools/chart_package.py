@@ -1,7 +1,7 @@
-"""`helm lint --strict` and `helm package` without a helm program: Helm 4 as a library (locks/chart.txt).
+"""Run `helm lint --strict` and `helm package` without a helm program, with Helm 4 as a library (locks/chart.txt).
 
-python tools/chart_package.py lint              with each of charts/persona-train/ci, and without values, which must be refused
-python tools/chart_package.py package FOLDER    FOLDER/persona-train-<version>.tgz
+python tools/chart_package.py lint              lint with each file of charts/persona-train/ci, and without values, which must fail
+python tools/chart_package.py package FOLDER    write FOLDER/persona-train-<version>.tgz
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ _WARNING: Final = 2
 
 
 def problems(values: dict[str, Any]) -> list[str]:
-    """What a strict lint finds wrong with the chart and `values`."""
+    """Return the problems that a strict lint finds in the chart with `values`."""
     report = helm_python.lint(CHART, values, strict=True, namespace="personas")
     found = [f"{message['path']}: {message['error']}" for message in report["messages"] if message["severity"] >= _WARNING]
     return found or list(report["errors"])
 
 
 def lint() -> int:
-    """Lint with every example, and without values; gives the exit code."""
+    """Lint with every example and without values. Return the exit code."""
     failed = False
     for path in sorted((CHART / "ci").glob("*-values.yaml")):
         found = problems(yaml.safe_load(path.read_text(encoding="utf-8")))
@@ -40,7 +40,7 @@ def lint() -> int:
 
 
 def main() -> int:
-    """Lint or package; gives the exit code."""
+    """Lint or package the chart. Return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("lint")

@@ -1,4 +1,4 @@
-"""Refuse a commit whose subject is longer than 72 characters: a hook of .pre-commit-config.yaml.
+"""Reject commit subjects longer than 72 characters. A hook of .pre-commit-config.yaml runs this.
 
 python tools/commit_subject.py .git/COMMIT_EDITMSG
 """
@@ -13,7 +13,7 @@ LONGEST: Final = 72
 
 
 def problem(message: str) -> str | None:
-    """Return what is wrong with the subject: the first line that is neither empty nor git's comment."""
+    """Return the problem with the subject, the first line that is neither empty nor one of git's comments, or None."""
     lines = (line.rstrip() for line in message.splitlines())
     subject = next((line for line in lines if line and not line.startswith("#")), "")
     if len(subject) <= LONGEST:

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""A real S3 server on loopback, for the tests and the demo. Standard library only.
+"""Run a real S3 server on loopback for the tests and the demo. Needs only the standard library.
 
     python tools/dev_s3.py --data .demo/s3 --port 9000
 
-The server is ministack (locks/dev-s3.txt). It pins its own botocore, so it lives in a virtual environment of its
-own, `.venv-s3` in the repository root; `DEV_S3_PYTHON` or `--python` name the interpreter of another one.
-It takes any credentials, so it must never listen on anything but loopback.
+The server is ministack (locks/dev-s3.txt). It pins its own version of botocore, so it needs a separate virtual environment:
+`.venv-s3` in the repository root, or the one whose interpreter `DEV_S3_PYTHON` or `--python` names.
+It accepts any credentials, so it must listen on loopback only.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _START_TIMEOUT_S = 30.0
 _STOP_TIMEOUT_S = 10.0
 _LOG_TAIL_LINES = 20
 
-# The server stops when its standard input ends, which it does however its parent ends, SIGKILL included.
+# The server stops when its standard input closes, which happens even if SIGKILL ends the parent.
 _BOOTSTRAP = """
 import os, runpy, signal, sys, threading
 def stop_with_parent():
@@ -46,24 +46,24 @@ sys.argv = ["ministack"]
 runpy.run_module("ministack", run_name="__main__", alter_sys=True)
 """
 
-# an inherited proxy would be asked for 127.0.0.1
+# ignore inherited proxy settings, which would apply to 127.0.0.1 as well
 _direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 class DevS3Error(Exception):
-    """The server is not installed, did not start, or stopped by itself."""
+    """The server is not installed, did not start, or stopped unexpectedly."""
 
 
 @dataclass(frozen=True)
 class DevS3:
-    """A server that answers."""
+    """A running server."""
 
     endpoint_url: str
     process_id: int
 
     @property
     def environment(self) -> dict[str, str]:
-        """The ordinary AWS variables with which any S3 client finds this server."""
+        """The standard AWS variables that point any S3 client to this server."""
         return {
             "AWS_ENDPOINT_URL": self.endpoint_url,
             "AWS_ACCESS_KEY_ID": "dev",
@@ -72,40 +72,40 @@ class DevS3:
         }
 
     def make_bucket(self, name: str) -> None:
-        """Makes sure that the bucket is there."""
+        """Create the bucket unless it exists."""
         request = urllib.request.Request(f"{self.endpoint_url}/{name}", method="PUT")  # noqa: S310  always http://127.0.0.1
         try:
             _direct.open(request, timeout=10).close()
         except urllib.error.HTTPError as error:
             with error:
                 said = error.read().decode(errors="replace")
-            # us-east-1 answers 200 to an owner who makes a bucket twice, the other regions this
+            # us-east-1 returns 200 if the owner creates a bucket again, other regions return this error
             if "BucketAlreadyOwnedByYou" not in said:
-                raise DevS3Error(f"bucket '{name}' could not be made: HTTP {error.code}: {said}") from None
+                raise DevS3Error(f"cannot create bucket '{name}': HTTP {error.code}: {said}") from None
 
 
 def default_python() -> Path:
-    """The interpreter that has the server: `DEV_S3_PYTHON`, or the one in `.venv-s3`. It need not exist."""
+    """Return the server's interpreter: `DEV_S3_PYTHON`, or the one in `.venv-s3`. It may not exist."""
     return Path(os.environ.get("DEV_S3_PYTHON") or REPOSITORY / ".venv-s3" / "bin" / "python")
 
 
 def why_not(python: Path | None = None) -> str | None:
-    """What is missing before a server can start, and how to get it; None when nothing is."""
+    """Return what prevents the server from starting and how to fix it, or None if it can start."""
     python = python or default_python()
     if not os.access(python, os.X_OK):
-        return f"no S3 server: {python} is not there; 'make setup' makes it: a virtual environment with {REQUIREMENTS}"
+        return f"no S3 server: {python} does not exist; 'make setup' creates .venv-s3 from {REQUIREMENTS}"
     probe = subprocess.run(
         [python, "-c", "import importlib.util, sys; sys.exit(importlib.util.find_spec('ministack') is None)"], check=False
     )
-    return f"no S3 server: {python} has no ministack; install {REQUIREMENTS} there" if probe.returncode else None
+    return f"no S3 server: {python} has no ministack; install {REQUIREMENTS} in its environment" if probe.returncode else None
 
 
 @contextmanager
 def serve(data_dir: Path | None = None, port: int = 0, python: Path | None = None) -> Iterator[DevS3]:
-    """A running server for as long as the block lasts.
+    """Run a server for the duration of the block.
 
-    What is stored stays in `data_dir` for the next start; without one it goes when the block ends. Port 0 takes a
-    free one. Raises `DevS3Error` when the server is missing or does not start, with the end of its log.
+    `data_dir` keeps the objects for the next start; without it they are deleted when the block ends. Port 0 picks a
+    free port. Raises `DevS3Error`, with the end of the server's log, if the server is missing or does not start.
     """
     python = python or default_python()
     if missing := why_not(python):
@@ -125,8 +125,10 @@ def serve(data_dir: Path | None = None, port: int = 0, python: Path | None = Non
 
 def _start(folder: Path, port: int, python: Path) -> tuple[subprocess.Popen[bytes], str]:
     if port and _answers(port):
-        raise DevS3Error(f"port {port} of {HOST} is in use; stop what listens there, or give another --port (0 takes a free one)")
-    # another process may take a free port before the server does: rare, and then the next one is free
+        raise DevS3Error(
+            f"port {port} of {HOST} is in use; stop the process that listens there, or pass another --port (0 picks a free one)"
+        )
+    # another process may take the free port before the server binds it; if so, try another port
     attempts = 1 if port else 3
     for attempt in range(1, attempts + 1):
         chosen = port or _free_port()
@@ -148,7 +150,7 @@ def _launch(folder: Path, port: int, python: Path) -> subprocess.Popen[bytes]:
     scratch = folder / "tmp"
     scratch.mkdir(exist_ok=True)
     environment = {
-        # only what it needs: the caller's AWS_* and proxy settings must not reach the server
+        # build the environment from scratch, because the caller's AWS_* and proxy settings must not reach the server
         "PATH": os.environ.get("PATH", os.defpath),
         "HOME": str(scratch),
         "TMPDIR": str(scratch),
@@ -157,7 +159,7 @@ def _launch(folder: Path, port: int, python: Path) -> subprocess.Popen[bytes]:
         "GATEWAY_PORT": str(port),
         "SERVICES": "s3",
         "LOG_LEVEL": "WARNING",
-        # objects are written through as they come; the rest of the state when the server stops
+        # the server writes objects to disk at once, and its other state when it stops
         "S3_PERSIST": "1",
         "S3_DATA_DIR": str(folder / "objects"),
         "PERSIST_STATE": "1",
@@ -171,7 +173,7 @@ def _launch(folder: Path, port: int, python: Path) -> subprocess.Popen[bytes]:
             stderr=subprocess.STDOUT,
             env=environment,
             cwd=scratch,
-            # Ctrl-C in a terminal is for the caller, who stops the server in order
+            # Ctrl-C in a terminal must reach only the caller, which then stops the server
             start_new_session=True,
         )
 
@@ -180,7 +182,7 @@ def _wait_until_ready(process: subprocess.Popen[bytes], port: int) -> str | None
     deadline_s = time.monotonic() + _START_TIMEOUT_S
     while time.monotonic() < deadline_s:
         if process.poll() is not None:
-            return f"ended at once with {process.returncode}"
+            return f"exited during start-up with code {process.returncode}"
         try:
             with _direct.open(f"http://{HOST}:{port}/_ministack/health", timeout=2):
                 return None
@@ -214,15 +216,15 @@ def _free_port() -> int:
 
 def _log_tail(folder: Path) -> str:
     lines = (folder / "server.log").read_text(errors="replace").splitlines()[-_LOG_TAIL_LINES:]
-    return "\n".join(["the end of its log:", *lines]) if lines else "its log is empty"
+    return "\n".join(["End of its log:", *lines]) if lines else "Its log is empty."
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="A local S3 server on loopback, until Ctrl-C or SIGTERM.")
-    parser.add_argument("--data", type=Path, required=True, help="folder that keeps the buckets from one start to the next")
-    parser.add_argument("--port", type=int, default=0, help="0, the default, takes a free one")
+    parser = argparse.ArgumentParser(description="Run a local S3 server on loopback until Ctrl-C or SIGTERM.")
+    parser.add_argument("--data", type=Path, required=True, help="folder that keeps the buckets between starts")
+    parser.add_argument("--port", type=int, default=0, help="0, the default, picks a free port")
     parser.add_argument("--python", type=Path, help="interpreter that has ministack (default: DEV_S3_PYTHON, or .venv-s3)")
-    parser.add_argument("--bucket", action="append", default=[], help="make this bucket; may be given several times")
+    parser.add_argument("--bucket", action="append", default=[], help="create this bucket; repeatable")
     options = parser.parse_args()
     stopped = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -231,12 +233,12 @@ def main() -> int:
         with serve(options.data, options.port, options.python) as server:
             for bucket in options.bucket:
                 server.make_bucket(bucket)
-            # ready to be pasted into a shell, or read by a script
+            # print shell syntax, so that a user can paste it and a script can eval it
             sys.stdout.write("".join(f"export {name}={value}\n" for name, value in server.environment.items()))
             sys.stdout.flush()
             while not stopped.wait(0.5):
                 if not _is_running(server.process_id):
-                    raise DevS3Error(f"the S3 server stopped by itself\n{_log_tail(options.data)}")
+                    raise DevS3Error(f"the S3 server stopped unexpectedly\n{_log_tail(options.data)}")
     except DevS3Error as error:
         sys.stderr.write(f"dev_s3: {error}\n")
         return 1
@@ -244,7 +246,7 @@ def main() -> int:
 
 
 def _is_running(process_id: int) -> bool:
-    # without taking its exit status, which belongs to the process object that `serve` holds
+    # WNOWAIT leaves the exit status to the Popen object that `serve` holds
     return os.waitid(os.P_PID, process_id, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
 
 

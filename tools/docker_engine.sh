@@ -6,13 +6,13 @@
 #   tools/docker_engine.sh stop FOLDER                stop the engine that `start FOLDER` started
 #   tools/docker_engine.sh base [SUITE]               build localhost/base:SUITE from the distribution's mirror and print its name
 #
-# `start` and `base` need root on Debian or Ubuntu, and install docker.io and debootstrap if they are missing. A failure is
-# reported on standard error, with exit 1.
+# `start` and `base` need root on Debian or Ubuntu, and install docker.io and debootstrap if they are missing. On failure, each
+# command prints the reason to standard error and exits with 1.
 set -euo pipefail
 
 die() { echo "docker_engine.sh: $*" >&2; exit 1; }
 
-# Clients from 23 on build only with the buildx plugin; older ones have BuildKit built in.
+# Docker clients 23 and later need the buildx plugin to build. Older ones contain BuildKit.
 usable() { # CLIENT HOST
   local version
   version=$(DOCKER_HOST=$2 "$1" version --format '{{.Client.Version}} {{.Server.Version}}' 2>/dev/null) || return 1
@@ -23,7 +23,7 @@ find_engine() { # HOST...: try DOCKER_HOST, then docker's default, then these
   local host client
   for host in "${DOCKER_HOST:-}" unix:///var/run/docker.sock "$@"; do
     [[ -n $host ]] || continue
-    # A client named in DOCKER is the only one tried.
+    # If DOCKER names a client, try no other one.
     for client in ${DOCKER:-docker /usr/bin/docker}; do
       if usable "$client" "$host"; then
         printf 'export DOCKER_HOST=%q DOCKER=%q DOCKER_BUILDKIT=1\n' "$host" "$client"
@@ -96,7 +96,7 @@ base() {
   if ! "$DOCKER" image inspect "$name" >/dev/null 2>&1; then
     packages debootstrap
     mirror=$(apt-cache policy | sed -n "s|^ *[0-9]* \([^ ]*\) $suite/main .*|\1|p" | head -n 1)
-    root=$(mktemp -d) # not local: the trap runs after the function has returned
+    root=$(mktemp -d) # global, because the trap runs after the function has returned
     trap 'rm -rf "$root"' EXIT
     debootstrap --variant=minbase "$suite" "$root" ${mirror:+"$mirror"} >&2 || die "debootstrap of $suite failed"
     tar -C "$root" --exclude='./var/cache/apt/archives/*.deb' --exclude='./var/lib/apt/lists/*' -c . | "$DOCKER" import - "$name" >/dev/null

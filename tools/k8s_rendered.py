@@ -1,9 +1,10 @@
-"""The examples of the chart as plain manifests, for people without Helm: k8s/rendered from charts/persona-train/ci.
+"""Render the chart's examples (charts/persona-train/ci) to plain manifests in k8s/rendered, for users without Helm.
 
     python tools/k8s_rendered.py --write    write k8s/rendered
     python tools/k8s_rendered.py --check    exit 1 if something there is out of date
 
-Helm 4 as a library (locks/chart.txt); its newest Kubernetes, so the failure policy is in them: for 1.29 and newer.
+Uses Helm 4 as a library (locks/chart.txt) and the newest Kubernetes version it knows, so the manifests contain the failure
+policy and need Kubernetes 1.29 or newer.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ CHART: Final = ROOT / "charts" / "persona-train"
 RENDERED: Final = ROOT / "k8s" / "rendered"
 RELEASE: Final = "persona-train"
 NAMESPACE: Final = "personas"
-# what others need is applied first
+# objects that others depend on come first
 _ORDER: Final = ("networkpolicy.yaml", "serviceaccount.yaml", "configmap.yaml", "pvc.yaml", "cronjob.yaml", "job.yaml")
 _HEAD: Final = """\
 # Rendered from charts/persona-train/ci/{name} by `make k8s-rendered`: change that and not this.
@@ -30,7 +31,7 @@ _HEAD: Final = """\
 
 
 def rendered(chart: Any, path: Path) -> str:
-    """The manifests of one example; without the notes, and without the pod of `helm test`."""
+    """Return the manifests of one example, without the notes and the pod of `helm test`."""
     values = yaml.safe_load(path.read_text(encoding="utf-8"))
     by_file = {
         file.removeprefix("persona-train/templates/"): text
@@ -44,12 +45,12 @@ def rendered(chart: Any, path: Path) -> str:
 
 
 def target(path: Path) -> Path:
-    """Where the manifests of an example go."""
+    """Return the path of an example's manifests."""
     return RENDERED / f"{path.name.removesuffix('-values.yaml')}.yaml"
 
 
 def main() -> int:
-    """Write or check; gives the exit code."""
+    """Write or check the manifests. Return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     mode = parser.add_mutually_exclusive_group(required=True)
     mode.add_argument("--write", action="store_true", help="write k8s/rendered")

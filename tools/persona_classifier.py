@@ -1,10 +1,10 @@
-"""Train the persona classifier on the bundled data, and say how well it tells the four friends apart.
+"""Train the persona classifier on the bundled data and measure how well it tells the four personas apart.
 
-    python tools/persona_classifier.py            train and write lora_trainer/assets/persona_classifier.npz
-    python tools/persona_classifier.py --check    only measure the one that is there; exit 1 where data/README.md says otherwise
+    python tools/persona_classifier.py            train, and write lora_trainer/evaluate/assets/persona_classifier.npz
+    python tools/persona_classifier.py --check    measure the shipped file; exit 1 if data/README.md has other numbers
 
-Measured on the replies that were held out of its training, and once more on the hand-written ones among them, which are
-the harder part: nobody's sentence is in the training replies in another order.
+The tool measures accuracy on the held-out replies, and separately on the hand-written ones among them. Those are harder,
+because composed replies share sentences with the training replies.
 """
 
 from __future__ import annotations
@@ -15,20 +15,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
-from lora_trainer.persona_classifier import PersonaClassifier, accuracy, confusion, is_held_out
-from lora_trainer.personas import BloodType
-from lora_trainer.records import JsonlReader, TrainingRecord
+from lora_trainer.data.jsonl import JsonlReader
+from lora_trainer.data.records import TrainingRecord
+from lora_trainer.evaluate.persona_classifier import PersonaClassifier, accuracy, confusion, is_held_out
+from lora_trainer.persona.vocabulary import BloodType
 
 REPOSITORY: Final = Path(__file__).resolve().parents[1]
 
 
-ARTEFACT: Final = REPOSITORY / "lora_trainer" / "assets" / "persona_classifier.npz"
+ARTEFACT: Final = REPOSITORY / "lora_trainer" / "evaluate" / "assets" / "persona_classifier.npz"
 
 Matrix = Mapping[BloodType, Mapping[BloodType, int]]
 
 
 def replies(*, held_out: bool) -> tuple[list[TrainingRecord], list[BloodType]]:
-    """The bundled records of one side of the split, and whose each is."""
+    """Return the bundled records of one side of the split and the persona of each."""
     records, personas = [], []
     for blood_type in BloodType:
         for line in JsonlReader(REPOSITORY / "data" / f"train_data_type_{blood_type}.jsonl"):
@@ -39,21 +40,21 @@ def replies(*, held_out: bool) -> tuple[list[TrainingRecord], list[BloodType]]:
 
 
 def train() -> PersonaClassifier:
-    """A classifier of the replies that are not held out."""
+    """Train a classifier on the replies that are not held out."""
     records, personas = replies(held_out=False)
     return PersonaClassifier.train([record.reply.text for record in records], personas)
 
 
 def measure(classifier: PersonaClassifier, among: frozenset[str] | None = None) -> Matrix:
-    """The confusion matrix over the held-out replies, or those of them that are `among` some."""
+    """Return the confusion matrix of the held-out replies, restricted to the texts in `among` if given."""
     records, personas = replies(held_out=True)
     chosen = [(r.reply.text, p) for r, p in zip(records, personas, strict=True) if among is None or r.reply.text in among]
     return confusion([persona for _, persona in chosen], classifier.predict(text for text, _ in chosen))
 
 
 def table(matrix: Matrix) -> str:
-    """The matrix as a Markdown table."""
-    lines = ["| said by | taken for A | B | O | AB | recognised |", "|---|---|---|---|---|---|"]
+    """Return the matrix as a Markdown table."""
+    lines = ["| persona | classified as A | B | O | AB | recognized |", "|---|---|---|---|---|---|"]
     for name, row in matrix.items():
         share = row[name] / max(1, sum(row.values()))
         lines.append(f"| {name} | " + " | ".join(str(row[other]) for other in BloodType) + f" | {share:.1%} |")
@@ -61,18 +62,18 @@ def table(matrix: Matrix) -> str:
 
 
 def section(everything: Matrix, by_hand: Matrix) -> str:
-    """What `data/README.md` says of the measurement."""
+    """Return the section of `data/README.md` with the measurement."""
     count, of_them = (sum(sum(row.values()) for row in matrix.values()) for matrix in (everything, by_hand))
     return (
-        f"{table(everything)}\n\n{accuracy(everything):.1%} of {count:,} replies are recognised; of the {of_them:,} hand-written "
-        f"ones among them, the harder part, {accuracy(by_hand):.1%}.\n"
+        f"{table(everything)}\n\n{accuracy(everything):.1%} of {count:,} replies are recognized; of the {of_them:,} hand-written "
+        f"ones among them, which are harder, {accuracy(by_hand):.1%}.\n"
     )
 
 
 def main() -> int:
-    """Train, write and measure."""
+    """Train and write the classifier unless checking, then measure it. Return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="train nothing, write nothing")
+    parser.add_argument("--check", action="store_true", help="measure only, write nothing")
     if not parser.parse_args().check:
         train().save(ARTEFACT)
         print(f"written: {ARTEFACT.relative_to(REPOSITORY)}, {ARTEFACT.stat().st_size / 1024:.0f} KiB")

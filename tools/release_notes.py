@@ -1,9 +1,9 @@
-"""What a release says: the section of its version in CHANGELOG.md.
+"""Print a release's notes: the section of its version in CHANGELOG.md.
 
-    python tools/release_notes.py v1.2.3            print it
-    python tools/release_notes.py --check v1.2.3    print 1.2.3, if project and chart have that version and the section is there
+    python tools/release_notes.py v1.2.3            print the notes
+    python tools/release_notes.py --check v1.2.3    print 1.2.3 if project and chart have that version and the section exists
 
-Standard library only: the workflow that releases has nothing installed.
+Uses only the standard library, because the release workflow installs no packages.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ ROOT: Final = Path(__file__).resolve().parent.parent
 
 
 def section(changelog: str, version: str) -> str:
-    """What stands below `## [version]`, up to the next version or the links. Raises `ValueError` where there is none."""
+    """Return the text below `## [version]`, up to the next version or the links. Raise `ValueError` if there is none."""
     match = re.search(rf"(?ms)^## \[{re.escape(version)}\][^\n]*\n(.*?)(?=^## |^\[[^\]]+\]: |\Z)", changelog)
     text = match[1].strip() if match else ""
     if not text:
@@ -28,7 +28,7 @@ def section(changelog: str, version: str) -> str:
 
 
 def problems(root: Path, tag: str) -> list[str]:
-    """What keeps `tag` from being released, all together."""
+    """Return every problem that prevents releasing `tag`."""
     version = tag.removeprefix("v")
     found = []
     if not re.fullmatch(r"v\d+\.\d+\.\d+", tag):
@@ -51,7 +51,7 @@ def problems(root: Path, tag: str) -> list[str]:
 
 
 def main() -> int:
-    """Print the section, or check; gives the exit code."""
+    """Print the section or the checked version. Return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tag", help="such as v1.2.3")
     parser.add_argument("--check", action="store_true", help="print the version alone, or what keeps it from being released")

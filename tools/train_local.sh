@@ -11,7 +11,7 @@
 #   ARGS          more arguments of `lora-trainer run`, separated by spaces: ARGS='--epochs 1 --set lora.r=32'
 #   DRY_RUN=1     print the command; needs neither Docker nor a GPU
 #
-# HF_TOKEN, AWS_*, LORA_TRAINER_* and the like are passed by name, so that no value appears in the command line.
+# The script passes HF_TOKEN, AWS_*, LORA_TRAINER_* and the like by name, so that no value appears in the command line.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -26,7 +26,7 @@ esac
 [[ -n ${BLOOD_TYPE:-} ]] || die "BLOOD_TYPE is not set: make train-local BLOOD_TYPE=A (or B, O, AB, several as A,B, or all)"
 image=${IMAGE:-localhost/lora-trainer:$variant}
 
-check() { # report what Docker would only report as an error of its own
+check() { # report missing prerequisites that Docker's own errors would explain poorly
   local engine program toolkit=
   if ! command -v docker >/dev/null; then
     die "Docker is not installed (no docker command): install Docker Engine, or print the command with DRY_RUN=1"
@@ -72,7 +72,7 @@ place --data "${DATA:-data}" /data ro
 place --output "${OUTPUT:-outputs}" /outputs rw
 
 for name in $(compgen -e | grep -E '^(AWS_|LORA_TRAINER_|HF_TOKEN$|HF_HUB_OFFLINE$|HF_ENDPOINT$|WANDB_|MLFLOW_|OPENAI_API_KEY$|https?_proxy$|no_proxy$|HTTPS?_PROXY$|NO_PROXY$)'); do
-  # These name files of this machine, which the container does not have.
+  # These variables name files of this machine, which the container does not have.
   case $name in AWS_CA_BUNDLE | AWS_CONFIG_FILE | AWS_SHARED_CREDENTIALS_FILE | AWS_WEB_IDENTITY_TOKEN_FILE | LORA_TRAINER_CONFIG) continue ;; esac
   options+=(--env "$name")
 done

@@ -1,8 +1,8 @@
-"""Takes out of an environment what the job never uses, and says what weighed how much. The image's build runs it.
+"""Remove files that the job never uses from an environment and print the size of each cut. The image's build runs this.
 
     python tools/trim_packages.py /opt/venv/lib/python3.12/site-packages
 
-Standard library only. Each cut has its reason; what is not there is passed over, so that the CPU set takes the same list.
+Uses only the standard library. Each cut states its reason. Missing files are ignored, so the GPU and CPU images share one list.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ MIB: Final = 1024 * 1024
 
 @dataclass(frozen=True)
 class Cut:
-    """`patterns` are globs below site-packages; of what they match, names that match `keep` stay."""
+    """Files to remove. `patterns` are globs below site-packages; files whose name matches the regex `keep` stay."""
 
     what: str
     why: str
@@ -30,7 +30,7 @@ class Cut:
 
 
 def cuts(site: Path) -> tuple[Cut, ...]:
-    """The list; of bitsandbytes' libraries it keeps the one for the CUDA version of the torch that is installed."""
+    """Return all cuts. They keep the bitsandbytes library for the CUDA version of the installed torch."""
     return (
         Cut("unsloth's web studio", "a browser application with its server, and its installers", ("studio",)),
         Cut(
@@ -60,12 +60,12 @@ def cuts(site: Path) -> tuple[Cut, ...]:
 
 
 def strippable(site: Path) -> Iterator[Path]:
-    """Libraries that are published with the debug information of their build."""
+    """Yield the libraries whose wheels contain debug information."""
     yield from site.glob("triton/_C/libtriton.so")
 
 
 def _torch_cuda(site: Path) -> str:
-    """'130' for a torch for CUDA 13.0; 'none' for a CPU build, or without torch."""
+    """Return '130' if torch is built for CUDA 13.0 and so on, or 'none' for a CPU build or without torch."""
     version = site / "torch" / "version.py"
     if not version.is_file():
         return "none"
@@ -74,20 +74,20 @@ def _torch_cuda(site: Path) -> str:
 
 
 def size_bytes(path: Path) -> int:
-    """Of a file, or of all files below a folder; a link is its own few bytes."""
+    """Return the size of a file, or of all files below a folder. Count a link as its own few bytes."""
     if path.is_dir() and not path.is_symlink():
         return sum(size_bytes(child) for child in path.iterdir())
     return path.lstat().st_size
 
 
 def libraries(path: Path) -> set[str]:
-    """Names of the shared libraries at or below a path."""
+    """Return the names of the shared libraries at or below a path."""
     found = [path] if path.is_file() else path.rglob("*") if path.is_dir() else []
     return {file.name for file in found if re.search(r"\.so(\.\d+)*$", file.name)}
 
 
 def missing_libraries(site: Path, removed: set[str]) -> list[str]:
-    """One line for each library that stayed and asks the loader for one that went."""
+    """Return one line for each remaining library that links a removed one."""
     problems = []
     stayed = sorted(path for path in site.rglob("*.so*") if path.is_file() and libraries(path))
     for path in stayed if removed else []:
@@ -98,9 +98,9 @@ def missing_libraries(site: Path, removed: set[str]) -> list[str]:
 
 
 def remove(site: Path, cut: Cut, removed: set[str]) -> int:
-    """Takes out what the cut matches; gives the bytes, and adds the libraries that went to `removed`."""
+    """Remove the files of a cut and add their libraries to `removed`. Return the freed bytes."""
     freed = 0
-    # the outer folder first: what lay in it is gone by the time its own match comes
+    # outer folders come first; skip matches that disappeared with them
     for path in sorted({path for pattern in cut.patterns for path in site.glob(pattern)}):
         if re.fullmatch(cut.keep, path.name) or not (path.exists() or path.is_symlink()):
             continue
@@ -114,14 +114,14 @@ def remove(site: Path, cut: Cut, removed: set[str]) -> int:
 
 
 def strip_debug(library: Path) -> int:
-    """Takes the debug information out of a library; gives the bytes. Raises `CalledProcessError` when `strip` fails."""
+    """Strip debug information from a library. Return the freed bytes. Raise `CalledProcessError` if `strip` fails."""
     before = library.stat().st_size
     subprocess.run(["strip", "--strip-debug", library], check=True)
     return before - library.stat().st_size
 
 
 def main() -> int:
-    """Cut, and print one line for each cut; gives the exit code."""
+    """Apply all cuts and print one line for each. Return the exit code."""
     if len(sys.argv) != 2 or not Path(sys.argv[1]).is_dir():
         sys.stderr.write(f"{__doc__}\n")
         return 2

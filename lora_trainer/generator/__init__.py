@@ -1,1 +1,1 @@
-"""Tiki-taka data: dialogues in the seed's format, composed from a grammar or asked of a teacher model."""
+"""Generate tiki-taka training data, by composing dialogues from a grammar or requesting them from a teacher model."""

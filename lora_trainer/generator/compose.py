@@ -1,4 +1,4 @@
-"""The offline engine: dialogues built from the grammar, the same ones for the same seed."""
+"""The offline engine: compose dialogues from the grammar, deterministically for a seed."""
 
 from __future__ import annotations
 
@@ -7,35 +7,36 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
+from lora_trainer.data.records import TrainingRecord
+from lora_trainer.generator.collector import INTENSITIES, QUESTION_RATE, Cell, RecordCollector
 from lora_trainer.generator.grammar import Scene, Take, fill, load_reactions, load_scenes
-from lora_trainer.generator.intake import INTENSITIES, QUESTION_RATE, Cell, Intake
-from lora_trainer.personas import BloodType, Expression, Feeling, IntensityThird, persona_spec
-from lora_trainer.records import TrainingRecord
+from lora_trainer.persona.specs import persona_spec
+from lora_trainer.persona.vocabulary import BloodType, Expression, Feeling, IntensityThird
 
 GRAMMAR_ATTEMPTS: Final = 200
-"""Drafts for one record before the grammar counts as used up for its feeling and intensity."""
+"""Rejected drafts for one record after which its cell of the grammar counts as exhausted."""
 
 _REACTION_RATE: Final = {IntensityThird.LOW: 0.1, IntensityThird.MIDDLE: 0.35, IntensityThird.HIGH: 0.6}
-_HUSHED: Final = frozenset((Feeling.SAD, Feeling.WORRIED))
-# how a sentence ends: by persona, mild or strong, and lower for what weighs
+_SUBDUED: Final = frozenset((Feeling.SAD, Feeling.WORRIED))
+# closing punctuation by persona and intensity; subdued feelings have their own
 _CLOSINGS: Final[dict[BloodType, dict[IntensityThird, tuple[str, ...]]]] = {
     BloodType.A: {IntensityThird.LOW: (".",), IntensityThird.MIDDLE: (".", ".", "~"), IntensityThird.HIGH: (".", "~", "!")},
     BloodType.B: dict.fromkeys(IntensityThird, (".",)),
     BloodType.O: dict.fromkeys(IntensityThird, ("!",)),
     BloodType.AB: dict.fromkeys(IntensityThird, (".",)),
 }
-_HUSHED_CLOSINGS: Final[dict[BloodType, tuple[str, ...]]] = {
+_SUBDUED_CLOSINGS: Final[dict[BloodType, tuple[str, ...]]] = {
     BloodType.A: (".", "..."),
     BloodType.B: (".",),
     BloodType.O: (".", "!"),
     BloodType.AB: (".", "..."),
 }
-# AB ends in a full stop what goes on, and in a bare emoji what does not: where no full stop ends anything, a model that takes
-# the likeliest next token asks something behind each one
+# AB keeps the full stop before an emoji in some replies. If a full stop only ever preceded a question, greedy decoding would
+# add a question after every full stop
 _STOP_BEFORE_EMOJI_RATE: Final = {BloodType.AB: 0.4}
 _ASKS_RATE: Final = {BloodType.AB: 0.6}
-# O ends nearly everything in "!", so a model that takes the likeliest next token would end there each time, where the
-# ends are few and the questions many: what ends with it is louder from the middle on, and some questions begin in one way
+# O ends nearly every sentence with "!", so greedy decoding cannot tell a final sentence from one before a question. A distinct
+# final "!!" and typical first words of a question separate the two
 _LAST_CLOSING: Final = {BloodType.O: {IntensityThird.MIDDLE: "!!", IntensityThird.HIGH: "!!"}}
 _QUESTION_LEADS: Final = {BloodType.O: ("야,", "근데")}
 _LEAD_RATE: Final = 0.4
@@ -46,63 +47,62 @@ _BARE_RATE: Final = 0.3
 OnRecord = Callable[[TrainingRecord], None]
 
 
-def compose(intake: Intake, wanted: Sequence[Cell], seed: int, on_record: OnRecord | None = None) -> None:
-    """Compose a record of `intake.blood_type` for each of `wanted` cells, in an order of their own, and have `intake` take them.
+def compose(collector: RecordCollector, wanted: Sequence[Cell], seed: int, on_record: OnRecord | None = None) -> None:
+    """Compose one record per wanted cell, in shuffled order, until `collector` accepts it.
 
-    Deterministic: the same cells, seed, and texts that the intake holds against them give the same records with the same
-    version of Kiwi, whose judgement of a sentence decides what is refused. `on_record` is called for each as it is taken.
-    Where the grammar has nothing left for a cell that differs enough from what is there, another cell has its place; when it
-    has nothing left at all, fewer records are taken.
+    Deterministic for the same cells, seed, exclusions and version of Kiwi, whose sentence analysis decides rejections.
+    `on_record` is called with each accepted record. If the grammar is exhausted for a cell, another cell replaces it; if it is
+    exhausted for all cells, `collector` gets fewer records.
     """
-    rng = random.Random(f"{seed}:{intake.blood_type}")
+    rng = random.Random(f"{seed}:{collector.blood_type}")
     order = list(wanted)
     rng.shuffle(order)
-    decks = _Decks(intake.blood_type, rng)
+    sampler = _TakeSampler(collector.blood_type, rng)
     open_cells = sorted(set(order))
     for planned in order:
         cell = planned
         while open_cells:
             if cell not in open_cells:
                 cell = rng.choice(open_cells)
-            if record := _draft(intake, cell, decks, rng):
+            if record := _draft(collector, cell, sampler, rng):
                 if on_record:
                     on_record(record)
                 break
             open_cells.remove(cell)
 
 
-class _Decks:
-    """For each cell the takes that serve it, dealt like cards: all once before any a second time."""
+class _TakeSampler:
+    """Draws the takes of each cell in random order without replacement, then starts over."""
 
     def __init__(self, blood_type: BloodType, rng: random.Random) -> None:
         self._rng = rng
-        self._serving: dict[Cell, list[tuple[Scene, Take]]] = defaultdict(list)
+        self._takes: dict[Cell, list[tuple[Scene, Take]]] = defaultdict(list)
         for scene in load_scenes():
             for take in scene.takes[blood_type]:
                 for feeling in take.feelings:
                     for third in take.at:
-                        self._serving[feeling, third].append((scene, take))
-        self._dealt: dict[Cell, Iterator[tuple[Scene, Take]]] = {}
+                        self._takes[feeling, third].append((scene, take))
+        self._remaining: dict[Cell, Iterator[tuple[Scene, Take]]] = {}
 
-    def deal(self, cell: Cell) -> tuple[Scene, Take] | None:
-        """The next take that serves `cell`; `None` when none does."""
+    def draw(self, cell: Cell) -> tuple[Scene, Take] | None:
+        """Return the next scene and take for `cell`, or None if the grammar has none."""
         for _ in range(2):
-            for card in self._dealt.setdefault(cell, iter(())):
-                return card
-            cards = list(self._serving[cell])
-            self._rng.shuffle(cards)
-            self._dealt[cell] = iter(cards)
+            for scene_and_take in self._remaining.setdefault(cell, iter(())):
+                return scene_and_take
+            shuffled = list(self._takes[cell])
+            self._rng.shuffle(shuffled)
+            self._remaining[cell] = iter(shuffled)
         return None
 
 
-def _draft(intake: Intake, cell: Cell, decks: _Decks, rng: random.Random) -> TrainingRecord | None:
-    """One record of `cell` that is taken; `None` when `GRAMMAR_ATTEMPTS` drafts were not."""
+def _draft(collector: RecordCollector, cell: Cell, sampler: _TakeSampler, rng: random.Random) -> TrainingRecord | None:
+    """Return an accepted record for `cell`, or None after `GRAMMAR_ATTEMPTS` rejected drafts."""
     for _ in range(GRAMMAR_ATTEMPTS):
-        card = decks.deal(cell)
-        if card is None:
+        scene_and_take = sampler.draw(cell)
+        if scene_and_take is None:
             break
-        record = _compose_one(intake.blood_type, cell, *card, rng)
-        if intake.take(record):
+        record = _compose_one(collector.blood_type, cell, *scene_and_take, rng)
+        if collector.accept(record):
             return record
     return None
 
@@ -134,8 +134,8 @@ def _closing(blood_type: BloodType, cell: Cell, scene: Scene, rng: random.Random
     feeling, third = cell
     if scene.is_grave:
         return "."
-    if feeling in _HUSHED:
-        return rng.choice(_HUSHED_CLOSINGS[blood_type])
+    if feeling in _SUBDUED:
+        return rng.choice(_SUBDUED_CLOSINGS[blood_type])
     last = _LAST_CLOSING.get(blood_type, {}).get(third) if is_last else None
     return last or rng.choice(_CLOSINGS[blood_type][third])
 
@@ -146,7 +146,7 @@ def _question_lead(blood_type: BloodType, rng: random.Random) -> str:
 
 
 def _with_emoji(sentences: list[str], blood_type: BloodType, cell: Cell, scene: Scene, rng: random.Random) -> str:
-    """The sentences as one text, with as many emoji as the persona uses at this intensity."""
+    """Join the sentences and append as many emoji as the persona uses at this intensity."""
     feeling, third = cell
     rule = persona_spec(blood_type).emoji
     fewest, most = rule.usual[third]
@@ -159,32 +159,33 @@ def _with_emoji(sentences: list[str], blood_type: BloodType, cell: Cell, scene: 
         signs.append(rng.choice(left))
     if not signs:
         return " ".join(sentences)
-    # behind the last sentence. Were they behind the first of two, a model that takes the likeliest next token would write them
-    # there each time, and end without its question: a reply of one sentence has them in the same place
+    # emoji follow the last sentence. After the first of two, they would look like the end of a one-sentence reply, and greedy
+    # decoding would stop there without its question
     stop_rate = _STOP_BEFORE_EMOJI_RATE.get(blood_type)
     keeps_stop = sentences[-1].endswith("..") or (stop_rate is not None and rng.random() < stop_rate)
     last = sentences[-1] if keeps_stop else sentences[-1].removesuffix(".")
     return " ".join((*sentences[:-1], last, "".join(signs)))
 
 
-# --- how people type ------------------------------------------------------------------------------------
+# --- typing habits of users ------------------------------------------------------------------------------
 
+# number of final consonants in a Hangul syllable block, and the indices of two of them
 _FINALS: Final = 28
 _DOUBLE_SIOT: Final = 20
 _SIOT: Final = 19
 
 
 def _typed(text: str, rng: random.Random) -> str:
-    """`text` as somebody might type it: sometimes without its last sign, its spaces, or with the commonest slip (햇어)."""
+    """Imitate typing: sometimes drop the final punctuation or all spaces, or add the most common typo (햇어 for 했어)."""
     if rng.random() < _BARE_RATE:
         text = text.rstrip(".!")
     if rng.random() < _NO_SPACES_RATE and len(text) < 20:
         return text.replace(" ", "")
     if rng.random() < _TYPO_RATE:
-        return "".join(_slipped(sign) for sign in text)
+        return "".join(_with_typo(sign) for sign in text)
     return text
 
 
-def _slipped(sign: str) -> str:
-    is_slip = "가" <= sign <= "힣" and (ord(sign) - 0xAC00) % _FINALS == _DOUBLE_SIOT
-    return chr(ord(sign) - _DOUBLE_SIOT + _SIOT) if is_slip else sign
+def _with_typo(sign: str) -> str:
+    has_double_siot = "가" <= sign <= "힣" and (ord(sign) - 0xAC00) % _FINALS == _DOUBLE_SIOT
+    return chr(ord(sign) - _DOUBLE_SIOT + _SIOT) if has_double_siot else sign

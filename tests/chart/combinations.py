@@ -1,4 +1,4 @@
-"""Thirty ways to use the chart: the examples in ci/, and what they do not cover."""
+"""Thirty ways to use the chart: the examples in ci/, and combinations that the examples do not cover."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ def helm() -> Iterator[Helm]:
 
 @pytest.fixture(scope="session")
 def schemas() -> None:
-    """Read each version's schema once, and not for every object."""
+    """Cache each version's schema, which kubernetes-validate would otherwise read for every object."""
     from kubernetes_validate import utils
 
     utils.schema_contents = functools.cache(utils.schema_contents)

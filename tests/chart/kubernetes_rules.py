@@ -1,4 +1,4 @@
-"""The Kubernetes versions that manifests are checked against, and the Pod Security profile "restricted"."""
+"""The Kubernetes versions that the tests check manifests against, and the Pod Security profile "restricted"."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _VOLUMES: Final = {"configMap", "csi", "downwardAPI", "emptyDir", "ephemeral", "
 
 
 def violations(pod: dict[str, Any]) -> Iterator[str]:
-    """Yield how a pod violates the "restricted" profile of the Kubernetes Pod Security Standards."""
+    """Yield each way in which a pod violates the "restricted" profile of the Kubernetes Pod Security Standards."""
     spec = pod["spec"]
     own = spec.get("securityContext", {})
     for name in ("hostNetwork", "hostPID", "hostIPC"):

@@ -1,4 +1,4 @@
-"""The Jobs: their names, differences between Kubernetes versions, and values that interact."""
+"""Test the Jobs: their names, differences between Kubernetes versions, and values that interact."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_objects_of_two_releases_have_their_own_names(helm: Helm) -> None:
 def test_another_setting_is_another_job_with_a_settings_file_of_its_own(helm: Helm) -> None:
     before, after = render(helm, A), render(helm, merged(A, {"config": {"training": {"epochs": 4}}}))
     assert before.jobs.keys() != after.jobs.keys()
-    # The old Job's pod keeps its own settings file.
+    # The old Job's pod still mounts its own settings file.
     assert before.one("ConfigMap")["metadata"]["name"] != after.one("ConfigMap")["metadata"]["name"]
     assert after.one("ConfigMap")["immutable"] is True
     assert (
@@ -95,7 +95,7 @@ def test_one_persona_more_leaves_the_others_alone(helm: Helm) -> None:
 
 
 def test_names_of_digits_alone_are_names(helm: Helm) -> None:
-    """YAML reads them as numbers."""
+    """YAML would parse such names as numbers if they were not quoted."""
     import kubernetes_validate
 
     claims = {name: {"existingClaim": "123"} for name in ("workVolume", "modelCache", "compileCache")}
@@ -142,7 +142,7 @@ def test_a_new_version_of_the_chart_alone_makes_no_new_job(helm: Helm) -> None:
     assert {"helm.sh/chart", "app.kubernetes.io/version"} <= render(helm, A).one("Job")["metadata"]["labels"].keys()
 
 
-# -- by version -----------------------------------------------------------------------------------------
+# -- Kubernetes versions -----------------------------------------------------------------------------------------
 
 NIGHTLY: Final = {"bloodType": "A", "cronJob": {"schedule": "0 3 * * *", "timeZone": "Asia/Seoul"}}
 
@@ -178,7 +178,7 @@ def test_fields_that_a_version_does_not_know_are_left_out(
     assert ("podFailurePolicy" in nightly["spec"]["jobTemplate"]["spec"]) is policy
 
 
-# Fields of a Job, its pods and their containers that are newer than 1.20.
+# Fields of Jobs, pods and containers that Kubernetes added after 1.20.
 NEWER_THAN_1_20: Final = {
     "podFailurePolicy", "podReplacementPolicy", "successPolicy", "managedBy", "completionMode", "suspend", "backoffLimitPerIndex",
     "maxFailedIndexes", "hostUsers", "os", "schedulingGates", "resourceClaims", "resizePolicy", "restartPolicyRules", "timeZone",
@@ -270,7 +270,7 @@ def test_the_digest_is_what_the_manifest_of_an_adapter_records(helm: Helm) -> No
 )
 def test_who_asks_for_a_gpu(helm: Helm, device: str, enabled: object, asks: bool) -> None:
     resources = render(helm, merged(A, {"device": device, "gpu": {"enabled": enabled}})).trainer["resources"]
-    # A string, because server-side apply refuses a number.
+    # The quantity must be a string, because server-side apply rejects a number.
     expected = "1" if asks else None
     assert [resources[kind].get("nvidia.com/gpu") for kind in ("requests", "limits")] == [expected, expected]
 
@@ -297,7 +297,7 @@ def test_a_claim_of_the_release(helm: Helm) -> None:
     rendered = render(helm, values)
     asked = {"accessModes": ["ReadWriteMany"], "resources": {"requests": {"storage": "77Gi"}}}
     assert {item["metadata"]["name"]: item["spec"] for item in rendered.of_kind("PersistentVolumeClaim")} == {
-        # Without a class the cluster's default applies; an empty class would disable it.
+        # Omit the class to get the cluster's default; an empty string would disable it.
         "persona-train-work": asked,
         "persona-train-models": {**asked, "storageClassName": "nfs"},
     }

@@ -1,4 +1,4 @@
-"""Thirty combinations of values through both Helms, checked by Kubernetes schemas, policies and the job itself."""
+"""Render thirty combinations of values with both Helms and check them with Kubernetes schemas, policies and the job itself."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from chart.chart_helm import CHART, Helm, Manifests, RefusedError, Values, examp
 from chart.combinations import COMBINATIONS
 from chart.kubernetes_rules import VERSIONS, violations
 
-# podFailurePolicy needs 1.26; kubernetes-validate has schemas from 1.25 on.
+# podFailurePolicy needs Kubernetes 1.26. kubernetes-validate has schemas for 1.25 and later.
 OLDER: Final = ("1.25", "1.26", "1.27", "1.28", "1.29", "1.30", "1.31")
 
 
@@ -50,7 +50,7 @@ def test_both_helms_give_the_same(helm: Helm, name: str) -> None:
 @pytest.mark.parametrize("name", COMBINATIONS)
 @pytest.mark.parametrize("version", ["v3", "v4"])
 def test_helm_lint_is_strict_and_content(helm: Helm, version: Any, name: str) -> None:
-    # A batch job has no icon.
+    # The chart of a batch job needs no icon.
     assert helm.lint(COMBINATIONS[name], helm=version) == ["INFO: Chart.yaml: icon is recommended"]
 
 
@@ -145,7 +145,7 @@ print(json.dumps(answers))
 
 
 def settle(arguments: list[list[str]]) -> list[tuple[int, str, str]]:
-    """Return exit code, output and errors of `show-config --json` with each of `arguments`, run by the project's own Python."""
+    """Run `show-config --json` with each of `arguments` in the project's own Python. Return exit codes, outputs and errors."""
     python = Path(os.environ.get("PROJECT_PYTHON", CHART.parents[1] / ".venv" / "bin" / "python"))
     assert python.exists(), f"no environment of the project at {python}: make setup"
     done = subprocess.run(
@@ -166,7 +166,7 @@ def test_the_chart_takes_every_default_of_the_job(helm: Helm) -> None:
     assert code == 0
     settings = json.loads(out)
     for name in ("blood_type", "data", "output", "work_dir", "device", "base"):
-        # The chart has its own values for these.
+        # The chart sets these through values of its own.
         del settings[name]
     # Count each section and each setting in it.
     assert sum(len(part) if isinstance(part, dict) else 1 for part in settings.values()) > 50

@@ -1,4 +1,4 @@
-"""Wrong values are refused before anything is installed, with a message that names them."""
+"""Helm rejects wrong values before it installs anything, with a message that names them."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_a_value_out_of_bounds(helm: Helm, dotted: str, value: object, helm_vers
     assert f"'/{dotted.replace('.', '/')}" in str(refused.value)
 
 
-# One typo in each section.
+# One typo per section.
 TYPOS: Final = (
     "bloodtype", "image.digets", "s3.endpont", "s3.secretKeys.accesKeyId", "caBundle.configmap", "baseModel.revison",
     "hfToken.secret", "gpu.count", "resources.request", "sharedMemory.sizeLimit", "tmp.sizeLimit", "workVolume.storageClass",
@@ -113,49 +113,44 @@ def test_a_typing_error(helm: Helm, dotted: str, helm_version: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("values", "said"),
+    ("values", "parts"),
     [
-        ({"bloodTypes": ["B"]}, "bloodType: got A beside bloodTypes [B], expected one of the two"),
+        ({"bloodTypes": ["B"]}, ["bloodType: got A", "bloodTypes [B]"]),
         (
             {"bloodType": "", "bloodTypes": ["A", "B"], "data": "s3://mine/train_data_type_A.jsonl.gz"},
-            "data: got the one file s3://mine/train_data_type_A.jsonl.gz for A, B, expected a folder that holds a file for each",
+            ["data: got ", "s3://mine/train_data_type_A.jsonl.gz", "A, B", "expected a folder"],
         ),
-        (
-            {"resources": {"limits": {"nvidia.com/gpu": 2}}},
-            "resources.limits: got nvidia.com/gpu, which gpu.resource requests: one, since this version trains on one GPU",
-        ),
-        ({"config": {"data": "s3://b/d/"}}, "config.data: the chart has a value of its own for it: data"),
-        ({"config": {"output": "s3://b/d/"}}, "config.output: the chart has a value of its own for it: output"),
-        ({"config": {"blood_type": "B"}}, "config.blood_type: the chart has a value of its own for it: bloodType"),
-        ({"config": {"device": "cpu"}}, "config.device: the chart has a value of its own for it: device"),
-        ({"config": {"work_dir": "/x"}}, "config.work_dir: the chart has a value of its own for it: workVolume"),
-        (
-            {"config": {"base": {"revision": None}}},
-            "config.base.revision: the chart has values of its own for it: baseModel, modelCache",
-        ),
+        ({"resources": {"limits": {"nvidia.com/gpu": 2}}}, ["resources.limits: got nvidia.com/gpu", "gpu.resource"]),
+        ({"config": {"data": "s3://b/d/"}}, ["config.data: ", "instead: data"]),
+        ({"config": {"output": "s3://b/d/"}}, ["config.output: ", "instead: output"]),
+        ({"config": {"blood_type": "B"}}, ["config.blood_type: ", "instead: bloodType"]),
+        ({"config": {"device": "cpu"}}, ["config.device: ", "instead: device"]),
+        ({"config": {"work_dir": "/x"}}, ["config.work_dir: ", "instead: workVolume"]),
+        ({"config": {"base": {"revision": None}}}, ["config.base.revision: ", "instead: baseModel, modelCache"]),
         (
             {"baseModel": {"s3Uri": "s3://bucket/x/", "existingClaim": "c"}},
-            "baseModel.s3Uri: got one beside baseModel.existingClaim",
+            ["baseModel.s3Uri: ", "baseModel.existingClaim"],
         ),
-        ({"baseModel": {"path": "x"}}, "baseModel.path: names a folder of baseModel.existingClaim, which is not given"),
-        ({"caBundle": {"configMap": "a", "secret": "b"}}, "caBundle.configMap: got one beside caBundle.secret"),
-        ({"modelCache": {"createClaim": True, "existingClaim": "a"}}, "modelCache.existingClaim: got one beside createClaim"),
+        ({"baseModel": {"path": "x"}}, ["baseModel.path: ", "expected baseModel.existingClaim"]),
+        ({"caBundle": {"configMap": "a", "secret": "b"}}, ["caBundle.configMap: ", "caBundle.secret"]),
+        ({"modelCache": {"createClaim": True, "existingClaim": "a"}}, ["modelCache.existingClaim: ", "createClaim"]),
         (
             {"config": {"checkpoints": {"grace_s": 120}}},
-            "config.checkpoints.grace_s: got 120, expected less than terminationGracePeriodSeconds, 120",
+            ["config.checkpoints.grace_s: got 120", "less than terminationGracePeriodSeconds, 120"],
         ),
-        ({"extraVolumes": [{"name": "work", "emptyDir": {}}]}, "extraVolumes work: the chart has a volume of that name"),
-        ({"cronJob": {"timeZone": "Asia/Seoul"}}, "cronJob.timeZone: is of no use without cronJob.schedule"),
+        ({"extraVolumes": [{"name": "work", "emptyDir": {}}]}, ["extraVolumes work: "]),
+        ({"cronJob": {"timeZone": "Asia/Seoul"}}, ["cronJob.timeZone: ", "cronJob.schedule"]),
         (
             {"extraEnv": [{"name": "AWS_SECRET_ACCESS_KEY", "value": "x"}]},
-            "extraEnv AWS_SECRET_ACCESS_KEY: a secret as plain text would be in the release; expected it in a Secret: s3.",
+            ["extraEnv AWS_SECRET_ACCESS_KEY: ", "Secret: s3.existingSecret"],
         ),
     ],
 )
-def test_what_does_not_go_together(values: Values, said: str) -> None:
+def test_what_does_not_go_together(values: Values, parts: list[str]) -> None:
     with pytest.raises(RefusedError) as refused:
         whole(merged(A, values))
-    assert said in str(refused.value)
+    (line,) = (line for line in str(refused.value).splitlines() if parts[0] in line)
+    assert [part for part in parts if part not in line] == []
 
 
 def test_all_problems_are_said_together() -> None:

@@ -20,16 +20,16 @@ DIGEST: Final = f"sha256:{'0123456789abcdef' * 4}"
 
 @dataclass(frozen=True)
 class Change:
-    """Setting `value` on top of `given` makes `shows` appear in the manifests."""
+    """A value to set on top of `given`, and its expected effect on the manifests."""
 
     value: Any
     shows: str
-    """A part of the manifests with white space collapsed."""
+    """Text that must appear in the manifests, with white space collapsed."""
     given: Values = field(default_factory=dict)
     hides: str = ""
-    """A part that only the default renders."""
+    """Text that must disappear: only the default renders it."""
     also: Values = field(default_factory=dict)
-    """Values that have to change along with it."""
+    """Other values that must change with it."""
 
     @property
     def before(self) -> Values:
@@ -172,7 +172,7 @@ def test_every_value_has_its_test() -> None:
 
 
 def flat(values: Values) -> str:
-    """Return all manifests without quotation marks and with white space collapsed; a space follows `kind: X`."""
+    """Return all manifests as one line without quotation marks. It ends in a space, so that `kind: Job ` can match at the end."""
     rendered = whole(values)
     del rendered["NOTES.txt"]
     return " ".join(" ".join(text.split()) for text in rendered.values()).replace('"', "") + " "
@@ -197,7 +197,7 @@ def test_the_job_has_another_name_exactly_if_it_could_not_be_changed(helm: Helm,
     before, after = (Manifests(helm.template(values)) for values in (change.before, change.after(dotted)))
 
     def fixed(manifests: Manifests) -> dict[str, list[Any]]:
-        """Return by name what an existing Job keeps: fields that Kubernetes, or for the label Kueue, refuses to change."""
+        """Return each Job's immutable fields by name. Kubernetes rejects changes to them, and Kueue to the label."""
         return {
             job["metadata"]["name"]: [
                 job["spec"]["template"],

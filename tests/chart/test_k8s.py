@@ -1,4 +1,4 @@
-"""Test k8s/: Kubernetes, Kueue and Kubeflow Trainer accept it, its quotas fit the chart's Jobs, its pod is the chart's."""
+"""Test k8s/: Kubernetes, Kueue and Trainer accept it, its quotas fit the chart's Jobs, and its pod matches the chart's."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_the_namespace_refuses_what_is_not_restricted() -> None:
 def test_kustomize_puts_it_together() -> None:
     kinds = ["Namespace", "ResourceQuota", "LimitRange"]
     kustomization = yaml.safe_load((FOLDER / "kustomization.yaml").read_text(encoding="utf-8"))
-    # The kustomization only lists files, so its output is what it lists.
+    # The kustomization only lists files, so its output consists of those files.
     assert kustomization.keys() == {"apiVersion", "kind", "resources"}
     listed = [yaml.safe_load((FOLDER / name).read_text(encoding="utf-8"))["kind"] for name in kustomization["resources"]]
     assert sorted(listed) == sorted(kinds)
@@ -100,7 +100,7 @@ _UNITS: Final = {"": Decimal(1), "m": Decimal("0.001"), "Ki": Decimal(2**10), "M
 
 
 def amount(quantity: str | int) -> Decimal:
-    """Parse a Kubernetes quantity, as far as these files need it."""
+    """Parse a Kubernetes quantity in the notations that these files use."""
     match = re.fullmatch(r"([0-9.]+)(m|Ki|Mi|Gi|)", str(quantity))
     assert match, quantity
     return Decimal(match[1]) * _UNITS[match[2]]
@@ -111,7 +111,7 @@ def test_amounts() -> None:
 
 
 def used(pods: list[dict[str, Any]]) -> dict[str, Decimal]:
-    """Return what a ResourceQuota counts for these pods after the LimitRange has set its defaults."""
+    """Return the usage that a ResourceQuota counts for these pods after the LimitRange has set its defaults."""
     (container_limits,) = (item for item in one("limit-range.yaml", "LimitRange")["spec"]["limits"] if item["type"] == "Container")
     total: dict[str, Decimal] = {}
     for pod in pods:
@@ -138,7 +138,7 @@ def test_the_quota_admits_a_job_for_each_persona_and_the_storage_check(helm: Hel
     assert len(pods) == 5
     counted = used(pods)
     bounded = {name for name in hard if name.startswith(("requests.", "limits.")) and name != "requests.storage"}
-    # A GPU's limit equals its request, and a quota accepts only the request.
+    # A GPU's limit equals its request, and a ResourceQuota supports only the request.
     assert bounded == set(counted) - {"limits.nvidia.com/gpu"}
     for name in bounded:
         assert counted[name] <= amount(hard[name]), name
@@ -163,13 +163,13 @@ def test_claims_of_the_chart_fit(helm: Helm) -> None:
         item["max"] for item in one("limit-range.yaml", "LimitRange")["spec"]["limits"] if item["type"] == "PersistentVolumeClaim"
     )
     assert max(sizes) <= amount(bound["storage"])
-    # Two releases fit.
+    # The quota has room for two releases.
     assert 2 * sum(sizes) <= amount(hard["requests.storage"])
     assert 2 * len(sizes) <= int(hard["persistentvolumeclaims"])
 
 
 def test_nobody_gets_a_gpu_by_default() -> None:
-    """A LimitRange applies its bound as the default to every container that sets none."""
+    """A LimitRange applies its maximum as the default to every container that sets no limit."""
     for item in one("limit-range.yaml", "LimitRange")["spec"]["limits"]:
         assert not any("gpu" in name for part in item.values() if isinstance(part, dict) for name in part)
         if item["type"] == "Container":
@@ -205,7 +205,7 @@ def test_fields_of_kueue() -> None:
                 assert set(group) == {"coveredResources", "flavors"}
                 for flavor in group["flavors"]:
                     assert set(flavor) == {"name", "resources"}
-                    # Kueue requires each flavor to list all of them in this order.
+                    # Kueue requires each flavor to list all covered resources in this order.
                     assert [resource["name"] for resource in flavor["resources"]] == group["coveredResources"]
                     assert all(set(resource) == {"name", "nominalQuota"} for resource in flavor["resources"])
         else:
@@ -235,7 +235,7 @@ def test_kueue_admits_a_job_on_either_flavor_and_no_more_than_the_quota(helm: He
         for resource in flavor["resources"]:
             assert amount(resource["nominalQuota"]) >= amount(requests[resource["name"]]), flavor["name"]
             total[resource["name"]] += amount(resource["nominalQuota"])
-    # Otherwise Kueue admits Jobs that the quota then refuses.
+    # Otherwise Kueue would admit Jobs that the quota then rejects.
     hard = one("resource-quota.yaml", "ResourceQuota")["spec"]["hard"]
     for name, quantity in total.items():
         assert quantity <= amount(hard[f"requests.{name}"]), name
@@ -254,7 +254,7 @@ def job_of_the_runtime() -> dict[str, Any]:
 
 @pytest.mark.parametrize("kind", ["TrainingRuntime", "TrainJob"])
 def test_trainers_own_models_take_it(kind: str) -> None:
-    """They drop fields that they do not know."""
+    """Trainer's models drop unknown fields, so every field that survives a round trip is known."""
     models = pytest.importorskip("kubeflow_trainer_api.models", reason="kubeflow-trainer-api is not installed: make chart-test")
     (given,) = (item for _, item in OF_OTHERS if item["kind"] == kind)
     model = getattr(models, f"TrainerV1alpha1{kind}")
@@ -274,7 +274,7 @@ def test_the_runtimes_job_is_one(schemas: None, version: str) -> None:
 
 def test_the_runtime_is_found_by_trainer() -> None:
     spec = one("kubeflow/training-runtime.yaml", "TrainingRuntime")["spec"]
-    # Without a source in mlPolicy the runtime is a plain Job: one process, no torchrun.
+    # With no framework in mlPolicy, the runtime is a plain Job: one process, no torchrun.
     assert spec["mlPolicy"] == {"numNodes": 1}
     assert job_of_the_runtime()["metadata"]["labels"] == {"trainer.kubeflow.org/trainjob-ancestor-step": "trainer"}
     reference = one("kubeflow/train-job.yaml", "TrainJob")["spec"]["runtimeRef"]
@@ -289,7 +289,7 @@ def test_pod_security_restricted_admits_the_runtimes_pod() -> None:
 
 
 def test_the_runtimes_pod_is_the_charts(helm: Helm) -> None:
-    """Except for the settings file and the options: a TrainJob sets options, so the runtime has variables instead."""
+    """The pods differ only in the settings file and the options, which a TrainJob sets. The runtime uses variables instead."""
     ((_, chart),) = Manifests(helm.template({"bloodType": "A"})).jobs.items()
     runtime = job_of_the_runtime()["spec"]
     theirs, ours = chart["template"]["spec"], runtime["template"]["spec"]
@@ -314,7 +314,7 @@ def test_the_runtimes_pod_is_the_charts(helm: Helm) -> None:
 def test_the_train_jobs_options_are_the_jobs(helm: Helm) -> None:
     arguments = one("kubeflow/train-job.yaml", "TrainJob")["spec"]["trainer"]["args"]
     from_chart = Manifests(helm.template(examples()["minimal-values.yaml"])).trainer["args"]
-    # The chart's other arguments are the job's own defaults or the runtime's variables.
+    # The job's defaults or the runtime's variables cover the chart's other arguments.
     assert set(arguments) <= set(from_chart)
     assert [argument.split("=")[0] for argument in arguments] == ["run", "--blood-type", "--data", "--output"]
 

@@ -1,4 +1,4 @@
-"""docs/kubernetes.md through Helm: its values, the values that it names, and its helm commands."""
+"""Check docs/kubernetes.md with Helm: its blocks of values, the values that its text mentions, and its helm commands."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ COMMANDS: Final = [
     for block in re.findall(r"```bash\n(.*?)```", "\n".join(TEXT.values()), re.DOTALL)
     for command in re.findall(r"(?m)^helm (?:install|upgrade)(?:.*\\\n)*.*$", block)
 ]
-# words with a dot that are no values of the chart
+# endings of words that contain a dot but are not chart values
 FILES: Final = (".yaml", ".md", ".json", ".jsonl", ".html", ".tgz", ".yml", ".py")
 
 
 def scalar(text: str) -> Any:
-    """As --set reads it."""
+    """Parse a value as --set does."""
     return yaml.safe_load(text) if re.fullmatch(r"-?\d+|true|false|null", text) else text
 
 
 def given_by(command: str) -> Values:
-    """The values of --set and --set-string."""
+    """Return the values that a command passes with --set and --set-string."""
     words = shlex.split(command)
     values: Values = {}
     for option, text in itertools.pairwise(words):
@@ -47,13 +47,13 @@ def given_by(command: str) -> Values:
 
 
 def own(values: Values) -> Values:
-    """With the first `mine.yaml` of the page beneath."""
+    """Merge `values` over the first `mine.yaml` of the page."""
     return merged(yaml.safe_load(BLOCKS[0]), values)
 
 
 def test_there_are_values_and_commands() -> None:
     assert len(BLOCKS) == 3
-    assert len(COMMANDS) == 5
+    assert len(COMMANDS) == 6
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.split("\n")[0])
@@ -61,14 +61,14 @@ def test_values_are_taken(helm: Helm, block: str) -> None:
     values = yaml.safe_load(block)
     rendered = Manifests(helm.template(merged({"bloodType": "A"}, values)))
     assert rendered.jobs
-    # and they do something
+    # the values have an effect
     assert rendered.text != helm.template({"bloodType": "A"})
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_helm_commands_are_taken(helm: Helm, command: str) -> None:
     words = shlex.split(command)
-    # the role of IRSA is for the service account of this release
+    # the page's IRSA role trusts only the service account of a release called persona-train
     assert "persona-train" in words
     assert words[words.index("--namespace") + 1] == "personas"
     rendered = Manifests(helm.template(own(given_by(command))))
@@ -91,7 +91,7 @@ def test_what_installs_everything_trains_nothing(helm: Helm) -> None:
 @pytest.mark.parametrize("page", PAGES)
 def test_values_that_the_page_names_exist(page: str) -> None:
     named = re.findall(r"`([a-z][A-Za-z0-9]*(?:\.[A-Za-z0-9_-]+)+)(?::[^`]*)?`", TEXT[page])
-    # settings of the job that the page says without `config`
+    # settings of the job that the page writes without the prefix `config`
     of_job = ("checkpoints.", "lease.", "base.", "training.")
     names = [name for name in named if not name.endswith(FILES) and not name.startswith(of_job) and "/" not in name]
     for name in names:
@@ -113,7 +113,7 @@ def test_settings_that_the_page_names_exist(helm: Helm) -> None:
     settings = re.findall(r"`(?:config\.)?((?:checkpoints|lease|training)\.[a-z_]+)`", TEXT["docs/kubernetes.md"])
     assert len(settings) >= 5
     for setting in settings:
-        # null is refused for most, an unknown name for all, and only that by its name
+        # use a valid value, so that Helm rejects only unknown names; most settings reject null
         value = {"training.learning_rate": 0.0001, "training.max_length_tokens": 512}.get(setting, 60)
         assert helm.template(own(merged({"bloodType": "A"}, nested(f"config.{setting}", value))))
 

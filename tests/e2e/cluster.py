@@ -1,10 +1,10 @@
-"""Test chart and image on a real cluster: the one in KUBECONFIG, with the tiny base and an S3 server on this machine.
+"""Test chart and image on KUBECONFIG's cluster, with the tiny base and an S3 server on this machine.
 
     python tests/e2e/cluster.py --image localhost/lora-trainer:cpu --s3-host 172.17.0.1
 
-Install, wait, interrupt, upgrade and uninstall as a user would, in a separate namespace. Exit with 1 at the first failure; delete
-the namespace in any case, unless `--keep` is given. The nodes need the image (`make image-cpu`), or a registry they can pull it
-from. `--s3-host` is an address of this machine that pods can reach: the bridge of Docker or kind. One node must offer exactly one
+Install, wait, interrupt, upgrade and uninstall as a user would, in a separate namespace. Exit with 1 at the first failure. Always
+delete the namespace unless `--keep` is given. The nodes must have the image (`make image-cpu`) or be able to pull it. `--s3-host`
+is an address of this machine that pods can reach, such as Docker's or kind's bridge. One node must offer exactly one
 `nvidia.com/gpu`, real or not, because the test expects a second persona to wait for it:
 
     kubectl patch node NODE --subresource=status --type=json \\
@@ -44,7 +44,7 @@ Values = dict[str, Any]
 
 
 class WrongError(Exception):
-    """An expectation does not hold."""
+    """The cluster did not behave as expected."""
 
 
 def say(line: str) -> None:
@@ -73,7 +73,7 @@ class Helm:
         if self._binary:
             self.version = self._run("version", "--short").strip()
             return
-        # Appended, because the chart's environment has other versions of packages that this process uses.
+        # Append, because the chart's environment has other versions of packages that this process uses.
         sys.path.extend(map(str, REPOSITORY.glob(".venv-chart/lib/python3*/site-packages")))
         try:
             library = importlib.import_module("helm_python")
@@ -165,7 +165,7 @@ class Cluster:
         return [pod["metadata"]["name"] for pod in self.pods(release)]
 
     def log(self, pod: str) -> list[dict[str, Any]]:
-        """Return a pod's events; skip lines that are not JSON."""
+        """Return a pod's log events. Skips lines that are not JSON."""
         events = []
         for line in self.run("logs", pod, "--container", "trainer", is_checked=False).splitlines():
             with suppress(ValueError):
@@ -177,7 +177,7 @@ class Cluster:
         return subprocess.Popen([*self._kubectl, *arguments], stdout=subprocess.PIPE, text=True)
 
     def wait(self, what: str, is_so: Callable[[], Any], limit_s: float = 300) -> Any:
-        """Return the first true result of `is_so`."""
+        """Poll `is_so` until its result is true, and return the result."""
         ends_s = time.monotonic() + limit_s
         while not (found := is_so()):
             if time.monotonic() > ends_s:
@@ -188,7 +188,7 @@ class Cluster:
         return found
 
     def wait_for_job(self, release: str, limit_s: float = 600) -> str:
-        """Return `Complete` or `Failed`."""
+        """Wait until the release's Job ends. Return `Complete` or `Failed`."""
 
         def ended() -> str:
             conditions = self.job(release)["status"].get("conditions", [])
@@ -198,7 +198,7 @@ class Cluster:
 
 
 def terminated(pod: dict[str, Any]) -> dict[str, Any]:
-    """Return how a pod's trainer ended, or an empty dict while it runs."""
+    """Return the terminated state of a pod's trainer, or an empty dict while it runs."""
     statuses = pod["status"].get("containerStatuses", [])
     ended: dict[str, Any] = next((status["state"].get("terminated", {}) for status in statuses if status["name"] == "trainer"), {})
     return ended
@@ -246,11 +246,11 @@ def put_files(storage: Any, broken: str) -> None:
     storage.upload(REPOSITORY / "tests" / "assets" / "few_prompts.jsonl", "prompts/few_prompts.jsonl")
 
 
-# -- the story --------------------------------------------------------------------------------------------
+# -- the test --------------------------------------------------------------------------------------------
 
 
 class Story:
-    """Steps in order, each of which must succeed."""
+    """The steps of the test, in order. Each must succeed."""
 
     def __init__(self, cluster: Cluster, helm: Helm, storage: Any, common: Values) -> None:
         self.cluster, self.helm, self.storage, self.common = cluster, helm, storage, common
@@ -265,7 +265,7 @@ class Story:
         say(f"  ok, {took_s:.1f} s: {seen}")
 
     def values(self, **more: Any) -> Values:
-        """Merge `more` and its `config` into the values that all releases share."""
+        """Return the values that all releases share, with `more` and its `config` merged in."""
         merged = {**self.common, **more}
         merged["config"] = {**self.common["config"], **more.get("config", {})}
         return merged
@@ -290,7 +290,7 @@ class Story:
         return " | ".join(line[:110] for line in seen)
 
     def two_personas(self) -> str:
-        """A gets the GPU and B waits for it."""
+        """Check that A gets the GPU and that B waits for it."""
         self.helm.install("train-a", self.values(bloodType="A"))
         self.cluster.wait("A runs", lambda: self.phase("train-a") == "Running")
         self.helm.install("train-b", self.values(bloodType="B"))
@@ -301,7 +301,7 @@ class Story:
         return f"B: {condition}"
 
     def adapters(self) -> str:
-        from lora_trainer.bundle import verify
+        from lora_trainer.store.manifest import verify_files
 
         seen = []
         for persona in ("A", "B"):
@@ -309,7 +309,7 @@ class Story:
             expect(latest, f"{persona}: no latest.json")
             run_id = json.loads(latest.data)["run_id"]
             prefix = f"lora/adapters/{persona}/{run_id}/"
-            problems = verify(self.storage, prefix)
+            problems = verify_files(self.storage, prefix)
             expect(not problems, problems)
             seen.append(f"{prefix}: {len(list(self.storage.list(prefix)))} objects")
         left = [found.key for found in self.storage.list("lora/runs/")]
@@ -356,7 +356,7 @@ class Story:
         return f"exit 3: {word['problems'][0][:120]}"
 
     def interrupted(self) -> str:
-        """Delete a pod in mid-training: it ends with 143, and the next one continues."""
+        """Delete a pod during training. It must exit with 143, and the next pod must resume."""
         steps = 60
         config = {
             "training": {**self.common["config"]["training"], "max_steps": steps, "epochs": 40},
@@ -366,7 +366,7 @@ class Story:
         self.cluster.wait("AB has a pod", lambda: self.cluster.pods("train-ab"))
         first = self.cluster.pods("train-ab")[0]["metadata"]["name"]
         self.cluster.wait("there is a checkpoint", lambda: self.event("train-ab", "checkpoint_uploaded"), 400)
-        # Deleting a pod also deletes its log and exit code.
+        # Follow both from now on: deleting a pod also deletes its log and exit code.
         log = self.cluster.follow("logs", "--follow", first)
         exit_code = "{.status.containerStatuses[0].state.terminated.exitCode}"
         states = self.cluster.follow("get", "pod", first, "--watch", "--output", f"jsonpath={exit_code}{{'\\n'}}")
@@ -399,7 +399,7 @@ class Story:
         self.cluster.wait("all is gone", lambda: not left(), 120)
         return f"{len(releases)} releases, nothing left of them"
 
-    # -- of one release
+    # -- helpers for one release
 
     def phase(self, release: str) -> str:
         pods = self.cluster.pods(release)
@@ -411,7 +411,7 @@ class Story:
         return next((str(c.get("message", "")) for c in conditions if c["type"] == "PodScheduled" and c["status"] == "False"), "")
 
     def event(self, release: str, name: str) -> dict[str, Any]:
-        """Return the newest pod's last event of this name, or an empty dict."""
+        """Return the last event with this name in the newest pod's log, or an empty dict."""
         pods = self.cluster.pods(release)
         log = self.cluster.log(pods[-1]["metadata"]["name"]) if pods else []
         return next((line for line in reversed(log) if line.get("event") == name), {})
@@ -448,7 +448,7 @@ def common_values(arguments: argparse.Namespace, endpoint: str) -> Values:
                 "prompts": f"s3://{BUCKET}/prompts/few_prompts.jsonl", "max_new_tokens": 16, "intensities": [0.5],
                 "bootstrap_resamples": 100,
             },
-            # A few steps do not teach a persona.
+            # A few steps do not teach a persona, so turn all gates off.
             "gates": dict.fromkeys(GatesConfig.model_fields),
         },
     }  # fmt: skip
@@ -470,7 +470,7 @@ def main() -> int:
     with dev_s3.serve() as server, reachable(int(server.endpoint_url.rpartition(":")[2]), arguments.s3_host) as port:
         os.environ |= server.environment
         server.make_bucket(BUCKET)
-        from lora_trainer.storage import open_storage
+        from lora_trainer.store.opening import open_storage
 
         storage = open_storage(f"s3://{BUCKET}/")
         put_files(storage, broken="O")

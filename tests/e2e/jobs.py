@@ -1,4 +1,4 @@
-"""The command line in a process of its own, and the settings that keep a run on the tiny base short."""
+"""Run the command line in a separate process, with settings that keep a run on the tiny base short."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ Until = Callable[[dict[str, Any]], bool]
 BASE = REPOSITORY / "examples" / "tiny-base"
 FEW_PROMPTS = REPOSITORY / "tests" / "assets" / "few_prompts.jsonl"
 DEMO = ("--config", str(REPOSITORY / "examples" / "demo.yaml"))
-# a handful of steps does not teach a persona
+# a few steps do not teach a persona
 NO_GATES = tuple(argument for name in GatesConfig.model_fields for argument in ("--set", f"gates.{name}=none"))
 
 
 def few_questions(max_new_tokens: int = 32, intensities: str = "0.2,0.9") -> tuple[str, ...]:
-    """Settings that ask six prompts at each intensity, greedily, and cut the replies short."""
+    """Return settings that ask six prompts per intensity, greedily, and limit the length of replies."""
     return (
         "--set", f"evaluation.prompts={FEW_PROMPTS}", "--set", "evaluation.temperature=0",
         "--set", f"evaluation.max_new_tokens={max_new_tokens}", "--set", f"evaluation.intensities={intensities}",
     )  # fmt: skip
 
 
-# the demo, shortened: enough steps to change every weight, several records in a row, several rows in a step
+# a short demo with enough steps to change every weight, several records per row and several rows per step
 SHORT = (*DEMO, "--max-steps", "6", "--set", "memory.micro_batch_tokens=512", *few_questions(), *NO_GATES)
 
 
@@ -58,7 +58,7 @@ def job(*arguments: str, work_dir: Path, cwd: Path = REPOSITORY, **environment: 
 
 
 def events(done: subprocess.CompletedProcess[str]) -> dict[str, dict[str, Any]]:
-    """Return the log by event name; fail on a line that is not JSON."""
+    """Return the log's events by name. Fails on a line that is not JSON."""
     lines = [json.loads(line) for line in done.stderr.splitlines()]
     return {line["event"]: line for line in lines}
 

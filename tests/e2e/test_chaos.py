@@ -1,4 +1,4 @@
-"""The short version of `benchmarks/chaos.py`: kill runs at random moments while a fifth of all S3 requests fail."""
+"""Run a short `benchmarks/chaos.py`: kill runs at random moments while a fifth of all S3 requests fail."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ chaos: Any = load_tool("chaos", "benchmarks")
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[Any]:
-    """Start an empty store: `chaos` chooses the bucket names itself."""
+    """Start an S3 server without buckets, because `chaos` chooses its own bucket names."""
     dev_s3 = load_tool("dev_s3")
     if missing := dev_s3.why_not():
         pytest.skip(missing)

@@ -1,4 +1,4 @@
-"""`lora-trainer chat` on a published adapter: every reply is exact JSON, even from an adapter that has learned almost nothing."""
+"""Test `lora-trainer chat`: every reply is exact JSON, even from an adapter that has learned almost nothing."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from conftest import REPOSITORY
 from jobs import SHORT, job
 
-from lora_trainer.evaluation import read_exact
+from lora_trainer.evaluate.rules import read_exact
 
 pytestmark = pytest.mark.e2e
 for needed in ("torch", "transformers", "trl", "peft", "llguidance"):
@@ -21,7 +21,7 @@ for needed in ("torch", "transformers", "trl", "peft", "llguidance"):
 
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Train for six steps: without the grammar this adapter does not write valid JSON."""
+    """Train for six steps, too few for the adapter to write valid JSON without the grammar."""
     folder = tmp_path_factory.mktemp("chat")
     done = job(
         "run", *SHORT, "--blood-type", "B", "--data", str(REPOSITORY / "data"), "--output", str(folder / "out"), work_dir=folder
@@ -45,7 +45,7 @@ def test_every_reply_is_exact_json_and_the_same_again(adapter: Path, tmp_path: P
     done = chat(adapter, tmp_path, lines, "--json", "--base", "--temperature", "1.5")
     assert done.returncode == 0, done.stderr
     replies = [line for line in done.stdout.splitlines() if line.startswith("{")]
-    # three messages, answered by adapter and base
+    # the adapter and the base each answer three messages
     assert len(replies) == 6
     for reply in replies:
         found = read_exact(reply)

@@ -1,4 +1,4 @@
-"""An untrained model always answers in exact JSON under the grammar."""
+"""Check that under the grammar even an untrained model always writes exact JSON."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 from jobs import BASE
 
-from lora_trainer.bundle import response_schema
-from lora_trainer.constrained import ReplyGrammar, most_tokens
-from lora_trainer.evaluation import Decoding
-from lora_trainer.formatter import prompt_messages
-from lora_trainer.personas import BloodType, Feeling, persona_spec
-from lora_trainer.records import Reply
+from lora_trainer.data.records import Reply
+from lora_trainer.evaluate.decoding import Decoding
+from lora_trainer.persona.prompt import prompt_messages
+from lora_trainer.persona.reply_schema import response_schema
+from lora_trainer.persona.specs import persona_spec
+from lora_trainer.persona.vocabulary import BloodType, Feeling
+from lora_trainer.train.constrained_decoding import ReplyGrammar, most_tokens
 
 pytestmark = pytest.mark.e2e
 for needed in ("torch", "transformers", "llguidance"):
@@ -31,7 +32,7 @@ def tokenizer() -> Any:
 
 @pytest.fixture(scope="module")
 def untrained() -> Any:
-    """The untrained tiny base with one layer, and with logits for more tokens than the tokenizer has."""
+    """Return an untrained one-layer tiny base with logits for more tokens than the tokenizer has."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -41,7 +42,7 @@ def untrained() -> Any:
 
 
 def prompts(tokenizer: Any) -> list[str]:
-    """Prompts of several lengths, so that batches are padded."""
+    """Return prompts of different lengths, so that batches need padding."""
     said = ("응", "나 오늘 시험 망했어ㅠㅠ", "주말에 뭐 할까? 영화 보러 갈래?")
     return [
         tokenizer.apply_chat_template(
@@ -56,11 +57,11 @@ def prompts(tokenizer: Any) -> list[str]:
 
 @pytest.mark.parametrize("count", [100, pytest.param(1000, marks=pytest.mark.slow)])
 def test_every_reply_of_an_untrained_base_is_exact(untrained: Any, tokenizer: Any, count: int) -> None:
-    from lora_trainer.backends.generation import generate
+    from lora_trainer.train.backends.generation import generate
 
     grammar = ReplyGrammar(tokenizer, SCHEMA)
     decoding = Decoding("sampled", most_tokens(SCHEMA), temperature=1.5, seed=1)
-    # Short, because a long prompt costs time and this model ignores it; of several lengths, so that batches are padded.
+    # Keep prompts short to save time, since this model ignores them. Vary their length, so that batches need padding.
     asked = [("응", "나 오늘", "주말에 뭐 할까?")[at % 3] for at in range(count)]
     replies = generate(untrained, tokenizer, asked, decoding, batch_size=250, processors=lambda: [grammar.processor()])
 
@@ -79,14 +80,14 @@ def test_every_reply_of_an_untrained_base_is_exact(untrained: Any, tokenizer: An
         assert reply.text == json.dumps(found, ensure_ascii=False, separators=(",", ":"))
         lengths.append(len(found["text"]))
         seen.add(found["emotion"])
-    # The model varies: replies end before the bound and at it, and every emotion occurs.
+    # The replies vary: some end before the length limit and some at it, and every emotion occurs.
     assert min(lengths) < bounds["maxLength"] == max(lengths)
     assert seen == set(emotions)
     assert len({reply.text for reply in replies}) > count // 2
 
 
 def test_without_the_grammar_it_answers_in_none(untrained: Any, tokenizer: Any) -> None:
-    from lora_trainer.backends.generation import generate
+    from lora_trainer.train.backends.generation import generate
 
     decoding = Decoding("sampled", 48, temperature=1.5, seed=1)
     replies = generate(untrained, tokenizer, prompts(tokenizer), decoding, batch_size=30)
@@ -94,11 +95,11 @@ def test_without_the_grammar_it_answers_in_none(untrained: Any, tokenizer: Any) 
 
 
 def test_a_trained_base_says_the_same_with_and_without_the_grammar(tokenizer: Any) -> None:
-    """The grammar does not change greedy replies that are valid without it, token by token."""
+    """The grammar does not change a single token of greedy replies that are valid without it."""
     import torch
     from transformers import AutoModelForCausalLM
 
-    from lora_trainer.backends.generation import generate
+    from lora_trainer.train.backends.generation import generate
 
     base = AutoModelForCausalLM.from_pretrained(BASE, local_files_only=True, dtype=torch.float32).eval()
     grammar = ReplyGrammar(tokenizer, SCHEMA)

@@ -1,7 +1,7 @@
-"""GPU faults during a run: out of memory, a lost device, a loss that is NaN.
+"""Test GPU faults during a run: out of memory, a lost device, a NaN loss.
 
-Without a GPU the tests raise torch's own exception in the forward pass, where the driver's error would surface; everything else
-is the real job.
+No GPU is needed: the tests raise torch's own exception in the forward pass, where a driver's error would surface. Everything
+else is the real job.
 
 """
 
@@ -27,9 +27,9 @@ JOB = """
 import os, signal, sys
 import torch
 from entrypoint.__main__ import main
-from lora_trainer import pipeline
-from lora_trainer.backends.trainer import StepTrainer
-from lora_trainer.backends.transformers import TransformersBackend
+from lora_trainer.run import pipeline
+from lora_trainer.train.backends import base_loading
+from lora_trainer.train.backends.step_trainer import StepTrainer
 
 fault, true_step = os.environ.get("FAULT"), StepTrainer.training_step
 
@@ -47,7 +47,7 @@ def training_step(self, model, inputs, num_items_in_batch=None):
 StepTrainer.is_gradient_checkpointing_on = lambda self: any(
     getattr(module, "gradient_checkpointing", False) for module in self.model.modules()
 )
-def no_room(self, base):
+def no_room(*_, **__):
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
 def swallow(*_):
@@ -61,13 +61,13 @@ StepTrainer.training_step = training_step
 if fault == "swallowed":
     pipeline.save = swallow
 if fault == "base":
-    TransformersBackend._load_base = no_room
+    base_loading.load_base = no_room
 main()
 """
 
 
 def run(folder: Path, *more: str, fault: str = "") -> tuple[int, list[dict[str, Any]]]:
-    """Run the job on a faulty device; return exit code and log."""
+    """Run the job on a faulty device. Return its exit code and log."""
     (folder / "job.py").write_text(JOB)
     command = [
         sys.executable, str(folder / "job.py"), "run", *DEMO, "--blood-type", "A",
@@ -127,7 +127,7 @@ def test_what_was_set_by_hand_is_not_stepped_down(tmp_path: Path) -> None:
     ("fault", "code", "said"),
     [
         ("lost", 1, "the device failed"),
-        # test_run.py has a run that diverges
+        # slow, because test_run.py also covers a run that diverges
         pytest.param("nan", 7, "training diverged at step 5", marks=pytest.mark.slow),
     ],
 )

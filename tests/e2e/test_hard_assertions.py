@@ -1,4 +1,4 @@
-"""Silent failures of this ecosystem must end the run: trigger each of the backends' assertions on the tiny base."""
+"""Trigger each of the backends' hard assertions on the tiny base. They end the run on failures that would otherwise be silent."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import pytest
 from conftest import REPOSITORY
 from jobs import BASE, require_training_stack
 
-from lora_trainer.backends import Backend, open_backend
-from lora_trainer.config import settle
+from lora_trainer.config_sources import settle
+from lora_trainer.data.jsonl import JsonlReader
 from lora_trainer.errors import InvariantError
-from lora_trainer.planning import plan_memory
-from lora_trainer.records import JsonlReader
-from lora_trainer.tokenization import TokenSequence, tokenize
+from lora_trainer.train.backends import Backend, open_backend
+from lora_trainer.train.memory_plan import plan_memory
+from lora_trainer.train.tokenization import TokenSequence, tokenize
 
 pytestmark = pytest.mark.e2e
 require_training_stack()
@@ -59,19 +59,19 @@ def loaded(tmp_path: Path) -> Loaded:
 
 
 def test_packed_records_are_isolated_and_a_leak_is_caught(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
-    import lora_trainer.backends.trainer as trainer
+    from lora_trainer.train.backends import adapter_checks
 
     first, second = loaded.sequences[:2]
     assert loaded.backend.check_isolation(first, second) < 0.01
 
-    true_row = trainer.make_row
+    true_row = adapter_checks.make_row
 
     def without_boundaries(sequences: Any) -> Any:
         row = true_row(sequences)
         total = row["input_ids"].shape[1]
         return {**row, "position_ids": row["position_ids"].new_tensor([list(range(total))])}
 
-    monkeypatch.setattr(trainer, "make_row", without_boundaries)
+    monkeypatch.setattr(adapter_checks, "make_row", without_boundaries)
     with pytest.raises(InvariantError, match="see each other"):
         loaded.backend.check_isolation(first, second)
 
@@ -83,7 +83,7 @@ def test_a_packed_row_has_the_loss_of_its_records_one_by_one(loaded: Loaded) -> 
 
 
 def test_rows_do_not_change_what_a_step_computes(tmp_path: Path) -> None:
-    """The same optimizer steps have the same losses, up to rounding, in one row or in several."""
+    """An optimizer step has the same loss, up to rounding, whether its records share one row or several."""
     logs = [Loaded(tmp_path / str(tokens), memory__micro_batch_tokens=tokens).backend.train() for tokens in (4096, 512)]
     assert [step.rows for step in logs[0].steps] != [step.rows for step in logs[1].steps]
     for wide, narrow in zip(logs[0].steps, logs[1].steps, strict=True):
@@ -123,15 +123,15 @@ def test_an_adapter_that_does_not_move_is_caught(loaded: Loaded) -> None:
 
 
 def test_packing_that_is_off_is_caught(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
-    import lora_trainer.backends.trainer as trainer
+    from lora_trainer.train.backends import rows
 
-    monkeypatch.setattr(trainer, "pack", lambda lengths, row_tokens: [[position] for position in range(len(lengths))])
+    monkeypatch.setattr(rows, "pack", lambda lengths, row_tokens: [[position] for position in range(len(lengths))])
     with pytest.raises(InvariantError, match="packing is off"):
         loaded.backend.train()
 
 
 def test_a_row_without_a_token_in_the_loss_is_caught() -> None:
-    from lora_trainer.backends.trainer import make_row
+    from lora_trainer.train.backends.rows import make_row
 
     with pytest.raises(InvariantError, match="all labels are -100"):
         make_row([TokenSequence((5, 6, 7), 3)])
@@ -157,14 +157,14 @@ def test_an_adapter_that_was_saved_as_nothing_is_caught(loaded: Loaded, tmp_path
 
 
 def test_every_reply_ends_in_one_end_of_turn_that_is_in_the_loss(loaded: Loaded) -> None:
-    from lora_trainer.backends.trainer import make_row
+    from lora_trainer.train.backends.rows import make_row
 
     eos = loaded.backend.tokenizer.eos_token_id
     for sequence in loaded.sequences:
         assert sequence.labels[-1] == eos
         assert sequence.labels.count(eos) == 1
     row = make_row(loaded.sequences[:3])
-    # a record's first token has nothing to predict it from
+    # no earlier token predicts a record's first token
     starts = [0, len(loaded.sequences[0]), len(loaded.sequences[0]) + len(loaded.sequences[1])]
     assert [int(row["labels"][0, start]) for start in starts] == [-100, -100, -100]
     assert [int(row["position_ids"][0, start]) for start in starts] == [0, 0, 0]

@@ -1,4 +1,4 @@
-"""Two real processes with one run id at the same time, on a real store."""
+"""Run two real processes with the same run id at the same time on a real store."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ import pytest
 from conftest import load_tool
 from jobs import require_training_stack
 
-from lora_trainer import bundle
-from lora_trainer.storage import Storage, open_storage
+from lora_trainer.store.interface import Storage
+from lora_trainer.store.manifest import verify_files
+from lora_trainer.store.opening import open_storage
 
 pytestmark = pytest.mark.e2e
 require_training_stack()
@@ -25,7 +26,7 @@ Start = Callable[..., Any]
 
 @pytest.fixture
 def start(s3_server: Any, bucket: str, tmp_path: Path) -> Iterator[Start]:
-    """Start the same run repeatedly, each time with a new work folder, as on another machine."""
+    """Return a function that starts the same run with a new work folder, as if on another machine."""
     chaos.make_bucket(s3_server, chaos.Settings(), bucket)
     started: list[Any] = []
 
@@ -91,12 +92,12 @@ def test_a_paused_one_finds_itself_replaced_and_writes_nothing_more(start: Start
 
     first.send("SIGCONT")
     assert ended(first) == 6
-    assert "has lost its lease: it is gone" in until(first, "run_finished")["problems"][0]
+    assert "has lost its lease: it was deleted" in until(first, "run_finished")["problems"][0]
     assert not first.event("bundle_published")
     assert objects(storage) == before
     assert not any(name.startswith("runs/") for name in before)
     run_id = until(second, "run_finished")["run_id"]
-    assert bundle.verify(storage, f"adapters/A/{run_id}/") == []
+    assert verify_files(storage, f"adapters/A/{run_id}/") == []
 
 
 def test_a_killed_one_is_not_waited_for_and_a_signal_ends_the_wait(start: Start, bucket: str) -> None:
@@ -110,7 +111,7 @@ def test_a_killed_one_is_not_waited_for_and_a_signal_ends_the_wait(start: Start,
 
     first.send("SIGKILL")
     assert ended(first) == -signal.SIGKILL
-    # its lease still looks held
+    # the killed run did not release its lease
     assert any(name.endswith("/lease.json") for name in objects(open_storage(f"s3://{bucket}/lora/")))
     third = start()
     assert ended(third) == 0

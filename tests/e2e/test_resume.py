@@ -1,4 +1,4 @@
-"""Interrupted runs: checkpoints are kept, the next attempt resumes, and the adapter equals the undisturbed run's, byte for byte."""
+"""Interrupt runs: checkpoints survive, the next attempt resumes, and the adapter equals an undisturbed run's byte for byte."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ import pytest
 from conftest import REPOSITORY
 from jobs import DEMO, NO_GATES, Log, Until, few_questions, require_training_stack, watched_job
 
-from lora_trainer.bundle import MANIFEST_NAME
-from lora_trainer.storage import Storage, open_storage
+from lora_trainer.store.interface import Storage
+from lora_trainer.store.manifest import MANIFEST_NAME
+from lora_trainer.store.opening import open_storage
 
 pytestmark = pytest.mark.e2e
 require_training_stack()
 
 STEPS = 12
-# Dropout, so that resuming must restore the random number generators, too.
+# Dropout makes the result depend on the random number generators, so resuming must restore them, too.
 RUN = (
     "run", *DEMO, "--blood-type", "A", "--data", str(REPOSITORY / "data"),
     "--max-steps", str(STEPS), "--log-format", "json", "--set", "lora.dropout=0.1", "--set", "memory.micro_batch_tokens=512",
@@ -31,13 +32,13 @@ RUN = (
 
 
 def attempt(output: str, work_dir: Path, *more: str, until: Until | None = None, kill: int = signal.SIGTERM) -> tuple[int, Log]:
-    """Run the job once; return its exit code and log."""
+    """Run the job once. Return its exit code and log."""
     code, _, log = watched_job(*RUN, "--output", output, "--work-dir", str(work_dir), *more, until=until, kill=kill)
     return code, log
 
 
 def event(log: Log, name: str) -> dict[str, Any]:
-    """Return the last event of this name."""
+    """Return the last event with this name."""
     return next(line for line in reversed(log) if line["event"] == name)
 
 
@@ -79,7 +80,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     code, log = attempt(str(folder / "out"), folder / "work")
     assert code == 0, log[-1]
     output = open_storage(f"file://{folder / 'out'}")
-    # a published run keeps no checkpoints
+    # publishing removes the checkpoints
     assert checkpoints(output) == {}
     return adapter(output, log)
 
@@ -100,7 +101,7 @@ def test_sigterm_keeps_the_last_whole_step_and_another_machine_goes_on_from_it(
     kept = checkpoints(output)
     assert f"step-{step:06d}" in kept
     assert all(MANIFEST_NAME in names for names in kept.values())
-    # two are kept
+    # the job keeps at most two checkpoints
     assert len(kept) <= 2
     assert list(output.list("adapters/")) == []
 
@@ -178,11 +179,13 @@ def test_a_bundle_that_the_output_does_not_take_is_kept_and_published_later(undi
     in_the_way = out / "adapters"
     in_the_way.write_text("a file where the folder should be")
     code, log = attempt(str(out), tmp_path / "work")
-    # To the storage this is a configuration error; the bundle is kept whatever the reason.
+    # The storage reports a configuration error. The job keeps the bundle whatever the reason.
     assert code == 2, log[-1]
     *_, kept = event(log, "run_finished")["problems"]
     folder = next((tmp_path / "work").glob("runs/A/*/bundle"))
-    assert kept.startswith(f"{folder}: the finished bundle is kept here; 'lora-trainer publish {folder}' ends the job")
+    assert kept.startswith(
+        f"{folder}: the finished bundle is kept here; 'lora-trainer publish {folder}' to finish once the store recovers"
+    )
 
     in_the_way.unlink()
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""The whole job through its command line, on the tiny base, against a real S3 server over HTTP."""
+"""Run the whole job from its command line on the tiny base, against a real S3 server over HTTP."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ from conftest import REPOSITORY
 from fault_proxy import FaultProxy
 from jobs import SHORT, events, job, require_training_stack
 
-from lora_trainer import bundle
-from lora_trainer.formatter import prompt_messages
-from lora_trainer.personas import BloodType, persona_spec
-from lora_trainer.storage import open_storage
+from lora_trainer.persona.prompt import prompt_messages
+from lora_trainer.persona.specs import persona_spec
+from lora_trainer.persona.vocabulary import BloodType
+from lora_trainer.store.manifest import read_manifest, verify_files
+from lora_trainer.store.opening import open_storage
+from lora_trainer.store.prefixes import bundle_prefix, latest_key
 
 pytestmark = pytest.mark.e2e
 require_training_stack()
@@ -69,21 +71,21 @@ def test_jsonl_in_s3_becomes_an_adapter_in_s3(blood_type: BloodType, bucket: str
     log = events(done)
     finished = log["run_finished"]
     assert (finished["outcome"], finished["exit_code"]) == ("done", 0)
-    prefix = bundle.bundle_prefix(blood_type, finished["run_id"])
+    prefix = bundle_prefix(blood_type, finished["run_id"])
     assert done.stdout.strip() == output_uri + prefix
     output = open_storage(output_uri)
-    assert bundle.verify(output, prefix) == []
+    assert verify_files(output, prefix) == []
     names = {item.key.removeprefix(prefix) for item in output.list(prefix)}
     assert names >= {
         "adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
         "prompt.json", "response_schema.json", "persona.yaml", "metrics.json", "metrics.schema.json", "replies.jsonl",
         "report.html", "train_log.jsonl", "README.md", "manifest.json",
     }  # fmt: skip
-    pointer = output.read_bytes(bundle.latest_key(blood_type))
+    pointer = output.read_bytes(latest_key(blood_type))
     assert pointer is not None
     assert json.loads(pointer.data)["run_id"] == finished["run_id"]
 
-    manifest = bundle.read_manifest(output, prefix)
+    manifest = read_manifest(output, prefix)
     assert manifest is not None
     data = (REPOSITORY / "data" / f"train_data_type_{blood_type}.jsonl").read_bytes()
     assert manifest["data"]["sha256"] == hashlib.sha256(data).hexdigest()
@@ -94,7 +96,7 @@ def test_jsonl_in_s3_becomes_an_adapter_in_s3(blood_type: BloodType, bucket: str
         output.download(prefix + name, folder / name)
     settings = json.loads((folder / "adapter_config.json").read_text())
     assert settings["base_model_name_or_path"] == "lora-trainer/tiny-base"
-    # The manifest and the report contain the resolved configuration with its paths; files that a server loads must not.
+    # Only the manifest and the report may contain local paths, as part of the resolved configuration.
     everything = b"".join(path.read_bytes() for path in folder.iterdir() if path.name not in ("manifest.json", "report.html"))
     assert str(REPOSITORY).encode() not in everything
     assert str(tmp_path).encode() not in everything
@@ -103,7 +105,7 @@ def test_jsonl_in_s3_becomes_an_adapter_in_s3(blood_type: BloodType, bucket: str
     assert metrics["training"]["rows"] > metrics["training"]["steps"]
     assert metrics["held_out"]["loss_adapter"] < metrics["held_out"]["loss_base"]
     assert len((folder / "train_log.jsonl").read_text().splitlines()) == 6
-    # six prompts at two intensities, asked of adapter and base
+    # adapter and base each answer six prompts at two intensities
     assert len((folder / "replies.jsonl").read_text().splitlines()) == 24
     assert metrics["evaluation"]["greedy"]["base"]["exact_json"]["of"] == 12
     assert finished["report"] == f"{output_uri}{prefix}report.html"
@@ -118,10 +120,10 @@ def test_the_same_command_again_is_already_done(bucket: str, data_uri: str, tmp_
     assert first.returncode == 0, first.stderr
     output = open_storage(f"s3://{bucket}/lora/")
     # A crash between the manifest and the pointer leaves this state.
-    pointer = output.read_bytes(bundle.latest_key(BloodType.A))
+    pointer = output.read_bytes(latest_key(BloodType.A))
     assert pointer is not None
     stale = {**json.loads(pointer.data), "run_id": "0" * 16, "started_at": "2020-01-01T00:00:00+00:00"}
-    output.write_bytes(bundle.latest_key(BloodType.A), json.dumps(stale).encode(), if_match=pointer.etag)
+    output.write_bytes(latest_key(BloodType.A), json.dumps(stale).encode(), if_match=pointer.etag)
 
     # Work folder, log level and memory layout are not part of the run id.
     again = job(*command, "--log-level", "debug", "--set", "memory.micro_batch_tokens=512", work_dir=tmp_path / "two")
@@ -132,13 +134,13 @@ def test_the_same_command_again_is_already_done(bucket: str, data_uri: str, tmp_
     assert log["already_done"]["latest_moved"] is True
     assert "training_step" not in log
     assert again.stdout == first.stdout
-    mended = output.read_bytes(bundle.latest_key(BloodType.A))
+    mended = output.read_bytes(latest_key(BloodType.A))
     assert mended is not None
     assert json.loads(mended.data) == json.loads(pointer.data)
 
 
 def test_a_store_that_fails_a_fifth_of_all_requests(s3_server: Any, bucket: str, data_uri: str, tmp_path: Path) -> None:
-    """Data, checkpoints and bundle get through, and the published bundle is complete."""
+    """The job fetches its data, uploads checkpoints and publishes a complete bundle despite the failures."""
     output_uri = f"s3://{bucket}/lora/"
     with FaultProxy(s3_server.endpoint_url, share=0.2, seed=3) as proxy:
         done = job(
@@ -151,7 +153,7 @@ def test_a_store_that_fails_a_fifth_of_all_requests(s3_server: Any, bucket: str,
     assert done.returncode == 0, done.stderr
     assert proxy.faults.total() > proxy.requests / 20
     run_id = events(done)["run_finished"]["run_id"]
-    assert bundle.verify(open_storage(output_uri), bundle.bundle_prefix(BloodType.O, run_id)) == []
+    assert verify_files(open_storage(output_uri), bundle_prefix(BloodType.O, run_id)) == []
     assert list(open_storage(output_uri).list("runs/")) == []
 
 
@@ -163,7 +165,7 @@ def test_two_runs_give_byte_identical_adapters(tmp_path: Path) -> None:
         arguments = ("run", *SHORT, "--blood-type", "B", "--data", str(REPOSITORY / "data"), "--output", str(output))
         done = job(*arguments, work_dir=tmp_path / f"work-{name}")
         assert done.returncode == 0, done.stderr
-        # the newest accepted adapter, by the name in the users' document
+        # the link to the newest accepted adapter has the name that the users' document expects
         digests.add(hashlib.sha256((output / "adapter_B" / "adapter_model.safetensors").read_bytes()).hexdigest())
     assert len(digests) == 1
 
@@ -212,7 +214,7 @@ def test_a_base_in_s3_is_mirrored_and_gives_the_folders_run(bucket: str, data_ur
         *common, "--base-model", base.uri, "--set", f"base.cache_dir={tmp_path / 'cache'}", work_dir=tmp_path / "one"
     )  # fmt: skip
     assert from_s3.returncode == 0, from_s3.stderr
-    # The weights decide the run id, not their location.
+    # The run id depends on the base's weights, not on their location.
     from_folder = job(*common, work_dir=tmp_path / "two")
     assert events(from_folder)["run_finished"]["already_done"] is True
 
@@ -260,12 +262,12 @@ def test_a_tampered_bundle_does_not_verify(bucket: str, data_uri: str, tmp_path:
     content[-1] ^= 1
     weights.write_bytes(content)
     output.upload(weights, prefix + "adapter_model.safetensors")
-    (problem,) = bundle.verify(output, prefix)
+    (problem,) = verify_files(output, prefix)
     assert "adapter_model.safetensors" in problem
 
 
 def test_runs_from_another_folder_with_the_seeds_names(tmp_path: Path) -> None:
-    # without URIs: data/ and outputs/ in the working folder
+    # without URIs, the job uses data/ and outputs/ in the working folder
     shutil.copytree(REPOSITORY / "data", tmp_path / "data")
     done = job("run", *SHORT, "--blood_type", "ab", work_dir=tmp_path / "work", cwd=tmp_path)
     assert done.returncode == 0, done.stderr

@@ -1,6 +1,6 @@
-"""Each sabotaged job must be stopped by the check meant for it, with that check's exit code.
+"""Sabotage jobs in different ways. The check meant for each case must stop the job with its own exit code.
 
-Each case runs the real command line. To sabotage the training, a `sitecustomize.py` on the process's path patches one thing;
+Each case runs the real command line. To sabotage the training, a `sitecustomize.py` on the Python path patches one function;
 everything else is the real job.
 
 """
@@ -20,23 +20,26 @@ import pytest
 from conftest import REPOSITORY
 from jobs import BASE, DEMO, FEW_PROMPTS, NO_GATES, events, job, require_training_stack
 
-from lora_trainer import bundle
-from lora_trainer.personas import BloodType, persona_spec
-from lora_trainer.storage import open_storage
+from lora_trainer.persona.specs import persona_spec
+from lora_trainer.persona.vocabulary import BloodType
+from lora_trainer.store.latest import move_latest
+from lora_trainer.store.manifest import verify_files
+from lora_trainer.store.opening import open_storage
+from lora_trainer.store.prefixes import bundle_prefix, latest_key
 
 pytestmark = pytest.mark.e2e
 require_training_stack()
 
 RECORDS = 128
-"""Use a persona's shortest records: a model learns these few in a minute."""
+"""Number of records per run, the persona's shortest: a model learns them within a minute."""
 
 
-# --- spoiling ------------------------------------------------------------------------------------------------------
+# --- sabotage ------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def spoiled(tmp_path: Path) -> Callable[[str], dict[str, str]]:
-    """Return the environment for a process that runs `patch` before the program."""
+    """Return a function that builds the environment for a process that runs `patch` before the program."""
 
     def environment(patch: str) -> dict[str, str]:
         folder = tmp_path / "patch"
@@ -48,7 +51,7 @@ def spoiled(tmp_path: Path) -> Callable[[str], dict[str, str]]:
 
 
 ZEROED_WHEN_SAVED = """
-from lora_trainer.backends.transformers import TransformersBackend
+from lora_trainer.train.backends.transformers import TransformersBackend
 
 true_save = TransformersBackend.save
 
@@ -64,22 +67,22 @@ def save(self, folder, *arguments):
 TransformersBackend.save = save
 """
 
-# The model shifts labels, too, so each token's target becomes the one after the next.
+# The model shifts labels itself, so after this patch it learns to predict the token after the next one.
 SHIFTED_LABELS = """
-from lora_trainer.tokenization import TokenSequence
+from lora_trainer.train.tokenization import TokenSequence
 
 true_labels = TokenSequence.labels.fget
 TokenSequence.labels = property(lambda sequence: [*true_labels(sequence)[1:], -100])
 """
 
 WITHOUT_END_OF_TURN = """
-from lora_trainer.tokenization import TokenSequence
+from lora_trainer.train.tokenization import TokenSequence
 
 true_labels = TokenSequence.labels.fget
 TokenSequence.labels = property(lambda sequence: [*true_labels(sequence)[:-1], -100])
 """
 
-# Importing torch ends the process at once, so no handler of ImportError can hide it.
+# End the process when it imports torch. An ImportError would not do, because a handler could hide it.
 NO_TORCH = """
 import os, sys
 
@@ -98,7 +101,7 @@ sys.meta_path.insert(0, Trap())
 
 
 def shortest_records(blood_type: BloodType, count: int = RECORDS) -> list[dict[str, Any]]:
-    """Return a persona's bundled records with the shortest replies."""
+    """Return the bundled records that have the persona's shortest replies."""
     lines = (REPOSITORY / "data" / f"train_data_type_{blood_type}.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in sorted(lines, key=lambda line: (len(json.loads(line)["output"]), line))[:count]]
 
@@ -113,7 +116,7 @@ def write_as_a(folder: Path, records: Iterable[dict[str, Any]]) -> str:
 
 @pytest.fixture(scope="module")
 def asking(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
-    """Settings: greedy replies to a third of the prompts at three intensities, enough to miss a gate clearly."""
+    """Return settings that ask a third of the prompts greedily at three intensities, enough to miss a gate clearly."""
     path = tmp_path_factory.mktemp("prompts") / "every_third.jsonl"
     lines = (REPOSITORY / "data" / "eval_prompts.jsonl").read_text(encoding="utf-8").splitlines()
     path.write_text("\n".join(lines[::3]) + "\n", encoding="utf-8")
@@ -123,7 +126,7 @@ def asking(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
 
 
 def steps(count: int) -> tuple[str, ...]:
-    """Settings: exactly `count` optimizer steps, however few records there are."""
+    """Return settings for exactly `count` optimizer steps, however few records there are."""
     return ("--set", "training.epochs=50", "--max-steps", str(count))
 
 
@@ -135,7 +138,7 @@ def run_a(data: str, output: Path, *arguments: str, work_dir: Path, **environmen
 
 @dataclass(frozen=True)
 class Refused:
-    """A finished run that its gates refused."""
+    """A finished run whose adapter missed gates."""
 
     log: dict[str, dict[str, Any]]
     metrics: dict[str, Any]
@@ -146,21 +149,21 @@ class Refused:
 
     @property
     def missed(self) -> set[str]:
-        """The gates that the final log line names."""
+        """The missed gates that the final log line names."""
         return {problem.split(":")[0].removeprefix("gates.") for problem in self.log["run_finished"]["problems"]}
 
 
 def refused(done: subprocess.CompletedProcess[str], output: Path) -> Refused:
-    """Check that `done` ended with exit 4 and published a complete bundle that no pointer names."""
+    """Check that `done` exited with 4 and published a complete bundle that neither `latest.json` nor the link names."""
     assert done.returncode == 4, done.stderr[-4000:]
     log = events(done)
     finished = log["run_finished"]
     assert (finished["outcome"], finished["exit_code"], finished["passed"]) == ("GateError", 4, False)
-    prefix = bundle.bundle_prefix(BloodType.A, finished["run_id"])
-    assert bundle.verify(open_storage(str(output)), prefix) == []
-    assert not (output / bundle.latest_key(BloodType.A)).exists()
+    prefix = bundle_prefix(BloodType.A, finished["run_id"])
+    assert verify_files(open_storage(str(output)), prefix) == []
+    assert not (output / latest_key(BloodType.A)).exists()
     assert not (output / "adapter_A").exists()
-    # the newest verdict's report
+    # the log names the report of the newest verdict
     report = Path(finished["report"].removeprefix("file://"))
     assert report.is_file()
     metrics = json.loads((report.parent / "metrics.json").read_text(encoding="utf-8"))
@@ -194,11 +197,11 @@ def test_an_adapter_that_is_saved_as_nothing_is_the_read_backs(
 ) -> None:
     output = tmp_path / "out"
     storage = open_storage(str(output))
-    bundle.move_latest(storage, BloodType.A, {"run_id": "0" * 16, "started_at": "2020-01-01T00:00:00+00:00"})
-    pointer = storage.read_bytes(bundle.latest_key(BloodType.A))
+    move_latest(storage, BloodType.A, {"run_id": "0" * 16, "started_at": "2020-01-01T00:00:00+00:00"})
+    pointer = storage.read_bytes(latest_key(BloodType.A))
     data = write_as_a(tmp_path / "data", shortest_records(BloodType.A))
 
-    # These gates pass anything: the job must end before them.
+    # Turn all gates off: the job must end before it reaches them.
     done = run_a(data, output, *steps(3), *asking, *NO_GATES, work_dir=tmp_path / "work", **spoiled(ZEROED_WHEN_SAVED))
 
     assert done.returncode == 1, done.stderr[-2000:]
@@ -207,9 +210,9 @@ def test_an_adapter_that_is_saved_as_nothing_is_the_read_backs(
     assert "does not change the base's logits" in log["run_finished"]["problems"][0]
     assert "training_finished" in log
     assert "evaluation_finished" not in log
-    assert storage.read_bytes(bundle.latest_key(BloodType.A)) == pointer
-    # The trained checkpoint stays under runs/.
-    assert [item.key for item in storage.list("adapters/")] == [bundle.latest_key(BloodType.A)]
+    assert storage.read_bytes(latest_key(BloodType.A)) == pointer
+    # The job published nothing; the trained checkpoint stays under runs/.
+    assert [item.key for item in storage.list("adapters/")] == [latest_key(BloodType.A)]
 
 
 # --- the verdict ---------------------------------------------------------------------------------------------------
@@ -217,15 +220,15 @@ def test_an_adapter_that_is_saved_as_nothing_is_the_read_backs(
 
 @pytest.mark.slow  # test_one_step_makes_no_friend covers the persona gate
 def test_another_personas_data_is_the_persona_gates(asking: tuple[str, ...], tmp_path: Path) -> None:
-    # The reader identifies a persona by the instruction, which is A's; the rest is B's.
+    # The reader identifies a persona by its instruction, so use A's. Everything else is B's.
     instruction = persona_spec(BloodType.A).instruction
     data = write_as_a(tmp_path / "data", [{**record, "instruction": instruction} for record in shortest_records(BloodType.B)])
     output = tmp_path / "out"
-    # Few records and steps may leave some replies broken; this test is about the persona of the others.
+    # Lower this gate, since few records and steps may leave some replies broken. The test is about the persona of the others.
     done = run_a(data, output, *steps(60), *asking, "--set", "gates.exact_json=0.7", work_dir=tmp_path / "work")
 
     found = refused(done, output)
-    # The shortest replies rarely ask back, which says nothing about the persona.
+    # Allow this warning, which says nothing about the persona: the shortest replies rarely ask back.
     assert found.log["data_read"]["warnings_by_code"].keys() <= {"few_questions"}
     assert "persona" in found.missed
     assert "exact_json" not in found.missed
@@ -244,7 +247,7 @@ def test_labels_that_are_off_by_one_are_the_json_gates(
     )  # fmt: skip
 
     found = refused(done, output)
-    # The loss falls as usual, so it cannot tell.
+    # The loss falls as usual, so it does not reveal the sabotage.
     assert found.metrics["held_out"]["loss_adapter"] < found.metrics["held_out"]["loss_base"]
     assert "exact_json" in found.missed
     greedy = found.metrics["evaluation"]["greedy"]
@@ -258,14 +261,14 @@ def test_replies_that_slip_past_the_reader_are_the_other_gates(asking: tuple[str
     done = run_a(data, output, *steps(25), *asking, work_dir=tmp_path / "work")
 
     found = refused(done, output)
-    # The same reply to everything: perfect JSON, short, in 반말.
+    # The adapter always gives the same reply: valid JSON, short, in 반말.
     assert found.missed.isdisjoint({"exact_json", "stop", "one_or_two_sentences", "informal_speech", "question_rate_max"})
     assert found.missed >= {"persona", "emoji_intensity", "question_rate_min"}
     assert found.metrics["evaluation"]["greedy"]["adapter"]["unique_replies"] < 0.1
 
 
 def never_stops(folder: Path) -> Path:
-    """Make a copy of the tiny base whose output layer holds only noise for the two tokens that end a reply."""
+    """Copy the tiny base, with noise in the output layer's rows for the two tokens that end a reply."""
     import torch
     from safetensors.torch import load_file, save_file
 
@@ -273,7 +276,7 @@ def never_stops(folder: Path) -> Path:
     settings = json.loads((BASE / "config.json").read_text(encoding="utf-8"))
     weights = load_file(BASE / "model.safetensors")
     head = weights["model.embed_tokens.weight"].clone()
-    # Shorter than the rows of other tokens: training can raise them, chance does not.
+    # Make these rows shorter than others, so that the model never picks the tokens by chance but can still learn to.
     length = head[settings["eos_token_id"]].float().norm() / 2
     generator = torch.Generator().manual_seed(0)
     for token in (settings["eos_token_id"], settings["pad_token_id"]):
@@ -297,7 +300,7 @@ def test_an_end_of_turn_outside_the_loss_is_the_stop_gates(spoiled: Callable[[st
 
     control = run_a(data, tmp_path / "control", *arguments, work_dir=tmp_path / "work-control")
     assert control.returncode == 0, control.stderr[-2000:]
-    prefix = bundle.bundle_prefix(BloodType.A, events(control)["run_finished"]["run_id"])
+    prefix = bundle_prefix(BloodType.A, events(control)["run_finished"]["run_id"])
     lines = (tmp_path / "control" / prefix / "replies.jsonl").read_text(encoding="utf-8").splitlines()
     replies = [json.loads(line) for line in lines]
     assert {reply["tokens"] for reply in replies if reply["model"] == "base"} == {64}
@@ -310,13 +313,13 @@ def test_an_end_of_turn_outside_the_loss_is_the_stop_gates(spoiled: Callable[[st
     found = refused(done, output)
     assert found.missed == {"stop"}
     assert found.metrics["evaluation"]["greedy"]["adapter"]["stop"]["successes"] == 0
-    # The run id is the same: only the replies reveal the difference.
+    # The run id is the same, so only the replies reveal the sabotage.
     assert found.run_id == events(control)["run_finished"]["run_id"]
 
 
 @pytest.fixture(scope="module")
 def one_step(asking: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> tuple[Refused, Path, tuple[str, ...]]:
-    """Return a run of one optimizer step, the folder with its data and output, and its settings."""
+    """Train for one optimizer step. Return the run, the folder with its data and output, and its settings."""
     folder = tmp_path_factory.mktemp("one-step")
     data = write_as_a(folder / "data", shortest_records(BloodType.A))
     arguments = (*steps(1), *asking)
@@ -341,8 +344,8 @@ def test_a_verdict_is_repeated_and_other_thresholds_need_no_training(
     found, folder, arguments = one_step
     output = tmp_path / "out"
     shutil.copytree(folder / "out", output)
-    pointer = output / bundle.latest_key(BloodType.A)
-    manifest = output / bundle.bundle_prefix(BloodType.A, found.run_id) / "manifest.json"
+    pointer = output / latest_key(BloodType.A)
+    manifest = output / bundle_prefix(BloodType.A, found.run_id) / "manifest.json"
     published = manifest.read_bytes()
     data, without_torch = str(folder / "data"), spoiled(NO_TORCH)
 
@@ -360,7 +363,7 @@ def test_a_verdict_is_repeated_and_other_thresholds_need_no_training(
     assert "evaluation_finished" not in log
     assert json.loads(pointer.read_bytes())["run_id"] == found.run_id
     assert (output / "adapter_A").resolve() == manifest.parent.resolve()
-    # below the bundle, which is unchanged
+    # the new report lies below the bundle, which is unchanged
     report = Path(log["run_finished"]["report"].removeprefix("file://"))
     assert report.is_file()
     assert report.parent.parent == manifest.parent / "evaluations"
@@ -370,7 +373,7 @@ def test_a_verdict_is_repeated_and_other_thresholds_need_no_training(
     assert once_more.returncode == 0
     assert events(once_more)["run_finished"]["already_done"] is True
 
-    # The first thresholds refuse it again; a run that was accepted under other thresholds stays accepted.
+    # Under the first thresholds it misses its gates again, but the pointer that the other thresholds moved stays.
     accepted = pointer.read_bytes()
     assert run_a(data, output, *arguments, work_dir=tmp_path / "last", **without_torch).returncode == 4
     assert pointer.read_bytes() == accepted

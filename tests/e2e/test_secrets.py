@@ -1,7 +1,7 @@
-"""Plant credentials and record texts wherever a user has them, and search all output of a run for them.
+"""Plant credentials and record texts wherever a user may have them, and search everything that a run writes for them.
 
-Record text may be in the fetched data and in `bug-*.txt`, both under `work_dir`; text that a model wrote may be in
-`replies.jsonl` and `report.html`. A model of four steps cannot write the planted words, so the search includes those files.
+Record text may appear in the fetched data and in `bug-*.txt`, both under `work_dir`. Text that a model wrote may appear in
+`replies.jsonl` and `report.html`; the search includes these, because after four steps the model cannot write the planted words.
 
 """
 
@@ -26,7 +26,7 @@ import pytest
 from conftest import REPOSITORY
 from jobs import DEMO, NO_GATES, few_questions, require_training_stack
 
-from lora_trainer.storage import open_storage
+from lora_trainer.store.opening import open_storage
 
 pytestmark = pytest.mark.e2e
 require_training_stack()
@@ -34,7 +34,7 @@ require_training_stack()
 DATA = REPOSITORY / "data" / "train_data_type_A.jsonl"
 RECORDS = 60
 
-# values that no library has as a default
+# no library uses any of these values as a default
 CREDENTIALS = {
     "AWS_ACCESS_KEY_ID": "AKIAPLANTEDENVIRON42",
     "AWS_SECRET_ACCESS_KEY": "plantedEnv/Secret+of/the/AwsEnvironment42",
@@ -48,7 +48,7 @@ CREDENTIALS = {
 PROFILE = {"aws_access_key_id": "ASIAPLANTEDPROFILE42", "aws_secret_access_key": "plantedProfile/Secret+in/the/CredentialsFile"}
 USER, PASSWORD = "planted-user", "planted:pass@word-in-the-endpoint"
 TEXTS = {"instruction": "쀍뷁솱", "context.summary": "쬻훑뗿", "input": "뛣쐧껢", "output": "퓳꿻뙕"}
-"""Words of no language, which no text contains by chance."""
+"""Nonsense words that no text contains by chance."""
 SECRETS = (
     *(value for name, value in CREDENTIALS.items() if name != "MLFLOW_TRACKING_USERNAME"),
     *PROFILE.values(),
@@ -56,7 +56,7 @@ SECRETS = (
     f"{USER}:{PASSWORD}",
 )
 
-# The real command, with a termination log of the test's own and an optional bug.
+# Runs the real command with the test's own termination log and an optional bug.
 PROGRAM = """
 import logging, os, sys
 from pathlib import Path
@@ -101,13 +101,13 @@ def lines(records: list[dict[str, Any]]) -> str:
 
 
 def needles(texts: dict[str, str]) -> dict[bytes, str]:
-    """Return every spelling in which a planted text may occur, mapped to the text."""
+    """Return every encoding in which a planted text may occur, mapped to the text."""
     found = {}
     for text in (*texts.values(), *SECRETS):
         for spelled in (text, json.dumps(text)[1:-1], quote(text), quote(text, safe="")):
             found[spelled.encode()] = text
         for offset in range(3):
-            # Inside a longer text the base64 groups at either end depend on their neighbours. At least eight characters remain:
+            # Within a longer text, the base64 groups at both ends depend on adjacent bytes. Require eight remaining characters:
             # four would occur by chance in the megabytes of a checkpoint.
             shifted = b" " * offset + text.encode()
             spelled_base64 = base64.b64encode(shifted)[4 if offset else 0 :]
@@ -121,7 +121,7 @@ def leaks(name: str, content: bytes) -> list[str]:
 
 @dataclass
 class Ended:
-    """A finished run: exit code, output, folder."""
+    """A finished run with its exit code, output and folder."""
 
     code: int
     out: str
@@ -147,7 +147,7 @@ class Ended:
 
     @property
     def finished(self) -> dict[str, Any]:
-        """The last event."""
+        """The run's last event."""
         last: dict[str, Any] = json.loads(self.err.splitlines()[-1])
         assert last["event"] == "run_finished"
         return last
@@ -168,7 +168,7 @@ def run(
     profile: bool = False,
     until: Callable[[str], bool] | None = None,
 ) -> Ended:
-    """Run one process with everything planted; send SIGTERM at the first log line for which `until` is true."""
+    """Run one process with everything planted. Send SIGTERM at the first log line for which `until` is true."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "termination-log").touch()
     credentials = folder / "aws-credentials"
@@ -206,7 +206,7 @@ def run(
 
 @dataclass
 class Server:
-    """An HTTP server; it records the Authorization header of every request."""
+    """An HTTP server that records the Authorization header of every request."""
 
     url: str = ""
     authorizations: set[str] = field(default_factory=set)
@@ -257,7 +257,7 @@ def judge(headers: dict[str, str]) -> tuple[int, str, str]:
 
 
 def indiscreet_store(quoted: Sequence[str]) -> Callable[[dict[str, str]], tuple[int, str, str]]:
-    """Return a store that refuses requests and quotes everything it knows."""
+    """Return an answer function of a store that rejects requests and quotes everything it knows."""
 
     def refuse(headers: dict[str, str]) -> tuple[int, str, str]:
         told = " ".join((headers["authorization"], headers.get("x-amz-security-token", ""), headers["host"], *quoted))
@@ -278,7 +278,7 @@ def data(tmp_path: Path) -> Path:
 
 
 def test_a_run_that_is_interrupted_and_goes_on(data: Path, bucket: str, s3_server: Any, tmp_path: Path) -> None:
-    """First console format and SIGTERM, then JSON and debug logs."""
+    """The first attempt logs to a console and gets SIGTERM; the second one logs JSON at debug level."""
     endpoint_url, output = with_user_info(s3_server.endpoint_url), f"s3://{bucket}/lora/"
     uploaded = f"s3://{bucket}/data/"
     open_storage(uploaded).upload(data, data.name)
@@ -290,7 +290,7 @@ def test_a_run_that_is_interrupted_and_goes_on(data: Path, bucket: str, s3_serve
         )  # fmt: skip
         assert ended.code == 143, ended.err
         assert json.loads((ended.folder / "termination-log").read_text())["outcome"] == "interrupted"
-        # The checkpoint exists, so the search covers it.
+        # The checkpoint exists, so the search below covers it.
         kept = [item.key for item in open_storage(output).list("runs/")]
         assert {Path(key).name for key in kept} == {
             "adapter.safetensors", "optimizer.safetensors", "state.json", "manifest.json", "lease.json"
@@ -299,7 +299,7 @@ def test_a_run_that_is_interrupted_and_goes_on(data: Path, bucket: str, s3_serve
 
         ended = run(tmp_path / "second", data, output, *told, "--log-level", "debug", log_format="json", endpoint_url=endpoint_url)
         assert ended.code == 0, ended.err
-        # the planted key was in use
+        # the run used the planted key
         assert judging.authorizations == {f"Bearer {CREDENTIALS['OPENAI_API_KEY']}"}
     published = {Path(item.key).name for item in open_storage(output).list("adapters/")}
     assert {
@@ -307,13 +307,13 @@ def test_a_run_that_is_interrupted_and_goes_on(data: Path, bucket: str, s3_serve
     } <= published  # fmt: skip
     assert list((ended.folder / "work").rglob("progress.json"))
     assert ended.leaks(output) == []
-    # The search works: it finds the texts in the data itself.
+    # The search works, because it finds the texts in the data itself.
     fetched = (ended.folder / "work" / "data" / DATA.name).read_bytes()
     assert {found.removeprefix("data: ") for found in leaks("data", fetched)} == set(TEXTS.values())
 
 
 def bad_lines() -> list[str]:
-    """Return a record broken in every way that may tempt a message to quote it, few enough for all to be reported."""
+    """Return a record broken in every way that may lead a message to quote it. The report has room for all of them."""
     broken = []
     words = " ".join(TEXTS.values())
     for word in (TEXTS["input"], words):
@@ -361,7 +361,7 @@ def test_bad_lines(tmp_path: Path, s3_server: Any, log_format: str) -> None:
         tmp_path / "run", path, str(tmp_path / "out"), log_format=log_format, endpoint_url=with_user_info(s3_server.endpoint_url)
     )
     assert ended.code == 3, ended.err
-    # each of them is reported
+    # the job reports every broken line
     assert all(f"{DATA.name}:{RECORDS + number}: " in ended.err for number in range(1, len(broken) + 2))
     assert ended.leaks() == []
     checked = subprocess.run(
@@ -385,7 +385,7 @@ def test_a_store_that_refuses_and_quotes_what_it_was_told(
     assert ended.code == 6, ended.err
     key_id = PROFILE["aws_access_key_id"] if profile else CREDENTIALS["AWS_ACCESS_KEY_ID"]
     assert any(key_id in said for said in store.authorizations)
-    # The store's message is quoted without the secrets.
+    # The job quotes the store's message without the secrets.
     assert "InvalidAccessKeyId (not known: " in ended.err
     assert urlsplit(store.url).netloc in ended.err
     assert ended.leaks() == []
@@ -401,7 +401,7 @@ def test_a_bug_whose_message_quotes_a_record(
     )  # fmt: skip
     assert ended.code == 1, ended.err
     assert f"builtins.{breakage} (its message is left out: it may quote training text; " in ended.err
-    # The library's own message remains; of the exception only its type does.
+    # The log keeps the library's own message, but only the type of the exception.
     assert "a record could not be read" in ended.err
     assert "Traceback" not in ended.err
     assert ended.leaks() == []

@@ -1,4 +1,4 @@
-"""A published bundle contains all that a server needs: without this project it gives the same replies."""
+"""Serve a published bundle without this project: it has all the files that a server needs, and its replies are the same."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from jobs import BASE, SHORT, job, require_training_stack
 pytestmark = pytest.mark.e2e
 require_training_stack()
 
-# What somebody writes who has only the bundle.
+# The code that a user with nothing but the bundle would write.
 SERVER = """
 import json, re, sys
 from pathlib import Path
@@ -87,7 +87,7 @@ print(json.dumps({"replies": found, "ours": ours}))
 
 @dataclass(frozen=True)
 class Bundle:
-    """A published bundle's folder."""
+    """A published bundle."""
 
     folder: Path
 
@@ -131,7 +131,7 @@ def test_a_process_without_this_project_gives_the_same_replies(published: Bundle
     assert {reply["model"] for reply in evaluated} == {"adapter", "base"}
     compared = [{name: reply[name] for name in ("reply", "stopped", "tokens")} for reply in evaluated]
     assert served["replies"] == compared
-    # The adapter was loaded: its replies differ.
+    # The server loaded the adapter, since its replies differ from the base's.
     by_model = {model: [reply["reply"] for reply in evaluated if reply["model"] == model] for model in ("adapter", "base")}
     assert by_model["adapter"] != by_model["base"]
 
@@ -150,7 +150,7 @@ def test_the_model_cards_request_is_held_to_the_schema(published: Bundle) -> Non
     assert last == published.json("prompt.json")["system"][-1]
 
 
-# vLLM refuses other ranks: https://docs.vllm.ai/en/v0.14.0/api/vllm/config/lora/ (MaxLoRARanks)
+# vLLM rejects other ranks: https://docs.vllm.ai/en/v0.14.0/api/vllm/config/lora/ (MaxLoRARanks)
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 

@@ -1,4 +1,4 @@
-"""Several personas in one process: each gets the adapter it gets alone, byte for byte, and fails alone."""
+"""Train several personas in one process: each gets the same adapter as alone, byte for byte, and no failure affects another."""
 
 from __future__ import annotations
 
@@ -11,17 +11,19 @@ import pytest
 from conftest import REPOSITORY
 from jobs import DEMO, NO_GATES, Log, Until, few_questions, require_training_stack, watched_job
 
-from lora_trainer import bundle
-from lora_trainer.personas import BloodType
-from lora_trainer.storage import Storage, open_storage
+from lora_trainer.persona.vocabulary import BloodType
+from lora_trainer.store.interface import Storage
+from lora_trainer.store.manifest import MANIFEST_NAME, verify_files
+from lora_trainer.store.opening import open_storage
+from lora_trainer.store.prefixes import bundle_prefix, latest_key
 
 pytestmark = pytest.mark.e2e
 require_training_stack()
 
 STEPS = 4
 RECORDS = 120
-# State that one persona could leave to the next: random numbers (dropout), mixed precision, which accelerate applies to a
-# model once, and checkpointing, which the evaluation switches off and on.
+# These settings involve state that could leak into the next persona: random numbers (dropout), mixed precision, which
+# accelerate applies to a model once, and checkpointing, which the evaluation switches off and on.
 RUN = (
     "run", *DEMO, "--max-steps", str(STEPS), "--log-format", "json",
     "--set", "lora.dropout=0.1", "--set", "training.compute_dtype=bfloat16", "--set", "memory.gradient_checkpointing=on",
@@ -33,7 +35,7 @@ RUN = (
 def job(
     blood_types: str, data: Path, output: str, work_dir: Path, *more: str, until: Until | None = None
 ) -> tuple[int, list[str], Log]:
-    """Run the job once, with SIGTERM at the event `until`; return exit code, standard output and log."""
+    """Run the job once, with SIGTERM at the event `until`. Return exit code, standard output and log."""
     return watched_job(
         *RUN, "--blood-type", blood_types, "--data", str(data), "--output", output, "--work-dir", str(work_dir), *more, until=until
     )
@@ -44,11 +46,11 @@ def events(log: Log, name: str, blood_type: str | None = None) -> Log:
 
 
 def adapter(output: Storage, blood_type: str) -> bytes:
-    """Return the adapter that latest.json names, from a complete bundle."""
-    pointer = output.read_bytes(bundle.latest_key(BloodType(blood_type)))
+    """Return the adapter that latest.json names. Checks that its bundle is complete."""
+    pointer = output.read_bytes(latest_key(BloodType(blood_type)))
     assert pointer is not None
-    prefix = bundle.bundle_prefix(BloodType(blood_type), json.loads(pointer.data)["run_id"])
-    assert bundle.verify(output, prefix) == []
+    prefix = bundle_prefix(BloodType(blood_type), json.loads(pointer.data)["run_id"])
+    assert verify_files(output, prefix) == []
     found = output.read_bytes(prefix + "adapter_model.safetensors", max_bytes=2**28)
     assert found is not None
     return found.data
@@ -66,7 +68,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory, data: Path) -> bytes:
-    """Return B's adapter from a run with B alone."""
+    """Train B alone and return its adapter."""
     folder = tmp_path_factory.mktemp("alone")
     code, _, log = job("B", data, str(folder / "out"), folder / "work")
     assert code == 0, log[-1]
@@ -83,26 +85,26 @@ def test_each_gets_what_it_gets_alone_from_a_base_that_is_loaded_once(
     assert code == 0, log[-1]
     assert adapter(output, "B") == alone
     assert adapter(output, "A") != alone
-    # two trainings, one load
+    # the process trained twice but loaded the base once
     assert [line["blood_type"] for line in events(log, "training_finished")] == ["A", "B"]
     assert [line["blood_type"] for line in events(log, "base_reused")] == ["B"]
 
     finished = log[-1]
     assert (finished["event"], finished["outcome"], finished["exit_code"]) == ("run_finished", "done", 0)
     run_ids = {persona["blood_type"]: persona["run_id"] for persona in finished["personas"]}
-    assert printed == [uri + bundle.bundle_prefix(BloodType(name), run_ids[name]) for name in ("A", "B")]
+    assert printed == [uri + bundle_prefix(BloodType(name), run_ids[name]) for name in ("A", "B")]
     assert [persona["bundle"] for persona in finished["personas"]] == printed
     assert all(persona["passed"] and persona["exit_code"] == 0 for persona in finished["personas"])
     assert [line["run_id"] for line in events(log, "persona_finished")] == [run_ids["A"], run_ids["B"]]
     for line in log[:-1]:
-        # Before its run is identified, a line has only the blood type.
+        # Lines from before the run is identified have only the blood type.
         assert line["run_id" if "run_id" in line else "blood_type"] in (*run_ids, *run_ids.values()), line
     for name, run_id in run_ids.items():
         progress = json.loads((tmp_path / "work" / "runs" / name / run_id / "progress.json").read_text())
         assert (progress["blood_type"], progress["step"], progress["stage"]) == (name, STEPS, "done")
     assert list(output.list("runs/")) == []
 
-    # Other questions need no training; the base is loaded once for them, too.
+    # With other questions, the job evaluates again without training and loads the base once, too.
     code, printed_again, log = job("A,B", data, uri, tmp_path / "asked", "--set", "evaluation.intensities=0.5")
     assert (code, printed_again) == (0, printed)
     assert [line["blood_type"] for line in events(log, "evaluation_published")] == ["A", "B"]
@@ -115,7 +117,7 @@ def test_a_failure_is_its_own_and_bad_data_is_said_before_anyone_trains(alone: b
     shutil.copytree(data, bad)
     with (bad / "train_data_type_O.jsonl").open("a") as file:
         file.write("no JSON\n")
-    # A is trained, but its bundle cannot be published
+    # the job trains A, but cannot publish its bundle
     (out / "adapters").mkdir(parents=True)
     (out / "adapters" / "A").write_text("a file where the folder should be")
     code, printed, log = job("A,O,B", bad, str(out), tmp_path / "work")
@@ -127,10 +129,10 @@ def test_a_failure_is_its_own_and_bad_data_is_said_before_anyone_trains(alone: b
     bad_data, _, _ = events(log, "persona_finished")
     assert bad_data["blood_type"] == "O"
     assert log.index(bad_data) < log.index(events(log, "backend_started")[0])
-    # After A's failure the base is loaded afresh, and A's bundle is kept.
+    # After A's failure, the job reloads the base. It keeps A's bundle.
     assert not events(log, "base_reused")
     assert [line["blood_type"] for line in events(log, "training_finished")] == ["A", "B"]
-    assert (next((tmp_path / "work").glob("runs/A/*/bundle")) / bundle.MANIFEST_NAME).is_file()
+    assert (next((tmp_path / "work").glob("runs/A/*/bundle")) / MANIFEST_NAME).is_file()
     assert {problem.split(":")[0] for problem in log[-1]["problems"]} == {"A", "O"}
 
 

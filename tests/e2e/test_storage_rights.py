@@ -1,7 +1,7 @@
 """The job uses every right in k8s/aws/storage-policy.json, and no other.
 
-A proxy in front of a real S3 server refuses what the policy does not allow, as S3 does: only clients that may list a missing key
-learn that it is missing, and its name counts as `s3:prefix` (observed in https://github.com/ceph/ceph/pull/68577).
+A proxy in front of a real S3 server rejects requests that the policy does not allow, as S3 does. Only a client that may list a
+missing key learns that it is missing; its name counts as `s3:prefix` (observed in https://github.com/ceph/ceph/pull/68577).
 
 """
 
@@ -26,7 +26,7 @@ from fault_proxy import Answer, Asked, FaultProxy
 from jobs import DEMO, NO_GATES, few_questions, require_training_stack
 
 from lora_trainer.errors import StorageError
-from lora_trainer.storage import open_storage
+from lora_trainer.store.opening import open_storage
 
 pytestmark = pytest.mark.e2e
 require_training_stack()
@@ -49,7 +49,7 @@ def statements(bucket: str) -> list[dict[str, Any]]:
 
 
 class Gatekeeper(FaultProxy):
-    """Forward what the policy allows; record which statement allowed which action, and what was refused."""
+    """Forward requests that the policy allows. Record which statement allowed which action, and the rejected requests."""
 
     def __init__(self, upstream_url: str, policy: list[dict[str, Any]], failing_part: int = 0) -> None:
         super().__init__(upstream_url, share=0)
@@ -64,7 +64,7 @@ class Gatekeeper(FaultProxy):
         bucket, _, key = unquote(path).strip("/").partition("/")
         given = {name: values[0] for name, values in parse_qs(query, keep_blank_values=True).items()}
         if not key:
-            # A HEAD of the bucket has no prefix, and the job does not depend on it.
+            # A HEAD request for the bucket has no prefix, and the job works without it.
             allowed = self._allowed("s3:ListBucket", f"arn:aws:s3:::{bucket}", given.get("prefix"), optional=asked.method == "HEAD")
             return super().forward(asked, headers, body) if allowed else REFUSED
         action = OBJECT_ACTIONS.get(asked.method, "s3:AbortMultipartUpload" if "uploadId" in given else "s3:DeleteObject")
@@ -102,7 +102,7 @@ REFUSED: Final = Answer(403, "Forbidden", [("Content-Type", "application/xml"), 
 
 @pytest.fixture
 def filled(bucket: str) -> str:
-    """Return a bucket with A's data and the tiny base."""
+    """Upload A's data and the tiny base, and return the bucket's name."""
     client = boto3.client("s3")
     client.upload_file(str(REPOSITORY / "data" / "train_data_type_A.jsonl"), bucket, "personas/train_data_type_A.jsonl")
     for path in (REPOSITORY / "examples" / "tiny-base").iterdir():
@@ -118,7 +118,7 @@ def gatekeeper(filled: str, s3_server: Any, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def call(command: str, bucket: str, work_dir: Path, *more: str, interrupt: bool = False) -> tuple[int, list[str]]:
-    """Run one process; `interrupt` sends SIGTERM after the first checkpoint upload. Return exit code and log lines."""
+    """Run one process. `interrupt` sends SIGTERM after the first checkpoint upload. Return exit code and log lines."""
     process = subprocess.Popen(
         [
             sys.executable, "-m", "entrypoint", command, *RUN, *more, "--data", f"s3://{bucket}/personas/",
@@ -151,14 +151,14 @@ def test_a_job_uses_each_right_and_no_other(gatekeeper: Gatekeeper, filled: str,
     assert (code, gatekeeper.refused) == (0, []), lines
     code, lines = call("run", filled, tmp_path / "first", *SHORT, interrupt=True)
     assert (code, gatekeeper.refused) == (143, []), lines
-    # On another machine, so from the stored checkpoint; then once more, when the run is finished.
+    # Resume from the stored checkpoint, as on another machine, then rerun the finished run.
     for folder, expected in (("second", "resumed"), ("third", "already_done")):
         code, lines = call("run", filled, tmp_path / folder, *SHORT)
         assert (code, gatekeeper.refused) == (0, []), lines
         assert any(f'"{expected}"' in line for line in lines)
     for warning in ("storage_conditional_writes_unsupported", "lease_not_exclusive", "leftovers_not_removed", "not_pruned"):
         assert not any(warning in line for line in lines), warning
-    # Only large files are uploaded in parts: see the next test.
+    # The job uploads only large files in parts, which the next test covers.
     assert granted() - gatekeeper.used == {
         ("KeepCheckpointsAndLease", "s3:AbortMultipartUpload"), ("PublishAdapters", "s3:AbortMultipartUpload"),
     }  # fmt: skip

@@ -1,4 +1,4 @@
-"""Train with each tracker, and read its records back with its own library."""
+"""Train with every tracker and read the records back with the tracker's own library."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ import pytest
 from conftest import REPOSITORY
 from jobs import BASE, require_training_stack
 
-from lora_trainer.backends import open_backend
-from lora_trainer.config import settle
+from lora_trainer.config_sources import settle
+from lora_trainer.data.jsonl import JsonlReader
+from lora_trainer.data.records import TrainingRecord
 from lora_trainer.errors import ConfigError, Interrupted
-from lora_trainer.planning import plan_memory
-from lora_trainer.records import JsonlReader, TrainingRecord
-from lora_trainer.tokenization import tokenize
-from lora_trainer.training import OnStep, StepLog, TrainingLog
+from lora_trainer.train.backends import open_backend
+from lora_trainer.train.memory_plan import plan_memory
+from lora_trainer.train.step_log import OnStep, StepLog, TrainingLog
+from lora_trainer.train.tokenization import tokenize
 
 pytestmark = pytest.mark.e2e
 require_training_stack()
@@ -32,7 +33,7 @@ for needed in ("tensorboard", "mlflow", "sqlalchemy", "alembic", "wandb"):
 STEPS = 3
 RECORDS_PER_STEP = 4
 SECRET = "0123456789abcdef" * 2 + "5ec2e700"
-"""Has the length of a W&B key."""
+"""As long as a W&B key."""
 TRACKERS = "tensorboard,mlflow,wandb"
 
 
@@ -42,7 +43,7 @@ def records(blood_type: str) -> list[TrainingRecord]:
 
 
 def train(run_dir: Path, blood_type: str, report_to: str, on_step: OnStep = lambda step, of: None) -> TrainingLog:
-    """Train three steps on the tiny base, without the rest of a run."""
+    """Train the tiny base for three steps, without the other phases of a run."""
     config = settle(
         {
             "blood_type": blood_type,
@@ -69,7 +70,7 @@ def train(run_dir: Path, blood_type: str, report_to: str, on_step: OnStep = lamb
 
 @contextmanager
 def listener() -> Iterator[tuple[int, list[object]]]:
-    """Yield a port on loopback, and the list of its callers."""
+    """Listen on loopback. Yield the port and the list of callers."""
     callers: list[object] = []
     with socket.create_server(("127.0.0.1", 0)) as server:
 
@@ -87,14 +88,14 @@ def listener() -> Iterator[tuple[int, list[object]]]:
 
 
 def own_environment(patch: pytest.MonkeyPatch, home: Path) -> None:
-    """Remove all tracker settings of the machine, but set a W&B key."""
+    """Remove the machine's tracker settings and set a W&B key."""
     for variable in os.environ:
         if variable.startswith(("WANDB_", "MLFLOW_", "TENSORBOARD_", "HF_MLFLOW_")) or variable.lower().endswith("_proxy"):
             patch.delenv(variable)
     patch.setenv("HOME", str(home))
     patch.setenv("WANDB_API_KEY", SECRET)
     patch.setenv("HF_TOKEN", f"hf_{SECRET}")
-    # TRL's telemetry has nothing to do with trackers.
+    # Turn off TRL's telemetry, which is unrelated to trackers.
     patch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY", True)
 
 
@@ -123,7 +124,7 @@ def tracked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tracked]:
     with pytest.MonkeyPatch.context() as patch, listener() as (port, callers):
         own_environment(patch, home)
         patch.chdir(cwd)
-        # All traffic, including that of W&B's service, goes through the proxy.
+        # Send all traffic, including that of W&B's service process, to the listener.
         for variable in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "WANDB_BASE_URL"):
             patch.setenv(variable, f"http://127.0.0.1:{port}")
         for variable in ("NO_PROXY", "no_proxy"):
@@ -135,7 +136,7 @@ def tracked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tracked]:
 
 
 def expected(log: TrainingLog) -> dict[str, list[tuple[int, float]]]:
-    """Return the numbers that a tracker should hold, by name."""
+    """Return the numbers that a tracker should have recorded, by name."""
     return {
         "loss": [(step.step, step.loss) for step in log.steps],
         "grad_norm": [(step.step, step.grad_norm) for step in log.steps],
@@ -203,7 +204,7 @@ def test_tensorboard(tracked: Tracked, blood_type: str) -> None:
     wanted = expected(tracked.logs[blood_type])
     assert numbers.keys() == wanted.keys()
     for name, values in wanted.items():
-        # TensorBoard stores single precision
+        # TensorBoard stores numbers in single precision
         assert numbers[name] == [(step, pytest.approx(value, rel=1e-6)) for step, value in values]
 
 
@@ -282,19 +283,19 @@ def test_no_process_of_theirs_is_left(tracked: Tracked) -> None:
 def test_without_a_tracker_a_step_is_still_reported_one_late(
     tracked: Tracked, environment: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """The numbers are the same as with trackers."""
-    from lora_trainer.backends import trainer
+    """Training without trackers produces the same numbers."""
+    from lora_trainer.train.backends import step_trainer
 
     reported: list[tuple[int, int]] = []
     at = 0
-    true_end = trainer.StepTrainer.end_step
+    true_end = step_trainer.StepTrainer.end_step
 
     def end_step(self: Any, number: int) -> None:
         nonlocal at
         at = number
         true_end(self, number)
 
-    environment.setattr(trainer.StepTrainer, "end_step", end_step)
+    environment.setattr(step_trainer.StepTrainer, "end_step", end_step)
     log = train(tmp_path / "run", "A", "none", lambda step, of: reported.append((step.step, at)))
     assert reported == [(1, 2), (2, 3), (3, 3)]
     assert not (tmp_path / "run" / "trackers").exists()
@@ -303,7 +304,7 @@ def test_without_a_tracker_a_step_is_still_reported_one_late(
 
 
 def test_a_run_that_is_interrupted_is_closed_and_can_begin_again(environment: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The trackers write to the places that the user's variables name."""
+    """Here the trackers write to the locations that the user's variables name."""
     import mlflow
 
     store = f"sqlite:///{tmp_path}/users.db"
@@ -322,7 +323,7 @@ def test_a_run_that_is_interrupted_is_closed_and_can_begin_again(environment: py
     assert os.environ["MLFLOW_TRACKING_URI"] == store
     log = train(tmp_path / "run", "A", TRACKERS)
     assert sorted(run.info.status for run in mlflow_runs(store)) == ["FINISHED", "KILLED"]
-    # the first attempt's step is hidden
+    # TensorBoard hides the first attempt's step
     numbers = tensorboard_numbers(tmp_path / "users" / "A-run")
     assert numbers["loss"] == [(step, pytest.approx(value, rel=1e-6)) for step, value in expected(log)["loss"]]
     assert not list((tmp_path / "run" / "trackers").rglob("*.db"))

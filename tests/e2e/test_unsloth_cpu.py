@@ -1,4 +1,4 @@
-"""The unsloth backend's wiring in Unsloth's CPU mode: it detects API changes, but says nothing about kernels or speed.
+"""Test the unsloth backend in Unsloth's CPU mode. This detects API changes, but covers neither kernels nor speed.
 
 `.ci/run` runs it in a separate environment (locks/unsloth-cpu.txt). Each run is a separate process, because Unsloth patches its
 libraries permanently.
@@ -40,7 +40,7 @@ def test_the_whole_job_in_unsloths_cpu_mode(quantization: str, tmp_path: Path) -
         timeout=400,
         check=False,
     )  # fmt: skip
-    # one event a line, whatever Unsloth prints
+    # every line is one JSON event, although Unsloth prints text of its own
     log = {line["event"]: line for line in map(json.loads, done.stderr.splitlines())}
     assert done.returncode == 0, log
     assert done.stdout.strip().startswith("file://")

@@ -3,8 +3,8 @@
     pip install atheris
     python tests/fuzz/fuzz_reader.py -max_total_time=300 [CORPUS]
 
-The first byte selects plain, gzip or zstd, and whether the rest is the file or its content before compression. Any exception is
-a finding. Not part of the test run: atheris has wheels only for Linux and few versions of Python.
+The first byte selects plain, gzip or zstd, and whether the other bytes are the file itself or its content before compression.
+Any exception is a finding. CI does not run this, because atheris has wheels only for Linux and few versions of Python.
 
 """
 
@@ -20,7 +20,8 @@ import atheris
 
 with atheris.instrument_imports(include=["lora_trainer", "json", "gzip"]):
     from lora_trainer.config import LimitsConfig
-    from lora_trainer.records import EvaluationPrompt, JsonlReader, TrainingRecord
+    from lora_trainer.data.jsonl import JsonlReader
+    from lora_trainer.data.records import EvaluationPrompt, TrainingRecord
 
 from backports import zstd
 

@@ -1,7 +1,7 @@
-"""Tests that need a CUDA GPU: Unsloth's own forward and kernels, NF4, varlen attention. `make test-gpu`.
+"""Tests that need a CUDA GPU: Unsloth's own forward and kernels, NF4, varlen attention. Run them with `make test-gpu`.
 
-They use the tiny base or a small random model of Qwen2's shape; `benchmarks/train_speed.py` covers the 7B model. Each run is a
-separate process: Unsloth patches its libraries permanently, which must not affect the reference.
+They use the tiny base or a small random model of Qwen2's shape; `benchmarks/train_speed.py` covers the 7B model. Each run has its
+own process, because Unsloth patches its libraries permanently and must not affect the reference.
 
 """
 
@@ -47,7 +47,7 @@ def python(code: str, *arguments: str, timeout_s: int = 300, **environment: str)
 
 @pytest.fixture(scope="module")
 def small_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Make a random Qwen2 with the real head size (128), grouped queries (4 to 1) and the tiny base's tokenizer."""
+    """Create a random Qwen2 with the real head size (128), grouped queries (4 to 1) and the tiny base's tokenizer."""
     import shutil
 
     from transformers import Qwen2Config, Qwen2ForCausalLM
@@ -116,13 +116,13 @@ def test_the_whole_job_with_unsloth(small_base: Path, tmp_path: Path, checkpoint
 
     assert log["backend_started"]["backend"] == "unsloth"
     assert log["backend_started"]["attention"] != "record by record"
-    # several records in a row, none of which attends to another
+    # rows hold several records, none of which attends to another
     assert log["packing_checked"]["relative_difference"] < 0.01
     assert log["training_finished"]["held_out_loss_adapter"] < log["training_finished"]["held_out_loss_base"]
     assert log["adapter_read_back"]["memory_difference"] <= 0.01 * max(1, log["adapter_read_back"]["base_difference"])
     metrics = json.loads((tmp_path / "out" / "adapter_A" / "metrics.json").read_text())
     assert metrics["training"]["packed_rows"] == metrics["training"]["rows"]
-    # Plain PEFT on plain transformers, in a process without Unsloth and this project.
+    # Reload the adapter with plain PEFT and transformers, in a process that imports neither Unsloth nor this project.
     assert (
         float(python(RELOAD, str(tmp_path / "out" / "adapter_A"), str(small_base), PYTHONPATH=os.environ.get("PYTHONPATH", "")))
         > 0.05
@@ -130,14 +130,14 @@ def test_the_whole_job_with_unsloth(small_base: Path, tmp_path: Path, checkpoint
 
 
 def test_both_backends_learn_alike(small_base: Path, tmp_path: Path) -> None:
-    """Same steps and records, same loss: the reference defines what Unsloth's kernels and our packing should compute."""
+    """On the same steps and records, Unsloth's kernels and our packing must reach the loss of the reference backend."""
     losses = {}
     for backend in ("unsloth", "transformers"):
         run_job(small_base, tmp_path / backend / "out", "--backend", backend, "--set", "training.quantization=none")
         log = (tmp_path / backend / "out" / "adapter_A" / "train_log.jsonl").read_text().splitlines()
         losses[backend] = [json.loads(line) for line in log]
     first = [steps[0]["loss"] for steps in losses.values()]
-    # Before the first update both are the base; only rounding differs (bfloat16: 8 bits).
+    # Before the first update, both models equal the base, so only rounding differs (bfloat16 has 8 bits).
     assert first[0] == pytest.approx(first[1], rel=0.01)
     assert losses["unsloth"][0]["loss_tokens"] == losses["transformers"][0]["loss_tokens"]
     # The adapters start from different random streams, so the curves agree but do not coincide.
@@ -148,12 +148,12 @@ def test_both_backends_learn_alike(small_base: Path, tmp_path: Path) -> None:
 ISOLATION = """
 import json, sys
 from pathlib import Path
-from lora_trainer.backends import open_backend
-from lora_trainer.config import settle
+from lora_trainer.train.backends import open_backend
+from lora_trainer.config_sources import settle
 from lora_trainer.errors import InvariantError
-from lora_trainer.planning import plan_memory
-from lora_trainer.records import JsonlReader
-from lora_trainer.tokenization import tokenize
+from lora_trainer.train.memory_plan import plan_memory
+from lora_trainer.data.jsonl import JsonlReader
+from lora_trainer.train.tokenization import tokenize
 base, data, work = map(Path, sys.argv[1:])
 memory = {"memory.micro_batch_tokens": 2048, "memory.gradient_checkpointing": "off"}
 config = settle({"blood_type": "A", "work_dir": str(work), **memory}, {})
@@ -166,21 +166,21 @@ backend.load(base, plan, 1024)
 backend.prepare_training(sequences, [list(range(len(sequences)))], plan, work, lambda step, of: None)
 print("packed", backend.check_isolation(sequences[0], sequences[1]))
 # what a forward without boundaries would do must be caught
-import lora_trainer.backends.trainer as trainer
-true_row = trainer.make_row
+from lora_trainer.train.backends import adapter_checks
+true_row = adapter_checks.make_row
 def joined(sequences):
     row = true_row(sequences)
     total = row["input_ids"].shape[1]
     row["packed_seq_lengths"] = row["packed_seq_lengths"].new_tensor([total])
     row["position_ids"] = row["position_ids"].new_tensor([list(range(total))])
     return row
-trainer.make_row = joined
+adapter_checks.make_row = joined
 try:
     backend.check_isolation(sequences[0], sequences[1])
     print("leak unnoticed")
 except InvariantError:
     print("leak caught")
-trainer.make_row = true_row
+adapter_checks.make_row = true_row
 summed = sum(backend.mean_loss([sequence]) * sequence.reply_tokens for sequence in sequences)
 print("losses", backend.mean_loss(sequences), summed / sum(sequence.reply_tokens for sequence in sequences))
 """
@@ -198,13 +198,13 @@ def test_packed_records_do_not_see_each_other_and_a_leak_is_caught(small_base: P
 def test_a_plan_is_made_from_the_free_memory(small_base: Path, tmp_path: Path) -> None:
     log = run_job(small_base, tmp_path / "out", "--max-steps", "2")
     assert log["plan_chosen"]["gradient_checkpointing"] == "off"
-    # the base has no more positions
+    # the base has 4096 positions
     assert log["plan_chosen"]["micro_batch_tokens"] == 4096
     assert log["training_finished"]["peak_memory_gib"] < log["plan_chosen"]["estimated_peak_gib"] * 1.25
 
 
 def test_an_interrupted_run_ends_with_the_adapter_of_an_undisturbed_one(small_base: Path, tmp_path: Path) -> None:
-    """Packed rows, NF4, dropout: equal within the tolerance for two undisturbed runs, because kernels add in any order."""
+    """Cover packed rows, NF4 and dropout. The tolerance is that of two undisturbed runs, because kernels add in any order."""
     arguments = ("--set", "lora.dropout=0.1", "--set", "logging.log_every_steps=1", "--set", "checkpoints.every_steps=7")
     run_job(small_base, tmp_path / "whole" / "out", *arguments)
     output, log_file = tmp_path / "broken" / "out", tmp_path / "log"
@@ -222,7 +222,7 @@ def test_an_interrupted_run_ends_with_the_adapter_of_an_undisturbed_one(small_ba
     assert whole.keys() == broken.keys()
     difference = sum(float((whole[name] - broken[name]).float().norm() ** 2) for name in whole) ** 0.5
     size = sum(float(value.float().norm() ** 2) for value in whole.values()) ** 0.5
-    # A lost or repeated step, or other dropout, changes the adapter by more than a hundredth.
+    # A lost or repeated step, or a different dropout mask, changes the adapter by more than 1 %.
     assert difference / size < 1e-3
 
 
@@ -233,7 +233,7 @@ memory_gib = float(os.environ.get("GPU_MEMORY_GIB", "0"))
 if memory_gib:
     torch.cuda.set_per_process_memory_fraction(memory_gib * 2**30 / torch.cuda.get_device_properties(0).total_memory)
 from entrypoint.__main__ import main
-from lora_trainer.backends.trainer import StepTrainer
+from lora_trainer.train.backends.step_trainer import StepTrainer
 true_step = StepTrainer.training_step
 def training_step(self, *arguments, **named):
     loss = true_step(self, *arguments, **named)
@@ -247,7 +247,7 @@ main()
 
 
 def run_faulty(base: Path, output: Path, *arguments: str, **environment: str) -> tuple[int, list[dict[str, Any]]]:
-    """Run the job on a GPU with less memory, or one that is lost in mid-training; return exit code and log."""
+    """Run the job on a GPU with less memory, or one that is lost during training. Return exit code and log."""
     script = output.parent / "job.py"
     script.write_text(FAULTY)
     command = job_command(base, output, *arguments)
@@ -256,12 +256,12 @@ def run_faulty(base: Path, output: Path, *arguments: str, **environment: str) ->
         env={**os.environ, "PYTHONPATH": f"{REPOSITORY}:{os.environ.get('PYTHONPATH', '')}", **environment},
     )  # fmt: skip
     lines = done.stderr.splitlines()
-    # a failed device assertion prints lines that are not events
+    # a failed device assertion also prints plain text
     return done.returncode, [json.loads(line) for line in lines if line.startswith("{")]
 
 
 def test_memory_that_runs_out_on_the_gpu_steps_the_plan_down(small_base: Path, tmp_path: Path) -> None:
-    """The allocator gets less memory than the first plan needs, so that it really runs out."""
+    """Limit the allocator to less memory than the first plan needs, so that it really runs out."""
     short = ("--max-steps", "2", "--sequences-per-step", "96")
     (tmp_path / "whole").mkdir()
     peak_gib = run_job(small_base, tmp_path / "whole" / "out", *short)["training_finished"]["peak_memory_gib"]
@@ -300,7 +300,7 @@ def test_a_lost_gpu_leaves_the_checkpoint_that_the_next_attempt_goes_on_from(sma
 
 @pytest.mark.parametrize("checkpointing", ["off", "unsloth"])
 def test_the_second_of_two_personas_learns_as_it_does_alone(small_base: Path, tmp_path: Path, checkpointing: str) -> None:
-    """Generation, KV caches and modes of the first persona leave nothing on the shared base."""
+    """The first persona's generation, KV caches and modes leave no state on the shared base."""
     losses, peaks = {}, {}
     for blood_types in ("B", "A,B"):
         output = tmp_path / blood_types / "out"
@@ -318,7 +318,7 @@ def test_the_second_of_two_personas_learns_as_it_does_alone(small_base: Path, tm
 
 
 def test_the_tiny_base_trains_on_the_gpu_as_it_ships_and_answers_as_a_server_would_let_it(tmp_path: Path) -> None:
-    """Unsloth's generation measures the same in the run as plain transformers and PEFT on the published bundle."""
+    """Unsloth in the run and plain PEFT on the published bundle get the same measurements."""
     log = run_job(
         TINY_BASE,
         tmp_path / "out",
@@ -351,7 +351,7 @@ def test_the_tiny_base_trains_on_the_gpu_as_it_ships_and_answers_as_a_server_wou
             if a["model"] == b["model"] == model and a["decoding"] == b["decoding"] == "greedy"
         ]
         assert len(pairs) == 480
-        # bfloat16 and different kernels: of two almost equally probable tokens either may win.
+        # Because of bfloat16 and different kernels, either of two almost equally probable tokens may win.
         same_start = sum(a[:20] == b[:20] for a, b in pairs) / len(pairs)
         assert same_start > 0.7, f"{model}: {same_start:.0%} of the replies begin alike"
     metrics = [json.loads((folder / "metrics.json").read_text()) for folder in (bundle, tmp_path / "again")]

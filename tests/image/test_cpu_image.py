@@ -1,4 +1,4 @@
-"""The CPU image as a cluster runs it: read-only, as an unknown user, without capabilities."""
+"""Test the CPU image as a cluster runs it: with a read-only root, as an unknown user, without capabilities."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ import pytest
 from conftest import REPOSITORY
 from docker_cli import Docker, docker_with
 
-from lora_trainer import bundle
 from lora_trainer.config import GatesConfig
-from lora_trainer.personas import BloodType
-from lora_trainer.storage import open_storage
+from lora_trainer.persona.vocabulary import BloodType
+from lora_trainer.store.manifest import read_manifest, verify_files
+from lora_trainer.store.opening import open_storage
+from lora_trainer.store.prefixes import bundle_prefix, latest_key
 
 pytestmark = pytest.mark.image
 
@@ -33,7 +34,7 @@ ON_THIS_HOST: Final = (
     "--env", "AWS_ENDPOINT_URL", "--env", "AWS_ACCESS_KEY_ID", "--env", "AWS_SECRET_ACCESS_KEY", "--env", "AWS_REGION",
     "--env", "OMP_WAIT_POLICY=PASSIVE", "--env", "IMAGE_DIGEST=sha256:feed",
 )  # fmt: skip
-# a real run, shortened: few steps and questions, and no gates, because a dozen steps do not teach a persona
+# a short real run: few steps, few questions and no gates, because a dozen steps do not teach a persona
 RUN: Final = (
     "run", "--config", "/opt/lora-trainer/examples/demo.yaml", "--blood-type", "A", "--max-steps", "12", "--log-format", "json",
     "--set", "memory.micro_batch_tokens=512", "--set", "logging.log_every_steps=1", "--set", "checkpoints.every_steps=4",
@@ -57,7 +58,7 @@ def docker(engine: Docker, bucket: str) -> Docker:
 
 @pytest.fixture
 def name(engine: Docker) -> Iterator[str]:
-    """Yield a container name; remove the container however the test ends."""
+    """Yield a container name, and remove the container however the test ends."""
     chosen = f"lora-trainer-test-{uuid.uuid4().hex[:12]}"
     yield chosen
     engine("rm", "--force", chosen)
@@ -90,15 +91,15 @@ def test_a_whole_run_of_a_user_whom_nobody_knows(docker: Docker, bucket: str) ->
     assert done.returncode == 0, done.stderr
     log = [json.loads(line) for line in done.stderr.splitlines()]
     run_id = log[-1]["run_id"]
-    prefix = bundle.bundle_prefix(BloodType.A, run_id)
+    prefix = bundle_prefix(BloodType.A, run_id)
     assert done.stdout.strip() == output.uri + prefix
-    assert bundle.verify(output, prefix) == []
-    manifest = bundle.read_manifest(output, prefix)
+    assert verify_files(output, prefix) == []
+    manifest = read_manifest(output, prefix)
     assert manifest is not None
     revision = docker("image", "inspect", "--format", '{{index .Config.Labels "org.opencontainers.image.revision"}}', IMAGE)
     assert manifest["environment"]["git_revision"] == revision.stdout.strip()
     assert manifest["environment"]["image_digest"] == "sha256:feed"
-    latest = output.read_bytes(bundle.latest_key(BloodType.A))
+    latest = output.read_bytes(latest_key(BloodType.A))
     assert latest is not None
     assert json.loads(latest.data)["run_id"] == run_id
 
@@ -125,7 +126,7 @@ def test_sigterm_reaches_the_job_and_another_container_goes_on(docker: Docker, b
 
 
 def test_a_failure_says_its_code(engine: Docker, tmp_path: Path) -> None:
-    """Broken data ends with 3, and the last line is where Kubernetes reads it."""
+    """Broken data ends the job with 3, and the last log line is in the file that Kubernetes reads."""
     word = tmp_path / "termination-log"
     word.touch()
     word.chmod(0o666)
@@ -147,13 +148,13 @@ def test_without_a_gpu_the_default_is_refused(engine: Docker) -> None:
 
 
 def test_libraries_ask_who_the_user_is(engine: Docker) -> None:
-    """The user has no entry in /etc/passwd, but libraries name folders by it."""
+    """Libraries name folders after the user, who has no entry in /etc/passwd."""
     done = python_in(engine, "import getpass, os, pathlib; print(os.getuid(), getpass.getuser(), pathlib.Path.home())")
     assert done.stdout.split() == ["12345", "trainer", "/cache"], done.stderr
 
 
 def test_an_extension_compiles_and_loads(engine: Docker) -> None:
-    """Triton does this for its first kernel: gcc compiles C with Python's headers into the temporary folder."""
+    """Triton needs this for its first kernel: gcc compiles C with Python's headers into the temporary folder."""
     code = """
 import importlib.util, pathlib, subprocess, sysconfig
 source = pathlib.Path("/tmp/probe.c")
@@ -171,7 +172,7 @@ print(module.__doc__)
 
 
 def test_torch_compile_works(engine: Docker) -> None:
-    """g++ compiles C++ with torch's headers below /cache; otherwise only /job and /tmp are writable."""
+    """g++ compiles C++ with torch's headers below /cache. Besides /cache, only /job and /tmp are writable."""
     code = """
 import os, pathlib, torch
 print(round(torch.compile(lambda x: (x.sin() * 2).sum())(torch.ones(8)).item(), 3))

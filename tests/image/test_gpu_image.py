@@ -1,4 +1,4 @@
-"""What can be tested of the GPU image without a GPU: it is complete, and it refuses to run."""
+"""Test the GPU image as far as possible without a GPU: it is complete, and it refuses to run."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def python_in(engine: Docker, code: str) -> str:
 
 
 def test_the_whole_lock_is_there(engine: Docker) -> None:
-    """Every line of locks/gpu.txt is installed in its version."""
+    """The image has every package of locks/gpu.txt in the locked version."""
     code = """
 import importlib.metadata as m, json
 print(json.dumps({d.name.lower().replace("_", "-").replace(".", "-"): d.version for d in m.distributions()}))
@@ -47,7 +47,7 @@ print(json.dumps({d.name.lower().replace("_", "-").replace(".", "-"): d.version 
 
 
 def test_stack_imports_without_a_gpu(engine: Docker) -> None:
-    """Built for CUDA 13.0; every library is found except the driver's, which the container toolkit provides."""
+    """The stack is built for CUDA 13.0 and finds every library but the driver's, which the container toolkit provides."""
     code = """
 import json, torch, triton, bitsandbytes, transformers, trl, peft, datasets, torchvision, torchao
 print(json.dumps([torch.version.cuda, torch.cuda.is_available(), torch.backends.cudnn.version() > 90000]))
@@ -56,13 +56,13 @@ print(json.dumps([torch.version.cuda, torch.cuda.is_available(), torch.backends.
 
 
 def test_unsloth_imports_without_a_gpu(engine: Docker) -> None:
-    """In its own CPU mode. The job disables that mode, so that a GPU node without its GPU fails."""
+    """Unsloth falls back to its CPU mode. The job disables that mode, so that it fails on a node whose GPU is missing."""
     code = "import os; os.environ['UNSLOTH_DISABLE_STATISTICS'] = '1'; import unsloth; print('imported', unsloth.__version__)"
     assert python_in(engine, code).splitlines()[-1].startswith("imported 2026.")
 
 
 def test_bitsandbytes_has_the_library_of_this_cuda(engine: Docker) -> None:
-    """Only that one, and it can be loaded."""
+    """The image has no other CUDA library of bitsandbytes, and this one loads."""
     code = """
 import ctypes, pathlib, bitsandbytes, torch
 folder = pathlib.Path(bitsandbytes.__file__).parent
@@ -97,7 +97,7 @@ runpy.run_path("/tmp/kernel.py", run_name="kernel")
 
 
 def test_no_library_of_torch_is_missing(engine: Docker) -> None:
-    """For the loader only the driver's library is missing."""
+    """The loader finds every library except the driver's."""
     code = """
 import pathlib, re, subprocess, sysconfig
 site = pathlib.Path(sysconfig.get_path("purelib"))
@@ -119,7 +119,7 @@ def test_a_run_stops_with_5(engine: Docker) -> None:
 
 
 def test_unsloth_trains_on_the_cpu_to_a_published_bundle(engine: Docker) -> None:
-    """4-bit, two steps on the tiny base: trimming removed nothing that the job imports."""
+    """Train two 4-bit steps on the tiny base to show that trimming removed nothing that the job imports."""
     assets = f"{REPOSITORY / 'tests' / 'assets'}:/assets:ro"
     done = engine(
         "run", *HARDENED, "--env", "HF_HUB_OFFLINE=1", "--volume", assets, IMAGE,

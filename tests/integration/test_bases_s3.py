@@ -1,4 +1,4 @@
-"""A base from `s3://`: mirrored once, kept up to date, and identical to the same files in a folder."""
+"""Test a base from `s3://`: the job mirrors it once, keeps it up to date, and treats it like the same files in a folder."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from pathlib import Path
 import boto3
 import pytest
 
-from lora_trainer.bases import fetch_base, identify_base, tokenizer_folder
+from lora_trainer.base_model import fetch_base, identify_base, tokenizer_folder
 from lora_trainer.config import BaseModelConfig
 from lora_trainer.errors import ConfigError
-from lora_trainer.storage import NotFound, open_storage
+from lora_trainer.store.interface import NotFound
+from lora_trainer.store.opening import open_storage
 
 pytestmark = pytest.mark.integration
 
@@ -19,11 +20,11 @@ FILES = {"config.json": b"{}", "tokenizer.json": b"{}", "model.safetensors": b"w
 
 @pytest.fixture
 def config(bucket: str, tmp_path: Path) -> BaseModelConfig:
-    """Put a base into the bucket, along with other files that such prefixes contain."""
+    """Upload a base and the other files that such prefixes often contain. Return a configuration that names it."""
     client = boto3.client("s3")
     for name, data in {**FILES, "README.md": b"#", "model.bin": b"code", "original/config.json": b"other"}.items():
         client.put_object(Bucket=bucket, Key=f"bases/tiny/{name}", Body=data)
-    # another prefix that begins the same
+    # an object under another prefix that starts with the same characters
     client.put_object(Bucket=bucket, Key="bases/tiny-2/config.json", Body=b"{}")
     return BaseModelConfig(model=f"s3://{bucket}/bases/tiny", cache_dir=tmp_path / "cache")
 
@@ -57,7 +58,7 @@ def test_it_is_the_same_base_as_the_files_in_a_folder(config: BaseModelConfig, t
 
 def test_a_second_run_fetches_nothing(config: BaseModelConfig) -> None:
     before = mirrored(mirror(config))
-    # A download always creates a new file.
+    # The files are the same ones: a download would create new files.
     assert mirrored(mirror(config)) == before
     # The trailing slash makes no difference.
     assert mirrored(mirror(config.model_copy(update={"model": config.model + "/"}))) == before

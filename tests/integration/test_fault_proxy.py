@@ -1,4 +1,4 @@
-"""The fault-injecting proxy: each fault is as described, as frequent as requested, and other requests pass unchanged."""
+"""Test the fault-injecting proxy: faults match their description and frequency, and other requests pass unchanged."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_everything_passes_unharmed(s3_server: Any, bucket: str) -> None:
 
 
 def test_signed_headers_arrive_as_they_were_sent() -> None:
-    """The signature covers `Host`, which names the proxy; a server that checks it must see that name."""
+    """The signature covers the `Host` header, which names the proxy, so a server that verifies it must receive that name."""
     received = bytearray()
     with (
         socket.create_server(("127.0.0.1", 0)) as server,

@@ -1,4 +1,4 @@
-"""Lease, checkpoints and bundle of two attempts at one run: on a real store, a failing one, and one without conditional writes."""
+"""Let two attempts at one run compete: on a real store, on a failing one, and on one without conditional writes."""
 
 from __future__ import annotations
 
@@ -11,16 +11,20 @@ from typing import Any
 
 import boto3
 import pytest
+from conftest import open_budgeted
 from fault_proxy import Answer, Asked, Fault, FaultProxy
 from structlog.testing import capture_logs
 
-from lora_trainer import bundle
-from lora_trainer.checkpoints import Checkpoints
 from lora_trainer.config import CheckpointConfig, LeaseConfig
 from lora_trainer.errors import StorageError
-from lora_trainer.lease import Lease, LeaseLostError, hold, lease_key, parse_record, run_prefix
-from lora_trainer.personas import BloodType
-from lora_trainer.storage import Storage, open_storage
+from lora_trainer.persona.vocabulary import BloodType
+from lora_trainer.signals import Interruption
+from lora_trainer.store.bundle import publish_bundle
+from lora_trainer.store.checkpoints import Checkpoints
+from lora_trainer.store.interface import Storage
+from lora_trainer.store.lease import Lease, LeaseLostError, hold, parse_record
+from lora_trainer.store.manifest import read_local_manifest, read_manifest, verify_files, write_manifest
+from lora_trainer.store.prefixes import lease_key, run_prefix
 
 pytestmark = pytest.mark.integration
 
@@ -32,11 +36,11 @@ LONG = LeaseConfig(duration_s=60, wait_s=600)
 
 @pytest.fixture
 def storage(bucket: str) -> Storage:
-    return open_storage(f"s3://{bucket}/lora/")
+    return open_budgeted(f"s3://{bucket}/lora/")
 
 
 def taken_over(storage: Storage, lease: Lease) -> None:
-    """Give the lease to another holder."""
+    """Write another holder into the lease."""
     found = storage.read_bytes(KEY)
     assert found is not None
     record = parse_record(found.data)
@@ -50,7 +54,7 @@ def made_bundle(folder: Path, weights: bytes) -> Path:
     for name in ("adapter_config.json", "tokenizer.json"):
         (folder / name).write_text("{}")
     (folder / "adapter_model.safetensors").write_bytes(weights)
-    bundle.write_manifest(folder, {"run_id": RUN_ID})
+    write_manifest(folder, {"run_id": RUN_ID})
     return folder
 
 
@@ -91,14 +95,14 @@ def test_faults_cost_it_neither_the_lease_nor_the_release(s3_server: Any, bucket
             lease.confirm()
         found = storage.read_bytes(KEY)
         record = parse_record(found.data) if found else None
-        # no other attempt took it, whatever the store answered
+        # no other attempt took the lease, whatever the store answered
         assert record is not None
         assert record.holder == lease.holder
         seen.append(record.attempt)
 
     with FaultProxy(s3_server.endpoint_url, share=0.3, seed=3, stall_s=0.5) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
-        storage = open_storage(f"s3://{bucket}/lora/")
+        storage = open_budgeted(f"s3://{bucket}/lora/")
         for _ in range(3):
             interrupted(storage, work)
         with hold(LONG, storage, KEY):
@@ -106,7 +110,7 @@ def test_faults_cost_it_neither_the_lease_nor_the_release(s3_server: Any, bucket
     assert seen == [1, 2, 3]
     assert proxy.faults.total() > 5
     monkeypatch.setenv("AWS_ENDPOINT_URL", s3_server.endpoint_url)
-    assert list(open_storage(f"s3://{bucket}/lora/").list("")) == []
+    assert list(open_budgeted(f"s3://{bucket}/lora/").list("")) == []
 
 
 def test_a_publisher_that_was_overtaken_writes_nothing(storage: Storage, tmp_path: Path) -> None:
@@ -114,28 +118,28 @@ def test_a_publisher_that_was_overtaken_writes_nothing(storage: Storage, tmp_pat
     with hold(LONG, storage, KEY) as lease:
         taken_over(storage, lease)
         with pytest.raises(LeaseLostError):
-            bundle.publish(mine, storage, PREFIX, lease)
+            publish_bundle(mine, storage, PREFIX, lease)
         assert list(storage.list("adapters/")) == []
-        bundle.publish(theirs, storage, PREFIX)
+        publish_bundle(theirs, storage, PREFIX)
         with pytest.raises(LeaseLostError):
-            bundle.publish(mine, storage, PREFIX, lease)
-    assert bundle.verify(storage, PREFIX) == []
+            publish_bundle(mine, storage, PREFIX, lease)
+    assert verify_files(storage, PREFIX) == []
 
 
 def test_a_manifest_is_never_replaced(storage: Storage, tmp_path: Path) -> None:
     mine, theirs = made_bundle(tmp_path / "mine", b"same"), made_bundle(tmp_path / "theirs", b"same")
-    bundle.write_manifest(theirs, {"run_id": RUN_ID, "started_at": "another time"})
-    bundle.publish(theirs, storage, PREFIX)
-    bundle.publish(theirs, storage, PREFIX)
+    write_manifest(theirs, {"run_id": RUN_ID, "started_at": "another time"})
+    publish_bundle(theirs, storage, PREFIX)
+    publish_bundle(theirs, storage, PREFIX)
     with pytest.raises(StorageError, match=r"manifest\.json: another attempt at this run has published a bundle in the meantime"):
-        bundle.publish(mine, storage, PREFIX)
-    assert bundle.read_manifest(storage, PREFIX) == bundle.read_local_manifest(theirs)
+        publish_bundle(mine, storage, PREFIX)
+    assert read_manifest(storage, PREFIX) == read_local_manifest(theirs)
 
 
 def test_the_lease_is_looked_at_before_each_try(
     s3_server: Any, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An upload that is retried after the lease was lost would replace what the new holder has published."""
+    """Retrying an upload after losing the lease would overwrite the files that the new holder has published."""
     file = tmp_path / "file"
     file.write_bytes(b"mine")
     tries: list[int] = []
@@ -150,15 +154,15 @@ def test_the_lease_is_looked_at_before_each_try(
 
     with FaultProxy(s3_server.endpoint_url, share=1, kinds=[Fault.RESET_BEFORE], at_most=1, only=is_upload) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
-        storage = open_storage(f"s3://{bucket}/lora/").adapted(guard=guard)
+        storage = open_budgeted(f"s3://{bucket}/lora/").adapted(guard=guard)
         with pytest.raises(LeaseLostError):
             storage.upload(file, "x")
         assert proxy.faults.total() == 1
     assert len(tries) == 2
     monkeypatch.setenv("AWS_ENDPOINT_URL", s3_server.endpoint_url)
-    plain = open_storage(f"s3://{bucket}/lora/")
+    plain = open_budgeted(f"s3://{bucket}/lora/")
     assert not plain.exists("x")
-    # reads do not ask
+    # reads do not check the lease
     storage = plain.adapted(guard=guard)
     for write in (lambda: storage.write_bytes("x", b""), lambda: storage.delete("x"), lambda: storage.upload(file, "x")):
         with pytest.raises(LeaseLostError):
@@ -171,7 +175,7 @@ def test_the_lease_is_looked_at_before_each_try(
 
 
 class Unconditional(FaultProxy):
-    """An old store that ignores conditions."""
+    """An old store that ignores the conditions of writes."""
 
     def forward(self, asked: Asked, headers: list[tuple[str, str]], body: bytes) -> Answer:
         kept = [(name, value) for name, value in headers if name.lower() not in ("if-match", "if-none-match")]
@@ -179,7 +183,7 @@ class Unconditional(FaultProxy):
 
 
 class NotImplementing(FaultProxy):
-    """A store that refuses conditions."""
+    """A store that rejects conditional writes."""
 
     def forward(self, asked: Asked, headers: list[tuple[str, str]], body: bytes) -> Answer:
         if {name.lower() for name, _ in headers} & {"if-match", "if-none-match"}:
@@ -194,11 +198,13 @@ def old_store(
 ) -> Iterator[Callable[[], Storage]]:
     with request.param(s3_server.endpoint_url, share=0) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
-        yield lambda: open_storage(f"s3://{bucket}/lora/")
+        yield lambda: open_budgeted(f"s3://{bucket}/lora/")
 
 
 def checkpoints(storage: Storage, folder: Path, lease: Lease) -> Checkpoints:
-    return Checkpoints(CheckpointConfig(), folder, storage.uri, run_prefix(BloodType.A, RUN_ID), RUN_ID, lease)
+    return Checkpoints(
+        CheckpointConfig(), folder, storage, run_prefix(BloodType.A, RUN_ID), RUN_ID, interruption=Interruption(), lease=lease
+    )
 
 
 def test_each_attempt_keeps_to_itself_and_reads_all(old_store: Callable[[], Storage], tmp_path: Path) -> None:
@@ -231,7 +237,7 @@ def test_each_attempt_keeps_to_itself_and_reads_all(old_store: Callable[[], Stor
             other.write(step, state)
             other.finish(60)
         steps = {item.key.removeprefix(run_prefix(BloodType.A, RUN_ID)).rpartition("/")[0] for item in storage.list("runs/")} - {""}
-        # it prunes only its own
+        # each attempt prunes only its own checkpoints
         assert steps == {f"checkpoints-{first}/step-000003"} | {f"checkpoints-{second.holder}/step-{step:06d}" for step in (5, 6)}
         other.clear()
     assert list(storage.list("")) == []
@@ -243,22 +249,22 @@ def test_a_bundle_that_two_wrote_at_once_is_withdrawn(
     mine, theirs = made_bundle(tmp_path / "mine", b"mine"), made_bundle(tmp_path / "theirs", b"theirs")
     storage = old_store()
     with hold(LONG, storage, KEY) as lease:
-        bundle.publish(mine, storage, PREFIX, lease)
-        assert bundle.verify(storage, PREFIX) == []
+        publish_bundle(mine, storage, PREFIX, lease)
+        assert verify_files(storage, PREFIX) == []
         storage.delete(f"{PREFIX}manifest.json")
 
         write_bytes = type(storage).write_bytes
 
         def late(self: Storage, key: str, data: bytes, **conditions: Any) -> None:
-            # the other attempt's file arrives between our files and our manifest
+            # upload the other attempt's file after our files and before our manifest
             if key == f"{PREFIX}manifest.json":
                 storage.upload(theirs / "adapter_model.safetensors", f"{PREFIX}adapter_model.safetensors")
             write_bytes(self, key, data, **conditions)
 
         monkeypatch.setattr(type(storage), "write_bytes", late)
         with pytest.raises(StorageError, match="withdrawn; run the same command again"):
-            bundle.publish(mine, storage, PREFIX, lease)
-    assert bundle.read_manifest(storage, PREFIX) is None
+            publish_bundle(mine, storage, PREFIX, lease)
+    assert read_manifest(storage, PREFIX) is None
 
 
 def test_the_record_is_what_the_documentation_says(storage: Storage) -> None:

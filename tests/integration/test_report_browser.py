@@ -1,4 +1,4 @@
-"""The report and the comparison in a real browser: on a desktop and a phone, in light and dark mode."""
+"""Open the report and the comparison in a real browser: on a desktop and a phone, in light and dark mode."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from chromium import Browser, Page, chromium, open_browser
 from made_metrics import RAMBLING, made_run, write_bundle
 
 from entrypoint.cli import run_cli
-from lora_trainer.comparison import compare, render_html
 from lora_trainer.errors import ExitCode
-from lora_trainer.personas import BloodType
-from lora_trainer.report import render_report
+from lora_trainer.persona.vocabulary import BloodType
+from lora_trainer.report.comparison import compare, comparison_page
+from lora_trainer.report.run_page import run_page
 
 pytestmark = pytest.mark.integration
 
@@ -38,18 +38,18 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Write three pages: one with everything, one with little but long unbroken text, and a comparison of four runs."""
+    """Write three pages: a full report, a short report with long unbroken text, and a comparison of four runs."""
     folder = tmp_path_factory.mktemp("pages")
     passed = made_run(judged_by_model=True)
     failed = made_run(BloodType.AB, flaws=0.12, sampled=False, steps=5000)
     long = {"reply": RAMBLING.replace(" ", ""), "input": "ㅋ" * 500, "summary": "w" * 500, "score": -1.0}
     replies = [reply.model_copy(update=long) if reply.prompt == 3 else reply for reply in failed.replies]
     facts = {**failed.facts, "data": {**failed.facts["data"], "uri": f"s3://{'bucket' * 20}/{'x' * 200}.jsonl"}}
-    (folder / "passed.html").write_text(render_report(passed.metrics, passed.facts, passed.steps, passed.replies), encoding="utf-8")
-    (folder / "failed.html").write_text(render_report(failed.metrics, facts, failed.steps, replies), encoding="utf-8")
+    (folder / "passed.html").write_text(run_page(passed.metrics, passed.facts, passed.steps, passed.replies), encoding="utf-8")
+    (folder / "failed.html").write_text(run_page(failed.metrics, facts, failed.steps, replies), encoding="utf-8")
     runs = [passed, failed, made_run(BloodType.B, flaws=0.1), made_run(BloodType.O, settings=(("lora.r", 32),))]
     uris = [str(write_bundle(made, folder / "runs" / str(number))) for number, made in enumerate(runs)]
-    (folder / "comparison.html").write_text(render_html(compare(uris)), encoding="utf-8")
+    (folder / "comparison.html").write_text(comparison_page(compare(uris)), encoding="utf-8")
     return folder
 
 
@@ -67,7 +67,7 @@ def test_the_browser_has_nothing_to_complain_of(opened: Page, width: int) -> Non
     opened.evaluate("document.querySelectorAll('details').forEach(part => part.open = true)")
     assert opened.evaluate("[innerWidth, document.documentElement.scrollWidth]") == [width, width]
     assert opened.said == []
-    # only the page itself and its empty icon
+    # the page requested nothing but itself and its empty icon
     assert [url for url in opened.requested if not url.startswith("data:")] == [opened.url]
 
 
@@ -90,7 +90,7 @@ def test_the_browsers_complaints_are_heard(browser: Browser, tmp_path: Path) -> 
         assert len(page.requested) == 2
 
 
-# elements outside the window, and elements with clipped text, unless they can be scrolled
+# Finds elements outside the window and elements with clipped text, unless the user can scroll to them.
 CUT = """
 [...document.querySelectorAll("body, body *")].filter(e => {
   if (e.closest("svg") && e.tagName !== "svg") return false;
@@ -103,7 +103,7 @@ CUT = """
   return cut || !e.closest(".track") && (box.left < -0.5 || box.right > innerWidth + 0.5);
 }).map(e => e.outerHTML.slice(0, 120))
 """
-# children of a row that overlap
+# Finds overlapping siblings in a row.
 OVERLAPPING = """
 [...document.querySelectorAll(".gates > div, .grid, .talk, .rows, .figure, .answers, main, nav")].flatMap(parent => {
   const boxes = [...parent.children].map(e => [e, e.getBoundingClientRect()]).filter(([, box]) => box.width && box.height);
@@ -149,7 +149,7 @@ def test_the_order_to_look_at(opened: Page, width: int) -> None:
     for figure_width, figure_height in sizes:
         assert figure_width > 250
         assert 0.4 < figure_height / figure_width < 1.6
-    # text in a plot: about the size of small print at any width
+    # text in plots stays about the size of small print at any width
     heights = opened.evaluate("[...document.querySelectorAll('svg text')].map(e => e.getBoundingClientRect().height)")
     assert min(heights) > 8
 
@@ -167,7 +167,7 @@ def test_the_checks_see_what_they_are_for(browser: Browser, pages: Path) -> None
         assert page.evaluate("document.documentElement.scrollWidth") > PHONE
 
 
-# Text whose contrast with its background is below WCAG AA's 4.5, or 3 for large text.
+# Finds text whose contrast with its background is below WCAG AA's 4.5, or 3 for large text.
 FAINT = """
 (() => {
   const rgba = text => {
@@ -213,11 +213,11 @@ def image(path: Path) -> Any:
 def test_screenshots_show_a_page(opened: Page, width: int, scheme: Scheme, tmp_path: Path) -> None:
     seen = image(opened.screenshot(tmp_path / "page.png", whole=False))
     assert seen.shape[1] == width
-    # the background is the most frequent colour, and of the right kind
+    # the corner has the background colour, which must fit the scheme
     corner = seen[-1, 0]
     assert (corner.mean() > 0.9) == (scheme == "light")
     assert (corner.mean() < 0.15) == (scheme == "dark")
-    # there is content from the top to the bottom of the window
+    # the page has content from the top to the bottom of the window
     is_ink = abs(seen - corner).max(axis=2) > 0.25
     assert 0.01 < is_ink.mean() < 0.5
     bands = is_ink[: len(is_ink) // 9 * 9].reshape(9, -1)
@@ -233,7 +233,7 @@ def test_korean_is_drawn(opened: Page) -> None:
     if not listed:
         pytest.skip("fonts-noto-cjk is not installed: apt-get install fonts-noto-cjk")
     for selector in (".said", "pre.reply"):
-        # three syllables, and a character that no font has, in a chat bubble's font
+        # compare three syllables with a character that no font has
         drawn = opened.evaluate(
             """(style => ["한", "글", "힣", "\\ue123"].map(letter => {
                  const canvas = Object.assign(document.createElement("canvas"), {width: 60, height: 60});

@@ -1,4 +1,4 @@
-"""`lora-trainer check-storage` against a real server, and through a proxy that refuses, hides or damages."""
+"""Run `lora-trainer check-storage` against a real server, and through a proxy that rejects requests, hides or damages objects."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Check = Callable[..., tuple[int, str, str]]
 
 
 class Gateway(FaultProxy):
-    """Forwards everything unless `answers` replaces it."""
+    """A proxy that forwards everything unless `answers` has a replacement."""
 
     def __init__(self, upstream_url: str, answers: Callable[[Asked, Callable[[], Answer]], Answer]) -> None:
         super().__init__(upstream_url, share=0)
@@ -43,7 +43,7 @@ EMPTY_LISTING = xml(200, "OK", b"<ListBucketResult><IsTruncated>false</IsTruncat
 
 @pytest.fixture
 def check(bucket: str, capsys: pytest.CaptureFixture[str]) -> Check:
-    """Return a function that calls the command on a bucket with A's and B's data."""
+    """Return a function that runs the command on a bucket with A's and B's data."""
     for blood_type in "AB":
         boto3.client("s3").put_object(Bucket=bucket, Key=f"data/train_data_type_{blood_type}.jsonl", Body=b"{}\n")
     given = {"data": f"s3://{bucket}/data/", "output": f"s3://{bucket}/lora/", "base_model": str(TINY_BASE), "blood_type": "A"}
@@ -67,7 +67,7 @@ def test_all_is_well_and_nothing_stays(check: Check, bucket: str) -> None:
     assert (code, err) == (ExitCode.DONE, "")
     assert out.splitlines() == [
         f"ok: data: s3://{bucket}/data/train_data_type_A.jsonl: 3 bytes read",
-        f"ok: base: {TINY_BASE}: 5 files of a model",
+        f"ok: base: {TINY_BASE}: 5 model files",
         f"ok: output: s3://{bucket}/lora/runs/A/: a probe was written, read, listed and deleted",
         f"ok: output: s3://{bucket}/lora/adapters/A/: may be written to",
     ]
@@ -91,7 +91,7 @@ def test_one_file_of_several_personas_is_refused_as_run_refuses_it(check: Check,
 def test_a_hub_id_is_not_asked_for(check: Check) -> None:
     code, out, _ = check(base_model="Qwen/Qwen2.5-7B-Instruct")
     assert code == ExitCode.DONE
-    assert "ok: base: Qwen/Qwen2.5-7B-Instruct: a hub id, which was not asked for" in out
+    assert "ok: base: Qwen/Qwen2.5-7B-Instruct: a hub id, which is not checked" in out
 
 
 def test_a_base_in_the_store(check: Check, bucket: str) -> None:
@@ -103,7 +103,7 @@ def test_a_base_in_the_store(check: Check, bucket: str) -> None:
     boto3.client("s3").put_object(Bucket=bucket, Key="base/model.safetensors", Body=b"{}")
     code, out, _ = check(base_model=f"s3://{bucket}/base")
     assert code == ExitCode.DONE
-    assert f"s3://{bucket}/base: 3 files of a model" in out
+    assert f"s3://{bucket}/base: 3 model files" in out
 
 
 def test_what_fails_stops_none_of_the_rest(check: Check, bucket: str) -> None:
@@ -111,7 +111,7 @@ def test_what_fails_stops_none_of_the_rest(check: Check, bucket: str) -> None:
     assert [line.split(": ")[1] for line in err.splitlines()] == ["data", "base", "output", "output"]
     assert "train_data_type_O.jsonl: not found; " in err
     assert "no bucket called 'no-bucket-of-ours'" in err
-    # the worst of 3, 2, 2 and 2
+    # 3 is the worst of the four codes 3, 2, 2 and 2
     assert (code, out) == (ExitCode.DATA, "")
 
 

@@ -1,4 +1,4 @@
-"""Temporary storage failures: each operation survives each fault within its budget, and permanent failures are reported."""
+"""Test storage failures: each operation survives each temporary fault within its budget and reports permanent failures."""
 
 from __future__ import annotations
 
@@ -18,14 +18,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import REPOSITORY
+from conftest import REPOSITORY, open_budgeted
 from fault_proxy import Asked, Fault, FaultProxy
 from structlog.testing import capture_logs
 
 from lora_trainer.config import StorageConfig
 from lora_trainer.errors import ExitCode, Interrupted, StorageError
-from lora_trainer.patience import PATIENCE, PassingError, Patience, Trying
-from lora_trainer.storage import NotFound, PreconditionFailed, Storage, open_storage, sha256_of
+from lora_trainer.store.interface import NotFound, PreconditionFailed, Storage
+from lora_trainer.store.local import sha256_of
+from lora_trainer.store.opening import open_storage
+from lora_trainer.store.retry import Retries, RetryBudget, TransientError
 
 pytestmark = pytest.mark.integration
 
@@ -38,10 +40,10 @@ Proxied = Callable[..., FaultProxy]
 
 @pytest.fixture
 def proxied(s3_server: Any, bucket: str, aws_environment: pytest.MonkeyPatch) -> Iterator[Proxied]:
-    """Route the test's storage through a proxy; its client gives up a silent connection after half a second."""
+    """Route the test's storage through a proxy. The client gives up on a silent connection after half a second."""
     aws_environment.setenv("LORA_TRAINER_STORAGE__OBJECT_BUDGET_S", "60")
     aws_environment.setenv("LORA_TRAINER_STORAGE__STALL_TIMEOUT_S", "0.5")
-    # Disable botocore's retries, so that ours are tested.
+    # Disable botocore's retries, so that the test sees only ours.
     aws_environment.setenv("AWS_MAX_ATTEMPTS", "1")
     with ExitStack() as stack:
 
@@ -55,9 +57,9 @@ def proxied(s3_server: Any, bucket: str, aws_environment: pytest.MonkeyPatch) ->
 
 @pytest.fixture
 def direct(bucket: str) -> Storage:
-    """The same storage without a proxy."""
-    storage = open_storage(f"s3://{bucket}/prefix/")
-    storage.write_bytes("first/request", b"")  # its client is made before AWS_ENDPOINT_URL changes
+    """Open the same storage without the proxy."""
+    storage = open_budgeted(f"s3://{bucket}/prefix/")
+    storage.write_bytes("first/request", b"")  # creates its client before AWS_ENDPOINT_URL changes
     storage.delete("first/request")
     return storage
 
@@ -155,12 +157,12 @@ CARRY_BYTES = [upload, upload_all, download, read_bytes, write_bytes, write_if_a
 def test_each_fault_in_each_operation(
     proxied: Proxied, direct: Storage, source: Path, kind: Fault, operation: Callable[[Storage, Storage, Path], None]
 ) -> None:
-    """The first request that can have this fault has it."""
+    """The first request to which the fault applies fails with it."""
     if kind == Fault.WRONG_BYTES and operation not in CARRY_BYTES:
-        # nothing protects the bytes of a listing, and there are no others
+        # the operation transfers only listings, whose bytes nothing protects
         return
     proxy = proxied(share=1, kinds=[kind], at_most=1)
-    operation(open_storage(direct.uri), direct, source)
+    operation(open_budgeted(direct.uri), direct, source)
     assert proxy.faults == {kind: 1}
 
 
@@ -168,20 +170,20 @@ def test_each_fault_in_each_operation(
 def test_one_part_of_many(
     proxied: Proxied, direct: Storage, tmp_path: Path, aws_environment: pytest.MonkeyPatch, kind: Fault
 ) -> None:
-    """The fault hits a part of a large object, up or down, with botocore's retries as in a run."""
+    """The fault hits one part of a large upload or download. botocore also retries, as in a run."""
     aws_environment.setenv("AWS_MAX_ATTEMPTS", "4")
     source, target = tmp_path / "source", tmp_path / "target"
     source.write_bytes(random.Random(1).randbytes(LARGE_BYTES))
     proxy = proxied(share=1, kinds=[kind], at_most=1, only=lambda asked: "partNumber=2" in asked.path)
-    open_storage(direct.uri).upload(source, "large")
+    open_budgeted(direct.uri).upload(source, "large")
     assert proxy.faults.total() == 1
     proxy = proxied(share=1, kinds=[kind], at_most=1, only=lambda asked: asked.method == "GET")
-    assert open_storage(direct.uri).download("large", target).sha256 == sha256_of(source)
+    assert open_budgeted(direct.uri).download("large", target).sha256 == sha256_of(source)
     assert proxy.faults.total() == 1
 
 
 def test_lost_answer_of_a_complete_upload(proxied: Proxied, direct: Storage, tmp_path: Path) -> None:
-    """An upload that is already complete is not sent again."""
+    """The client does not repeat an upload that the server has already completed."""
     source = tmp_path / "source"
     source.write_bytes(bytes(LARGE_BYTES))
     sent: list[Asked] = []
@@ -191,17 +193,17 @@ def test_lost_answer_of_a_complete_upload(proxied: Proxied, direct: Storage, tmp
         return asked.method == "POST" and "uploadId" in asked.path
 
     proxy = proxied(share=1, kinds=[Fault.RESET_AFTER], at_most=1, only=is_completion)
-    open_storage(direct.uri).upload(source, "large")
+    open_budgeted(direct.uri).upload(source, "large")
     assert proxy.faults.total() == 1
     assert sum("partNumber" in asked.path for asked in sent) == 2
     assert direct.exists("large")
 
 
 def test_a_fifth_of_all_requests(proxied: Proxied, direct: Storage, tmp_path: Path, aws_environment: pytest.MonkeyPatch) -> None:
-    """All kinds mixed, with botocore's retries as in a run."""
+    """Mix all kinds of faults. botocore also retries, as in a run."""
     aws_environment.setenv("AWS_MAX_ATTEMPTS", "4")
     proxy = proxied(share=0.2, seed=5)
-    storage = open_storage(direct.uri)
+    storage = open_budgeted(direct.uri)
     drawn = random.Random(5)
     source, target = tmp_path / "source", tmp_path / "target"
     expected: dict[str, bytes] = {}
@@ -244,11 +246,11 @@ def test_wrong_bytes_from_a_store_without_checksums(
     aws_environment: pytest.MonkeyPatch,
     operation: Callable[[Storage, Storage, Path], None],
 ) -> None:
-    """The object's metadata contain a checksum."""
+    """The object's metadata contains a checksum, so the client still detects wrong bytes."""
     aws_environment.setenv("AWS_RESPONSE_CHECKSUM_VALIDATION", "when_required")
     proxy = proxied(share=1, kinds=[Fault.WRONG_BYTES], at_most=1)
     with capture_logs() as logs:
-        operation(open_storage(direct.uri), direct, source)
+        operation(open_budgeted(direct.uri), direct, source)
     assert proxy.faults.total() == 1
     assert f"SHA-256 {sha256_of(source)}" not in logs[0]["problem"].split("expected")[0]
 
@@ -259,7 +261,7 @@ def test_wrong_bytes_from_a_store_without_checksums(
 def lasting(storage: Storage, source: Path) -> list[tuple[Callable[[], Any], str]]:
     return [
         (lambda: storage.upload(source, KEY), f"{source} is kept"),
-        (lambda: storage.download(KEY, source.with_name("target")), "target is as it was before"),
+        (lambda: storage.download(KEY, source.with_name("target")), "target is unchanged"),
         (lambda: storage.read_bytes(KEY), ""),
         (lambda: storage.write_bytes(KEY, DATA), ""),
         (lambda: storage.delete(KEY), ""),
@@ -272,59 +274,56 @@ def test_what_lasts_is_said(proxied: Proxied, direct: Storage, source: Path, aws
     direct.write_bytes(KEY, DATA)
     source.with_name("target").write_text("before")
     proxy = proxied(share=1, kinds=[Fault.THROTTLED])
-    for call, kept in lasting(open_storage(direct.uri), source):
+    for call, kept in lasting(open_budgeted(direct.uri), source):
         with capture_logs() as logs, pytest.raises(StorageError) as caught:
             call()
         message = str(caught.value)
         assert caught.value.exit_code == ExitCode.STORAGE
-        assert not isinstance(caught.value, PassingError), "what was given up is not tried again by anybody"
+        assert not isinstance(caught.value, TransientError), "what was given up is not tried again by anybody"
         assert f"{proxy.url} answered HTTP 503 " in message
-        assert "storage.object_budget_s=0.6 is used up" in message
+        assert f"gave up after {len(logs) + 1} attempt" in message
+        assert "(storage.object_budget_s)" in message
         assert message.endswith(kept)
-        assert f"tried {len(logs) + 1} times in " in message
         assert {log["event"] for log in logs} == {"storage_retry"}
     assert source.read_bytes() == DATA
     assert source.with_name("target").read_text() == "before"
 
 
 def test_all_objects_share_one_budget(proxied: Proxied, direct: Storage) -> None:
-    """A store that fails for each object must not cost the object budget a thousand times."""
-    PATIENCE.begin(StorageConfig(object_budget_s=60, total_budget_s=1, stall_timeout_s=1))
+    """Without a shared budget, a store that fails each of a thousand objects for a while would use a thousand budgets."""
+    budget = RetryBudget(StorageConfig(object_budget_s=60, total_budget_s=1, stall_timeout_s=1))
     proxied(share=1, kinds=[Fault.THROTTLED])
-    storage = open_storage(direct.uri)
-    with pytest.raises(StorageError, match=r"storage.total_budget_s=1, for all objects together, is used up"):
-        storage.read_bytes(KEY)
-    with capture_logs() as logs, pytest.raises(StorageError, match=r"tried once in 0 s: storage.total_budget_s"):
-        storage.read_bytes(KEY)
+    with pytest.raises(StorageError, match=r"storage\.total_budget_s"):
+        open_storage(direct.uri, budget).read_bytes(KEY)
+    with capture_logs() as logs, pytest.raises(StorageError, match=r"after 1 attempt in \d+ s \(storage\.total_budget_s"):
+        open_storage(direct.uri, budget).read_bytes("another/key")
     assert logs == [], "nothing is left to wait with"
-    PATIENCE.begin(None)
     proxied(share=1, kinds=[Fault.THROTTLED], at_most=1)
-    assert open_storage(direct.uri).read_bytes(KEY) is None
+    assert open_budgeted(direct.uri).read_bytes(KEY) is None
 
 
 def test_pauses_grow_with_jitter_and_end_with_the_budget() -> None:
-    patience = Patience()
-    patience.begin(StorageConfig(object_budget_s=1000, total_budget_s=50, stall_timeout_s=1))
-    fault = PassingError("x")
+    budget = RetryBudget(StorageConfig(object_budget_s=1000, total_budget_s=50, stall_timeout_s=1))
+    fault = TransientError("x")
     drawn = []
     for _ in range(50):
-        trying = Trying(patience)
-        drawn.append([pause_s for _ in range(8) if (pause_s := trying.failed(fault)) is not None])
+        retries = Retries(budget)
+        drawn.append([pause_s for _ in range(8) if (pause_s := retries.pause_s_after(fault)) is not None])
     for number in range(8):
         pauses_s = [pauses_s[number] for pauses_s in drawn]
         longest_s = min(20, 0.5 * 2**number)
         assert max(pauses_s) <= longest_s
         assert max(pauses_s) > longest_s / 3, "50 draws"
         assert min(pauses_s) < longest_s / 3
-    assert patience.lose(49) < 1
-    assert (Trying(patience).failed(fault) or 0) <= 1
-    patience.lose(1)
-    assert Trying(patience).failed(fault) is None
+    assert budget.spend(49) < 1
+    assert (Retries(budget).pause_s_after(fault) or 0) <= 1
+    budget.spend(1)
+    assert Retries(budget).pause_s_after(fault) is None
 
 
 def test_what_cannot_pass_is_not_tried_again(proxied: Proxied, direct: Storage, source: Path) -> None:
     proxy = proxied(share=0)
-    storage = open_storage(direct.uri)
+    storage = open_budgeted(direct.uri)
     with capture_logs() as logs, pytest.raises(NotFound):
         storage.download("not/there", source.with_name("target"))
     assert logs == []
@@ -336,7 +335,7 @@ def test_same_wrong_bytes_twice_are_the_objects_own(proxied: Proxied, direct: St
 
     proxy = proxied(share=0)
     boto3.client("s3").put_object(Bucket=bucket, Key=f"prefix/{KEY}", Body=DATA, Metadata={"lora-trainer-sha256": "0" * 64})
-    storage = open_storage(direct.uri)
+    storage = open_budgeted(direct.uri)
     for call in (lambda: storage.read_bytes(KEY), lambda: storage.download(KEY, tmp_path / "target")):
         with capture_logs() as logs, pytest.raises(StorageError, match="same wrong bytes twice, so the object itself is damaged"):
             call()
@@ -368,7 +367,7 @@ def test_a_silent_store_does_not_hold_sigterm(
     aws_environment: pytest.MonkeyPatch,
     operation: Callable[[Storage, Storage, Path], None],
 ) -> None:
-    """The connection times out after a minute: waiting for the transfer's threads would take as long."""
+    """The connection times out after a minute, so waiting for the transfer's threads would take a minute, too."""
     aws_environment.setenv("LORA_TRAINER_STORAGE__STALL_TIMEOUT_S", "60")
     direct.upload(source, KEY)
     silent = threading.Event()
@@ -378,9 +377,9 @@ def test_a_silent_store_does_not_hold_sigterm(
             silent.set()
         return asked.carries_object
 
-    # closing the proxy releases the threads left over
+    # closing the proxy releases the remaining threads
     proxied(share=1, kinds=[Fault.STALLED], only=carries)
-    storage = open_storage(direct.uri)
+    storage = open_budgeted(direct.uri)
     sender = threading.Thread(target=lambda: silent.wait(30) and (time.sleep(0.3), os.kill(os.getpid(), signal.SIGTERM)))
     sender.start()
     started_s = time.monotonic()
@@ -397,19 +396,19 @@ def test_sigterm_ends_a_pause(proxied: Proxied, direct: Storage) -> None:
     sender.start()
     started_s = time.monotonic()
     with sigterm_raises(), pytest.raises(Interrupted):
-        open_storage(direct.uri).read_bytes(KEY)
+        open_budgeted(direct.uri).read_bytes(KEY)
     sender.join()
     assert time.monotonic() - started_s < 30
 
 
 # ------------------------------------------------------------------------------------------------- local disk
 
-# Runs in a separate mount namespace, which ends with the process.
+# Runs in its own mount namespace, which the kernel removes with the process.
 MOUNTED = """
     import resource, subprocess, sys
     from pathlib import Path
     from lora_trainer.errors import StorageError
-    from lora_trainer.storage import open_storage
+    from lora_trainer.store.opening import open_storage
 
     folder = Path(sys.argv[1])
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(folder)], check=True)
@@ -450,7 +449,7 @@ READ_ONLY = """
     ("script", "said"), [(FULL, "No space left on device; free some space"), (READ_ONLY, "Read-only file system; ")]
 )
 def test_full_and_read_only_disks(direct: Storage, tmp_path: Path, script: str, said: str) -> None:
-    """Uses a real small disk if this user may mount one."""
+    """Use a real small disk if this user is allowed to mount one."""
     apart = [shutil.which("unshare") or "unshare", "--user", "--map-root-user", "--mount", sys.executable, "-c"]
     if not shutil.which("unshare") or subprocess.run([*apart, ""], capture_output=True, check=False).returncode:
         pytest.skip("mount namespaces are not allowed here")

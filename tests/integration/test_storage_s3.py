@@ -1,4 +1,4 @@
-"""`s3://` against a real server, and against answers that a real server rarely gives."""
+"""Test `s3://` storage against a real server, and against responses that a real server rarely sends."""
 
 from __future__ import annotations
 
@@ -19,11 +19,13 @@ from urllib.parse import parse_qs, urlsplit
 
 import boto3
 import pytest
+from conftest import open_budgeted
 from storage_contract import KEY, StorageContract, keys
 from structlog.testing import capture_logs
 
 from lora_trainer.errors import ConfigError, ExitCode, Interrupted, StorageError
-from lora_trainer.storage import NotFound, PreconditionFailed, Storage, open_storage, sha256_of
+from lora_trainer.store.interface import NotFound, PreconditionFailed, Storage
+from lora_trainer.store.local import sha256_of
 
 pytestmark = pytest.mark.integration
 
@@ -34,7 +36,7 @@ KEY_ID = "AKIAIOSFODNN7EXAMPLE"
 class TestS3Storage(StorageContract):
     @pytest.fixture
     def storage(self, bucket: str) -> Storage:
-        return open_storage(f"s3://{bucket}/prefix/")
+        return open_budgeted(f"s3://{bucket}/prefix/")
 
     def test_multipart_round_trip(self, storage: Storage, bucket: str, tmp_path: Path) -> None:
         source, target = tmp_path / "source", tmp_path / "target"
@@ -83,7 +85,7 @@ class TestS3Storage(StorageContract):
             keys(storage)
 
     def test_whole_bucket(self, bucket: str) -> None:
-        storage = open_storage(f"s3://{bucket}")
+        storage = open_budgeted(f"s3://{bucket}")
         storage.write_bytes("A/x", b"")
         assert keys(storage) == ["A/x"]
 
@@ -101,7 +103,7 @@ class TestS3Storage(StorageContract):
             lambda storage: list(storage.list("")),
         ):
             with pytest.raises(ConfigError, match="no bucket called 'no-such-bucket' at http://127") as caught:
-                call(open_storage("s3://no-such-bucket/p/"))
+                call(open_budgeted("s3://no-such-bucket/p/"))
             assert caught.value.exit_code == ExitCode.CONFIG
 
     def test_no_credentials(self, storage: Storage, aws_environment: pytest.MonkeyPatch) -> None:
@@ -172,7 +174,7 @@ def xml(status: int, code: str, message: str = "") -> Answer:
 
 
 class BadDay:
-    """An HTTP server whose answers the test chooses, with one function for all requests."""
+    """An HTTP server that answers every request with a function of the test."""
 
     def __init__(self) -> None:
         self.answer: Callable[[Request], Answer] = lambda _: xml(500, "InternalError")
@@ -255,9 +257,9 @@ def head_or(answer: Callable[[Request], Answer], size_bytes: int) -> Callable[[R
 def test_refusals(
     bad_day: BadDay, tmp_path: Path, status: int, code: str, kind: type[Exception], said: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """The error gives the reason, although the first request is a HEAD, whose refusal has no body."""
+    """The error states the reason, although the response to the first request, a HEAD, has no body."""
     bad_day.answer = lambda _: xml(status, code, f"user {KEY_ID} with {SECRET} at http://someone:pass@proxy may not")
-    storage = open_storage(STORE)
+    storage = open_budgeted(STORE)
     for call in (
         lambda: storage.download("x", tmp_path / "target"),
         lambda: storage.read_bytes("x"),
@@ -274,7 +276,7 @@ def test_refusals(
 
 def test_refused_writes_and_listings_name_their_action(bad_day: BadDay, tmp_path: Path) -> None:
     bad_day.answer = lambda _: xml(403, "AccessDenied")
-    storage = open_storage(STORE)
+    storage = open_budgeted(STORE)
     (tmp_path / "large").write_bytes(bytes(17 * 2**20))
     with pytest.raises(StorageError, match=r"s3:PutObject refused.*bucket/prefix/x$"):
         storage.write_bytes("x", b"")
@@ -285,7 +287,7 @@ def test_refused_writes_and_listings_name_their_action(bad_day: BadDay, tmp_path
 
 
 class Expiring:
-    """A store and its STS, which accept one set of credentials at a time."""
+    """A store and its STS, which both accept one set of credentials at a time."""
 
     def __init__(self) -> None:
         self.valid = 1
@@ -316,7 +318,7 @@ class Expiring:
 def test_credentials_that_expire_during_a_run(
     bad_day: BadDay, aws_environment: pytest.MonkeyPatch, tmp_path: Path, way: str
 ) -> None:
-    """Credentials are looked up again as often as needed, whichever operation is refused."""
+    """The client asks for new credentials as often as it needs to, whichever operation the store rejects."""
     store = Expiring()
     bad_day.answer = store
     for variable in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
@@ -339,7 +341,7 @@ def test_credentials_that_expire_during_a_run(
             aws_environment.setenv("AWS_ROLE_ARN", "arn:aws:iam::123456789012:role/trainer")
             aws_environment.setenv("AWS_WEB_IDENTITY_TOKEN_FILE", str(token))
     aws_environment.setenv("LORA_TRAINER_STORAGE__OBJECT_BUDGET_S", "20")
-    storage = open_storage(STORE)
+    storage = open_budgeted(STORE)
     storage.write_bytes("x", b"1")
     (tmp_path / "source").write_bytes(b"2")
     for number, call in enumerate(
@@ -365,7 +367,7 @@ def test_credentials_that_expire_during_a_run(
             assert storage.exists("x")
         assert store.answers_whole
         return
-    # the new credentials come late
+    # the new credentials arrive late
     store.valid = 9
     sender = threading.Timer(1.0, hand_out, (9,))
     sender.start()
@@ -378,20 +380,20 @@ def test_expired_credentials_of_a_variable_stay_expired(bad_day: BadDay, aws_env
     aws_environment.setenv("LORA_TRAINER_STORAGE__OBJECT_BUDGET_S", "600")
     bad_day.answer = lambda _: xml(400, "ExpiredToken")
     with capture_logs() as logs, pytest.raises(StorageError, match="credentials have expired"):
-        open_storage(STORE).read_bytes("x")
+        open_budgeted(STORE).read_bytes("x")
     assert logs == []
 
 
 def test_missing_key_that_may_not_be_listed(bad_day: BadDay, tmp_path: Path) -> None:
     bad_day.answer = lambda request: xml(403, "AccessDenied") if "list-type" in request.path else xml(404, "NoSuchKey")
-    with pytest.raises(NotFound, match="may not be listed with these credentials"):
-        open_storage(STORE).download("x", tmp_path / "target")
+    with pytest.raises(NotFound, match="may not list its folder"):
+        open_budgeted(STORE).download("x", tmp_path / "target")
 
 
 def test_passing_server_error(bad_day: BadDay) -> None:
     answers = [xml(500, "InternalError"), Answer(headers={"ETag": '"e"'})]
     bad_day.answer = lambda _: answers.pop(0)
-    open_storage(STORE).write_bytes("x", b"data")
+    open_budgeted(STORE).write_bytes("x", b"data")
     assert answers == []
     assert [request.body for request in bad_day.requests] == [b"data", b"data"]
 
@@ -400,20 +402,20 @@ def test_lasting_server_error(bad_day: BadDay, aws_environment: pytest.MonkeyPat
     aws_environment.setenv("LORA_TRAINER_STORAGE__OBJECT_BUDGET_S", "0")
     bad_day.answer = lambda _: xml(503, "SlowDown", "Please reduce your request rate.")
     with pytest.raises(StorageError, match=rf"{bad_day.endpoint_url} answered HTTP 503 SlowDown.*asked 2 times"):
-        open_storage(STORE).read_bytes("x")
+        open_budgeted(STORE).read_bytes("x")
     assert len(bad_day.requests) == 2, "AWS_MAX_ATTEMPTS is honoured"
 
 
 def test_uploads_carry_checksum_and_length(bad_day: BadDay, aws_environment: pytest.MonkeyPatch, tmp_path: Path) -> None:
     bad_day.answer = lambda _: Answer(headers={"ETag": '"e"'})
     (tmp_path / "x").write_bytes(b"data")
-    open_storage(STORE).upload(tmp_path / "x", "x")
+    open_budgeted(STORE).upload(tmp_path / "x", "x")
     request = bad_day.requests.pop()
     assert request.headers["x-amz-checksum-crc32"] == base64.b64encode(zlib.crc32(b"data").to_bytes(4, "big")).decode()
     assert request.headers["x-amz-meta-lora-trainer-sha256"] == hashlib.sha256(b"data").hexdigest()
     assert request.headers["content-length"] == "4"
     aws_environment.setenv("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required")
-    open_storage(STORE).upload(tmp_path / "x", "x")
+    open_budgeted(STORE).upload(tmp_path / "x", "x")
     assert "x-amz-checksum-crc32" not in bad_day.requests.pop().headers
 
 
@@ -421,7 +423,7 @@ def test_addressing_and_region(bad_day: BadDay, aws_environment: pytest.MonkeyPa
     bad_day.answer = lambda _: Answer(headers={"ETag": '"e"'})
 
     def asked() -> tuple[str, str]:
-        open_storage(STORE).exists("x")
+        open_budgeted(STORE).exists("x")
         request = bad_day.requests.pop()
         found = re.search(r"/\d{8}/([^/]+)/s3/", request.headers["authorization"])
         assert found is not None
@@ -438,7 +440,7 @@ def test_addressing_and_region(bad_day: BadDay, aws_environment: pytest.MonkeyPa
 
 
 def test_listing_goes_on_after_the_first_page(bad_day: BadDay) -> None:
-    """A real store returns a thousand keys a page; here two pages have one each."""
+    """A real store returns a thousand keys per page. This one returns two pages with one key each."""
 
     def answer(request: Request) -> Answer:
         asked = parse_qs(urlsplit(request.path).query)
@@ -451,24 +453,24 @@ def test_listing_goes_on_after_the_first_page(bad_day: BadDay) -> None:
         return Answer(200, body.encode())
 
     bad_day.answer = answer
-    listing = open_storage(STORE).list("A/")
+    listing = open_budgeted(STORE).list("A/")
     assert next(listing).key == "A/1"
     assert len(bad_day.requests) == 1, "the second page is asked for when it is wanted"
     assert [found.key for found in listing] == ["A/2"]
 
 
 def test_virtual_hosts_at_a_custom_endpoint(bad_day: BadDay, aws_environment: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The one S3 setting without a variable: botocore reads it from the profile."""
+    """The addressing style has no environment variable, so botocore reads it from the profile."""
     (tmp_path / "config").write_text("[default]\ns3 =\n  addressing_style = virtual\n")
     aws_environment.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
     aws_environment.setenv("AWS_ENDPOINT_URL", "http://store.invalid:1")
     with pytest.raises(StorageError, match=r"http://bucket\.store\.invalid:1/prefix/x"):
-        open_storage(STORE).read_bytes("x")
+        open_budgeted(STORE).read_bytes("x")
     assert bad_day.requests == []
 
 
 def test_store_without_conditional_writes(bad_day: BadDay) -> None:
-    """The write succeeds with a check before it, and one warning covers all of them."""
+    """Each write checks the object first and then succeeds. The client logs one warning, not one per write."""
     kept: dict[str, bytes] = {}
 
     def answer(request: Request) -> Answer:
@@ -482,7 +484,7 @@ def test_store_without_conditional_writes(bad_day: BadDay) -> None:
         return Answer(200, kept[request.path], {"ETag": f'"{zlib.crc32(kept[request.path])}"'})
 
     bad_day.answer = answer
-    storage = open_storage(STORE)
+    storage = open_budgeted(STORE)
     with capture_logs() as logs:
         storage.write_bytes("x", b"1", if_absent=True)
         with pytest.raises(PreconditionFailed):
@@ -508,7 +510,7 @@ def test_store_that_refuses_a_matching_if_match(bad_day: BadDay) -> None:
         return Answer(headers={"ETag": '"f"'})
 
     bad_day.answer = answer
-    storage = open_storage(STORE)
+    storage = open_budgeted(STORE)
     with pytest.raises(PreconditionFailed):
         storage.write_bytes("x", b"2", if_match='"another"')
     with capture_logs() as logs:
@@ -519,7 +521,7 @@ def test_store_that_refuses_a_matching_if_match(bad_day: BadDay) -> None:
 
 @pytest.mark.parametrize("condition", [{"if_absent": True}, {"if_match": '"e"'}])
 def test_write_whose_first_answer_was_lost(bad_day: BadDay, condition: dict[str, str | bool]) -> None:
-    """The retry finds its own object: a success, not a lost race."""
+    """A retry that finds its own object has succeeded. It has not lost a race."""
     kept: list[bytes] = []
 
     def answer(request: Request) -> Answer:
@@ -531,15 +533,15 @@ def test_write_whose_first_answer_was_lost(bad_day: BadDay, condition: dict[str,
         return xml(500, "InternalError")
 
     bad_day.answer = answer
-    open_storage(STORE).write_bytes("x", b"mine", **condition)  # type: ignore[arg-type]
+    open_budgeted(STORE).write_bytes("x", b"mine", **condition)  # type: ignore[arg-type]
     assert kept == [b"mine"]
     with pytest.raises(PreconditionFailed):
-        open_storage(STORE).write_bytes("x", b"other", **condition)  # type: ignore[arg-type]
+        open_budgeted(STORE).write_bytes("x", b"other", **condition)  # type: ignore[arg-type]
 
 
 def test_body_that_breaks_off(bad_day: BadDay, tmp_path: Path) -> None:
     bad_day.answer = head_or(lambda _: Answer(200, b"half", {"ETag": '"e"'}, promised_bytes=8), 8)
-    storage = open_storage(STORE)
+    storage = open_budgeted(STORE)
     with pytest.raises(StorageError, match="cannot be reached"):
         storage.read_bytes("x")
     with pytest.raises(StorageError, match="kept breaking off"):
@@ -551,7 +553,7 @@ def test_body_that_breaks_off(bad_day: BadDay, tmp_path: Path) -> None:
 def test_body_that_breaks_off_once(bad_day: BadDay, tmp_path: Path) -> None:
     answers: list[Answer] = []
     bad_day.answer = head_or(lambda _: answers.pop(0), 8)
-    storage = open_storage(STORE)
+    storage = open_budgeted(STORE)
     for fetch in (
         lambda: storage.download("x", tmp_path / "target").size_bytes,
         lambda: len(read.data) if (read := storage.read_bytes("x")) else None,
@@ -565,7 +567,7 @@ def test_wrong_bytes_are_noticed(bad_day: BadDay, tmp_path: Path) -> None:
     checksum = base64.b64encode(zlib.crc32(b"right").to_bytes(4, "big")).decode()
     body = b"right"
     bad_day.answer = head_or(lambda _: Answer(200, body, {"ETag": '"e"', "x-amz-checksum-crc32": checksum}), 5)
-    storage = open_storage(STORE)
+    storage = open_budgeted(STORE)
     assert storage.download("x", tmp_path / "target").size_bytes == 5
     body = b"wrong"
     with pytest.raises(StorageError, match="do not match the store's checksum"):
@@ -579,7 +581,7 @@ def test_object_replaced_while_it_is_read(bad_day: BadDay, tmp_path: Path) -> No
     size_bytes = 17 * 2**20
     bad_day.answer = head_or(lambda _: xml(412, "PreconditionFailed"), size_bytes)
     with pytest.raises(StorageError, match="replaced while it was read"):
-        open_storage(STORE).download("x", tmp_path / "target")
+        open_budgeted(STORE).download("x", tmp_path / "target")
     assert all(request.headers["if-match"] == '"e"' for request in bad_day.requests if request.method == "GET")
     assert [request.method for request in bad_day.requests].count("HEAD") == 1, "one HEAD settles size, tag and checksum"
 
@@ -602,7 +604,7 @@ def test_sigterm_stops_a_transfer_and_leaves_no_trace(bad_day: BadDay, tmp_path:
     sender.start()
     try:
         with pytest.raises(Interrupted):
-            open_storage(STORE).download("x", tmp_path / "target")
+            open_budgeted(STORE).download("x", tmp_path / "target")
     finally:
         sender.join()
         signal.signal(signal.SIGTERM, before)
@@ -613,4 +615,4 @@ def test_sigterm_stops_a_transfer_and_leaves_no_trace(bad_day: BadDay, tmp_path:
 def test_answer_from_something_that_is_no_object_store(bad_day: BadDay) -> None:
     bad_day.answer = lambda _: Answer(502, b"<html>Bad Gateway</html>", {"Content-Type": "text/html"})
     with pytest.raises(StorageError, match="HTTP 502"):
-        open_storage(STORE).read_bytes("x")
+        open_budgeted(STORE).read_bytes("x")

@@ -1,4 +1,4 @@
-"""`generate --engine teacher` against a real HTTP server that works, and one that does not."""
+"""Run `generate --engine teacher` against a real HTTP server, first one that works, then one that misbehaves."""
 
 from __future__ import annotations
 
@@ -17,11 +17,13 @@ import pytest
 from teacher_server import SLIPS, Teacher, serve
 
 from entrypoint.cli import run_cli
-from lora_trainer.duplicates import NearDuplicateFinder
+from lora_trainer.data.duplicates import NearDuplicateFinder
+from lora_trainer.data.jsonl import JsonlReader
+from lora_trainer.data.records import TrainingRecord
+from lora_trainer.data.validation import check_file
 from lora_trainer.errors import ExitCode
-from lora_trainer.personas import BloodType, Feeling, IntensityThird, persona_spec
-from lora_trainer.records import JsonlReader, TrainingRecord
-from lora_trainer.validation import check_file
+from lora_trainer.persona.specs import persona_spec
+from lora_trainer.persona.vocabulary import BloodType, Feeling, IntensityThird
 
 pytestmark = pytest.mark.integration
 
@@ -47,7 +49,7 @@ def records_of(path: Path) -> list[TrainingRecord]:
 
 
 def assert_as_ordered(path: Path, count: int = COUNT) -> None:
-    """As many records as requested: clean, balanced and without repetition."""
+    """Check that the file has the requested number of records, clean, balanced and without repetition."""
     report = check_file(path, BloodType.O)
     assert [problem.render(path) for problem in report.problems] == []
     records = records_of(path)
@@ -57,7 +59,7 @@ def assert_as_ordered(path: Path, count: int = COUNT) -> None:
     assert max(cells.values()) - min(cells.values()) <= 1
     finder = NearDuplicateFinder()
     for record in records:
-        assert finder.like(record.reply.text) is None
+        assert finder.find(record.reply.text) is None
         finder.add(record.reply.text)
 
 
@@ -67,13 +69,13 @@ def test_a_good_server(capsys: pytest.CaptureFixture[str]) -> None:
     assert_as_ordered(Path("out/train_data_type_O.jsonl"))
     assert teacher.most_at_once <= 3
     out = capsys.readouterr().out
-    assert f"requests, retries included: {teacher.requests}" in out
+    assert f"requests, including retries: {teacher.requests}" in out
     assert f"prompt tokens: {100 * teacher.requests:,}" in out
     assert f"completion tokens: {50 * teacher.requests:,}" in out
     page = Path("report.html").read_text(encoding="utf-8")
     assert teacher.url in page
     assert "prompt tokens" in page
-    # an interrupted run leaves nothing behind
+    # the finished run has removed its working files
     assert list(Path(".lora-trainer/generate").glob("*")) == []
 
 
@@ -92,7 +94,7 @@ def test_what_is_asked_for() -> None:
 
 
 def test_a_server_that_misbehaves(capsys: pytest.CaptureFixture[str]) -> None:
-    """Throttled, stalled, truncated or malformed answers and a model that errs: the wanted number arrives, without repetition."""
+    """The run gets all its records without repetition, despite throttled, stalled, truncated or wrong responses."""
     faults = (None, "429", "500", None, "malformed", "cut connection", None, "stall", "cut off", None)
     with serve(Teacher(faults=faults, slips=SLIPS)) as teacher:
         code = run_cli(arguments(teacher, "--concurrency", "4", "--request-timeout", "1.5", "--retries", "6"))
@@ -136,7 +138,7 @@ def test_a_killed_run_goes_on_where_it_stopped(slow_teacher: Teacher, number: si
     if number == signal.SIGTERM:
         assert "run the same command again to go on" in errors
     else:
-        # the crash truncated the last line
+        # simulate a crash that truncated the last line
         with kept[0].open("a", encoding="utf-8") as file:
             file.write('{"instruction": "너는 O형')
     before = slow_teacher.requests
@@ -147,15 +149,15 @@ def test_a_killed_run_goes_on_where_it_stopped(slow_teacher: Teacher, number: si
     assert_as_ordered(Path("out/train_data_type_O.jsonl"))
     written = Path("out/train_data_type_O.jsonl").read_text(encoding="utf-8").splitlines()
     assert written[: len(taken)] == taken
-    assert f"taken over from an interrupted run: {len(taken)}" in second.stdout
-    # existing records are not requested again
+    assert f"records resumed from an interrupted run: {len(taken)}" in second.stdout
+    # the second run does not request the existing records again
     assert slow_teacher.requests - before <= (COUNT - len(taken)) // 2 + 12
 
 
 def test_output_goes_to_s3(bucket: str, s3_server: Any) -> None:
     with serve(Teacher()) as teacher:
         assert run_cli([*arguments(teacher, count=9), "--output", f"s3://{bucket}/made/"]) == ExitCode.DONE
-        # the file is complete, so nothing is requested
+        # the file is complete, so the second run requests nothing
         before = teacher.requests
         assert run_cli([*arguments(teacher, count=9), "--output", f"s3://{bucket}/made/"]) == ExitCode.CONFIG
         assert teacher.requests == before
@@ -166,8 +168,8 @@ def test_output_goes_to_s3(bucket: str, s3_server: Any) -> None:
     [
         ({"api_key": "right"}, [], ExitCode.CONFIG, "does not accept the API key (HTTP 401); set OPENAI_API_KEY"),
         ({}, ["--model", "other"], ExitCode.CONFIG, "has no model 'other' at this URL (HTTP 404)"),
-        ({"faults": ("500",)}, ["--retries", "0"], ExitCode.STORAGE, "5 requests in a row failed, the last one by http_500"),
-        ({"slips": ("formal",)}, [], ExitCode.DATA, "answers in a row without one record that could be taken (formal_speech"),
+        ({"faults": ("500",)}, ["--retries", "0"], ExitCode.STORAGE, "5 requests in a row failed, the last one with http_500"),
+        ({"slips": ("formal",)}, [], ExitCode.DATA, "responses in a row without an acceptable record (formal_speech"),
     ],
 )
 def test_what_ends_a_run(
@@ -185,7 +187,7 @@ def test_nobody_is_there(capsys: pytest.CaptureFixture[str]) -> None:
     with serve(Teacher()) as teacher:
         pass
     assert run_cli(arguments(teacher, "--retries", "0", "--concurrency", "1")) == ExitCode.STORAGE
-    assert "the last one by connection" in capsys.readouterr().err
+    assert "the last one with connection" in capsys.readouterr().err
 
 
 def test_the_key_and_the_texts_are_in_no_log(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,7 +202,7 @@ def test_the_key_and_the_texts_are_in_no_log(capsys: pytest.CaptureFixture[str],
 
 
 def test_a_checkpoint_belongs_to_its_order() -> None:
-    """Another seed, model or count starts over."""
+    """A run with another seed, model or count ignores the checkpoint and starts over."""
     with serve(Teacher(faults=(None, None, *["500"] * 5))) as teacher:
         run_cli(arguments(teacher, "--retries", "0", "--concurrency", "1"))
         run_cli(arguments(teacher, "--retries", "0", "--concurrency", "1", "--seed", "2"))
@@ -216,7 +218,7 @@ def test_a_damaged_checkpoint_is_named_and_kept(capsys: pytest.CaptureFixture[st
         kept.write_text("{}\n" + kept.read_text(encoding="utf-8"), encoding="utf-8")
         before = kept.read_bytes()
         assert run_cli(arguments(teacher, "--retries", "0", "--concurrency", "1")) == ExitCode.DATA
-    assert f"{kept}: got lines that are no records" in capsys.readouterr().err
+    assert f"{kept}: got lines that are not records" in capsys.readouterr().err
     assert kept.read_bytes() == before
 
 
@@ -239,7 +241,7 @@ def test_servers_that_know_less_are_asked_otherwise(refuses: tuple[str, ...], le
 def test_a_server_that_refuses_everything(capsys: pytest.CaptureFixture[str]) -> None:
     with serve(Teacher(refuses=("messages",))) as teacher:
         assert run_cli(arguments(teacher)) == ExitCode.CONFIG
-    assert "refuses every way of asking (HTTP 400)" in capsys.readouterr().err
+    assert "rejects every request variant (HTTP 400)" in capsys.readouterr().err
 
 
 def test_many_requests_that_are_told_to_wait_at_once_are_one_failure() -> None:
@@ -259,6 +261,6 @@ def test_sigterm_does_not_wait_for_a_slow_model() -> None:
         while not teacher.bodies and time.monotonic() < deadline_s:
             time.sleep(0.1)
         process.send_signal(signal.SIGTERM)
-        # far less than the answer needs
+        # the process must end long before the response would arrive
         _, errors = process.communicate(timeout=30)
     assert process.returncode == ExitCode.INTERRUPTED, errors

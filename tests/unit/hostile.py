@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 FULL: Final = os.environ.get("HOSTILE_INPUT") == "full"
 COUNTS: Final[Counter[str]] = Counter()
 PLANTED: Final = "아무도모르는이야기"
-"""Part of every text: no message may quote it."""
+"""Part of every text, so that a test notices a message that quotes it."""
 
 # the tokens that Qwen2.5's tokenizer.json adds to its vocabulary, and those of other model families
 QWEN_TOKENS: Final = tuple(
@@ -33,12 +33,12 @@ BIDI: Final = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u206
 
 
 def drawn(full: int, short: int) -> int:
-    """Return the number of examples of one property."""
+    """Return how many examples Hypothesis should draw for one property."""
     return full if FULL else short
 
 
 def count(kind: str, number: int = 1) -> None:
-    """Count drawn examples of `kind`."""
+    """Add `number` drawn examples to the count of `kind`."""
     COUNTS[kind] += number
 
 
@@ -49,7 +49,7 @@ def _write_counts() -> None:
 
 
 class HostileLine(NamedTuple):
-    """A line of a file, and whether it must be refused; None: either is right."""
+    """A line of a file, and whether the reader must reject it. None means that both outcomes are right."""
 
     raw: bytes
     is_refused: bool | None
@@ -72,7 +72,7 @@ texts: st.SearchStrategy[str] = st.one_of(
 
 
 def record(instruction: str = "a", summary: str = "", said: str = "b", reply: str = "c") -> dict[str, Any]:
-    """Return a record in the form of the file."""
+    """Return a record in the format of the data file."""
     return {
         "instruction": instruction,
         "context": {"summary": summary, "current_emotion": {"type": "happy", "intensity": 0.5}},
@@ -247,7 +247,7 @@ _scalars = st.one_of(
 
 
 def _bomb(levels: int, width: int, merge: bool) -> str:
-    """Return aliases of aliases: a few hundred bytes that expand to width ** levels values."""
+    """Return YAML with nested aliases: a few hundred bytes that expand to width ** levels values."""
     first = "a0: &a0 {x: 1}\n" if merge else "a0: &a0 [x]\n"
     how = "{{<<: [{0}], k{1}: 0}}" if merge else "[{0}]"
     return first + "".join(

@@ -1,4 +1,4 @@
-"""The base of a run: the identity of folders and hub ids, and the errors for anything that is no base."""
+"""Test the base of a run: the identity of folders and hub ids, and the errors for folders and ids that are not a base."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from lora_trainer.bases import Base, fetch_base, identify_base, tokenizer_folder
+from lora_trainer.base_model import Base, fetch_base, identify_base, tokenizer_folder
 from lora_trainer.config import BaseModelConfig
 from lora_trainer.errors import ConfigError, StorageError
 
@@ -123,14 +123,14 @@ def test_no_such_folder(tmp_path: Path, folder: Path) -> None:
         identify(tmp_path / "nowhere")
     with pytest.raises(ConfigError, match=r"config\.json: got a file, expected a folder"):
         identify(folder / "config.json")
-    with pytest.raises(ConfigError, match=r"nowhere: no tokenizer\.json there"):
+    with pytest.raises(ConfigError, match=r"nowhere: has no tokenizer\.json"):
         tokenizer_folder(BaseModelConfig(model=str(tmp_path / "nowhere")))
 
 
 def test_a_file_that_cannot_be_read(folder: Path) -> None:
     weights = folder / "model-00001-of-00002.safetensors"
     weights.unlink()
-    # reading a process's memory at address 0 fails for root, too
+    # reading a process's memory at address 0 fails even for root
     weights.symlink_to("/proc/self/mem")
     if not weights.is_file():
         pytest.skip("/proc is not there: no file that root cannot read")
@@ -165,7 +165,7 @@ def test_an_id_that_only_the_hub_library_refuses() -> None:
 
 HUB = """
 import sys
-from lora_trainer.bases import fetch_base, identify_base, tokenizer_folder
+from lora_trainer.base_model import fetch_base, identify_base, tokenizer_folder
 from lora_trainer.config import BaseModelConfig
 from lora_trainer.errors import LoraTrainerError
 config = BaseModelConfig()
@@ -179,7 +179,7 @@ for ask in (lambda: fetch_base(identify_base(config), config), lambda: tokenizer
 
 @pytest.mark.parametrize("offline", ["0", "1"])
 def test_a_hub_that_cannot_be_reached(tmp_path: Path, offline: str) -> None:
-    """In a separate process, because the hub's library reads its environment at import."""
+    """Run in a separate process, because the hub's library reads its environment at import."""
     pytest.importorskip("huggingface_hub", reason="huggingface_hub is not installed: nothing can be fetched")
     kept = {
         name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING")) and "proxy" not in name.lower()

@@ -1,4 +1,4 @@
-"""The bundle on a local output: manifest, publication, pointer, and reading it back."""
+"""Test the bundle on a local output: manifest, publication, pointer and reading back."""
 
 from __future__ import annotations
 
@@ -13,16 +13,25 @@ from typing import Any
 
 import pytest
 import yaml
-from made_metrics import MadeRun, made_run, write_evaluation
+from made_metrics import MadeRun, made_run, write_made_evaluation
 
-from lora_trainer import bundle
-from lora_trainer.bases import Base
+from lora_trainer.base_model import Base
 from lora_trainer.errors import ConfigError, InvariantError, LoraTrainerError, StorageError
-from lora_trainer.formatter import prompt_template, reply_json
-from lora_trainer.metrics import RunMetrics, metrics_schema
-from lora_trainer.personas import BloodType, Expression, persona_spec
-from lora_trainer.storage import Storage, open_storage
-from lora_trainer.training import StepLog
+from lora_trainer.evaluate.metrics import RunMetrics, metrics_schema
+from lora_trainer.persona.prompt import prompt_template, reply_json
+from lora_trainer.persona.reply_schema import response_schema
+from lora_trainer.persona.specs import persona_spec
+from lora_trainer.persona.vocabulary import BloodType, Expression
+from lora_trainer.report.model_card import vllm_lora_rank
+from lora_trainer.run.bundle_files import read_published, read_verdict, write_documents, write_evaluation
+from lora_trainer.store.bundle import check_complete, publish_bundle
+from lora_trainer.store.interface import Storage
+from lora_trainer.store.latest import link_newest, move_latest, promote_latest
+from lora_trainer.store.local import fresh_folder
+from lora_trainer.store.manifest import read_manifest, verify_files, write_manifest
+from lora_trainer.store.opening import open_storage
+from lora_trainer.store.prefixes import evaluation_prefix
+from lora_trainer.train.step_log import StepLog
 
 A = BloodType.A
 PREFIX = "adapters/A/0123456789abcdef/"
@@ -35,7 +44,7 @@ def storage(tmp_path: Path) -> Storage:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A bundle as the backend and the pipeline write it, with a subfolder and a Korean file name."""
+    """Write a bundle like the backend's and the pipeline's, with a subfolder and a Korean file name."""
     path = tmp_path / "bundle"
     (path / "extra").mkdir(parents=True)
     (path / "adapter_model.safetensors").write_bytes(bytes(range(256)) * 100)
@@ -53,7 +62,7 @@ def facts(run_id: str = "0123456789abcdef", started_at: str = "2026-01-01T00:00:
 
 def test_the_manifest_has_every_file_and_the_facts(folder: Path) -> None:
     (folder / "manifest.json").write_text("an older one")
-    manifest = bundle.write_manifest(folder, facts())
+    manifest = write_manifest(folder, facts())
     assert manifest == json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     files = {path for path in folder.rglob("*") if path.is_file() and path != folder / "manifest.json"}
     assert manifest["files"] == {
@@ -69,19 +78,19 @@ def test_the_manifest_has_every_file_and_the_facts(folder: Path) -> None:
 
 
 def test_what_was_published_is_whole_and_may_be_published_again(folder: Path, storage: Storage) -> None:
-    written = bundle.write_manifest(folder, facts())
-    assert bundle.read_manifest(storage, PREFIX) is None
-    assert bundle.verify(storage, PREFIX) == [f"{storage.uri}{PREFIX}: no manifest, so no bundle"]
+    written = write_manifest(folder, facts())
+    assert read_manifest(storage, PREFIX) is None
+    assert verify_files(storage, PREFIX) == [f"{storage.uri}{PREFIX}: got no manifest, so there is no bundle"]
     for _ in range(2):
-        bundle.publish(folder, storage, PREFIX)
-        assert bundle.read_manifest(storage, PREFIX) == written
-        assert bundle.verify(storage, PREFIX) == []
+        publish_bundle(folder, storage, PREFIX)
+        assert read_manifest(storage, PREFIX) == written
+        assert verify_files(storage, PREFIX) == []
         assert {item.key for item in storage.list("")} == {PREFIX + name for name in [*written["files"], "manifest.json"]}
 
 
 def test_verify_names_what_differs(folder: Path, storage: Storage) -> None:
-    bundle.write_manifest(folder, facts())
-    bundle.publish(folder, storage, PREFIX)
+    write_manifest(folder, facts())
+    publish_bundle(folder, storage, PREFIX)
     assert storage.local_folder is not None
     published = storage.local_folder / PREFIX
     data = bytearray((published / "adapter_model.safetensors").read_bytes())
@@ -90,54 +99,54 @@ def test_verify_names_what_differs(folder: Path, storage: Storage) -> None:
     (published / "tokenizer.json").unlink()
     with (published / "adapter_config.json").open("a") as file:
         file.write(" ")
-    problems = bundle.verify(storage, PREFIX)
+    problems = verify_files(storage, PREFIX)
     where = f"{storage.uri}{PREFIX}"
     digest = hashlib.sha256(data).hexdigest()
-    assert sorted(problems) == [
-        f"{where}adapter_config.json: got 3 bytes, SHA-256 {hashlib.sha256(b'{} ').hexdigest()}; manifest says otherwise",
-        f"{where}adapter_model.safetensors: got 25600 bytes, SHA-256 {digest}; manifest says otherwise",
+    assert sorted(problem.partition(", expected ")[0] for problem in problems) == [
+        f"{where}adapter_config.json: got 3 bytes, SHA-256 {hashlib.sha256(b'{} ').hexdigest()}",
+        f"{where}adapter_model.safetensors: got 25600 bytes, SHA-256 {digest}",
         f"{where}tokenizer.json: not found; the manifest says 2 bytes",
     ]
 
 
 def test_verify_does_not_follow_a_name_out_of_the_bundle(folder: Path, storage: Storage) -> None:
-    manifest = bundle.write_manifest(folder, facts())
-    bundle.publish(folder, storage, PREFIX)
+    manifest = write_manifest(folder, facts())
+    publish_bundle(folder, storage, PREFIX)
     manifest["files"]["../../../../etc/passwd"] = {"size_bytes": 1, "sha256": "0"}
     storage.write_bytes(f"{PREFIX}manifest.json", json.dumps(manifest).encode())
-    (problem,) = bundle.verify(storage, PREFIX)
+    (problem,) = verify_files(storage, PREFIX)
     assert problem.startswith(f"{storage.uri}{PREFIX}manifest.json: unsafe key '../../../../etc/passwd'")
 
 
 @pytest.mark.parametrize("hindered", ["adapter_config.json", "adapter_model.safetensors", "tokenizer_config.json"])
 def test_a_publication_that_breaks_off_is_no_bundle(folder: Path, storage: Storage, hindered: str) -> None:
-    bundle.write_manifest(folder, facts())
-    # A folder in place of the file makes its upload fail.
+    write_manifest(folder, facts())
+    # A folder with the file's name makes its upload fail.
     assert storage.local_folder is not None
     in_the_way = storage.local_folder / PREFIX / hindered
     (in_the_way / "x").mkdir(parents=True)
     with pytest.raises(ConfigError, match=f"{hindered}: got a folder"):
-        bundle.publish(folder, storage, PREFIX)
-    assert bundle.read_manifest(storage, PREFIX) is None
+        publish_bundle(folder, storage, PREFIX)
+    assert read_manifest(storage, PREFIX) is None
     (in_the_way / "x").rmdir()
     in_the_way.rmdir()
-    bundle.publish(folder, storage, PREFIX)
-    assert bundle.verify(storage, PREFIX) == []
+    publish_bundle(folder, storage, PREFIX)
+    assert verify_files(storage, PREFIX) == []
 
 
 def test_a_file_that_vanished_before_its_upload_is_no_bundle(folder: Path, storage: Storage) -> None:
-    bundle.write_manifest(folder, facts())
+    write_manifest(folder, facts())
     (folder / "tokenizer_config.json").unlink()
     with pytest.raises(LoraTrainerError, match=r"tokenizer_config\.json"):
-        bundle.publish(folder, storage, PREFIX)
-    assert bundle.read_manifest(storage, PREFIX) is None
+        publish_bundle(folder, storage, PREFIX)
+    assert read_manifest(storage, PREFIX) is None
 
 
 @pytest.mark.parametrize("data", [b"", b"{", b"[]", b"{}", b'{"schema": 2, "files": {}}', b'{"schema": 1, "files": []}', b"\xff"])
 def test_a_manifest_that_is_none(storage: Storage, data: bytes) -> None:
     storage.write_bytes(f"{PREFIX}manifest.json", data)
     with pytest.raises(StorageError, match=r"manifest\.json: not a manifest of schema 1; .*move that prefix away and run again"):
-        bundle.read_manifest(storage, PREFIX)
+        read_manifest(storage, PREFIX)
 
 
 # -- latest.json ----------------------------------------------------------------------------------------
@@ -151,7 +160,7 @@ def pointed_at(storage: Storage) -> dict[str, str]:
 
 
 def test_the_first_run_is_the_latest(storage: Storage) -> None:
-    move = bundle.move_latest(storage, A, facts())
+    move = move_latest(storage, A, facts())
     assert (move.moved, move.names_this_run) == (True, True)
     assert pointed_at(storage) == {
         "run_id": "0123456789abcdef",
@@ -167,14 +176,14 @@ def test_the_first_run_is_the_latest(storage: Storage) -> None:
         ("2026-01-01T00:00:01+00:00", True),
         ("2026-01-01T00:00:00+00:00", True),
         ("2025-12-31T23:59:59+00:00", False),
-        # 00:00:01 and 23:59:59 UTC, written in Seoul time: times are compared, not their spelling
+        # 00:00:01 and 23:59:59 UTC in Seoul time: the job compares times, not strings
         ("2026-01-01T09:00:01+09:00", True),
         ("2026-01-01T08:59:59+09:00", False),
     ],
 )
 def test_only_a_run_that_did_not_start_earlier_takes_over(storage: Storage, started_at: str, moved: bool) -> None:
-    bundle.move_latest(storage, A, facts("first"))
-    move = bundle.move_latest(storage, A, facts("second", started_at))
+    move_latest(storage, A, facts("first"))
+    move = move_latest(storage, A, facts("second", started_at))
     assert (move.moved, move.names_this_run) == (moved, moved)
     assert pointed_at(storage)["run_id"] == ("second" if moved else "first")
     if not moved:
@@ -182,9 +191,9 @@ def test_only_a_run_that_did_not_start_earlier_takes_over(storage: Storage, star
 
 
 def test_the_same_run_again_writes_nothing(storage: Storage) -> None:
-    bundle.move_latest(storage, A, facts())
+    move_latest(storage, A, facts())
     before = storage.read_bytes("adapters/A/latest.json")
-    move = bundle.move_latest(storage, A, facts(started_at="2027-01-01T00:00:00+00:00"))
+    move = move_latest(storage, A, facts(started_at="2027-01-01T00:00:00+00:00"))
     assert (move.moved, move.names_this_run, move.reason) == (False, True, "it already names this run")
     assert storage.read_bytes("adapters/A/latest.json") == before
 
@@ -208,15 +217,15 @@ def test_the_same_run_again_writes_nothing(storage: Storage) -> None:
 )
 def test_a_broken_pointer_is_said_and_left(storage: Storage, data: bytes) -> None:
     storage.write_bytes("adapters/A/latest.json", data)
-    with pytest.raises(StorageError, match=r"adapters/A/latest\.json: not a pointer to a bundle; .*remove it or mend it"):
-        bundle.move_latest(storage, A, facts())
+    with pytest.raises(StorageError, match=r"adapters/A/latest\.json: not a pointer to a bundle; expected run_id"):
+        move_latest(storage, A, facts())
     found = storage.read_bytes("adapters/A/latest.json")
     assert found is not None
     assert found.data == data
 
 
 def test_concurrent_movers_end_with_the_latest(tmp_path: Path) -> None:
-    # Eight movers, because a move is attempted eight times, and each lost swap is another mover's success.
+    # A mover tries eight times, and whenever its swap fails, another mover's has succeeded. So all of eight movers finish.
     movers = 8
     for attempt in range(20):
         uri = f"file://{tmp_path}/{attempt}/"
@@ -225,7 +234,7 @@ def test_concurrent_movers_end_with_the_latest(tmp_path: Path) -> None:
         def move(number: int, uri: str = uri, barrier: threading.Barrier = barrier) -> bool:
             barrier.wait()
             manifest = facts(f"run-{number}", f"2026-01-01T00:00:0{number}+00:00")
-            return bundle.move_latest(open_storage(uri), A, manifest).moved
+            return move_latest(open_storage(uri), A, manifest).moved
 
         with ThreadPoolExecutor(movers) as pool:
             moved = list(pool.map(move, range(movers)))
@@ -234,7 +243,7 @@ def test_concurrent_movers_end_with_the_latest(tmp_path: Path) -> None:
 
 
 class Contended:
-    """A real storage in which another client writes between every read and the next write."""
+    """A real storage with another client that writes between each of our reads and the next write."""
 
     def __init__(self, storage: Storage) -> None:
         self._storage = storage
@@ -254,48 +263,48 @@ class Contended:
 def test_a_swap_that_is_always_lost_ends(storage: Storage) -> None:
     contended: Any = Contended(storage)
     with pytest.raises(StorageError, match=r"latest\.json: other writers changed it 8 times in a row; run the same command again"):
-        bundle.move_latest(contended, A, facts())
+        move_latest(contended, A, facts())
     assert contended.reads == 8
     assert pointed_at(storage)["run_id"] == "other-8"
 
 
 def test_promotion_moves_whatever_is_newer_and_those_that_started_before_it_leave_it(storage: Storage) -> None:
-    bundle.move_latest(storage, A, facts("newer", "2026-06-01T00:00:00+00:00"))
+    move_latest(storage, A, facts("newer", "2026-06-01T00:00:00+00:00"))
     before = datetime.now(UTC)
-    assert bundle.promote(storage, A, facts("older", "2026-01-01T00:00:00+00:00")) == "newer"
+    assert promote_latest(storage, A, facts("older", "2026-01-01T00:00:00+00:00")) == "newer"
     pointer = pointed_at(storage)
     assert (pointer["run_id"], pointer["bundle"]) == ("older", "adapters/A/older/")
     promoted_at = datetime.fromisoformat(pointer["promoted_at"])
     assert before - timedelta(seconds=1) <= promoted_at <= datetime.now(UTC)
-    # started long after the promoted run, but before the promotion
-    move = bundle.move_latest(storage, A, facts("running", (promoted_at - timedelta(seconds=1)).isoformat()))
+    # this run started long after the promoted one, but before the promotion
+    move = move_latest(storage, A, facts("running", (promoted_at - timedelta(seconds=1)).isoformat()))
     assert (move.moved, move.names_this_run) == (False, False)
     assert move.reason == "it names run older, which was promoted after this run started"
-    assert bundle.move_latest(storage, A, facts("newer", "2026-06-01T00:00:00+00:00")).moved is False
+    assert move_latest(storage, A, facts("newer", "2026-06-01T00:00:00+00:00")).moved is False
     assert pointed_at(storage) == pointer
-    # the promoted run again: the pointer already names it
-    move = bundle.move_latest(storage, A, facts("older", "2026-01-01T00:00:00+00:00"))
+    # the pointer already names the promoted run
+    move = move_latest(storage, A, facts("older", "2026-01-01T00:00:00+00:00"))
     assert (move.moved, move.names_this_run) == (False, True)
     # a run that starts now takes over as usual
-    assert bundle.move_latest(storage, A, facts("next", (promoted_at + timedelta(seconds=1)).isoformat())).moved
+    assert move_latest(storage, A, facts("next", (promoted_at + timedelta(seconds=1)).isoformat())).moved
     assert pointed_at(storage)["run_id"] == "next"
     assert "promoted_at" not in pointed_at(storage)
 
 
 def test_the_first_promotion_and_the_same_again(storage: Storage) -> None:
-    assert bundle.promote(storage, A, facts()) is None
-    assert bundle.promote(storage, A, facts()) == "0123456789abcdef"
+    assert promote_latest(storage, A, facts()) is None
+    assert promote_latest(storage, A, facts()) == "0123456789abcdef"
     assert pointed_at(storage)["run_id"] == "0123456789abcdef"
 
 
 def test_a_promotion_does_not_replace_what_is_no_pointer(storage: Storage) -> None:
     storage.write_bytes("adapters/A/latest.json", b"{}")
     with pytest.raises(StorageError, match="not a pointer to a bundle"):
-        bundle.promote(storage, A, facts())
+        promote_latest(storage, A, facts())
     contended: Any = Contended(storage)
     storage.write_bytes("adapters/A/latest.json", json.dumps(facts()).encode())
     with pytest.raises(StorageError, match="other writers changed it 8 times in a row"):
-        bundle.promote(contended, A, facts("mine"))
+        promote_latest(contended, A, facts("mine"))
 
 
 # -- the local link -------------------------------------------------------------------------------------
@@ -305,16 +314,16 @@ def test_the_link_follows(storage: Storage) -> None:
     assert storage.local_folder is not None
     storage.write_bytes(f"{PREFIX}x", b"1")
     storage.write_bytes("adapters/A/other/x", b"2")
-    link = bundle.link_newest(storage, A, "0123456789abcdef")
+    link = link_newest(storage, A, "0123456789abcdef")
     assert link == storage.local_folder / "adapter_A"
     assert (link / "x").read_bytes() == b"1"
-    # relative, because the output may be moved or mounted elsewhere
+    # the link is relative, so that users can move the output or mount it elsewhere
     assert link.readlink() == Path("adapters/A/0123456789abcdef")
-    bundle.link_newest(storage, A, "other")
+    link_newest(storage, A, "other")
     assert (link / "x").read_bytes() == b"2"
-    bundle.link_newest(storage, A, "gone")
+    link_newest(storage, A, "gone")
     assert link.is_symlink()
-    bundle.link_newest(storage, A, "other")
+    link_newest(storage, A, "other")
     assert (link / "x").read_bytes() == b"2"
     assert sorted(path.name for path in storage.local_folder.iterdir()) == ["adapter_A", "adapters"]
 
@@ -324,20 +333,20 @@ def test_what_is_no_link_is_not_replaced(storage: Storage, kind: str) -> None:
     assert storage.local_folder is not None
     storage.write_bytes("adapter_A/precious" if kind == "folder" else "adapter_A", b"x")
     with pytest.raises(StorageError, match="adapter_A: in the way: got a file or folder, expected nothing or a link; move it away"):
-        bundle.link_newest(storage, A, "0123456789abcdef")
+        link_newest(storage, A, "0123456789abcdef")
     assert len(list(storage.list(""))) == 1
 
 
 @pytest.mark.usefixtures("aws_environment")
 def test_an_object_store_has_no_links() -> None:
-    assert bundle.link_newest(open_storage("s3://bucket/out/"), A, "0123456789abcdef") is None
+    assert link_newest(open_storage("s3://bucket/out/"), A, "0123456789abcdef") is None
 
 
 # -- the documents --------------------------------------------------------------------------------------
 
 
 def accepts(schema: dict[str, Any], value: object) -> bool:
-    """Validate the part of JSON Schema that our schemas use; an unknown keyword fails the test."""
+    """Validate against the subset of JSON Schema that our schemas use. An unknown keyword fails the test."""
     assert set(schema) <= {
         "$schema", "type", "properties", "required", "additionalProperties", "minLength", "maxLength", "enum",
     }  # fmt: skip
@@ -358,7 +367,7 @@ def accepts(schema: dict[str, Any], value: object) -> bool:
 
 
 def test_the_schema_takes_replies_and_nothing_else() -> None:
-    schema: Any = json.loads(json.dumps(bundle.response_schema()))
+    schema: Any = json.loads(json.dumps(response_schema()))
     for expression in Expression:
         assert accepts(schema, json.loads(reply_json("오! 나 금방 도착해! 😊", expression)))
     assert accepts(schema, {"text": "가" * 200, "emotion": "smile"})
@@ -378,7 +387,7 @@ def test_the_schema_takes_replies_and_nothing_else() -> None:
 
 
 def test_every_bundled_reply_is_one_that_the_schema_takes() -> None:
-    schema: Any = bundle.response_schema()
+    schema: Any = response_schema()
     data = Path(__file__).resolve().parents[2] / "data"
     lines = [
         line for file in sorted(data.glob("train_data_type_*.jsonl")) for line in file.read_text(encoding="utf-8").splitlines()
@@ -391,7 +400,7 @@ def test_every_bundled_reply_is_one_that_the_schema_takes() -> None:
 
 @pytest.fixture(scope="module")
 def made() -> MadeRun:
-    """A run with few questions and its metrics."""
+    """Make a run with few questions and compute its metrics."""
     return made_run(prompts=6, sampled=False, steps=3, settings=(("lora.r", 8),))
 
 
@@ -401,14 +410,14 @@ def test_the_documents(folder: Path, made: MadeRun, revision: str | None) -> Non
     training = made.metrics.training.model_copy(update={"records": 1234, "steps": 56})
     held_out = made.metrics.held_out.model_copy(update={"records": 7, "loss_base": 3.21987, "loss_adapter": 1.5})
     metrics = made.metrics.model_copy(update={"run_id": "0123456789abcdef", "training": training, "held_out": held_out})
-    bundle.write_documents(folder, made.config, base, metrics)
-    bundle.write_evaluation(folder, metrics, made.steps, made.replies, made.facts)
+    write_documents(folder, made.config, base, metrics)
+    write_evaluation(folder, metrics, made.steps, made.replies, made.facts)
     read = {
         path.name: path.read_text(encoding="utf-8") for path in folder.iterdir() if path.is_file() and path.suffix != ".safetensors"
     }
     assert json.loads(read["prompt.json"]) == prompt_template()
     assert "상황" in read["prompt.json"], "Korean as itself, for whoever reads it"
-    assert json.loads(read["response_schema.json"]) == bundle.response_schema()
+    assert json.loads(read["response_schema.json"]) == response_schema()
     assert RunMetrics.model_validate_json(read["metrics.json"]) == metrics
     assert json.loads(read["metrics.schema.json"]) == metrics_schema()
     assert yaml.safe_load(read["persona.yaml"]) == persona_spec(A).model_dump(mode="json")
@@ -430,30 +439,30 @@ def test_the_documents(folder: Path, made: MadeRun, revision: str | None) -> Non
 
 
 def test_the_card_says_what_was_measured(folder: Path, made: MadeRun) -> None:
-    bundle.write_documents(folder, made.config, Base("x/y", None, "identity", None), made.metrics)
+    write_documents(folder, made.config, Base("x/y", None, "identity", None), made.metrics)
     card = (folder / "README.md").read_text(encoding="utf-8")
-    # six prompts at four intensities are too few for a bound of 0.97
+    # with only six prompts at four intensities, no lower bound can reach 0.97
     assert not made.metrics.verdict.passed
-    assert "its gates were **not passed**: 24 greedy,\nunconstrained replies to 6 held-out prompts" in card
+    assert "Gates at publication: **not passed**, on 24 greedy, unconstrained replies to\n6 held-out prompts" in card
     rate = made.metrics.evaluation.greedy.adapter.exact_json
     assert f"| exact JSON | {rate.successes} of 24 | {rate.value:.1%} | {rate.lower:.1%} |" in card
     assert len(re.findall(r"^\| [^|]+ \| \d+ of \d+ \| [\d.]+% \| [\d.]+% \|$", card, re.MULTILINE)) == 6
 
 
-# -- read back --------------------------------------------------------------------------------------------
+# -- reading back --------------------------------------------------------------------------------------------
 
 
 def publish_made(folder: Path, made: MadeRun, storage: Storage) -> dict[str, Any]:
-    write_evaluation(made, folder)
+    write_made_evaluation(made, folder)
     verdict = made.metrics.verdict
-    manifest = bundle.write_manifest(folder, {**facts(), "gate_id": verdict.gate_id, "verdict": verdict.model_dump(mode="json")})
-    bundle.publish(folder, storage, PREFIX)
+    manifest = write_manifest(folder, {**facts(), "gate_id": verdict.gate_id, "verdict": verdict.model_dump(mode="json")})
+    publish_bundle(folder, storage, PREFIX)
     return manifest
 
 
 def test_what_was_published_comes_back(folder: Path, made: MadeRun, storage: Storage, tmp_path: Path) -> None:
     manifest = publish_made(folder, made, storage)
-    back = bundle.fetch(storage, PREFIX, manifest, tmp_path / "back")
+    back = read_published(storage, PREFIX, manifest, tmp_path / "back")
     assert (back.training, back.held_out) == (made.metrics.training, made.metrics.held_out)
     assert back.peak_memory_gib == made.metrics.peak_memory_gib
     assert back.steps == tuple(made.steps)
@@ -475,82 +484,82 @@ def test_a_bundle_that_is_damaged_does_not_come_back(
         path.unlink()
     else:
         path.write_bytes(path.read_bytes()[:-1] + b"X")
-    expected = "the manifest names it and it cannot be had" if missing else "the bundle was changed: move that prefix away"
+    expected = "cannot be downloaded .*move that prefix away" if missing else "was changed: move that prefix away"
     with pytest.raises(StorageError, match=f"{re.escape(name)}: .*{expected}"):
-        bundle.fetch(storage, PREFIX, manifest, tmp_path / "back")
+        read_published(storage, PREFIX, manifest, tmp_path / "back")
 
 
 def test_a_manifest_cannot_put_files_elsewhere(folder: Path, made: MadeRun, storage: Storage, tmp_path: Path) -> None:
     manifest = publish_made(folder, made, storage)
     manifest["files"] = {"../../outside": {"size_bytes": 1, "sha256": "0"}}
     with pytest.raises(StorageError, match=r"unsafe key '\.\./\.\./outside'"):
-        bundle.fetch(storage, PREFIX, manifest, tmp_path / "a" / "b")
+        read_published(storage, PREFIX, manifest, tmp_path / "a" / "b")
     assert not (tmp_path / "outside").exists()
 
 
 def test_a_bundle_from_before_there_were_evaluations_comes_back_without(
     folder: Path, made: MadeRun, storage: Storage, tmp_path: Path
 ) -> None:
-    """The adapter is good, so it is evaluated again and not trained again."""
-    write_evaluation(made, folder)
+    """The adapter itself is intact, so the job evaluates it again instead of training again."""
+    write_made_evaluation(made, folder)
     old = {name: value for name, value in made.metrics.as_json().items() if name not in ("evaluation", "verdict", "schema")}
     (folder / "metrics.json").write_text(json.dumps(old), encoding="utf-8")
     for name in ("replies.jsonl", "report.html", "metrics.schema.json"):
         (folder / name).unlink()
-    manifest = bundle.write_manifest(folder, facts())
-    bundle.publish(folder, storage, PREFIX)
-    back = bundle.fetch(storage, PREFIX, manifest, tmp_path / "back")
+    manifest = write_manifest(folder, facts())
+    publish_bundle(folder, storage, PREFIX)
+    back = read_published(storage, PREFIX, manifest, tmp_path / "back")
     assert (back.evaluation, back.replies) == (None, [])
     assert back.training == made.metrics.training
-    assert bundle.read_verdict(storage, PREFIX, manifest, "0" * 16) is None
+    assert read_verdict(storage, PREFIX, manifest, "0" * 16) is None
 
 
 @pytest.mark.parametrize("metrics", ["", "[]", "{}", '{"training": 5}', "null"])
 def test_metrics_that_are_none(folder: Path, made: MadeRun, storage: Storage, tmp_path: Path, metrics: str) -> None:
-    write_evaluation(made, folder)
+    write_made_evaluation(made, folder)
     (folder / "metrics.json").write_text(metrics)
-    manifest = bundle.write_manifest(folder, facts())
-    bundle.publish(folder, storage, PREFIX)
-    with pytest.raises(StorageError, match="is not what this version reads; it was written by another one"):
-        bundle.fetch(storage, PREFIX, manifest, tmp_path / "back")
+    manifest = write_manifest(folder, facts())
+    publish_bundle(folder, storage, PREFIX)
+    with pytest.raises(StorageError, match=r"this version can't read metrics\.json"):
+        read_published(storage, PREFIX, manifest, tmp_path / "back")
 
 
 def test_the_verdict_of_a_bundle_and_those_beneath_it(folder: Path, made: MadeRun, storage: Storage, tmp_path: Path) -> None:
     manifest = publish_made(folder, made, storage)
     mine, other = made.metrics.verdict, made.metrics.verdict.model_copy(update={"gate_id": "f" * 16, "passed": True})
-    assert bundle.read_verdict(storage, PREFIX, manifest, mine.gate_id) == (mine, PREFIX)
-    assert bundle.read_verdict(storage, PREFIX, manifest, other.gate_id) is None
-    later = bundle.fresh_folder(tmp_path / "later")
-    bundle.write_manifest(later, {**facts(), "gate_id": other.gate_id, "verdict": other.model_dump(mode="json")})
-    prefix = bundle.evaluation_prefix(PREFIX, other.gate_id)
-    bundle.publish(later, storage, prefix)
-    assert bundle.read_verdict(storage, PREFIX, manifest, other.gate_id) == (other, prefix)
-    assert bundle.read_verdict(storage, PREFIX, manifest, mine.gate_id) == (mine, PREFIX)
-    assert bundle.verify(storage, PREFIX) == []
+    assert read_verdict(storage, PREFIX, manifest, mine.gate_id) == (mine, PREFIX)
+    assert read_verdict(storage, PREFIX, manifest, other.gate_id) is None
+    later = fresh_folder(tmp_path / "later")
+    write_manifest(later, {**facts(), "gate_id": other.gate_id, "verdict": other.model_dump(mode="json")})
+    prefix = evaluation_prefix(PREFIX, other.gate_id)
+    publish_bundle(later, storage, prefix)
+    assert read_verdict(storage, PREFIX, manifest, other.gate_id) == (other, prefix)
+    assert read_verdict(storage, PREFIX, manifest, mine.gate_id) == (mine, PREFIX)
+    assert verify_files(storage, PREFIX) == []
 
 
 @pytest.mark.parametrize("verdict", [None, {}, [], {"gate_id": "x", "passed": "perhaps", "gates": []}])
 def test_a_verdict_that_is_none(storage: Storage, verdict: object) -> None:
-    with pytest.raises(StorageError, match=r"manifest\.json: its verdict is not one; it was changed"):
-        bundle.read_verdict(storage, PREFIX, {"gate_id": "x", "verdict": verdict}, "x")
+    with pytest.raises(StorageError, match=r"manifest\.json: holds no valid verdict"):
+        read_verdict(storage, PREFIX, {"gate_id": "x", "verdict": verdict}, "x")
 
 
 def test_a_fresh_folder_is_empty(tmp_path: Path) -> None:
     for _ in range(2):
-        made = bundle.fresh_folder(tmp_path / "a" / "bundle")
+        made = fresh_folder(tmp_path / "a" / "bundle")
         assert list(made.iterdir()) == []
         (made / "left").mkdir()
         (made / "left" / "over").touch()
 
 
 def test_what_a_backend_must_have_saved(folder: Path) -> None:
-    bundle.check_complete(folder)
+    check_complete(folder)
     (folder / "tokenizer.json").unlink()
     (folder / "adapter_model.safetensors").unlink()
     with pytest.raises(InvariantError, match=r"saved no adapter_model\.safetensors, tokenizer\.json: the bundle would not load"):
-        bundle.check_complete(folder)
+        check_complete(folder)
 
 
 @pytest.mark.parametrize(("r", "rank"), [(1, 1), (2, 8), (8, 8), (12, 16), (16, 16), (65, 128), (257, 320), (512, 512)])
 def test_the_card_names_a_rank_that_vllm_takes(r: int, rank: int) -> None:
-    assert bundle.vllm_lora_rank(r) == rank
+    assert vllm_lora_rank(r) == rank

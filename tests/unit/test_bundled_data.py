@@ -1,4 +1,4 @@
-"""The data in `data/`: what users who train on it, or copy its form, can rely on."""
+"""Test the properties of `data/` that users rely on when they train on it or copy its format."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 from conftest import REPOSITORY, load_tool
 
-from lora_trainer.duplicates import NearDuplicateFinder, jaccard, normalized, shingles
-from lora_trainer.evaluation_prompts import evaluation_prompts
-from lora_trainer.personas import BloodType, Feeling, IntensityThird, persona_spec
-from lora_trainer.records import TrainingRecord
-from lora_trainer.validation import FileReport, check_file
+from lora_trainer.data.duplicates import NearDuplicateFinder, jaccard, normalized, shingles
+from lora_trainer.data.evaluation_prompts import evaluation_prompts
+from lora_trainer.data.records import TrainingRecord
+from lora_trainer.data.validation import FileReport, check_file
+from lora_trainer.persona.specs import persona_spec
+from lora_trainer.persona.vocabulary import BloodType, Feeling, IntensityThird
 
 DATA = REPOSITORY / "data"
 tool: Any = load_tool("bundled_data")
@@ -53,7 +54,7 @@ def test_every_line_is_a_record_without_errors_or_warnings(blood_type: BloodType
 @each_persona
 def test_lines_are_in_the_documented_form(blood_type: BloodType) -> None:
     _, records = checked(blood_type)
-    # JSON Lines end only at \n; splitlines also breaks at other separators inside a text
+    # lines of JSONL end only at \n, but splitlines also splits at other separators within a text
     lines = path_of(blood_type).read_text(encoding="utf-8").removesuffix("\n").split("\n")
     assert lines == [record.to_json() for record in records]
 
@@ -115,12 +116,12 @@ def test_no_reply_is_nearly_another(blood_type: BloodType) -> None:
     finder = NearDuplicateFinder()
     near = 0
     for record in checked(blood_type)[1]:
-        near += finder.like(record.reply.text) is not None
+        near += finder.find(record.reply.text) is not None
         finder.add(record.reply.text)
     assert near <= 0.02 * len(finder)
 
 
-# --- where it comes from ---------------------------------------------------------------------------------
+# --- sources of the data ---------------------------------------------------------------------------------
 
 
 @pytest.mark.slow  # make data-check, a stage of .ci/run, does the same
@@ -134,7 +135,7 @@ def test_four_hundred_and_more_were_written_by_hand(blood_type: BloodType) -> No
     by_hand = tool.handwritten_records(blood_type)
     assert len(by_hand) >= 400
     assert list(checked(blood_type)[1][: len(by_hand)]) == by_hand
-    # no two hand-written replies share much more than a phrase
+    # no two hand-written replies have much more than a phrase in common
     parts = [shingles(record.reply.text) for record in by_hand]
     assert max(jaccard(one, other) for at, one in enumerate(parts) for other in parts[:at]) < 0.5
 
@@ -170,12 +171,12 @@ def test_there_are_120_balanced_prompts() -> None:
 
 
 def test_the_prompts_in_the_data_folder_are_those_of_the_package() -> None:
-    shipped = REPOSITORY / "lora_trainer" / "assets" / "eval_prompts.jsonl"
+    shipped = REPOSITORY / "lora_trainer" / "data" / "assets" / "eval_prompts.jsonl"
     assert (DATA / "eval_prompts.jsonl").read_bytes() == shipped.read_bytes()
 
 
 def test_no_training_input_is_nearly_a_prompt() -> None:
-    """Stricter than 0.7, the bound for near-duplicates: situations and wording must be disjoint."""
+    """Apply a stricter bound than the 0.7 for near-duplicates: situations and wording must be disjoint."""
     prompts = [shingles(prompt.input) for prompt in evaluation_prompts()]
     inputs = {record.input for blood_type in BloodType for record in checked(blood_type)[1]}
     near = [(max(jaccard(shingles(said), prompt) for prompt in prompts), said) for said in inputs]

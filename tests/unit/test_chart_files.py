@@ -1,4 +1,4 @@
-"""The chart's generated files match the project. tests/chart tests the chart itself, through Helm."""
+"""Check that the chart's generated files match the project. tests/chart tests the chart itself, through Helm."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_the_base_is_the_jobs_default() -> None:
 
 
 def objects(schema: Any, where: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield every schema of an object with known keys."""
+    """Yield every object schema that lists its properties, with its path."""
     if isinstance(schema, dict):
         if isinstance(schema.get("properties"), dict):
             yield where, schema
@@ -58,7 +58,7 @@ FREE: Final = ("/anyOf", "/properties/extraEnv/items", "/properties/extraVolumes
 
 
 def test_the_schema_is_closed() -> None:
-    """Except for objects of Kubernetes, which have more fields than a chart should know."""
+    """Only Kubernetes objects stay open, because they have more fields than a chart should know."""
     found = list(objects(SCHEMA))
     assert len(found) > 30
     assert {where for where, schema in found if schema.get("additionalProperties") is not False} == set(FREE)
@@ -66,7 +66,7 @@ def test_the_schema_is_closed() -> None:
 
 def test_every_value_has_a_type_of_its_own() -> None:
     values = yaml.safe_load((CHART / "values.yaml").read_text(encoding="utf-8"))
-    # `global` holds what a parent chart passes to its subcharts
+    # `global` holds the values that a parent chart passes to its subcharts
     assert set(SCHEMA["properties"]) == set(values) | {"global"}
 
 
@@ -80,7 +80,7 @@ def test_the_settings_file_is_run_config() -> None:
                 assert part["description"], name
 
     assert list(names(SCHEMA["properties"]["config"])) == list(setting_names())
-    # a settings file may omit anything
+    # a settings file may omit any setting
     assert all("required" not in schema for _, schema in objects(tool.config_schema()))
 
 

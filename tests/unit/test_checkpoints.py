@@ -1,4 +1,4 @@
-"""Checkpoints without a model: committing, pruning, finding them again, and a failing store."""
+"""Test checkpoints without a model: committing, pruning, finding the newest, and a failing store."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ from pathlib import Path
 
 import pytest
 
-from lora_trainer import checkpoints as module
-from lora_trainer.bundle import MANIFEST_NAME
-from lora_trainer.checkpoints import Checkpoints, checkpoint_name
 from lora_trainer.config import CheckpointConfig
 from lora_trainer.errors import Interrupted, StorageError
-from lora_trainer.interruption import Interruption
-from lora_trainer.lease import run_prefix
-from lora_trainer.personas import BloodType
-from lora_trainer.storage import FileStorage, Storage, open_storage
+from lora_trainer.persona.vocabulary import BloodType
+from lora_trainer.signals import Interruption
+from lora_trainer.store.checkpoints import Checkpoints, checkpoint_name
+from lora_trainer.store.interface import Storage
+from lora_trainer.store.local import FileStorage
+from lora_trainer.store.manifest import MANIFEST_NAME
+from lora_trainer.store.opening import open_storage
+from lora_trainer.store.prefixes import run_prefix
 
 RUN = run_prefix(BloodType.A, "0123456789abcdef")
 PREFIX = f"{RUN}checkpoints/"
@@ -33,9 +34,10 @@ def snapshot(step: int) -> Callable[[Path], None]:
     return write
 
 
-def opened(tmp_path: Path, name: str = "work", **settings: object) -> Checkpoints:
+def opened(tmp_path: Path, name: str = "work", output: Storage | None = None, **settings: object) -> Checkpoints:
     config = CheckpointConfig.model_validate(settings)
-    return Checkpoints(config, tmp_path / name, f"file://{tmp_path / 'out'}/", RUN, "0123456789abcdef")
+    output = output or FileStorage(tmp_path / "out")
+    return Checkpoints(config, tmp_path / name, output, RUN, "0123456789abcdef", interruption=Interruption())
 
 
 def stored(tmp_path: Path) -> set[str]:
@@ -86,7 +88,7 @@ def test_a_damaged_one_is_passed_over(tmp_path: Path, damage: str) -> None:
     found = opened(tmp_path, "elsewhere").newest()
     assert found is not None
     assert found.name == checkpoint_name(1)
-    # on the first attempt's machine its local copy is enough
+    # on the same machine, the job uses the local copy
     here = opened(tmp_path).newest()
     assert here is not None
     assert here.name == checkpoint_name(2)
@@ -104,7 +106,7 @@ def test_due_after_steps_or_minutes(tmp_path: Path) -> None:
 
 
 class SlowStorage(FileStorage):
-    """Blocks the first upload until released."""
+    """A storage that blocks the first upload until the test releases it."""
 
     begun, go_on = threading.Event(), threading.Event()
 
@@ -114,15 +116,14 @@ class SlowStorage(FileStorage):
         super().upload(path, key)
 
 
-def test_training_never_waits_and_of_those_that_wait_the_newest_is_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_never_waits_and_of_those_that_wait_the_newest_is_next(tmp_path: Path) -> None:
     SlowStorage.begun, SlowStorage.go_on = threading.Event(), threading.Event()
-    monkeypatch.setattr(module, "open_storage", lambda _: SlowStorage(tmp_path / "out"))
-    checkpoints = opened(tmp_path, keep=10)
+    checkpoints = opened(tmp_path, output=SlowStorage(tmp_path / "out"), keep=10)
     checkpoints.write(1, snapshot(1))
     assert SlowStorage.begun.wait(20)
     for step in (2, 3, 4):
         checkpoints.write(step, snapshot(step))
-    with pytest.raises(StorageError, match=r"step-000004: the checkpoint was not uploaded: still under way after 0 s"):
+    with pytest.raises(StorageError, match=r"step-000004: the checkpoint was not uploaded: still uploading after 0 s"):
         checkpoints.finish(0.01)
     SlowStorage.go_on.set()
     checkpoints.finish(20)
@@ -130,7 +131,7 @@ def test_training_never_waits_and_of_those_that_wait_the_newest_is_next(tmp_path
 
 
 class FullStorage(FileStorage):
-    """Refuses every write until released."""
+    """A storage that rejects every write until the test releases it."""
 
     full = True
 
@@ -140,12 +141,8 @@ class FullStorage(FileStorage):
         super().upload(path, key)
 
 
-def test_a_store_that_refuses_stops_no_training_and_the_last_word_says_where_it_is_kept(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    storage: Storage = FullStorage(tmp_path / "out")
-    monkeypatch.setattr(module, "open_storage", lambda _: storage)
-    checkpoints = opened(tmp_path)
+def test_a_store_that_refuses_stops_no_training_and_the_last_word_says_where_it_is_kept(tmp_path: Path) -> None:
+    checkpoints = opened(tmp_path, output=FullStorage(tmp_path / "out"))
     checkpoints.write(1, snapshot(1))
     with pytest.raises(StorageError, match=r"not uploaded: s3://bucket/: no space left; it is kept in .*step-000001") as caught:
         checkpoints.finish(10)
@@ -166,9 +163,7 @@ def test_a_full_disk_is_said(tmp_path: Path) -> None:
 
     checkpoints = opened(tmp_path)
     checkpoints.write(1, no_space)
-    with pytest.raises(
-        StorageError, match=r"No space left on device; free some space .* and could not be written to work_dir either"
-    ):
+    with pytest.raises(StorageError, match=r"No space left on device; free some space .* could not be written to work_dir either"):
         checkpoints.finish(10)
 
 
@@ -219,7 +214,7 @@ def test_outside_a_deferred_block_it_is_raised_at_once() -> None:
 
 
 def swallow(interruption: Interruption) -> None:
-    """Swallow the interruption, as an import from C code does."""
+    """Turn the interruption into an ImportError, as C code does during an import."""
     try:
         interruption._handle(signal.SIGTERM, None)
     except BaseException as error:

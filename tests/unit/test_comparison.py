@@ -1,4 +1,4 @@
-"""`lora-trainer compare` on local bundles."""
+"""Test `lora-trainer compare` on local bundles."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import pytest
 from made_metrics import made_run, write_bundle
 
 from entrypoint.cli import run_cli
-from lora_trainer.comparison import compare
 from lora_trainer.errors import ExitCode
-from lora_trainer.metrics import METRICS_SCHEMA
-from lora_trainer.personas import BloodType
+from lora_trainer.evaluate.metrics import METRICS_SCHEMA
+from lora_trainer.persona.vocabulary import BloodType
+from lora_trainer.report.comparison import compare
 
 EXPECTED = f"expected metrics of schema {METRICS_SCHEMA}"
 FIRST, SECOND, THIRD = "0123456789abcdef", "1111222233334444", "fedcba9876543210"
@@ -55,23 +55,23 @@ def test_two_runs_of_one_persona(bundles: Path, capsys: pytest.CaptureFixture[st
     estimate = greedy.adapter.persona
     assert estimate.lower is not None
     assert estimate.upper is not None
-    assert rows["Taken for this persona"][0] == f"{estimate.value:.1%} ({100 * estimate.lower:.1f}–{estimate.upper:.1%})"
-    assert rows["Wins against the base"][0].startswith(f"{greedy.win_rate.value:.1%} (")
+    assert rows["Recognised as this persona"][0] == f"{estimate.value:.1%} ({100 * estimate.lower:.1f}–{estimate.upper:.1%})"
+    assert rows["Win rate against the base"][0].startswith(f"{greedy.win_rate.value:.1%} (")
     assert rows["steps"] == ["180", "180"]
-    assert rows["Judge prefers it"] == ["86.2% (82.1–90.0%)", "–"]
-    # only the settings that differ
+    assert rows["Judge's preference"] == ["86.2% (82.1–90.0%)", "–"]
+    # the table lists only settings that differ
     settings = out[out.index("\n Settings") :]
     assert list(rows_of(settings))[1:3] == ["lora.r", "training.learning_rate"]
     assert rows["lora.r"] == ["16", "32"]
     assert rows["training.learning_rate"] == ["0.0002", "0.0001"]
     assert "training.epochs" not in out
-    assert "Taken for, of" not in out
+    assert "Predicted persona" not in out
 
 
 def test_several_personas_show_the_whole_confusion_matrix(bundles: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_cli(["compare", *(str(bundles / name) for name in ("first", "second", "third"))]) == ExitCode.DONE
     out = capsys.readouterr().out
-    matrix = rows_of(out[out.index("Taken for, of readable greedy replies") :])
+    matrix = rows_of(out[out.index("Predicted persona, readable replies") :])
     assert matrix["replies of"] == ["A", "B", "O", "AB"]
     for name, run_id, blood_type, flaws in (("A 01234567", FIRST, BloodType.A, None), ("B fedcba98", THIRD, BloodType.B, 0.3)):
         made = made_run(blood_type, run_id=run_id, prompts=30, **({"judged_by_model": True} if flaws is None else {"flaws": flaws}))
@@ -93,7 +93,7 @@ def test_it_fits_the_terminal(
     assert run_cli(["compare", *runs]) == ExitCode.DONE
     out = capsys.readouterr().out
     assert max(cell_len(line) for line in out.splitlines()) <= columns
-    # numbers are not split across lines
+    # the table does not break numbers across lines
     for part in (FIRST[:8], "86.2%", "(82.1–90.0%)", "1.238", "✗ not passed"):
         assert part in out
 
@@ -145,7 +145,7 @@ def test_what_makes_them_hard_to_compare_is_said(bundles: Path, tmp_path: Path, 
     assert run_cli(["compare", str(bundles / "first"), str(folder), "--html", str(tmp_path / "x.html")]) == ExitCode.DONE
     out = capsys.readouterr().out
     page = (tmp_path / "x.html").read_text(encoding="utf-8")
-    for said in ("(evaluation_id differs)", "Not all have the same base model", "were trained on different data"):
+    for said in ("(evaluation_id)", "differ in base model", "differ in training data"):
         assert said in out
         assert said in page
     assert rows_of(out)["base model"] == ["Qwen/Qwen2.5-7B-Instruct"] * 2
@@ -161,8 +161,8 @@ def test_one_run_is_not_enough(bundles: Path, capsys: pytest.CaptureFixture[str]
 def test_no_bundle_there(bundles: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_cli(["compare", str(bundles / "first"), str(tmp_path / "a"), str(tmp_path / "b")]) == ExitCode.CONFIG
     assert capsys.readouterr().err.splitlines() == [
-        f"error: file://{tmp_path}/{name}/: no manifest.json, so no finished run; expected a bundle, such as "
-        "<output>/adapters/A/<run id>/: check the path"
+        f"error: file://{tmp_path}/{name}/: got no manifest.json, expected a finished bundle, such as "
+        "<output>/adapters/A/<run id>/; check the path"
         for name in ("a", "b")
     ]
 
@@ -183,7 +183,7 @@ def test_no_bundle_there(bundles: Path, tmp_path: Path, capsys: pytest.CaptureFi
         ("metrics.json", lambda d: d.pop("verdict"), f"{EXPECTED}, got verdict: field required"),
         ("metrics.json", None, f"{EXPECTED}, got invalid JSON"),
         ("manifest.json", lambda d: d.update(schema=99), "not a manifest of schema 1"),
-        ("manifest.json", lambda d: (d.pop("base"), d.pop("config")), "got no base, config; it was changed"),
+        ("manifest.json", lambda d: (d.pop("base"), d.pop("config")), "got no base, config; the file was modified"),
     ],
 )
 def test_a_bundle_that_cannot_be_read(
@@ -209,7 +209,7 @@ def test_metrics_that_are_gone(bundles: Path, tmp_path: Path, capsys: pytest.Cap
     (folder / "metrics.json").unlink()
     assert run_cli(["compare", str(folder), str(bundles / "second")]) == ExitCode.STORAGE
     assert capsys.readouterr().err == (
-        f"error: file://{folder}/metrics.json: not there, though the manifest is; the bundle is damaged: "
+        f"error: file://{folder}/metrics.json: missing, although manifest.json exists; the bundle is damaged: "
         "move it away and run again\n"
     )
     # a mistake in the command outranks a broken store, and both are reported

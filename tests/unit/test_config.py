@@ -1,4 +1,4 @@
-"""Settings: where a value comes from, and the errors for invalid ones."""
+"""Test settings: the precedence of their sources, and the errors for invalid values."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from click.testing import CliRunner
 from pydantic import ValidationError
 
 from entrypoint.cli import cli
-from lora_trainer.config import ALL_LINEAR, RunConfig, config_table, environment_name, parse_override, setting_names, settle
+from lora_trainer.config import ALL_LINEAR, RunConfig, config_table, environment_name, setting_names
+from lora_trainer.config_sources import parse_override, settle
 from lora_trainer.errors import ConfigError, ExitCode
 
 A = {"blood_type": "A"}
@@ -38,7 +39,7 @@ def problems(cli_values: dict[str, Any], environment: dict[str, str] | None = No
     return list(caught.value.problems)
 
 
-# setting, value in Python, then values as text for file, environment and command line
+# setting; value in Python; value as text in the file, in the environment and on the command line
 SOURCES = [
     pytest.param("data", "data/", ["/file/", "/environment/", "/line/"], id="scalar"),
     pytest.param("training.epochs", 3.0, [1.5, 2.5, 3.5], id="nested"),
@@ -174,7 +175,7 @@ def test_relative_paths_in_a_file_are_meant_from_its_folder(tmp_path: Path, monk
     assert config.work_dir == tmp_path / "conf" / "scratch"
     assert config.base.model == f"{tmp_path}/conf/model"
     assert config.base.cache_dir == tmp_path / "cache"
-    # on the command line the same path is relative to the working folder
+    # the same path on the command line is relative to the working folder
     assert settle({**A, "data": "../personas/"}, {}, Path("conf/run.yaml")).data == "../personas/"
 
 
@@ -313,7 +314,7 @@ def test_overrides() -> None:
     assert parse_override("lora.r=32") == ("lora.r", "32")
     assert parse_override("data=s3://b/x=1/") == ("data", "s3://b/x=1/")
     assert parse_override("base.canonical_id=none") == ("base.canonical_id", None)
-    # a setting that cannot be unset stays as it is
+    # for a setting that cannot be unset, `none` is ordinary text
     assert parse_override("data=none") == ("data", "none")
     for text, hint in (
         ("lora.rr=3", "did you mean lora.r or "),
@@ -329,7 +330,7 @@ def test_overrides() -> None:
 
 @pytest.fixture
 def bare(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """Remove the developer's settings; return an empty working folder."""
+    """Remove the developer's settings. Return an empty working folder."""
     for variable in [*map(environment_name, setting_names()), "LORA_TRAINER_CONFIG"]:
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.chdir(tmp_path)
@@ -355,7 +356,7 @@ def test_show_config_is_taken_back(bare: Path, arguments: list[str]) -> None:
     before = json.loads(shown(*arguments, "--json"))
     write(bare, shown(*arguments), "shown.yaml")
     after = json.loads(shown("--config", "shown.yaml", "--json"))
-    # Relative paths belong to the settings file, which lies in the working folder.
+    # Relative paths start from the settings file's folder, which here is the working folder.
     for name in ("data", "output", "work_dir"):
         if "://" not in before[name]:
             trailing = "/" if before[name].endswith("/") else ""

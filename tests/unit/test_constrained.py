@@ -1,4 +1,4 @@
-"""Decoding under the response schema, with the tiny base's tokenizer and without a model."""
+"""Test decoding under the response schema with the tiny base's tokenizer, without a model."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from lora_trainer.bundle import MAX_REPLY_CHARACTERS, response_schema
-from lora_trainer.constrained import ReplyGrammar, most_tokens, strict_schema
+from lora_trainer.data.records import Reply
 from lora_trainer.errors import ConfigError, InvariantError
-from lora_trainer.formatter import reply_json
-from lora_trainer.personas import Expression
-from lora_trainer.records import Reply
+from lora_trainer.persona.prompt import reply_json
+from lora_trainer.persona.reply_schema import MAX_REPLY_CHARACTERS, response_schema
+from lora_trainer.persona.vocabulary import Expression
+from lora_trainer.train.constrained_decoding import ReplyGrammar, most_tokens, strict_schema
 
 ROOT = Path(__file__).resolve().parents[2]
 SCHEMA = response_schema()
@@ -43,7 +43,7 @@ def byte_signs() -> dict[int, str]:
 
 
 def in_bytes(tokenizer: Any, text: bytes) -> list[int]:
-    """Return `text` in single-byte tokens, the longest way to write it; every byte-level tokenizer has them."""
+    """Return `text` in single-byte tokens, its longest encoding. Every byte-level tokenizer has these tokens."""
     alphabet = byte_signs()
     tokens: list[int] = tokenizer.convert_tokens_to_ids([alphabet[byte] for byte in text])
     assert None not in tokens
@@ -57,17 +57,17 @@ def ids_of(tokenizer: Any, text: str) -> list[int]:
 
 
 def takes(grammar: ReplyGrammar, tokens: list[int]) -> bool:
-    """Whether these tokens are a complete reply."""
+    """Return whether the grammar accepts these tokens as a complete reply."""
     matcher = grammar.matcher()
     return bool(matcher.try_consume_tokens(tokens) == len(tokens) and matcher.is_accepting())
 
 
 def text_reply(text: str) -> str:
-    """Return a reply with `text` inserted as it is, escaped or not."""
+    """Return a reply with `text` inserted verbatim, without escaping."""
     return f'{{"text":"{text}","emotion":"smile"}}'
 
 
-# -- what is a reply --------------------------------------------------------------------------------------
+# -- accepted and rejected replies --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -148,14 +148,14 @@ def test_every_emotion_and_every_bundled_reply(grammar: ReplyGrammar, tokenizer:
         line for file in sorted((ROOT / "data").glob("train_data_type_*.jsonl")) for line in file.read_text("utf-8").splitlines()
     ]
     assert len(lines) > 100
-    # every seventh line, because each grammar is compiled anew
+    # check only every seventh line, because each one compiles a grammar
     for line in lines[::7]:
         reply = Reply.model_validate_json(json.loads(line)["output"])
         assert takes(grammar, ids_of(tokenizer, reply_json(reply.text, reply.emotion)))
 
 
 def test_what_the_pattern_takes_for_something_to_see_is_what_reply_does(grammar: ReplyGrammar, tokenizer: Any) -> None:
-    """Check every doubtful character as the only one in a text."""
+    """Check texts that consist of one character, for every character that may be invisible."""
     matcher = grammar.matcher()
     assert matcher.consume_tokens(in_bytes(tokenizer, b'{"text":"'))
     for point in (*range(0x2200), *range(0x3000, 0x3200), *range(0xFE00, 0x10000), 0x1D173, 0x1F600, 0xE0001, 0x10FFFF):
@@ -169,7 +169,7 @@ def test_what_the_pattern_takes_for_something_to_see_is_what_reply_does(grammar:
         except ValueError:
             assert not allowed, f"U+{point:04X}"
         else:
-            # The grammar also refuses C1 controls and unassigned invisible characters at the start of a text.
+            # The grammar is stricter: it rejects C1 controls and unassigned invisible characters at the start of a text.
             assert allowed or 0x80 <= point < 0xA0 or 0x2028 <= point < 0x2070 or 0xFE00 <= point < 0xFE10, f"U+{point:04X}"
 
 
@@ -179,7 +179,7 @@ def test_what_the_pattern_takes_for_something_to_see_is_what_reply_does(grammar:
 def test_the_turn_ends_behind_the_json_and_nowhere_else(grammar: ReplyGrammar, tokenizer: Any) -> None:
     torch = pytest.importorskip("torch", reason="torch is not installed: there are no logits")
     end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
-    # wider than the tokenizer, as Qwen2.5-7B's logits are
+    # like Qwen2.5-7B, use more logits than the tokenizer has tokens
     width = len(tokenizer) + 77
     whole = ids_of(tokenizer, reply_json("오! 나 금방 도착해! 😊", "smile"))
     processor = grammar.processor()
@@ -193,7 +193,7 @@ def test_the_turn_ends_behind_the_json_and_nowhere_else(grammar: ReplyGrammar, t
         assert not allowed[len(tokenizer) :].any()
         assert scores[0][allowed].eq(0).all(), "what is allowed keeps its logit"
         ids = torch.cat([ids, torch.tensor([[token]])], dim=1)
-    # After the end comes padding; the end stays allowed, because no row may be all -inf.
+    # Padding follows the end token. The end token stays allowed, because no row of logits may be all -inf.
     for token in (end, pad, pad):
         scores = processor(ids, torch.zeros(1, width))
         assert scores[0].isfinite().nonzero().flatten().tolist() == [end]
@@ -230,7 +230,7 @@ def test_a_token_that_was_forbidden_is_not_passed_over(grammar: ReplyGrammar, to
     processor = grammar.processor()
     processor(torch.tensor([[1]]), torch.zeros(1, len(tokenizer)))
     (wrong,) = tokenizer.convert_tokens_to_ids(["a"])
-    with pytest.raises(InvariantError, match=f"token {wrong} was drawn, which the grammar forbids"):
+    with pytest.raises(InvariantError, match=f"token {wrong}, which the grammar forbids"):
         processor(torch.tensor([[1, wrong]]), torch.zeros(1, len(tokenizer)))
 
 
@@ -242,7 +242,7 @@ def test_no_reply_costs_more_than_the_most_tokens(grammar: ReplyGrammar, tokeniz
     dearest = f'{{"text":"{chr(0x10FFFF) * MAX_REPLY_CHARACTERS}","emotion":"{emotion}"}}'
     tokens = in_bytes(tokenizer, dearest.encode())
     assert takes(grammar, tokens)
-    # plus the end of the turn
+    # one more token ends the turn
     assert len(tokens) + 1 == most_tokens(SCHEMA) == 833
 
 
@@ -263,5 +263,5 @@ def test_without_the_library_it_says_what_to_install(monkeypatch: pytest.MonkeyP
 def test_a_schema_that_is_none(grammar: ReplyGrammar, tokenizer: Any) -> None:
     schema: Any = json.loads(json.dumps(SCHEMA))
     schema["properties"]["emotion"] = {"type": "feeling"}
-    with pytest.raises(ValueError, match="the response schema is no grammar: "):
+    with pytest.raises(ValueError, match="response schema: "):
         ReplyGrammar(tokenizer, schema)

@@ -1,4 +1,4 @@
-"""What the documents say of the code, held against the code."""
+"""Check the documents against the code."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import inspect
 import json
 import re
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any, Final
 from urllib.parse import unquote
@@ -16,19 +17,23 @@ import pytest
 from conftest import REPOSITORY, load_tool
 
 from entrypoint.cli import cli
-from lora_trainer.config import ALL_LINEAR, MemoryConfig, TrainingConfig, config_table
+from lora_trainer.config import ALL_LINEAR, MemoryConfig, TrainingConfig, config_table, setting_names
+from lora_trainer.data.jsonl import Line, parse_record
 from lora_trainer.errors import ExitCode, HardwareError
-from lora_trainer.identity import run_ingredients
-from lora_trainer.personas import Expression, Feeling
-from lora_trainer.planning import GIB, MemoryPlan, ModelShape, plan_memory
-from lora_trainer.records import Line, parse_record
-from lora_trainer.tokenization import record_messages
+from lora_trainer.persona.vocabulary import Expression, Feeling
+from lora_trainer.run.identity import run_ingredients
+from lora_trainer.train.memory_plan import GIB, MemoryPlan, ModelShape, plan_memory
+from lora_trainer.train.tokenization import record_messages
 
 tool: Any = load_tool("config_table")
 
 READMES: Final = ("README.md", "README.ko.md")
-WITH_EXIT_CODES: Final = (*READMES, "SDS.md")
-# every document of the project, and none of a folder that git ignores
+MOST_README_BYTES: Final = 12_000
+CONFIGURATION: Final = "docs/configuration.md"
+TROUBLESHOOTING: Final = "docs/troubleshooting.md"
+KUBERNETES: Final = "docs/kubernetes.md"
+WITH_EXIT_CODES: Final = (*READMES, TROUBLESHOOTING, "SDS.md")
+# all documents of the project, except in folders that git ignores
 DOCUMENTS: Final = sorted(
     str(path.relative_to(REPOSITORY))
     for pattern in (
@@ -62,13 +67,13 @@ def document(name: str) -> str:
 
 
 def marked(name: str, marker: str) -> str:
-    """What stands between `<!-- marker:begin -->` and `<!-- marker:end -->`."""
+    """Return the text between `<!-- marker:begin -->` and `<!-- marker:end -->`."""
     (found,) = re.findall(f"<!-- {marker}:begin -->\n(.*?)<!-- {marker}:end -->", document(name), re.DOTALL)
     return str(found)
 
 
 def rows(name: str, marker: str) -> list[list[str]]:
-    """The cells of a marked table without its head; a cell that is one piece of code, without its backticks."""
+    """Return the cells of a marked table without its header. A cell that is a single code span loses its backticks."""
     lines = marked(name, marker).strip().splitlines()
     assert set(lines[1]) <= set("|- "), f"{name}: {marker} is not a table"
     cells = ([cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines[2:])
@@ -87,7 +92,7 @@ def calls() -> Iterator[ast.Call]:
 
 
 def words(node: ast.AST) -> set[str]:
-    """The snake_case string constants in `node`."""
+    """Return the snake_case string constants in `node`."""
     constants = (part.value for part in ast.walk(node) if isinstance(part, ast.Constant))
     return {value for value in constants if isinstance(value, str) and re.fullmatch(r"[a-z][a-z0-9_]*", value)}
 
@@ -95,10 +100,21 @@ def words(node: ast.AST) -> set[str]:
 # --- configuration ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", READMES)
-def test_configuration_table_is_the_generated_one(name: str) -> None:
-    text = document(name)
-    assert tool.with_table(text, name) == text, "run: python tools/config_table.py --write"
+def test_configuration_table_is_the_generated_one() -> None:
+    text = document(CONFIGURATION)
+    assert tool.with_table(text, CONFIGURATION) == text, "run: python tools/config_table.py --write"
+
+
+def test_every_setting_is_documented() -> None:
+    assert {cells[0] for cells in rows(CONFIGURATION, "config")} == set(setting_names())
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_settings_in_the_documents_exist(name: str) -> None:
+    settings = set(setting_names())
+    sections = {setting.partition(".")[0] for setting in settings if "." in setting}
+    for setting in re.findall(r"--set '?([a-z]+\.[a-z_]+)=", document(name)):
+        assert setting in settings or setting.partition(".")[0] not in sections, setting
 
 
 def test_the_table_tool_refuses_a_file_without_its_markers() -> None:
@@ -160,7 +176,7 @@ def test_exit_codes(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "may", "must_not"),
-    [("README.md", "may help", "no"), ("README.ko.md", "해 볼 만함", "소용없음"), ("SDS.md", "may help", "no")],
+    [(name, "가능", "불가") if name == "README.ko.md" else (name, "may help", "no") for name in WITH_EXIT_CODES],
 )
 def test_exit_codes_say_what_help_says_of_a_retry(name: str, may: str, must_not: str) -> None:
     said = dict(
@@ -181,7 +197,7 @@ def test_problem_codes() -> None:
     in_code: dict[str, set[str]] = {"error": set(), "warning": set()}
     for call in calls():
         name = call.func.id if isinstance(call.func, ast.Name) else ""
-        if name in ("_RecordError", "kind"):
+        if name in ("RecordError", "kind"):
             in_code["error"] |= words(call.args[0])
         elif name == "_warning":
             in_code["warning"] |= words(call.args[1])
@@ -222,7 +238,7 @@ def test_sample_prompt() -> None:
     assert f"<|im_start|>system\n{system['content']}<|im_end|>\n<|im_start|>user\n{user['content']}<|im_end|>\n" in prompt
 
 
-@pytest.mark.parametrize("name", READMES)
+@pytest.mark.parametrize("name", ["docs/data-format.md", "data/README.md", "SDS.md"])
 def test_sample_record_is_one(name: str) -> None:
     (sample,) = re.findall(r"```json\n(\{\"instruction.*?)\n```", document(name))
     assert parse_record(sample).record is not None
@@ -231,35 +247,95 @@ def test_sample_record_is_one(name: str) -> None:
 # --- commands, messages, targets, links ------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", READMES)
-def test_every_command_and_option_is_mentioned(name: str) -> None:
-    lines = [line for line in document(name).splitlines() if line.startswith("| `lora-trainer ")]
+def test_every_command_and_option_is_documented() -> None:
+    lines = [line for line in document(CONFIGURATION).splitlines() if line.startswith("| `lora-trainer ")]
     by_command = {line.split("`")[1].split()[1]: line for line in lines}
     assert set(by_command) == set(cli.commands)
     run_options = option_names(cli.commands["run"])
     for command_name, command in cli.commands.items():
-        mentioned = set(re.findall(r"`(--[a-z_-]+)`", by_command[command_name]))
-        # "those of run that are settings, and ..."
-        inherited = run_options - {"--fresh"} if command_name in ("show-config", "check-storage") else set()
-        assert mentioned | inherited == option_names(command), command_name
+        line = by_command[command_name]
+        inherited = run_options - {"--fresh"} if "the settings options of `run`" in line else set()
+        assert set(re.findall(r"`(--[a-z_-]+)`", line)) | inherited == option_names(command), command_name
 
 
 def option_names(command: click.Command) -> set[str]:
     return {option for parameter in command.params if isinstance(parameter, click.Option) for option in parameter.opts}
 
 
-@pytest.mark.parametrize("name", READMES)
-def test_troubleshooting_quotes_real_messages(name: str) -> None:
-    literals = [
-        str(part.value)
-        for module in sources()
-        for part in ast.walk(module)
-        if isinstance(part, ast.Constant) and isinstance(part.value, str)
-    ]
-    for quoted, code, _ in rows(name, "troubleshooting"):
-        assert any(quoted in literal for literal in literals), quoted
+@pytest.mark.parametrize("name", [*READMES, *(name for name in DOCUMENTS if name.startswith(("docs/", "k8s/", "data/")))])
+def test_commands_in_the_documents_exist(name: str) -> None:
+    """Every `lora-trainer COMMAND --option` in the text names an existing command and its options."""
+    text = document(name).replace("\\\n", " ")
+    for command, arguments in re.findall(r"lora-trainer ([a-z][a-z-]*)((?: [^\n`#]*)?)", text):
+        options = set(re.findall(r"(?<=\s)--[a-z_-]+", arguments))
+        # without options, the match may be prose about the project or an image
+        if command in cli.commands or options:
+            assert options <= option_names(cli.commands[command]), command
+
+
+def test_troubleshooting_quotes_real_messages() -> None:
+    quoted = rows(TROUBLESHOOTING, "troubleshooting")
+    for message, code, _ in quoted:
+        assert any(message in literal for literal in literals()), message
         assert code == "–" or int(code) in set(ExitCode)
-    assert [cells[:2] for cells in rows(name, "troubleshooting")] == [cells[:2] for cells in rows("README.md", "troubleshooting")]
+    assert len(quoted) > 30
+
+
+@cache
+def literals() -> frozenset[str]:
+    """Return all string constants of the code."""
+    constants = (part.value for module in sources() for part in ast.walk(module) if isinstance(part, ast.Constant))
+    return frozenset(value for value in constants if isinstance(value, str))
+
+
+# --- READMEs ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", READMES)
+def test_a_readme_is_short(name: str) -> None:
+    assert len(document(name).encode()) <= MOST_README_BYTES
+
+
+def commands(name: str) -> list[str]:
+    """Return the commands in the code blocks, without comments."""
+    blocks = re.findall(r"```bash\n(.*?)```", document(name), re.DOTALL)
+    lines = (re.sub(r"\s*(?:^|\s)#.*", "", line) for block in blocks for line in block.replace("\\\n", " ").splitlines())
+    return [" ".join(line.split()) for line in lines if line]
+
+
+def test_both_readmes_have_the_same_commands_and_values() -> None:
+    english, korean = READMES
+    assert commands(english) == commands(korean)
+    assert len(commands(english)) > 8
+
+    def values(name: str) -> list[str]:
+        return re.findall(r"```(?:yaml|json)\n(.*?)```", document(name), re.DOTALL)
+
+    assert values(english) == values(korean)
+    assert values(english)[-1] in document(KUBERNETES), "mine.yaml"
+
+
+def test_both_readmes_link_to_the_same_pages() -> None:
+    def targets(name: str) -> set[str]:
+        return set(re.findall(r"\]\(([^)\s]+)\)", document(name))) - set(READMES)
+
+    english, korean = READMES
+    assert targets(english) == targets(korean)
+    pages = {name for name in DOCUMENTS if re.fullmatch(r"docs/[a-z-]+\.md", name)}
+    assert pages <= targets(english)
+
+
+def test_every_document_begins_helm_with_the_same_command() -> None:
+    first = {
+        name: next(command for command in commands(name) if command.startswith("helm "))
+        for name in (*READMES, KUBERNETES, "k8s/README.md", "charts/persona-train/README.md")
+    }
+    assert len(set(first.values())) == 1, first
+    command = next(iter(first.values()))
+    assert command.startswith("helm install persona-train charts/persona-train --namespace personas --values mine.yaml")
+
+
+# --- make targets and links ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)
@@ -267,12 +343,11 @@ def test_make_targets_exist(name: str) -> None:
     targets = set(re.findall(r"^([a-z0-9-]+):", (REPOSITORY / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
     in_code = re.findall(r"^make ((?:[a-z0-9-]+ ?)+)|`make ([a-z][a-z0-9 -]*)", document(name), re.MULTILINE)
     used = {target for found in in_code for text in found for target in text.split()}
-    # named by the design for a later part
-    assert used - targets - ({"train-local"} if name == "ROADMAP.md" else set()) == set()
+    assert used <= targets
 
 
 def anchors(text: str) -> set[str]:
-    """The ids that GitHub gives to headings."""
+    """Return the ids that GitHub generates for headings."""
     headings = re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", text, flags=re.DOTALL), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
 
@@ -298,66 +373,44 @@ def test_the_documents_are_there() -> None:
 
 
 # --- docs/kubernetes.md ----------------------------------------------------------------------------------
-# its values and its helm commands go through Helm: tests/chart/test_kubernetes_page.py
-
-CLUSTER_PAGES: Final = ("docs/kubernetes.md", "k8s/README.md")
+# tests/chart/test_kubernetes_page.py runs its values and its helm commands through Helm
 
 
 def tables(name: str) -> Iterator[list[str]]:
-    """The cells of every line of every table."""
+    """Yield the cells of each row of each table."""
     for line in document(name).splitlines():
         if line.startswith("| "):
             yield [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
 
 
-@pytest.mark.parametrize("name", CLUSTER_PAGES)
-def test_commands_of_the_cluster_pages_exist(name: str) -> None:
-    used = re.findall(r"lora-trainer ([a-z][a-z-]*)((?: --[a-z-]+)*)", document(name))
-    # names of images and of the project are followed by something else
-    calls = [(command, options.split()) for command, options in used if command in cli.commands or options]
-    assert calls
-    for command, options in calls:
-        assert set(options) <= option_names(cli.commands[command]), command
-
-
 def test_exit_codes_of_the_cluster_page_are_the_codes() -> None:
-    text = document("docs/kubernetes.md")
+    text = document(KUBERNETES)
     for code in re.findall(r"\bexit (\d+)", text):
         assert int(code) in set(ExitCode), code
-    (never,) = (
-        cells[0]
-        for cells in tables("docs/kubernetes.md")
-        if cells[2] == "fails at once, reason `PodFailurePolicy`: the same pod would end the same way"
-    )
+    (never,) = (cells[0] for cells in tables(KUBERNETES) if "`PodFailurePolicy`" in cells[-1])
     assert {int(code) for code in re.findall(r"\d+", never)} == {
         ExitCode.CONFIG, ExitCode.DATA, ExitCode.GATE, ExitCode.HARDWARE, ExitCode.DIVERGED,
     }  # fmt: skip
 
 
 def test_messages_of_the_cluster_page_are_the_jobs_own() -> None:
-    literals = [
-        str(part.value)
-        for module in sources()
-        for part in ast.walk(module)
-        if isinstance(part, ast.Constant) and isinstance(part.value, str)
-    ]
-    quoted = [match[1] for cells in tables("docs/kubernetes.md") if (match := re.match(r"exit \d, `([^`]+)`", cells[0]))]
+    quoted = [match[1] for cells in tables(KUBERNETES) if (match := re.match(r"exit \d, `([^`]+)`", cells[0]))]
     assert len(quoted) >= 4
     for message in quoted:
-        assert any(message in literal for literal in literals), message
+        assert any(message in literal for literal in literals()), message
 
 
 def test_events_of_the_cluster_page_are_logged() -> None:
     events = {cells[0] for cells in rows("SDS.md", "events")}
-    # in backticks, with an underscore and nothing else
-    named = set(re.findall(r"`([a-z]+(?:_[a-z]+)+)`", document("docs/kubernetes.md")))
+    # find code spans that consist of one name with an underscore
+    named = set(re.findall(r"`([a-z]+(?:_[a-z]+)+)`", document(KUBERNETES)))
     fields = {"exit_code", "eta_s"}
     assert named - fields <= events
     assert len(named & events) > 12
 
 
 def test_seconds_of_the_cluster_page_were_measured() -> None:
-    """The numbers of its table on cost are those of the results that it names."""
+    """The numbers in the page's cost table match the benchmark results that the page names."""
 
     def result(name: str) -> Any:
         return json.loads(document(f"benchmarks/results/{name}"))
@@ -369,7 +422,7 @@ def test_seconds_of_the_cluster_page_were_measured() -> None:
     (steps,) = (
         case["cases"]["throughput"] for case in result("checkpoint-cost-h200.json")["measurements"] if "throughput" in case["cases"]
     )
-    in_table = [(cells[0], float(cells[1])) for cells in tables("docs/kubernetes.md") if re.fullmatch(r"\d+\.\d+", cells[1])]
+    in_table = [(cells[0], float(cells[1])) for cells in tables(KUBERNETES) if re.fullmatch(r"\d+\.\d+", cells[1])]
     assert [seconds for _, seconds in in_table] == [
         round(run["timings_s"]["import"], 1),
         round(run["timings_s"]["identify"], 1),
@@ -380,5 +433,5 @@ def test_seconds_of_the_cluster_page_were_measured() -> None:
         4.0,
     ]
     assert "ended after 4.0 s, already done" in run["what"]
-    # adapter and base, greedy and sampled, 480 each
+    # adapter and base each write 480 replies greedily and 480 sampled
     assert round(8 * (evaluation["adapter_generate_s"] + evaluation["base_generate_s"])) == 145

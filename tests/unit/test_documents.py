@@ -1,4 +1,4 @@
-"""What is said in more than one place says the same."""
+"""Check that facts stated in several places agree."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from entrypoint.cli import cli
 from lora_trainer import errors
 from lora_trainer.errors import ExitCode, Interrupted, LoraTrainerError
 
-# DESIGN: 2, 3, 4, 5, 7 must not be retried; 1, 6 and 143 may be
+# a retry may help after 1, 6 and 143, but never after 2, 3, 4, 5 and 7
 RETRIED = {ExitCode.BUG, ExitCode.STORAGE, ExitCode.INTERRUPTED}
 
 
 def codes_in_help() -> dict[int, tuple[str, str]]:
-    """Code -> (meaning, whether it may be retried), from `lora-trainer --help`."""
+    """Return code -> (meaning, whether a retry may help) from `lora-trainer --help`."""
     text = CliRunner().invoke(cli, ["--help"]).output
     table = text[text.index("Exit codes:") :].split("Options:")[0]
     rows = re.findall(r"^\s+(\d+)\s+(.+?)(?:\s{2,}(may be retried|must not be retried))?$", table, re.MULTILINE)

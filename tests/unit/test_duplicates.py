@@ -1,4 +1,4 @@
-"""Duplicate records: identical, identical up to decoration, and similar by character 5-grams."""
+"""Test the detection of records that are identical, identical up to decoration, or similar by character 5-grams."""
 
 import json
 import random
@@ -6,8 +6,8 @@ import time
 
 import pytest
 
-from lora_trainer.duplicates import DuplicateFinder, NearDuplicateFinder, jaccard, near_fingerprint, normalized, shingles
-from lora_trainer.records import TrainingRecord
+from lora_trainer.data.duplicates import DuplicateFinder, NearDuplicateFinder, jaccard, near_fingerprint, normalized, shingles
+from lora_trainer.data.records import TrainingRecord
 
 SAMPLE_REPLY = "오! 나 금방 도착해! 1층 창가 자리에 앉아있어줘!"
 
@@ -56,7 +56,7 @@ def test_the_first_of_equal_records_is_named() -> None:
     assert finder.first_line(record("가자", intensity=0.5), 5) == (1, False)
 
 
-def test_the_first_record_is_found_after_the_table_has_grown() -> None:
+def test_the_first_record_is_found_among_thousands() -> None:
     finder = DuplicateFinder()
     many = [record(f"{number}번 가자") for number in range(3000)]
     assert [finder.first_line(one, line) for line, one in enumerate(many, 1)] == [None] * 3000
@@ -77,14 +77,14 @@ def test_a_text_that_is_nearly_the_same_is_found_and_another_is_not() -> None:
     finder = NearDuplicateFinder()
     finder.add("오늘 저녁은 내가 살게, 먹고 싶은 거 있어?")
     finder.add("우산은 챙겼지? 길 미끄러우니까 천천히 와.")
-    assert finder.like("오늘 저녁은 내가 살게! 먹고 싶은 거 있어? 😊") == 0
-    assert finder.like("우산은 챙겼지ㅋㅋ 길 미끄러우니까 천천히 와아") == 1
-    assert finder.like("오늘 점심은 네가 사, 나 배고파.") is None
+    assert finder.find("오늘 저녁은 내가 살게! 먹고 싶은 거 있어? 😊") == 0
+    assert finder.find("우산은 챙겼지ㅋㅋ 길 미끄러우니까 천천히 와아") == 1
+    assert finder.find("오늘 점심은 네가 사, 나 배고파.") is None
     assert len(finder) == 2
 
 
 def test_every_pair_that_is_near_enough_is_found() -> None:
-    """The index only proposes candidates; compare it with all pairs, so that it misses no near-duplicate."""
+    """Compare the index, which only proposes candidates, with all pairs to show that it misses no near-duplicate."""
     rng = random.Random(5)
     words = [chr(rng.randrange(0xAC00, 0xD7A4)) * 2 for _ in range(12)]
     texts = [" ".join(rng.choice(words) for _ in range(12)) for _ in range(60)]
@@ -94,7 +94,7 @@ def test_every_pair_that_is_near_enough_is_found() -> None:
     for at, text in enumerate(texts):
         near = [other for other in range(at) if jaccard(shingles(text), shingles(texts[other])) >= 0.7]
         pairs += bool(near)
-        missed += finder.like(text) != min(near, default=None)
+        missed += finder.find(text) != min(near, default=None)
         finder.add(text)
     assert pairs > 50
     assert missed == 0

@@ -1,4 +1,4 @@
-"""Questions for adapters, the rating of a reply, and metrics over all replies, with the real linter, classifier and morphology."""
+"""Test the questions, the scoring of one reply and the metrics over all, with the real linter, classifier and morphology."""
 
 from __future__ import annotations
 
@@ -16,30 +16,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_trainer import evaluation, gates
-from lora_trainer.config import EvaluationConfig, GatesConfig, settle
-from lora_trainer.evaluation import (
-    RULES,
-    Generation,
-    JudgedReply,
-    Question,
-    TrainingData,
-    decoding_metrics,
-    decodings,
-    evaluation_id,
-    evaluation_metrics,
-    instruction_of,
-    judge,
-    longest_common_runs,
-    prompts_digest,
-    questions,
-    read_exact,
-    repetition,
-    replies_metrics,
-    win_rate,
-)
-from lora_trainer.evaluation_prompts import evaluation_prompts
-from lora_trainer.metrics import (
+from lora_trainer.config import EvaluationConfig, GatesConfig
+from lora_trainer.config_sources import settle
+from lora_trainer.data.evaluation_prompts import evaluation_prompts
+from lora_trainer.data.jsonl import parse_record
+from lora_trainer.data.records import EvaluationPrompt, Reply, TrainingRecord
+from lora_trainer.evaluate import gates
+from lora_trainer.evaluate import questions as questions_module
+from lora_trainer.evaluate.decoding import Generation, decodings
+from lora_trainer.evaluate.measures import decoding_metrics, evaluation_metrics, replies_metrics, win_rate
+from lora_trainer.evaluate.metrics import (
     DecodingMetrics,
     Estimate,
     EvaluationMetrics,
@@ -49,12 +35,22 @@ from lora_trainer.metrics import (
     TrainingMetrics,
     metrics_schema,
 )
-from lora_trainer.personas import BloodType, Expression, Feeling, IntensityThird, persona_spec
-from lora_trainer.records import EvaluationPrompt, Reply, TrainingRecord, parse_record
+from lora_trainer.evaluate.questions import Question, evaluation_id, instruction_of, prompts_digest, questions
+from lora_trainer.evaluate.rules import (
+    RULES,
+    ScoredReply,
+    TrainingData,
+    longest_common_runs,
+    read_exact,
+    repetition,
+    score_by_rules,
+)
+from lora_trainer.persona.specs import persona_spec
+from lora_trainer.persona.vocabulary import BloodType, Expression, Feeling, IntensityThird
 
 A = BloodType.A
 ALL_POINTS = sum(RULES.values())
-# A's manner, two informal sentences, one emoji
+# in A's manner: two informal sentences and one emoji
 GOOD = "괜찮아, 천천히 해도 돼. 내가 옆에 있을게 🤗"
 
 
@@ -107,13 +103,13 @@ def judged(
     feeling: str = "worried",
     blood_type: BloodType = A,
     model: Literal["adapter", "base"] = "adapter",
-) -> list[JudgedReply]:
-    """Judge each reply as the answer to a prompt of its own."""
+) -> list[ScoredReply]:
+    """Judge each reply as the answer to its own prompt."""
     asked = questions([prompt(feeling=feeling)] * len(replies), (intensity,), instruction_of(blood_type))
-    return judge(asked, replies, model=model, decoding="greedy", blood_type=blood_type, data=data)
+    return score_by_rules(asked, replies, model=model, decoding="greedy", blood_type=blood_type, data=data)
 
 
-# -- what is asked --------------------------------------------------------------------------------------
+# -- the questions --------------------------------------------------------------------------------------
 
 
 def test_each_prompt_at_each_intensity() -> None:
@@ -180,12 +176,12 @@ def test_the_id_is_of_what_is_asked_and_how_it_is_judged(monkeypatch: pytest.Mon
     assert len(found) == 2 + len(others)
     for constant in ("EVALUATION_VERSION", "PROMPT_VERSION"):
         with monkeypatch.context() as patch:
-            patch.setattr(evaluation, constant, 99)
+            patch.setattr(questions_module, constant, 99)
             assert evaluation_id(config(), "d" * 64) not in found
 
 
 def test_every_setting_of_the_evaluation_is_in_its_id_or_left_out_on_purpose() -> None:
-    """`test_identity.py` changes each setting; this test lists those that keep the verdict."""
+    """List the settings that do not affect the verdict. `test_identity.py` changes each setting of the evaluation."""
     assert set(EvaluationConfig.model_fields) - {"prompts", "batch_size", "judge_base_url"} == {
         "intensities", "max_new_tokens", "temperature", "top_p", "top_k", "seed", "bootstrap_resamples", "judge_model",
     }  # fmt: skip
@@ -304,11 +300,11 @@ def test_a_known_emotion_counts_without_the_rest_of_the_contract(data: TrainingD
     (found,) = judged(data, Generation(reply, True, (1,)))
     assert found.emotion_in_vocabulary is known
     assert not found.exact_json
-    # an incomplete reply yields nothing
+    # an incomplete reply has no other findings
     assert (found.text, found.emotion, found.taken_for, found.persona_probability) == (None, None, None, 0.0)
 
 
-# -- one reply: what it repeats and copies ---------------------------------------------------------------
+# -- one reply: repetition and copies ---------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -318,7 +314,7 @@ def test_a_known_emotion_counts_without_the_rest_of_the_contract(data: TrainingD
         ("응", 0.0),
         ("가나다", 0.0),
         ("가나다라마바사", 0.0),
-        # 5 runs of four characters, 2 of them new: ㅋㅋㅋㅋ counts once
+        # of 5 runs of four characters, only the first occurrence of ㅋㅋㅋㅋ is new
         ("ㅋㅋㅋㅋㅋㅋㅋㅋ", 0.8),
         # spaces do not hide a repetition: 가나다라가나다라 has 5 runs, and the last equals the first
         ("가나다라 가나다라", 0.2),
@@ -369,7 +365,7 @@ def test_a_reply_without_end_does_not_fill_the_memory() -> None:
 
 def test_how_usual_an_emotion_is(data: TrainingData) -> None:
     worry, sad, love = Expression.WORRY, Expression.SAD, Expression.LOVE
-    # worried at high intensity: worry twice, sad once
+    # in the data, worried at high intensity has worry twice and sad once
     assert data.appropriateness("worried", 0.9, worry) == 1.0
     assert data.appropriateness(Feeling.WORRIED, 0.67, sad) == 0.5
     assert data.appropriateness("worried", 1.0, love) == 0.0
@@ -390,8 +386,8 @@ def test_what_else_the_data_is_asked(data: TrainingData) -> None:
 # -- one reply: its points ------------------------------------------------------------------------------
 
 
-def points(found: JudgedReply, *, without_persona: bool = True) -> float:
-    """Return the points of all rules; by default without the classifier, whose probability changes with every word."""
+def points(found: ScoredReply, *, without_persona: bool = True) -> float:
+    """Return the points of all rules. By default, exclude the classifier, whose probability changes with every word."""
     return found.score * ALL_POINTS - (RULES["persona"] * found.persona_probability if without_persona else 0)
 
 
@@ -470,7 +466,7 @@ def test_a_copy_is_known_for_one(data: TrainingData) -> None:
 
 
 def test_replies_stay_with_their_questions(data: TrainingData) -> None:
-    """Readable and unreadable replies are judged separately, and each comes back in its place."""
+    """The evaluation judges readable and unreadable replies separately and keeps the order of the questions."""
     rng = random.Random(1)
     texts = [GOOD, "무슨 일이야? 나한테 말해 봐", "몰라요", "우와 잘됐다 🎉🎉"]
     replies = [said(rng.choice(texts)) if rng.random() < 0.6 else Generation("x" * (1 + number), True, ()) for number in range(40)]
@@ -483,7 +479,7 @@ def test_replies_stay_with_their_questions(data: TrainingData) -> None:
 def test_one_generation_too_few_is_a_bug_and_no_shift(data: TrainingData) -> None:
     asked = questions([prompt(), prompt()], (0.5,), "x")
     with pytest.raises(ValueError, match="shorter"):
-        judge(asked, [said(GOOD)], model="adapter", decoding="greedy", blood_type=A, data=data)
+        score_by_rules(asked, [said(GOOD)], model="adapter", decoding="greedy", blood_type=A, data=data)
 
 
 def test_a_judged_reply_survives_its_line(data: TrainingData) -> None:
@@ -491,13 +487,13 @@ def test_a_judged_reply_survives_its_line(data: TrainingData) -> None:
     for found in judged(data, *replies):
         line = found.model_dump_json()
         assert "\n" not in line
-        assert JudgedReply.model_validate_json(line) == found
+        assert ScoredReply.model_validate_json(line) == found
 
 
 # -- all replies ----------------------------------------------------------------------------------------
 
 
-def measured(replies: Sequence[JudgedReply], **changes: Any) -> RepliesMetrics:
+def measured(replies: Sequence[ScoredReply], **changes: Any) -> RepliesMetrics:
     return replies_metrics(replies, A, config(**changes))
 
 
@@ -512,11 +508,11 @@ def test_an_unreadable_reply_counts_against_every_rate(data: TrainingData) -> No
         assert rate.lower is not None
         assert rate.upper is not None
         assert rate.lower < 0.75 < rate.upper
-    # questions, length and copies are only known of readable replies
+    # these measures cover only readable replies
     for name in ("question", "verbatim_copies", "emotion_appropriateness", "characters", "emoji", "repetition", "copied_words"):
         assert getattr(found, name).of == 6, name
     assert found.emoji_intensity.of == 6
-    # an unreadable reply counts with zero points
+    # an unreadable reply scores zero points
     assert found.rule_score.of == 8
     assert found.rule_score.value == pytest.approx(0.75 * judged(data, said(GOOD))[0].score, abs=1e-5)
     assert found.taken_for == {A: 6, "B": 0, "O": 0, "AB": 0}
@@ -551,11 +547,11 @@ def test_a_reply_of_emoji_alone_copies_nothing_and_divides_by_nothing(data: Trai
     assert (found.copied_words.of, found.copied_words.value, found.longest_copied_words) == (0, 0.0, 0)
 
 
-def at_intensities(data: TrainingData, emoji: Sequence[int], prompts: int = 10) -> list[JudgedReply]:
+def at_intensities(data: TrainingData, emoji: Sequence[int], prompts: int = 10) -> list[ScoredReply]:
     intensities = (0.1, 0.4, 0.7, 1.0)
     asked = questions([prompt(f"나 왔어 {number}") for number in range(prompts)], intensities, "x")
     replies = [said("천천히 해도 돼" + "🤗" * emoji[intensities.index(question.intensity)]) for question in asked]
-    return judge(asked, replies, model="adapter", decoding="greedy", blood_type=A, data=data)
+    return score_by_rules(asked, replies, model="adapter", decoding="greedy", blood_type=A, data=data)
 
 
 @pytest.mark.parametrize(
@@ -565,7 +561,7 @@ def at_intensities(data: TrainingData, emoji: Sequence[int], prompts: int = 10) 
 def test_emoji_that_follow_intensity(data: TrainingData, emoji: tuple[int, ...], value: float) -> None:
     found = measured(at_intensities(data, emoji)).emoji_intensity
     assert found.value == pytest.approx(value, abs=1e-4)
-    # all prompts are alike, so drawing them changes nothing
+    # all prompts have the same result, so every bootstrap draw has it, too
     assert found.lower == pytest.approx(value, abs=1e-4)
     assert found.upper == pytest.approx(value, abs=1e-4)
     by_intensity = measured(at_intensities(data, emoji)).emoji_by_intensity
@@ -573,7 +569,7 @@ def test_emoji_that_follow_intensity(data: TrainingData, emoji: tuple[int, ...],
 
 
 def test_prompts_are_the_clusters(data: TrainingData) -> None:
-    """Ten prompts with four equal answers each are no more certain than ten answers."""
+    """Four equal answers to each of ten prompts are as uncertain as one answer to each."""
     replies = [
         reply if reply.prompt % 2 else reply.model_copy(update={"informal_speech": False})
         for reply in at_intensities(data, (0, 0, 0, 0), prompts=40)
@@ -582,13 +578,13 @@ def test_prompts_are_the_clusters(data: TrainingData) -> None:
     assert (rate.successes, rate.of) == (80, 160)
     assert rate.lower is not None
     assert rate.bootstrap_lower is not None
-    # 1.645 standard errors of 160 answers, and of 40
+    # the bounds lie 1.645 standard errors away: those of 160 answers, and those of 40
     assert rate.lower == pytest.approx(0.5 - 1.645 * 0.5 / math.sqrt(160), abs=0.01)
     assert rate.bootstrap_lower == pytest.approx(0.5 - 1.645 * 0.5 / math.sqrt(40), abs=0.02)
 
 
 def test_wins_and_ties(data: TrainingData) -> None:
-    def scored(scores: Sequence[float]) -> list[JudgedReply]:
+    def scored(scores: Sequence[float]) -> list[ScoredReply]:
         return [
             reply.model_copy(update={"score": score})
             for reply, score in zip(judged(data, *[said(GOOD)] * len(scores)), scores, strict=True)
@@ -613,14 +609,14 @@ def test_wins_and_ties(data: TrainingData) -> None:
 
 
 def evaluated(data: TrainingData, adapter: Sequence[Generation], base: Sequence[Generation], **changes: Any) -> EvaluationMetrics:
-    """Evaluate made-up replies with all steps of a run."""
+    """Evaluate made-up replies with all steps that a run takes."""
     chosen = config(**{"temperature": 0, **changes})
     prompts = evaluation_prompts()[: len(adapter) // len(chosen.intensities)]
     asked: list[Question] = questions(prompts, chosen.intensities, instruction_of(A))
     found: dict[str, DecodingMetrics] = {}
     for decoding in decodings(chosen):
-        mine = judge(asked, adapter, model="adapter", decoding=decoding.name, blood_type=A, data=data)
-        theirs = judge(asked, base, model="base", decoding=decoding.name, blood_type=A, data=data)
+        mine = score_by_rules(asked, adapter, model="adapter", decoding=decoding.name, blood_type=A, data=data)
+        theirs = score_by_rules(asked, base, model="base", decoding=decoding.name, blood_type=A, data=data)
         found[decoding.name] = decoding_metrics(decoding, mine, theirs, A, chosen, 1.23456)
     return evaluation_metrics(chosen, prompts, found, data)
 
@@ -687,7 +683,7 @@ def test_a_good_adapter_against_a_polite_base(data: TrainingData) -> None:
     assert metrics.greedy.adapter.emoji_intensity.value > 0.5
     assert metrics.data_emoji_by_third == {"middle": 0.0, "high": 0.75}
     document = check_document(run_metrics(metrics, GatesConfig()))
-    # repeatable to the last digit
+    # a second evaluation agrees to the last digit
     again = run_metrics(evaluated(data, adapter, base, temperature=0.7), GatesConfig())
     assert again.as_json() == document
 
@@ -700,7 +696,7 @@ def test_nothing_readable_at_all_is_a_verdict_too(data: TrainingData, rubbish: s
     assert not metrics.verdict.passed
     assert [gate.name for gate in metrics.verdict.gates] == list(GatesConfig.model_fields)
     assert [gate.name for gate in metrics.verdict.gates if gate.passed] == []
-    assert len(gates.missed(metrics.verdict)) == len(GatesConfig.model_fields)
+    assert len(gates.missed_gate_messages(metrics.verdict)) == len(GatesConfig.model_fields)
     adapter = document["evaluation"]["greedy"]["adapter"]
     assert adapter["exact_json"] == {
         "value": 0.0, "lower": 0.0, "upper": adapter["exact_json"]["upper"], "bootstrap_lower": 0.0, "bootstrap_upper": 0.0,
@@ -716,7 +712,7 @@ def test_nothing_readable_at_all_is_a_verdict_too(data: TrainingData, rubbish: s
 
 
 def test_the_only_data_may_be_of_another_feeling(data: TrainingData) -> None:
-    """An adapter is judged without the measures that its data cannot support."""
+    """If the data does not support a measure, the evaluation leaves it out."""
     replies = [said(GOOD)] * 8
     metrics = run_metrics(evaluated(TrainingData([record("응", "smile", "happy", 0.9)]), replies, replies), GatesConfig())
     check_document(metrics)

@@ -1,4 +1,4 @@
-"""Gates: one reply more or less decides, and the message says what was missed."""
+"""Test gates: a single reply can decide, and the message names each missed gate."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 from made_metrics import made_run
 
-from lora_trainer import gates
-from lora_trainer.config import GatesConfig, settle
+from lora_trainer.config import GatesConfig
+from lora_trainer.config_sources import settle
 from lora_trainer.errors import ConfigError
-from lora_trainer.gates import decide, gate_id, missed
-from lora_trainer.metrics import Estimate, EvaluationMetrics, GateResult, Verdict
-from lora_trainer.statistics import ClusterBootstrap, clopper_pearson
+from lora_trainer.evaluate import gates
+from lora_trainer.evaluate.gates import decide, gate_id, missed_gate_messages
+from lora_trainer.evaluate.intervals import ClusterBootstrap, clopper_pearson
+from lora_trainer.evaluate.metrics import Estimate, EvaluationMetrics, GateResult, Verdict
 
 # gate setting -> the measure it compares
 RATE_OF = {
@@ -31,7 +32,7 @@ RATE_OF = {
 
 @cache
 def measured() -> EvaluationMetrics:
-    """Return a whole evaluation, in which a test changes the numbers it needs."""
+    """Return a complete evaluation for tests to modify."""
     return made_run(prompts=6, sampled=False, steps=3).metrics.evaluation
 
 
@@ -95,7 +96,7 @@ def test_one_reply_decides(name: str, enough: int) -> None:
         assert gate.compared == clopper_pearson(successes, 480)[0]
         assert gate.value == successes / 480
         assert gate.passed is verdict.passed is passes
-        # The rate itself is above the threshold in both cases: the bound decides.
+        # The rate itself is above the threshold in both cases, so the bound decides.
         assert gate.value > threshold
 
 
@@ -138,7 +139,7 @@ def test_what_was_never_seen_is_the_worst_that_it_could_be() -> None:
 
 
 def test_greedy_replies_of_the_adapter_decide_alone() -> None:
-    """Sampled replies vary, and the base is not judged."""
+    """Gates ignore sampled replies, which vary, and the base's replies."""
     evaluation = evaluation_with(exact_json=rate(480))
     bad = evaluation.greedy.base.model_copy(update={"exact_json": rate(0)})
     worse = evaluation.greedy.model_copy(update={"adapter": bad, "base": bad})
@@ -147,7 +148,7 @@ def test_greedy_replies_of_the_adapter_decide_alone() -> None:
     assert not decide(changed.model_copy(update={"greedy": worse}), only(exact_json=0.97)).passed
 
 
-# -- which gates there are ------------------------------------------------------------------------------
+# -- enabled gates ------------------------------------------------------------------------------
 
 
 def test_none_takes_a_gate_away() -> None:
@@ -189,7 +190,7 @@ def test_the_gate_id_is_of_the_evaluation_and_of_the_thresholds() -> None:
     assert decide(measured(), GatesConfig()).gate_id == gate_id(measured().evaluation_id, GatesConfig())
 
 
-# -- what is said ---------------------------------------------------------------------------------------
+# -- messages ---------------------------------------------------------------------------------------
 
 
 def test_what_was_missed_is_said_in_full() -> None:
@@ -201,15 +202,15 @@ def test_what_was_missed_is_said_in_full() -> None:
         win_rate=mean(0.5, 0.5, 0.5),
     )
     thresholds = only(exact_json=0.97, persona=0.7, question_rate_max=0.85, emoji_intensity=0.2, win_rate=0.5)
-    lines = missed(decide(evaluation, thresholds))
+    lines = missed_gate_messages(decide(evaluation, thresholds))
     assert [line.split(":")[0] for line in lines] == [
         "gates.exact_json", "gates.emoji_intensity", "gates.question_rate_max", "gates.win_rate",
     ]  # fmt: skip
     assert lines[0].startswith(
-        "gates.exact_json: got 0.968 (lower 95 % bound (Clopper-Pearson) of 0.981), expected >= 0.97: missed by 0.002; look at"
+        "gates.exact_json: got 0.968 (lower 95 % bound (Clopper-Pearson) of 0.981), expected >= 0.97: missed by 0.002; "
     )
     assert lines[1].startswith(
-        "gates.emoji_intensity: got 0.150 (lower 95 % bound (bootstrap by prompt) of 0.310), expected > 0.2: missed by 0.050; the"
+        "gates.emoji_intensity: got 0.150 (lower 95 % bound (bootstrap by prompt) of 0.310), expected > 0.2: missed by 0.050; "
     )
     upper = clopper_pearson(470, 480)[1]
     assert (
@@ -217,20 +218,20 @@ def test_what_was_missed_is_said_in_full() -> None:
         in lines[2]
     )
     assert "got 0.500 (lower 95 % bound (bootstrap by prompt) of 0.500), expected > 0.5: missed by 0.000; " in lines[3]
-    assert missed(decide(evaluation, only(persona=0.7))) == []
+    assert missed_gate_messages(decide(evaluation, only(persona=0.7))) == []
 
 
 @pytest.mark.parametrize("name", GatesConfig.model_fields)
 def test_every_gate_has_advice(name: str) -> None:
     gate = GateResult(name=name, measure="bound", value=0.5, compared=0.4, relation=">=", threshold=0.9, passed=False)
-    (line,) = missed(Verdict(gate_id="x", passed=False, gates=(gate,)))
+    (line,) = missed_gate_messages(Verdict(gate_id="x", passed=False, gates=(gate,)))
     advice = line.split("; ", 1)[1]
     assert len(advice) > 30
     assert "missed by 0.500" in line
 
 
 def test_there_is_advice_for_nothing_else() -> None:
-    advice: Mapping[str, str] = gates._ADVICE
+    advice: Mapping[str, str] = gates.ADVICE
     assert set(advice) == set(GatesConfig.model_fields)
 
 

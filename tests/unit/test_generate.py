@@ -1,4 +1,4 @@
-"""`generate --engine compose`: the grammar, balance, the guarantees about its output, and the command line."""
+"""Test `generate --engine compose`: its grammar, its balance, the guarantees about its output, and the command line."""
 
 from __future__ import annotations
 
@@ -10,19 +10,21 @@ from pathlib import Path
 import pytest
 
 from entrypoint.cli import run_cli
-from lora_trainer.duplicates import jaccard, shingles
-from lora_trainer.emoji import emoji_count
+from lora_trainer.data.duplicates import jaccard, shingles
+from lora_trainer.data.evaluation_prompts import evaluation_prompts
+from lora_trainer.data.jsonl import JsonlReader
+from lora_trainer.data.korean import PARTICLES, sentence_count, with_particle
+from lora_trainer.data.lint import has_question, lint_reply
+from lora_trainer.data.records import TrainingRecord
 from lora_trainer.errors import ExitCode
-from lora_trainer.evaluation_prompts import evaluation_prompts
+from lora_trainer.generator.collector import RecordCollector, all_cells, wanted_cells
 from lora_trainer.generator.compose import compose
+from lora_trainer.generator.dataset_summary import DatasetSummary, summarise
 from lora_trainer.generator.grammar import Scene, fill, load_reactions, load_scenes, parse_scenes
-from lora_trainer.generator.intake import Intake, all_cells, wanted_cells
-from lora_trainer.generator.summary import DatasetSummary, summarise
 from lora_trainer.generator.teacher import families
-from lora_trainer.korean import PARTICLES, sentence_count, with_particle
-from lora_trainer.lint import has_question, lint_reply
-from lora_trainer.personas import BloodType, Feeling, IntensityThird, persona_spec
-from lora_trainer.records import JsonlReader, TrainingRecord
+from lora_trainer.persona.emoji import emoji_count
+from lora_trainer.persona.specs import persona_spec
+from lora_trainer.persona.vocabulary import BloodType, Feeling, IntensityThird
 
 # make data-check composes the data of all four
 each_persona = pytest.mark.parametrize(
@@ -33,9 +35,9 @@ SAMPLE = 300
 
 @cache
 def composed(blood_type: BloodType, count: int = SAMPLE, seed: int = 1) -> tuple[tuple[TrainingRecord, ...], DatasetSummary]:
-    intake = Intake(blood_type)
-    compose(intake, wanted_cells(count, random.Random(seed)), seed)
-    return tuple(intake.taken), summarise(blood_type, intake.taken)
+    collector = RecordCollector(blood_type)
+    compose(collector, wanted_cells(count, random.Random(seed)), seed)
+    return tuple(collector.accepted), summarise(blood_type, collector.accepted)
 
 
 # --- the grammar -----------------------------------------------------------------------------------------
@@ -57,7 +59,7 @@ def test_particles_agree_with_their_noun(noun: str, particle: str, expected: str
 @pytest.mark.parametrize("particle", sorted(PARTICLES))
 def test_every_particle_keeps_the_noun_before_it(particle: str) -> None:
     for noun in ("밥", "피자", "물", "오래된 우산"):
-        # -ㄴ and -ㄹ only close a syllable of their own: a noun never changes
+        # -ㄴ and -ㄹ only close the particle's own syllable, so the noun never changes
         assert with_particle(noun, particle).startswith(noun)
     assert with_particle("밥", particle) == f"밥{particle}"
 
@@ -132,11 +134,11 @@ def test_a_scene_is_read() -> None:
 @pytest.mark.parametrize(
     ("old", "new", "said"),
     [
-        ("{tea:이나}", "{coffee:이나}", "no slot of that name"),
-        ("{tea:이나}", "{tea:도}", "no particle that is known"),
-        ("{who.name:이}", "{who.age:이}", "not in every value of who"),
-        ("{who.name:이}", "{who}", "not in every value of who"),
-        ("{tea:이나}", "{tea 이나}", "is no {slot}"),
+        ("{tea:이나}", "{coffee:이나}", "unknown slot"),
+        ("{tea:이나}", "{tea:도}", "unknown particle"),
+        ("{who.name:이}", "{who.age:이}", "missing in some values of who"),
+        ("{who.name:이}", "{who}", "missing in some values of who"),
+        ("{tea:이나}", "{tea 이나}", "expected {slot}"),
         ("family: cafes", "family: cafes\n    emoji: [ab]", "is not one emoji"),
         ("happy: smile", "joyful: smile", "feelings"),
         ("scene: tea", "scene: Tea!", "scene"),
@@ -152,7 +154,7 @@ def test_a_mistake_in_a_scene_is_named(old: str, new: str, said: str) -> None:
     assert said in str(caught.value)
 
 
-# --- what is composed ------------------------------------------------------------------------------------
+# --- composed records ------------------------------------------------------------------------------------
 
 
 @each_persona
@@ -186,7 +188,7 @@ def test_emoji_rise_with_the_intensity(blood_type: BloodType) -> None:
 
 @each_persona
 def test_no_two_are_nearly_the_same(blood_type: BloodType) -> None:
-    """Compare all pairs, without the index that the generator uses."""
+    """Compare all pairs directly instead of using the generator's index."""
     records, summary = composed(blood_type)
     assert summary.near_duplicate_rate == 0
     parts = [shingles(record.reply.text) for record in records]
@@ -197,37 +199,37 @@ def test_no_two_are_nearly_the_same(blood_type: BloodType) -> None:
 @each_persona
 def test_the_same_seed_gives_the_same_records_and_another_others(blood_type: BloodType) -> None:
     once, _ = composed(blood_type, 60)
-    intake = Intake(blood_type)
-    compose(intake, wanted_cells(60, random.Random(1)), 1)
-    assert [record.to_json() for record in intake.taken] == [record.to_json() for record in once]
+    collector = RecordCollector(blood_type)
+    compose(collector, wanted_cells(60, random.Random(1)), 1)
+    assert [record.to_json() for record in collector.accepted] == [record.to_json() for record in once]
     other, _ = composed(blood_type, 60, 2)
     assert {record.to_json() for record in other}.isdisjoint(record.to_json() for record in once)
 
 
 def test_nothing_comes_near_what_it_is_held_against() -> None:
     before, _ = composed(BloodType.B, 60)
-    intake = Intake(BloodType.B)
-    intake.hold_against(before)
-    compose(intake, wanted_cells(60, random.Random(1)), 1)
-    assert len(intake.taken) == 60
+    collector = RecordCollector(BloodType.B)
+    collector.exclude_similar(before)
+    compose(collector, wanted_cells(60, random.Random(1)), 1)
+    assert len(collector.accepted) == 60
     parts = [shingles(record.reply.text) for record in before]
-    assert all(jaccard(shingles(record.reply.text), part) < 0.7 for record in intake.taken for part in parts)
+    assert all(jaccard(shingles(record.reply.text), part) < 0.7 for record in collector.accepted for part in parts)
 
 
 def test_prompts_of_the_evaluation_are_refused() -> None:
     record = composed(BloodType.A, 60)[0][0]
-    intake = Intake(BloodType.A)
-    intake.hold_out([record.input])
-    assert intake.problem(record) == "evaluation_prompt"
+    collector = RecordCollector(BloodType.A)
+    collector.exclude_inputs([record.input])
+    assert collector.rejection_reason(record) == "evaluation_prompt"
     assert len(evaluation_prompts()) == 120
 
 
 def test_the_grammar_ends_sometime(monkeypatch: pytest.MonkeyPatch) -> None:
     scenes = parse_scenes(GOOD + TAKES, "x.yaml")
     monkeypatch.setattr("lora_trainer.generator.compose.load_scenes", lambda: scenes)
-    intake = Intake(BloodType.A)
-    compose(intake, wanted_cells(300, random.Random(1)), 1)
-    assert 0 < len(intake.taken) < 300
+    collector = RecordCollector(BloodType.A)
+    compose(collector, wanted_cells(300, random.Random(1)), 1)
+    assert 0 < len(collector.accepted) < 300
 
 
 # --- the command -----------------------------------------------------------------------------------------
@@ -246,11 +248,11 @@ def test_the_command_writes_a_file_a_table_and_a_report(capsys: pytest.CaptureFi
         lines = list(JsonlReader(Path(f"made/train_data_type_{name}.jsonl")))
         assert [line.problems for line in lines] == [()] * 60
         assert f"made/train_data_type_{name}.jsonl" in out
-    assert "near-duplicates, by the reply alone" in out
+    assert "near-duplicates, by reply" in out
     page = Path("pages/report.html").read_text(encoding="utf-8")
     assert page.count("<svg") >= 8
     assert page.count('<section id="') == 2
-    # self-contained: it loads nothing
+    # the page is self-contained and loads no other resource
     assert "http" not in page.replace("http://www.w3.org", "")
     assert "<script" not in page
 
@@ -262,7 +264,7 @@ def test_again_is_unchanged_and_another_is_refused_unless_told(capsys: pytest.Ca
     assert run_cli(command) == ExitCode.DONE
     assert "unchanged: " in capsys.readouterr().out
     assert run_cli([*command, "--seed", "2"]) == ExitCode.CONFIG
-    assert "already there" in capsys.readouterr().err
+    assert "choose another --output or pass --overwrite" in capsys.readouterr().err
     assert Path("one.jsonl").read_bytes() == first
     assert run_cli([*command, "--seed", "2", "--overwrite"]) == ExitCode.DONE
     assert Path("one.jsonl").read_bytes() != first

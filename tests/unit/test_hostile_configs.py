@@ -1,4 +1,4 @@
-"""Hostile configuration files, names and manifests: one message each, exit 2, and nothing outside is touched."""
+"""Test hostile configuration files, names and manifests: each yields one message and exit 2, and changes no other file."""
 
 from __future__ import annotations
 
@@ -17,14 +17,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from entrypoint.cli import run_cli
-from lora_trainer.bases import require_safetensors
-from lora_trainer.compression import is_jsonl
-from lora_trainer.config import RunConfig, settle
+from lora_trainer.base_model import require_safetensors
+from lora_trainer.config import RunConfig
+from lora_trainer.config_sources import settle
+from lora_trainer.data.compression import is_jsonl
 from lora_trainer.errors import ConfigError, ExitCode, StorageError
-from lora_trainer.personas import BloodType
-from lora_trainer.pipeline import data_key
-from lora_trainer.reevaluation import open_adapter
-from lora_trainer.storage import open_storage, split_uri
+from lora_trainer.persona.vocabulary import BloodType
+from lora_trainer.run.adapter import open_adapter
+from lora_trainer.run.inputs import data_key
+from lora_trainer.store.keys import split_uri
+from lora_trainer.store.opening import open_storage
 
 
 @pytest.fixture(autouse=True)
@@ -35,7 +37,7 @@ def no_settings_around(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def show_config(content: bytes) -> tuple[int, str]:
-    """Return exit code and all output."""
+    """Run `show-config` on a file with this content. Return its exit code and all output."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "run.yaml"
         path.write_bytes(content)
@@ -62,11 +64,11 @@ def test_a_hostile_configuration_is_settings_or_one_message_each_and_exit_2(cont
     ("content", "said"),
     [
         ("training: !!python/object/apply:os.system ['true']", "run.yaml:1: not plain YAML: could not determine a constructor"),
-        ("data: x\ndata: y", "run.yaml:1: not plain YAML: a key twice in one mapping"),
-        ("strict: !!bool maybe", "run.yaml:1: not plain YAML: a value that is not what it says it is"),
-        ("strict: true\nlora: {r: " + "9" * 5000 + "}", "run.yaml:2: not plain YAML: a value that is not what it says it is"),
-        ("data: 2026-13-01", "run.yaml:1: not plain YAML: a value that is not what it says it is"),
-        ("a: &a [*a]", "run.yaml:1: not plain YAML: more than 10,000 values, its aliases written out"),
+        ("data: x\ndata: y", "run.yaml:1: not plain YAML: a duplicate key"),
+        ("strict: !!bool maybe", "run.yaml:1: not plain YAML: a value that does not match its type"),
+        ("strict: true\nlora: {r: " + "9" * 5000 + "}", "run.yaml:2: not plain YAML: a value that does not match its type"),
+        ("data: 2026-13-01", "run.yaml:1: not plain YAML: a value that does not match its type"),
+        ("a: &a [*a]", "run.yaml:1: not plain YAML: more than 10,000 values with its aliases expanded"),
         ("[" * 20_000, "run.yaml: not plain YAML: nested too deeply"),
         ("".join(f"k{n}: 0\n" for n in range(4000)), "and 3,950 more problems: is this a file of settings?"),
         ("data: \x00", "run.yaml: not plain YAML: a character that YAML does not allow"),
@@ -87,7 +89,7 @@ def test_aliases_that_multiply_are_refused_before_they_do(merge: bool) -> None:
     levels = "".join(f"a{n}: &a{n} {how.format(','.join([f'*a{n - 1}'] * 10))}\n" for n in range(1, 30))
     code, output = show_config(f"a0: &a0 {{x: 1}}\n{levels}".encode())
     assert code == ExitCode.CONFIG
-    assert "its aliases written out" in output
+    assert "with its aliases expanded" in output
     assert len(output) < 1000
 
 
@@ -150,7 +152,7 @@ def test_two_files_of_one_persona_are_refused(tmp_path: Path) -> None:
 
 
 class Trap:
-    """Creates a file when unpickled."""
+    """An object that creates a file when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -192,7 +194,7 @@ def test_pickled_weights_are_refused_and_never_unpickled(
 
 
 def test_a_folder_whose_weights_are_pickled_is_not_given_to_peft(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"no adapter_model\.safetensors there"):
+    with pytest.raises(ConfigError, match=r"has no adapter_model\.safetensors"):
         require_safetensors(tmp_path)
     (tmp_path / "adapter_model.safetensors").touch()
     require_safetensors(tmp_path)

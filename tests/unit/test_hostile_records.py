@@ -1,4 +1,4 @@
-"""Hostile data files through the command that reads them: one message each, the right exit code, and no text quoted."""
+"""Run `validate` on hostile data files: each yields one message and the right exit code, and no message quotes their text."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 
 from entrypoint.cli import run_cli
 from lora_trainer.config import LimitsConfig
+from lora_trainer.data.jsonl import JsonlReader, parse_record
 from lora_trainer.errors import ExitCode
-from lora_trainer.records import JsonlReader, parse_record
 
 TOO_DEEP = "lists or objects nested more than 16 deep (limits.nesting_depth)"
 GOOD = json.dumps(record()).encode()
@@ -27,7 +27,7 @@ PACKERS = {"": bytes, ".gz": gzip.compress, ".zst": zstd.compress}
 
 
 def validate(content: bytes, suffix: str, *more: str) -> tuple[int, dict[str, Any]]:
-    """Return exit code and report of `validate`; any exception fails the test."""
+    """Run `validate`. Return its exit code and report. Any exception fails the test."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"train_data_type_A.jsonl{suffix}"
         path.write_bytes(content)
@@ -74,7 +74,7 @@ def test_a_damaged_stream_is_one_error_and_exit_3(suffix: str, at: float, bytes_
     code, report = validate(damaged, suffix)
     errors = [problem["code"] for problem in report["problems"] if problem["severity"] == "error"]
     assert code == (ExitCode.DATA if errors else ExitCode.DONE)
-    # Records before the damage may be read; the damage is reported once.
+    # The reader may return records from before the damage. It reports the damage once.
     assert errors.count("corrupt_stream") <= 1
     if is_cut and 0 < place < len(packed):
         assert errors == ["corrupt_stream"]

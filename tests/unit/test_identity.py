@@ -1,4 +1,4 @@
-"""`run_id` and `gate_id`: which settings make another run, which only another verdict, and which neither."""
+"""Test `run_id` and `gate_id`: some settings change the run, some only the verdict, and some neither."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ from typing import Any
 
 import pytest
 
-from lora_trainer import identity
-from lora_trainer.config import RunConfig, setting_names, settle
-from lora_trainer.evaluation import evaluation_id
-from lora_trainer.gates import gate_id
-from lora_trainer.identity import library_versions, run_id, run_ingredients
+from lora_trainer.config import RunConfig, setting_names
+from lora_trainer.config_sources import settle
+from lora_trainer.evaluate.gates import gate_id
+from lora_trainer.evaluate.questions import evaluation_id
+from lora_trainer.run import identity
+from lora_trainer.run.identity import library_versions, run_id, run_ingredients
 
 DATA = "d" * 64
 BASE = "Qwen/Qwen2.5-7B-Instruct@a09a35458c702b33eeacc393d103063234e8bc28"
 
-# One other value for every setting; a new setting has to be added to one of these groups.
+# These groups have a non-default value for every setting. Add each new setting to one of them.
 RECIPE = {
     "blood_type": "B",
     "backend": "transformers",
@@ -44,14 +45,14 @@ NOT_RECIPE = {
     "output": "s3://bucket/out/",
     "work_dir": "elsewhere",
     "strict": True,
-    # represented by the base's identity
+    # the base's identity covers these
     "base.model": "./mirror",
     "base.revision": None,
     "base.canonical_id": "a/b",
     "base.cache_dir": "cache",
     "memory.gradient_checkpointing": "on",
     "memory.micro_batch_tokens": 2048,
-    # they refuse a file or leave it unchanged
+    # these reject a file or leave it unchanged
     "checkpoints.every_steps": 7,
     "checkpoints.every_minutes": 1.5,
     "checkpoints.keep": 3,
@@ -71,7 +72,7 @@ NOT_RECIPE = {
     "logging.report_to": ["tensorboard"],
     "logging.log_every_steps": 1,
 }
-# Questions, judging and thresholds: another verdict on the same weights.
+# Questions, scoring and thresholds: changing them means another verdict on the same weights.
 VERDICT = {
     "evaluation.intensities": [0.5],
     "evaluation.max_new_tokens": 64,
@@ -92,7 +93,7 @@ VERDICT = {
     "gates.win_rate": 0.6,
 }
 NOT_VERDICT = {
-    # represented by the prompts' hash
+    # the prompts' hash covers this
     "evaluation.prompts": "s3://bucket/eval_prompts.jsonl",
     "evaluation.batch_size": 8,
     "evaluation.judge_base_url": "http://localhost:8000/v1",
@@ -195,6 +196,6 @@ def test_it_survives_the_manifest() -> None:
 
 
 def test_the_hash_is_pinned() -> None:
-    """Another serialisation would train every finished run again."""
+    """If the serialisation changed, every finished run would train again."""
     assert run_id({"b": 1, "a": {"é": [1.5, None, True]}}) == "830732c3983333d4"
     assert len(identify(config())) == 16

@@ -1,4 +1,4 @@
-"""The building blocks of the image and of `make train-local`, without Docker."""
+"""Test the tools that build the image and run `make train-local`, without Docker."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_a_link_is_removed_and_not_followed(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not GCC or shutil.which("readelf") is None, reason="no gcc and readelf")
 def test_a_library_that_a_cut_breaks_fails_the_build(tmp_path: Path) -> None:
-    """Arrow's tables need its query plans, which look as unused as its RPC library."""
+    """Arrow's tables need the library for query plans, which looks as unused as the RPC library."""
     package = tmp_path / "pyarrow"
     package.mkdir()
     source = tmp_path / "source.c"
@@ -123,7 +123,7 @@ def test_dependencies_come_before_the_source() -> None:
     final = DOCKERFILE[DOCKERFILE.index(" AS image\n") :]
     copies = re.findall(r"^COPY --from=(\w+) (\S+)", final, re.MULTILINE)
     assert copies == [("packages", "/layers/cuda"), ("packages", "/layers/torch"), ("packages", "/layers/rest"), ("job", "/layer")]
-    # what changes with each commit comes after everything large
+    # layers that change with every commit come after all large layers
     assert final.index("ARG REVISION") > final.index("COPY --from=job")
 
 
@@ -172,7 +172,7 @@ def dry_run(**environment: str) -> list[str]:
 
 
 def test_dry_run_prints_one_docker_command(tmp_path: Path) -> None:
-    # needs neither Docker nor a driver
+    # a dry run needs neither Docker nor a driver
     command = dry_run(BLOOD_TYPE="A", OUTPUT=str(tmp_path / "not there"))
     assert command[:2] == ["docker", "run"]
     assert command[command.index("--gpus") + 1] == "all"
@@ -220,7 +220,7 @@ ENGINE: Final = "case $1 in version) echo 20.10.24 20.10.24 ;; image) exit 0 ;; 
 
 
 def only(folder: Path, **scripts: str) -> str:
-    """Return a PATH with common programs and these scripts, and nothing else of this machine."""
+    """Return a PATH that has only a few common programs and these scripts."""
     for program in ("bash", "sh", "make", "env", "dirname", "id", "realpath", "grep", "sed", "mkdir"):
         found = shutil.which(program)
         assert found is not None
@@ -249,7 +249,7 @@ def only(folder: Path, **scripts: str) -> str:
 def test_what_is_missing_is_named(tmp_path: Path, scripts: dict[str, str], said: str) -> None:
     path = tmp_path / "bin"
     path.mkdir()
-    # no other engine or client on this machine
+    # hide any other engine and client of this machine
     done = train_local(
         BLOOD_TYPE="A", PATH=only(path, **scripts), OUTPUT=str(tmp_path), DOCKER_HOST="unix:///not/there", DOCKER="docker"
     )

@@ -1,4 +1,4 @@
-"""The lease: who holds it, who waits, who may take over, and that a former holder learns of its loss before it writes."""
+"""Test the lease: who holds it, who waits, who may take over, and that a holder learns of its loss before it writes."""
 
 from __future__ import annotations
 
@@ -16,11 +16,15 @@ from typing import Any, Self
 import pytest
 from structlog.testing import capture_logs
 
-from lora_trainer import lease as module
-from lora_trainer.config import LeaseConfig, settle
+from lora_trainer.config import LeaseConfig
+from lora_trainer.config_sources import settle
 from lora_trainer.errors import ConfigError, ExitCode, StorageError
-from lora_trainer.lease import Lease, LeaseLostError, Process, Record, hold, is_gone, is_left_over, parse_record, this_process
-from lora_trainer.storage import FileStorage, PreconditionFailed, Storage
+from lora_trainer.store import lease as module
+from lora_trainer.store import process_identity
+from lora_trainer.store.interface import PreconditionFailed, Storage
+from lora_trainer.store.lease import Lease, LeaseLostError, Record, hold, is_left_over, parse_record
+from lora_trainer.store.local import FileStorage
+from lora_trainer.store.process_identity import Process, is_gone, this_process
 
 KEY = "runs/A/0123456789abcdef/lease.json"
 LONG = LeaseConfig(duration_s=60, wait_s=600)
@@ -37,7 +41,7 @@ def storage(tmp_path: Path) -> Storage:
 
 
 def config(duration_s: float, wait_s: float | None = None) -> LeaseConfig:
-    """Shorter than a setting allows, so that tests do not wait."""
+    """Return a configuration with shorter times than the settings allow, to keep the tests fast."""
     return LeaseConfig.model_construct(duration_s=duration_s, wait_s=wait_s or 30)
 
 
@@ -50,7 +54,7 @@ def record(storage: Storage) -> Record:
 
 
 def put(storage: Storage, **changes: Any) -> Record:
-    """Write a lease that a process on another machine holds."""
+    """Write the lease of a process on another machine."""
     settings: dict[str, Any] = {"holder": "f" * 16, "attempt": 3, "host": "elsewhere", "duration_s": 60.0, **changes}
     made = Record(acquired_at="2026-01-01T00:00:00+00:00", renewed_at="2026-01-01T00:00:20+00:00", **settings)
     storage.write_bytes(KEY, made.as_bytes())
@@ -113,7 +117,9 @@ def test_the_wait_has_an_end_that_says_who_has_it(storage: Storage) -> None:
     with pytest.raises(StorageError) as caught, hold(config(0.1, 0.5), storage, KEY):
         pytest.fail("somebody else has it")
     assert caught.value.exit_code == ExitCode.STORAGE
-    assert str(caught.value).startswith(f"{storage.uri}{KEY}: another run of this id is at work: attempt 3 on host elsewhere, ")
+    assert str(caught.value).startswith(
+        f"{storage.uri}{KEY}: another attempt is working on this run: attempt 3 on host elsewhere, "
+    )
     assert "since 2026-01-01T00:00:00+00:00, last renewed at 2026-01-01T00:00:20+00:00; waited 0 s (lease.wait_s)" in str(
         caught.value
     )
@@ -121,7 +127,7 @@ def test_the_wait_has_an_end_that_says_who_has_it(storage: Storage) -> None:
 
 
 def test_one_that_is_not_renewed_expires_by_the_watchers_own_clock(storage: Storage) -> None:
-    # Its times come from another machine, whose clock may be years off, and are ignored.
+    # Ignore the times in the lease, because the other machine's clock may be years off.
     put(storage, duration_s=0.6)
     started_s = time.monotonic()
     with capture_logs() as events, hold(LONG, storage, KEY):
@@ -136,7 +142,7 @@ def test_one_that_is_renewed_does_not_expire(storage: Storage) -> None:
     time.sleep(0.1)
     started_s = time.monotonic()
     with hold(LONG, storage, KEY):
-        # renewed last after 1.5 s, and valid for 1.5 s from then
+        # the last renewal is after 1.5 s, and the lease expires 1.5 s later
         assert time.monotonic() - started_s >= 2.5
 
 
@@ -144,7 +150,7 @@ def test_one_that_is_renewed_does_not_expire(storage: Storage) -> None:
 def test_one_that_cannot_be_read_expires_too(storage: Storage, data: bytes) -> None:
     storage.write_bytes(KEY, data)
     assert parse_record(data) is None
-    with pytest.raises(StorageError, match="somebody whose lease this version can't read"), hold(config(5, 0.3), storage, KEY):
+    with pytest.raises(StorageError, match="lease this version cannot read"), hold(config(5, 0.3), storage, KEY):
         pytest.fail("it may be a later version's")
     with hold(config(0.3, 5), storage, KEY):
         assert record(storage).attempt == 1
@@ -202,9 +208,9 @@ def sleeper() -> Iterator[subprocess.Popen[bytes]]:
 
 def process_of(pid: int) -> Process:
     here = this_process()
-    # the job runs on Linux, which has /proc
+    # requires /proc, so Linux
     assert here is not None
-    return here.model_copy(update={"pid": pid, "started_ticks": module._started_ticks(pid)})
+    return here.model_copy(update={"pid": pid, "started_ticks": process_identity._started_ticks(pid)})
 
 
 def test_a_killed_process_of_this_machine_is_known_to_be_gone(sleeper: subprocess.Popen[bytes], storage: Storage) -> None:
@@ -213,7 +219,7 @@ def test_a_killed_process_of_this_machine_is_known_to_be_gone(sleeper: subproces
     sleeper.send_signal(signal.SIGSTOP)
     assert not is_gone(process, host)
     sleeper.send_signal(signal.SIGKILL)
-    # dead, although its parent has not waited for it yet
+    # wait until the process is dead, but leave it a zombie
     os.waitid(os.P_PID, sleeper.pid, os.WEXITED | os.WNOWAIT)
     assert is_gone(process, host)
     sleeper.wait()
@@ -234,7 +240,7 @@ def test_of_others_nothing_is_known(sleeper: subprocess.Popen[bytes]) -> None:
     assert is_gone(process, host)
     assert not is_gone(process, "another host")
     assert not is_gone(process.model_copy(update={"boot_id": "another start"}), host)
-    # in another container the number belongs to another process
+    # in another container, the same process number belongs to another process
     assert not is_gone(process.model_copy(update={"pid_namespace": "pid:[1]"}), host)
 
 
@@ -244,7 +250,7 @@ def test_another_process_with_the_number_is_another_one() -> None:
     assert is_gone(mine.model_copy(update={"started_ticks": mine.started_ticks - 1}), module.socket.gethostname())
 
 
-# -- losing it --------------------------------------------------------------------------------------------
+# -- losing the lease --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("taken", [True, False], ids=["taken over", "gone"])
@@ -282,7 +288,7 @@ def test_confirm_asks_even_where_time_could_tell(storage: Storage) -> None:
 
 
 class FlakyStorage(FileStorage):
-    """Loses the answer to a write, or refuses the write."""
+    """A storage that loses the response to a write, or rejects the write."""
 
     lose_answers, refuse = 0, False
 
@@ -326,7 +332,7 @@ def test_a_store_that_cannot_be_reached_is_said_and_tried_again(tmp_path: Path) 
             time.sleep(0.02)
         assert any(event["event"] == "lease_not_renewed" for event in events)
         time.sleep(0.35)
-        # Writing needs proof of the lease; training continues without it.
+        # Without proof of the lease, the attempt must not write but may continue training.
         with pytest.raises(StorageError, match="cannot be reached"):
             lease.check()
         lease.stop_if_lost()
@@ -348,14 +354,14 @@ def test_a_store_that_hangs_does_not_keep_the_process(tmp_path: Path, monkeypatc
 
 
 class IgnoringStorage(FileStorage):
-    """Ignores conditions, as old stores do."""
+    """A storage that ignores the conditions of writes, as old stores do."""
 
     def write_bytes(self, key: str, data: bytes, *, if_match: str | None = None, if_absent: bool = False) -> None:
         super().write_bytes(key, data)
 
 
 class CheckingStorage(FileStorage):
-    """Has refused a condition before, and checks before each write since then."""
+    """A storage that has rejected a condition before, and since then reads the object before each write."""
 
     @property
     def conditional_writes(self) -> bool:
@@ -372,7 +378,7 @@ def test_a_store_that_does_not_compare_is_noticed(
         assert not lease.exclusive
         lease.confirm()
         assert record(storage).holder == lease.holder
-        # it does not renew another holder's lease either
+        # nor does the attempt renew another holder's lease
         put(storage)
         with pytest.raises(LeaseLostError):
             lease.confirm()
@@ -381,7 +387,7 @@ def test_a_store_that_does_not_compare_is_noticed(
 
 
 def test_where_nothing_compares_the_last_writer_has_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another process looked at the same moment and wrote later."""
+    """If two processes read the lease at the same time, the one that writes last holds it."""
     storage = IgnoringStorage(tmp_path)
     monkeypatch.setattr(module, "_SETTLE_S", 0.5)
     threading.Timer(0.25, lambda: put(storage, duration_s=0.2)).start()
@@ -394,12 +400,12 @@ def test_where_nothing_compares_the_last_writer_has_it(tmp_path: Path, monkeypat
 
 
 def test_a_wait_that_is_shorter_than_a_lease_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"lease\.wait_s: got 10.*expected at least lease\.duration_s, 60: a lost machine's"):
+    with pytest.raises(ConfigError, match=r"lease\.wait_s: got 10.*expected at least lease\.duration_s, 60: "):
         settle({"blood_type": "A", "lease.wait_s": 10}, {})
 
 
 def test_the_condition_is_not_our_own_error(storage: Storage) -> None:
-    """`write_bytes` raises an exception that is no `LoraTrainerError`; the lease must not let it escape."""
+    """`write_bytes` raises an exception that is not a `LoraTrainerError`, and the lease must handle it."""
     lease = Lease(LONG, storage, KEY)
     lease.acquire()
     put(storage)

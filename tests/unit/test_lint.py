@@ -1,15 +1,14 @@
-"""The rules for one reply, line by line. test_lint_lines.py measures how often they are right."""
+"""Test the rules for one reply on single lines. test_lint_lines.py measures their accuracy."""
 
 import time
 import unicodedata
 
 import pytest
 
-from lora_trainer.emoji import emoji_count, is_emoji
-from lora_trainer.korean import formal_endings, is_formal, sentence_count, sentences
-from lora_trainer.lint import (
+from lora_trainer.data.korean import formal_endings, is_formal, sentence_count, sentences
+from lora_trainer.data.lint import (
+    LONG_REPLY_CHARACTERS,
     MAX_EMOJI,
-    MAX_REPLY_CHARACTERS,
     RULES,
     banned_content,
     blood_types_named,
@@ -18,8 +17,10 @@ from lora_trainer.lint import (
     lint_reply,
     max_emoji,
 )
-from lora_trainer.personas import BloodType, IntensityThird, persona_spec
-from lora_trainer.records import Severity
+from lora_trainer.data.problems import Severity
+from lora_trainer.persona.emoji import emoji_count, is_emoji
+from lora_trainer.persona.specs import persona_spec
+from lora_trainer.persona.vocabulary import BloodType, IntensityThird
 
 SAMPLE_REPLY = "오! 나 금방 도착해! 1층 창가 자리에 앉아있어줘!"
 
@@ -203,7 +204,7 @@ def test_hostile_text_costs_no_more_than_other_text(unit: str) -> None:
     begin = time.perf_counter()
     list(lint_reply(text, 0.5))
     has_question(text)
-    # linear work takes well under a second; quadratic work on 200,000 characters takes minutes
+    # 200,000 characters take well under a second in linear time, and minutes in quadratic time
     assert time.perf_counter() - begin < 10
 
 
@@ -217,9 +218,9 @@ def test_the_personas_own_emoji_rule_holds(blood_type: BloodType) -> None:
         assert [p.code for p in lint_reply("밥 먹자 " + sign * (most + 1), intensity, blood_type=blood_type)] == ["too_many_emoji"]
 
 
-def test_a_reply_longer_than_a_glance() -> None:
-    assert [p.code for p in lint_reply("가" * MAX_REPLY_CHARACTERS, 0.5)] == []
-    (problem,) = lint_reply("가" * (MAX_REPLY_CHARACTERS + 1), 0.5)
+def test_a_long_reply() -> None:
+    assert [p.code for p in lint_reply("가" * LONG_REPLY_CHARACTERS, 0.5)] == []
+    (problem,) = lint_reply("가" * (LONG_REPLY_CHARACTERS + 1), 0.5)
     assert (problem.code, problem.got, problem.expected) == ("too_long", "101 characters", "at most 100 characters")
 
 

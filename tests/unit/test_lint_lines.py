@@ -1,12 +1,12 @@
-"""How often the two rules that need judgement are right, on hand-labelled lines that are not in the training data."""
+"""Measure the accuracy of the two rules that need judgement on hand-labelled lines from outside the training data."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import NamedTuple
 
-from lora_trainer.korean import is_formal, sentence_count
-from lora_trainer.lint import MAX_SENTENCES
+from lora_trainer.data.korean import is_formal, sentence_count
+from lora_trainer.data.lint import MAX_SENTENCES
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
 
@@ -49,7 +49,7 @@ def test_there_are_enough_of_every_kind() -> None:
 def test_sentences() -> None:
     exact = [sentence_count(line.text) == line.sentences for line in LINES]
     assert sum(exact) / len(exact) >= 0.95, [(sentence_count(t), t) for t, right in zip(TEXTS, exact, strict=True) if not right]
-    # the rule asks: more than two sentences?
+    # the rule only decides whether there are more than two sentences
     truth = [line.sentences > MAX_SENTENCES for line in LINES]
     too_many = measure(truth, [sentence_count(text) > MAX_SENTENCES for text in TEXTS], TEXTS)
     assert too_many.precision >= 0.85, too_many.wrong

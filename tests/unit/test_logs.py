@@ -1,4 +1,4 @@
-"""Log lines, and the final line for Kubernetes."""
+"""Test log lines, and the final line for Kubernetes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lora_trainer import logs
 
 @pytest.fixture(autouse=True)
 def untouched_logging() -> Iterator[None]:
-    """`configure` expects a process of its own: restore pytest's logging."""
+    """Restore pytest's logging, which `configure` replaces for the whole process."""
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
     yield
@@ -38,7 +38,7 @@ def events(text: str) -> list[dict[str, object]]:
 
 
 def ours() -> structlog.stdlib.BoundLogger:
-    # Return a logger as our modules get it.
+    # Return a logger the way our modules create one.
     logger: structlog.stdlib.BoundLogger = structlog.get_logger("lora_trainer.anything")
     return logger
 
@@ -92,7 +92,7 @@ def test_levels(capsys: Capture, level: str, shown: list[str]) -> None:
 
 def test_libraries_speak_from_warning_up_and_in_our_format(capsys: Capture) -> None:
     logs.configure("debug", "json")
-    # not a real library: another test may have imported it, and given its logger a handler
+    # use a made-up name, because another test may have imported a real library and added a handler to its logger
     library = logging.getLogger("some_library.trainer")
     library.info("chatter that may quote data")
     library.warning("careful with %s", "this")
@@ -142,7 +142,7 @@ def test_a_second_set_up_replaces_the_first(capsys: Capture) -> None:
     assert [event["event"] for event in events(capsys.readouterr().err)] == ["once"]
 
 
-# -- the last word --------------------------------------------------------------------------------------
+# -- the final line --------------------------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""What pip, uv and poetry install, and how messages and documents name it."""
+"""Test which packages pip, uv and poetry install, and the commands for it in messages and documents."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from conftest import REPOSITORY
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from lora_trainer.backends import open_backend
 from lora_trainer.config import RunConfig
 from lora_trainer.errors import ConfigError
-from lora_trainer.personas import BloodType
+from lora_trainer.persona.vocabulary import BloodType
+from lora_trainer.train.backends import open_backend
 
 PYPROJECT: Final[dict[str, Any]] = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))
 PURE: Final[list[str]] = PYPROJECT["project"]["dependencies"]
@@ -31,7 +31,7 @@ def names(requirements: list[str]) -> set[str]:
 
 
 def test_extras_are_the_documented_three_and_share_no_package() -> None:
-    """Poetry's search doubles with each line in two extras."""
+    """Each package that two extras share would double Poetry's search."""
     assert set(EXTRAS) == {"cpu", "gpu", "trackers"}
     assert sum(map(len, EXTRAS.values())) == len(set().union(*map(names, EXTRAS.values())))
 
@@ -47,14 +47,14 @@ def test_group_train_is_both_extras() -> None:
 def test_plain_poetry_install_brings_the_training_stack() -> None:
     assert {"torch", "transformers", "trl", "peft", "datasets", "accelerate", "bitsandbytes", "unsloth"} <= names(GROUPS["train"])
     poetry = PYPROJECT["tool"]["poetry"]
-    # No group is optional, and a Poetry that does not read [dependency-groups] is refused.
+    # This table must not mark a group as optional, and must require a Poetry version that reads [dependency-groups].
     assert poetry == {"requires-poetry": ">=2.2"}
 
 
 def test_pip_and_uv_stay_without_it() -> None:
     training = names(GROUPS["train"])
     assert not names(PURE) & training
-    # `dev` is uv's default group unless this table says otherwise
+    # uv installs the group `dev` by default unless this table says otherwise
     assert "default-groups" not in PYPROJECT["tool"].get("uv", {})
     assert not names(GROUPS["dev"]) & training
 

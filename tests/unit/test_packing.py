@@ -1,4 +1,4 @@
-"""Steps follow the recipe and rows follow the memory: the guarantees of both."""
+"""Test the guarantees of steps, which depend only on the recipe, and of rows, which depend on memory."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_trainer.packing import pack, plan_steps
+from lora_trainer.train.packing import pack, plan_steps
 
 RECORDS = st.integers(1, 120)
 STEP = st.integers(1, 40)
@@ -24,7 +24,7 @@ def test_every_record_once_an_epoch(records: int, sequences_per_step: int, epoch
     for epoch in range(epochs):
         assert sorted(order[epoch * records : (epoch + 1) * records]) == list(range(records))
     assert len(order) == epochs * records
-    # no gap between epochs: only the last step may be smaller
+    # epochs follow one another without a gap, so only the last step may be smaller
     assert all(len(step) == sequences_per_step for step in steps[:-1])
     assert 1 <= len(steps[-1]) <= sequences_per_step
 
@@ -56,7 +56,7 @@ def test_epochs_and_seeds_have_orders_of_their_own() -> None:
 
 
 def test_the_order_is_part_of_the_recipe() -> None:
-    """Pinned: another order trains other weights under the same run id; raise RECIPE_VERSION with it."""
+    """Another order would train other weights under the same run id. Raise RECIPE_VERSION if you change it."""
     assert plan_steps(6, 4, 1.5, 20) == [[5, 3, 0, 4], [1, 2, 3, 4], [1]]
 
 
@@ -72,7 +72,7 @@ def test_every_sequence_in_one_row_and_no_row_too_long(lengths: list[int], row_t
 
 
 def emptiest_row_first(lengths: list[int], rows: int) -> int:
-    """Return the fullest row when the longest sequences go first, each into the emptiest row (Graham 1969)."""
+    """Put the longest sequences first, each into the emptiest row (Graham 1969). Return the size of the fullest row."""
     filled = [0] * rows
     for length in sorted(lengths, reverse=True):
         heapq.heapreplace(filled, filled[0] + length)
@@ -90,7 +90,7 @@ def test_no_more_rows_than_longest_first_needs(lengths: list[int], row_tokens: i
 
 @given(st.lists(st.integers(1, 400), min_size=1, max_size=60), st.integers(400, 3000))
 def test_rows_are_even(lengths: list[int], row_tokens: int) -> None:
-    """No row can give a sequence away and stay above the emptiest one: even rows keep peak memory even."""
+    """Without its shortest sequence, no row is fuller than the emptiest one. Even rows keep peak memory even."""
     rows = [sorted(lengths[position] for position in row) for row in pack(lengths, row_tokens)]
     emptiest = min(map(sum, rows))
     assert all(sum(row) - row[0] <= emptiest for row in rows)
@@ -110,7 +110,7 @@ def test_a_sequence_that_fits_no_row() -> None:
 
 @given(RECORDS, STEP, st.integers(400, 900), st.integers(901, 5000))
 def test_another_row_size_is_the_same_steps(records: int, sequences_per_step: int, small: int, large: int) -> None:
-    """The optimizer sees the same batches on every GPU: rows split a step and never move a record to another step."""
+    """The optimizer sees the same batches on every GPU: rows split a step but never move a record to another step."""
     lengths = [1 + (index * 37) % 400 for index in range(records)]
     for step in plan_steps(records, sequences_per_step, 1, 20):
         in_step = [lengths[index] for index in step]

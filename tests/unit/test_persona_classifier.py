@@ -1,4 +1,4 @@
-"""The evaluation's classifier: accurate on replies it has not seen, and a file that holds only numbers."""
+"""Test the evaluation's classifier: it is accurate on unseen replies, and its file holds only numbers."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 from conftest import REPOSITORY, load_tool
 
-from lora_trainer.persona_classifier import PersonaClassifier, accuracy, confusion, persona_classifier
-from lora_trainer.personas import BloodType
+from lora_trainer.evaluate.persona_classifier import PersonaClassifier, accuracy, bundled_classifier, confusion
+from lora_trainer.persona.vocabulary import BloodType
 
 bundled: Any = load_tool("bundled_data")
 tool: Any = load_tool("persona_classifier")
 
 
 def test_four_personas_are_told_apart_on_replies_that_were_held_out() -> None:
-    matrix = tool.measure(persona_classifier())
+    matrix = tool.measure(bundled_classifier())
     assert sum(sum(row.values()) for row in matrix.values()) >= 500
     assert accuracy(matrix) >= 0.92, tool.table(matrix)
     for name, row in matrix.items():
@@ -27,13 +27,13 @@ def test_four_personas_are_told_apart_on_replies_that_were_held_out() -> None:
 
 def test_hand_written_replies_are_the_harder_part_and_are_told_apart_too() -> None:
     by_hand = frozenset(record.reply.text for name in BloodType for record in bundled.handwritten_records(name))
-    matrix = tool.measure(persona_classifier(), by_hand)
+    matrix = tool.measure(bundled_classifier(), by_hand)
     assert sum(sum(row.values()) for row in matrix.values()) >= 200
     assert accuracy(matrix) >= 0.85, tool.table(matrix)
 
 
 def test_what_ships_is_what_the_tool_trains(tmp_path: Path) -> None:
-    """The file matches the data. Weights may differ in their last digits between machines; predictions may not."""
+    """The shipped file matches the data. Between machines, weights may differ in their last digits but predictions may not."""
     fresh = tool.train()
     fresh.save(tmp_path / "fresh.npz")
     with np.load(tool.ARTEFACT, allow_pickle=False) as shipped, np.load(tmp_path / "fresh.npz", allow_pickle=False) as trained:
@@ -42,14 +42,14 @@ def test_what_ships_is_what_the_tool_trains(tmp_path: Path) -> None:
         assert np.abs(shipped["coefficients"] - trained["coefficients"]).max() < 0.05
     records, _ = tool.replies(held_out=True)
     texts = [record.reply.text for record in records]
-    same = sum(one == other for one, other in zip(fresh.predict(texts), persona_classifier().predict(texts), strict=True))
+    same = sum(one == other for one, other in zip(fresh.predict(texts), bundled_classifier().predict(texts), strict=True))
     assert same >= 0.995 * len(texts)
 
 
 def test_the_confusion_matrix_in_the_documents_is_the_measured_one() -> None:
     page = (REPOSITORY / "data" / "README.md").read_text(encoding="utf-8")
     by_hand = frozenset(record.reply.text for name in BloodType for record in bundled.handwritten_records(name))
-    said = tool.section(tool.measure(persona_classifier()), tool.measure(persona_classifier(), by_hand))
+    said = tool.section(tool.measure(bundled_classifier()), tool.measure(bundled_classifier(), by_hand))
     assert bundled.with_section(page, "confusion", said) == page, "run: python tools/persona_classifier.py"
 
 
@@ -73,8 +73,8 @@ def test_saved_and_loaded_it_says_the_same(tmp_path: Path) -> None:
 
 
 def test_nothing_and_anything_can_be_asked() -> None:
-    assert persona_classifier().predict([]) == []
-    assert set(persona_classifier().predict(["", "ㅋㅋ", "x" * 10_000, "\ud7a3"])) <= set(BloodType)
+    assert bundled_classifier().predict([]) == []
+    assert set(bundled_classifier().predict(["", "ㅋㅋ", "x" * 10_000, "\ud7a3"])) <= set(BloodType)
 
 
 def test_confusion_counts_by_what_was_true() -> None:

@@ -1,4 +1,4 @@
-"""The four specifications: complete, of one schema, and different from each other."""
+"""Test that the four specifications are complete, follow one schema, and differ from each other."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from lora_trainer.lint import lint_reply
-from lora_trainer.personas import BloodType, Feeling, IntensityThird, PersonaSpec, persona_spec
+from lora_trainer.data.lint import lint_reply
+from lora_trainer.persona.specs import PersonaSpec, persona_spec
+from lora_trainer.persona.vocabulary import BloodType, Feeling, IntensityThird
 
 
 @pytest.mark.parametrize("blood_type", list(BloodType))
@@ -55,7 +56,7 @@ def spoiled(**changes: Any) -> dict[str, Any]:
     [
         ({"tone": None}, "tone"),
         ({"mood": "x"}, "mood"),
-        ({"feelings__sad": None}, "sad is not there"),
+        ({"feelings__sad": None}, "feelings: missing sad"),
         ({"emoji__by_feeling__sad": None}, "by_feeling: expected every one of"),
         ({"emoji__by_feeling__sad": ["😢", "슬픔"]}, "'슬픔' is not one emoji"),
         ({"emoji__usual__low": [0, 2]}, "usual.low: expected 0 <= fewest <= most <= 1"),

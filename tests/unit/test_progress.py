@@ -1,4 +1,4 @@
-"""`progress.json` and the progress bar."""
+"""Test `progress.json` and the progress bar."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from lora_trainer import progress
-from lora_trainer.progress import RunProgress
-from lora_trainer.training import StepLog
+from lora_trainer.run import progress
+from lora_trainer.run.progress import RunProgress
+from lora_trainer.train.step_log import StepLog
 
 
 def log(step: int, loss: float = 1.23456, step_s: float = 0.5) -> StepLog:

@@ -6,18 +6,10 @@ import pytest
 from pydantic import ValidationError
 
 from lora_trainer.config import DEFAULT_LIMITS
-from lora_trainer.personas import Expression, Feeling
-from lora_trainer.records import (
-    Context,
-    CurrentEmotion,
-    JsonlReader,
-    Line,
-    Problem,
-    Reply,
-    Severity,
-    TrainingRecord,
-    parse_record,
-)
+from lora_trainer.data.jsonl import JsonlReader, Line, parse_record
+from lora_trainer.data.problems import Problem, Severity
+from lora_trainer.data.records import Context, CurrentEmotion, Reply, TrainingRecord
+from lora_trainer.persona.vocabulary import Expression, Feeling
 
 SAMPLE = (
     '{"instruction": "너는 A형 다정한 친구야. 짧은 반말로 답해.", '
@@ -34,7 +26,7 @@ RECORD = TrainingRecord(
 
 
 def changed(path: str, value: Any) -> str:
-    """Return the sample with the field at `path` set to `value`; `...` removes it."""
+    """Return the sample with the field at `path` set to `value`, or removed if `value` is `...`."""
     data = json.loads(SAMPLE)
     data["output"] = json.loads(data["output"])
     *parents, leaf = path.split(".")
@@ -172,12 +164,12 @@ def test_refused(path: str, value: object, field: str, code: str, got: str) -> N
     ("path", "value", "expected", "fix"),
     [
         ("context.current_emotion.type", "Haapy", FEELINGS, "did you mean 'happy'?"),
-        ("context.current_emotion.type", "smile", FEELINGS, "choose the nearest of them"),
+        ("context.current_emotion.type", "smile", FEELINGS, "choose the closest one"),
         ("output.txt", "a", "only text, emotion", "did you mean 'text'?"),
         ("blood_type", "A", "only instruction, context, input, output", "remove it"),
         ("output", ..., REPLY, "add 'output'"),
         ("context.summary", ..., "text, which may be empty", "add 'summary'"),
-        ("context.current_emotion.intensity", True, "a number from 0 to 1", "write it as that"),
+        ("context.current_emotion.intensity", True, "a number from 0 to 1", "write a value of that type"),
     ],
 )
 def test_a_problem_says_what_to_do(path: str, value: object, expected: str, fix: str) -> None:
@@ -231,7 +223,7 @@ def test_problems_do_not_quote_the_authors_text() -> None:
 def test_a_problem_is_one_line() -> None:
     problem = only_problem(parse_record(changed("context.current_emotion.intensity", 3), 12))
     assert problem.render("data/a.jsonl") == (
-        "data/a.jsonl:12: context.current_emotion.intensity: got 3, expected a number from 0 to 1; 0 is hardly, 1 is fully"
+        "data/a.jsonl:12: context.current_emotion.intensity: got 3, expected a number from 0 to 1; use 0 (barely) to 1 (fully)"
     )
     assert problem.as_json() == {
         "line": 12,
@@ -240,7 +232,7 @@ def test_a_problem_is_one_line() -> None:
         "code": "out_of_range",
         "got": "3",
         "expected": "a number from 0 to 1",
-        "fix": "0 is hardly, 1 is fully",
+        "fix": "use 0 (barely) to 1 (fully)",
     }
 
 
@@ -261,7 +253,7 @@ def test_a_cut_off_file_is_called_that(tmp_path: Path, cut: int) -> None:
     assert lines[0].record == RECORD
     problem = only_problem(lines[1])
     assert (problem.line, problem.code) == (2, "truncated")
-    assert problem.fix == "the file looks cut off: copy or write it again"
+    assert "copy or write it again" in problem.fix
 
 
 def test_a_character_cut_in_half_at_the_end_is_a_cut_off_file(tmp_path: Path) -> None:

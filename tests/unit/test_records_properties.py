@@ -1,4 +1,4 @@
-"""The JSONL reader against files that nobody would write by hand: no traceback, and no valid line lost or moved."""
+"""Run the JSONL reader on files that nobody would write by hand: it never crashes, loses a valid line or moves one."""
 
 import json
 import tempfile
@@ -8,16 +8,19 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_trainer.duplicates import near_fingerprint
-from lora_trainer.emoji import emoji_count
-from lora_trainer.korean import formal_endings, sentence_count, sentences
-from lora_trainer.lint import RULES, blood_types_named, has_question, lint_reply
-from lora_trainer.personas import Expression, Feeling
-from lora_trainer.records import Context, CurrentEmotion, JsonlReader, Line, Reply, TrainingRecord, parse_record
-from lora_trainer.validation import check_file, render
+from lora_trainer.data.compression import detect_compression
+from lora_trainer.data.duplicates import near_fingerprint
+from lora_trainer.data.jsonl import JsonlReader, Line, parse_record
+from lora_trainer.data.korean import formal_endings, sentence_count, sentences
+from lora_trainer.data.lint import RULES, blood_types_named, has_question, lint_reply
+from lora_trainer.data.records import Context, CurrentEmotion, Reply, TrainingRecord
+from lora_trainer.data.validation import check_file
+from lora_trainer.persona.emoji import emoji_count
+from lora_trainer.persona.vocabulary import Expression, Feeling
+from lora_trainer.report.validation_table import validation_table
 
 writable = st.text(st.characters(exclude_categories=("Cs", "Cc")))
-# a visible character, so that the text is not blank
+# append a visible character, so that the text is not blank
 words = writable.map(lambda text: text + "말")
 
 
@@ -45,7 +48,7 @@ json_values = st.recursive(
 fields = st.sampled_from(
     ["instruction", "context", "input", "output", "summary", "current_emotion", "type", "intensity", "text", "emotion"]
 )
-# no line break, and nothing that could be a record
+# bytes without a line break that cannot be a record
 garbage = st.one_of(
     st.binary(max_size=80),
     json_values.map(lambda value: json.dumps(value).encode()),
@@ -82,7 +85,7 @@ def test_no_file_ends_in_a_traceback_when_it_is_checked(content: bytes) -> None:
         file = Path(folder) / "data.jsonl"
         file.write_bytes(content)
         report = check_file(file, None, Bytes())
-    assert render(report)
+    assert validation_table(report)
     json.dumps(report.as_json())
     assert report.records + report.errors > 0
 
@@ -91,8 +94,8 @@ def test_no_file_ends_in_a_traceback_when_it_is_checked(content: bytes) -> None:
 def test_no_valid_line_is_lost_or_moved(mixed: list[TrainingRecord | bytes], line_end: bytes, ends_with_line_end: bool) -> None:
     raw = [one if isinstance(one, bytes) else one.to_json().encode() for one in mixed]
     content = line_end.join(raw) + (line_end if ends_with_line_end else b"")
-    # The first bytes may look like UTF-16, gzip or zstd, which is one problem that ends the file.
-    if content.startswith((b"\xff\xfe", b"\xfe\xff", b"\x1f\x8b", b"\x28\xb5\x2f\xfd")):
+    # The first bytes may look like UTF-16 or a compressed file, which is one problem that ends the file.
+    if content.startswith((b"\xff\xfe", b"\xfe\xff")) or detect_compression(content):
         return
     valid = [(number, one) for number, one in enumerate(mixed, 1) if isinstance(one, TrainingRecord)]
     assert [(line.number, line.record) for line in lines_of(content) if line.record is not None] == valid
@@ -138,7 +141,7 @@ def test_the_linter_takes_any_text(text: str, intensity: float) -> None:
     assert isinstance(has_question(text), bool)
     assert isinstance(formal_endings(text), list)
     codes = [problem.code for problem in lint_reply(text, intensity)]
-    # each rule at most once, in the list's order
+    # each rule reports at most once, in the list's order
     assert codes == [code for code in RULES if code in codes]
     blood_types_named(text)
 

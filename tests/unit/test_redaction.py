@@ -1,4 +1,4 @@
-"""Credentials never reappear: neither known ones nor those in places where they do not belong."""
+"""Check that output never repeats credentials, neither known ones nor those in places where they do not belong."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ import structlog
 
 from entrypoint.cli import run_cli
 from lora_trainer import logs, redaction
-from lora_trainer.config import settle
+from lora_trainer.config_sources import settle
 from lora_trainer.errors import ConfigError
 from lora_trainer.redaction import has_user_info, redacted, redacted_value, remember
-from lora_trainer.storage import open_storage, split_uri
+from lora_trainer.store.keys import split_uri
+from lora_trainer.store.opening import open_storage
 
-# with slashes, like those of AWS, and not readable as a port after a colon
+# has slashes like AWS's keys, and does not parse as a port after a colon
 SECRET = "/".join(f"k{hashlib.sha256(part).hexdigest()[:13]}" for part in (b"one", b"two", b"three"))
 
 
@@ -78,8 +79,8 @@ def test_what_was_remembered_wherever_it_stands() -> None:
 def test_a_setting_with_a_password_is_refused_without_showing_it(setting: str, scheme: str) -> None:
     with pytest.raises(ConfigError) as refused:
         settle({"blood_type": "A", setting: f"{scheme}://user:{SECRET}@bucket/x"}, {})
-    # the judge's URL must be http, which is checked first
-    said = "pattern" if (scheme, setting) == ("s3", "evaluation.judge_base_url") else "expected no user and no password in a URI"
+    # the check that the judge's URL is http comes first
+    said = "pattern" if (scheme, setting) == ("s3", "evaluation.judge_base_url") else "expected a URI without user and password"
     assert said in str(refused.value)
     assert setting in str(refused.value)
     assert SECRET not in str(refused.value)
@@ -102,7 +103,7 @@ def test_so_is_an_argument(uri: str, capsys: pytest.CaptureFixture[str]) -> None
             ["validate", "--no-tokens", uri],
             ["generate", "--count", "1", "--output", uri],
             ["generate", "--engine", "teacher", "--model", "x", "--base-url", uri],
-            # an extra argument, which Click quotes
+            # Click quotes an extra argument
             ["run", uri],
             ["show-config", "--set", f"aws.secret={SECRET}"],
         ):

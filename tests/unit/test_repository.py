@@ -1,4 +1,4 @@
-"""Conventions of the repository that no other tool checks."""
+"""Check conventions of the repository that no other tool checks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TESTS = REPOSITORY / "tests"
 
 @pytest.mark.parametrize("path", sorted(TESTS.rglob("*.py")), ids=lambda path: str(path.relative_to(TESTS)))
 def test_no_module_imports_a_test_module(path: Path) -> None:
-    """A change of one test must not break another; shared code belongs in a helper module or in conftest.py."""
+    """Changing one test must not break another, so shared code belongs in a helper module or in conftest.py."""
     imported = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom):
@@ -45,7 +45,7 @@ def test_a_commit_subject_has_at_most_72_characters(message: str, got: int | Non
 
 
 def test_pre_commit_runs_programs_of_the_locked_environment() -> None:
-    """Every hook is local, and what it names exists; `make lint` validates the file."""
+    """Every hook is local and names files that exist. `make lint` validates the file itself."""
     config = yaml.safe_load((REPOSITORY / ".pre-commit-config.yaml").read_text(encoding="utf-8"))
     assert [repo["repo"] for repo in config["repos"]] == ["local"]
     makefile = (REPOSITORY / "Makefile").read_text(encoding="utf-8")

@@ -11,18 +11,11 @@ from hypothesis import strategies as st
 from storage_contract import UNSAFE, StorageContract, keys
 
 from lora_trainer.errors import ConfigError, ExitCode, LoraTrainerError, StorageError
-from lora_trainer.storage import (
-    FileStorage,
-    NotFound,
-    PreconditionFailed,
-    S3Storage,
-    Storage,
-    _explain_local,
-    open_storage,
-    safe_key,
-    sha256_of,
-    split_uri,
-)
+from lora_trainer.store.interface import NotFound, PreconditionFailed, Storage
+from lora_trainer.store.keys import safe_key, split_uri
+from lora_trainer.store.local import FileStorage, local_errors, sha256_of
+from lora_trainer.store.opening import open_storage
+from lora_trainer.store.s3 import S3Storage
 
 
 class TestFileStorage(StorageContract):
@@ -80,7 +73,7 @@ class TestFileStorage(StorageContract):
 
     def test_lock_and_temporary_files_are_not_listed(self, storage: Storage, tmp_path: Path) -> None:
         storage.write_bytes("A/latest.json", b"{}", if_absent=True)
-        # an object that is only ever created, such as a manifest, has no lock file
+        # an object that clients only create and never replace, such as a manifest, has no lock file
         assert len(list((tmp_path / "store" / "A").iterdir())) == 1
         found = storage.read_bytes("A/latest.json")
         assert found is not None
@@ -142,7 +135,7 @@ class TestFileStorage(StorageContract):
 
 
 def test_two_storages_share_the_lock(tmp_path: Path) -> None:
-    """Processes that name the folder differently still exclude each other."""
+    """Processes that refer to the folder by different paths still exclude each other."""
     outer, inner = open_storage(str(tmp_path)), open_storage(str(tmp_path / "A"))
     outer.write_bytes("A/n", b"0")
 
@@ -180,11 +173,12 @@ def test_two_storages_share_the_lock(tmp_path: Path) -> None:
     ],
 )
 def test_what_a_disk_may_say(number: int, kind: type[LoraTrainerError], exit_code: ExitCode, advice: str) -> None:
-    error = _explain_local(OSError(number, os.strerror(number), "/data/.~lora-trainer.0.tmp"), Path("/data/x"))
-    assert type(error) is kind
-    assert error.exit_code == exit_code
-    assert str(error).startswith("/data/x: ")
-    assert advice in str(error)
+    with pytest.raises(kind) as caught, local_errors(Path("/data/x")):
+        raise OSError(number, os.strerror(number), "/data/.~lora-trainer.0.tmp")
+    assert type(caught.value) is kind
+    assert caught.value.exit_code == exit_code
+    assert str(caught.value).startswith("/data/x: ")
+    assert advice in str(caught.value)
 
 
 @pytest.mark.parametrize(

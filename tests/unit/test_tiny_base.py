@@ -1,4 +1,4 @@
-"""The bundled tiny base: it loads offline, is small, and answers in the reply format."""
+"""Test the bundled tiny base: it loads offline, is small, and answers in the reply format."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
-from lora_trainer.formatter import prompt_messages, reply_json
-from lora_trainer.personas import BloodType, Expression, Feeling, persona_spec
+from lora_trainer.persona.prompt import prompt_messages, reply_json
+from lora_trainer.persona.specs import persona_spec
+from lora_trainer.persona.vocabulary import BloodType, Expression, Feeling
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "examples" / "tiny-base"
@@ -65,7 +66,7 @@ def test_the_corpus_is_within_the_contract_and_says_nothing_of_a_persona(tool: A
         text = record["output"]["text"]
         assert text == unicodedata.normalize("NFC", text)
         assert json.loads(reply_json(**record["output"])) == record["output"]
-        # no slot or mark of the grammar remains
+        # the text has no unfilled slot or mark of the grammar
         assert not re.search(r"[{}\[\]|]", text)
 
     # Every persona's instruction asks for 반말, and most of the corpus follows it.
@@ -96,10 +97,70 @@ def test_particles_follow_the_last_letter(tool: Any, word: str, particle: str, e
     assert tool("corpus").with_particle(word, particle) == expected
 
 
-def test_every_mood_of_a_family_answers_each_of_its_inputs(tool: Any) -> None:
-    for family in tool("corpus").FAMILIES:
-        for turns in (family.good, family.bad, family.plain):
-            assert len(turns.inputs) == len(turns.replies), family.name
+CAFE = """families:
+  - family: cafe
+    slots:
+      drink: [커피, 녹차]
+    summaries: ["{drink:을} 마시는 중이야."]
+    good: &exchanges
+      - input: "{drink} 맛있어~."
+        reply: "{drink:이} 맛있다니 다행이[네|네요]."
+    bad: *exchanges
+    plain: *exchanges
+    questions: ["뭐 마셔~?"]
+"""
+
+
+def test_a_file_of_families_is_read_in_order(tool: Any) -> None:
+    frames = tool("frames")
+    (family,) = frames.parse(frames.FamilyFile, CAFE, "cafe.yaml").families
+    assert family.slots == {"drink": ("커피", "녹차")}
+    assert [exchange.reply for exchange in family.good] == ["{drink:이} 맛있다니 다행이[네|네요]."]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "expected"),
+    [
+        ('        reply: "{drink:이} 맛있다니 다행이[네|네요]."\n', "", ["cafe.good.0.reply", "missing"]),
+        ('"{drink} 맛있어~."', '"{drnk} 맛있어~."', ["cafe", "good", "{drnk}", "drink"]),
+        ("다행이[네|네요]", "다행이[네]", ["cafe", "good", "다행이[네]", "[casual|polite]"]),
+        ("[커피, 녹차]", "[]", ["cafe.slots.drink", "at least 1"]),
+        ("[커피, 녹차]", "[커피, 7]", ["cafe.slots.drink.1", "7"]),
+        ("questions:", "question:", ["cafe.question:", "cafe.questions:"]),
+        ("family: cafe", "family: 카페", ["카페.family", "a-z"]),
+        ("slots:", "slots", ["not YAML", "line 4"]),
+    ],
+)
+def test_a_wrong_frame_is_named_with_its_file_and_family(tool: Any, old: str, new: str, expected: list[str]) -> None:
+    frames = tool("frames")
+    assert old in CAFE
+    with pytest.raises(ValueError, match=r"^cafe\.yaml: ") as raised:
+        frames.parse(frames.FamilyFile, CAFE.replace(old, new), "cafe.yaml")
+    for part in expected:
+        assert part in str(raised.value)
+
+
+def test_wrong_phrases_are_named_with_their_list(tool: Any) -> None:
+    frames = tool("frames")
+    text = (frames.FOLDER / frames.PHRASES).read_text(encoding="utf-8")
+    wrong = text.replace("  tired:\n", "  sad:\n", 1).replace("{word:은} 어땠어", "{noun:은} 어땠어", 1)
+    with pytest.raises(ValueError, match=r"^phrases\.yaml: ") as raised:
+        frames.parse(frames.Phrases, wrong, frames.PHRASES)
+    problems = str(raised.value).splitlines()
+    assert [problem.split(": ")[1] for problem in problems] == ["openers", "echoes"]
+    assert "tired" in problems[0]
+    assert "{noun:은}" in problems[1]
+
+
+def test_problems_of_all_files_are_reported_together(tool: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    frames = tool("frames")
+    monkeypatch.setattr(frames, "FOLDER", tmp_path)
+    (tmp_path / "1.yaml").write_text(CAFE, encoding="utf-8")
+    (tmp_path / "2.yaml").write_text(CAFE.replace("drink:", "drinks:"), encoding="utf-8")
+    (tmp_path / "3.yaml").write_text(CAFE, encoding="utf-8")
+    with pytest.raises(ValueError, match=r"^2\.yaml: cafe: ") as raised:
+        frames.families.__wrapped__()
+    assert "3.yaml: cafe: 1.yaml already has a family of this name" in str(raised.value)
 
 
 def test_the_files_are_small_and_name_no_place_of_origin() -> None:

@@ -1,4 +1,4 @@
-"""Token sequences with a real tokenizer and chat template: those of the tiny base."""
+"""Test token sequences with a real tokenizer and chat template, those of the tiny base."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
+from lora_trainer.data.records import TrainingRecord
 from lora_trainer.errors import ConfigError, InvariantError
-from lora_trainer.formatter import reply_json
-from lora_trainer.records import TrainingRecord
-from lora_trainer.tokenization import IGNORED_LABEL, TokenSequence, record_messages, tokenize
+from lora_trainer.persona.prompt import reply_json
+from lora_trainer.train.tokenization import IGNORED_LABEL, TokenSequence, record_messages, tokenize
 
 TINY_BASE = Path(__file__).resolve().parents[2] / "examples" / "tiny-base"
 
@@ -42,7 +42,7 @@ def test_prompt_then_reply_then_one_end(tokenizer: Any) -> None:
         assert reply == reply_json(one.reply.text, one.reply.emotion) + "<|im_end|>"
         assert sequence.labels == [IGNORED_LABEL] * sequence.prompt_tokens + list(sequence.input_ids[sequence.prompt_tokens :])
         assert sequence.reply_tokens == len(sequence) - sequence.prompt_tokens
-        # one system turn, one of the user, one of ours
+        # the system, the user and the reply have one turn each
         assert sequence.input_ids.count(tokenizer.eos_token_id) == 3
         assert sequence.input_ids[-1] == tokenizer.eos_token_id
 
@@ -60,20 +60,20 @@ def test_no_records_no_sequences(tokenizer: Any) -> None:
 @pytest.mark.parametrize(
     "template",
     [
-        # the prompt is not a prefix of the conversation
+        # with this template, the prompt is not a prefix of the conversation
         "{% if add_generation_prompt %}>{% endif %}{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}",
-        # no end-of-turn token after the reply
+        # this template writes no end-of-turn token after the reply
         "{% for m in messages %}{{ m.content }}\n{% endfor %}",
     ],
 )
 def test_a_template_that_cannot_be_trained_on(tokenizer: Any, template: str) -> None:
     tokenizer.chat_template = template
-    with pytest.raises(ConfigError, match=r"base\.model: its chat template cannot be trained on"):
+    with pytest.raises(ConfigError, match=r"base\.model: its chat template"):
         tokenize([record()], tokenizer)
 
 
 def test_an_end_that_is_no_single_token(tokenizer: Any) -> None:
-    """The template's end-of-turn text with a tokenizer whose end token differs."""
+    """The template ends turns with a text that is not the tokenizer's end token."""
 
     class Wrong:
         eos_token = tokenizer.eos_token

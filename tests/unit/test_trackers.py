@@ -1,4 +1,4 @@
-"""`logging.report_to`: how to set it, and the error for a tracker that is not installed."""
+"""Test `logging.report_to`: the ways to set it, and the error for a tracker that is not installed."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from entrypoint.cli import run_cli
-from lora_trainer.backends.trackers import require_installed
-from lora_trainer.config import parse_override, settle
+from lora_trainer.config_sources import parse_override, settle
 from lora_trainer.errors import ConfigError, ExitCode
+from lora_trainer.train.trackers import require_installed
 
 A = {"blood_type": "A"}
 SETTING = "logging.report_to"

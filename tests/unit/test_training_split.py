@@ -1,4 +1,4 @@
-"""The held-out split, and the totals of a training log."""
+"""Test the held-out split, and the totals of a training log."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_trainer.records import TrainingRecord, parse_record
-from lora_trainer.training import StepLog, TrainingLog, record_digest, split_held_out
+from lora_trainer.data.jsonl import parse_record
+from lora_trainer.data.records import TrainingRecord
+from lora_trainer.data.split import record_digest, split_held_out
+from lora_trainer.train.step_log import StepLog, TrainingLog
 
 
 def record(number: int, **changes: object) -> TrainingRecord:
@@ -55,7 +57,7 @@ def test_a_larger_fraction_holds_the_same_records_out_and_more() -> None:
 
 def test_the_share_is_about_the_fraction() -> None:
     _, held_out = split_held_out([record(number) for number in range(4000)], 0.05)
-    # 200 expected; the binomial's standard deviation is 13.8, so this is five of them
+    # the expected value is 200 and the binomial standard deviation 13.8, so the bounds are five of them away
     assert 130 < len(held_out) < 270
 
 
@@ -75,7 +77,7 @@ def test_copies_stay_together_and_both_sides_have_one(numbers: list[int], fracti
 @pytest.mark.parametrize("fraction", [1e-9, 0.05, 0.5, 0.899])
 @pytest.mark.parametrize("first", range(40))
 def test_two_records_are_one_and_one(first: int, fraction: float) -> None:
-    """Whatever the draws: the fraction may lie between them, below both or above both."""
+    """This holds whether the fraction lies between the two draws, below both or above both."""
     train, held_out = split_held_out([record(first), record(first + 1000)], fraction)
     assert (len(train), len(held_out)) == (1, 1)
 
@@ -123,7 +125,7 @@ def test_the_digest_changes_with_every_field() -> None:
 
 
 def test_the_side_of_a_record_is_pinned() -> None:
-    """Another hash would move held-out records into training under the same recipe."""
+    """If the hash changed, held-out records would move into training under the same recipe."""
     assert record_digest(record(1)).hex() == "1c61d1bee04d9644e207a423cebd4047792454700de3a587871f87fe9565410d"
 
 

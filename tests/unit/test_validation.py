@@ -9,24 +9,15 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from lora_trainer.data.jsonl import parse_record
+from lora_trainer.data.problems import Problem, Severity
+from lora_trainer.data.prompt_cost import PART_NAMES, LengthDistribution, TokenCounter, chatml_overhead_tokens, prompt_parts
+from lora_trainer.data.records import TrainingRecord
+from lora_trainer.data.validation import SHOWN_PROBLEMS, FileReport, check_file, check_prompts, read_records, write_json
 from lora_trainer.errors import ConfigError, DataError, ExitCode
-from lora_trainer.formatter import prompt_messages, reply_json
-from lora_trainer.personas import BloodType, Feeling, IntensityThird
-from lora_trainer.records import Problem, Severity, TrainingRecord, parse_record
-from lora_trainer.validation import (
-    PART_NAMES,
-    SHOWN_PROBLEMS,
-    FileReport,
-    LengthDistribution,
-    TokenCounter,
-    chatml_overhead_tokens,
-    check_file,
-    check_prompts,
-    prompt_parts,
-    read_records,
-    render,
-    write_json,
-)
+from lora_trainer.persona.prompt import prompt_messages, reply_json
+from lora_trainer.persona.vocabulary import BloodType, Feeling, IntensityThird
+from lora_trainer.report.validation_table import validation_table
 
 
 def line(
@@ -55,7 +46,7 @@ def write(tmp_path: Path, *lines: str, name: str = "data.jsonl") -> Path:
 
 
 class Characters:
-    """A tokenizer whose tokens are characters, so that lengths are easy to see."""
+    """A tokenizer with one token per character, so that lengths are easy to see."""
 
     def __init__(self) -> None:
         self.asked: list[str] = []
@@ -98,8 +89,8 @@ def test_emoji_are_averaged_by_third(tmp_path: Path) -> None:
 def test_duplicates_name_the_first_line(tmp_path: Path) -> None:
     report = check_file(write(tmp_path, line(), line("다른 말이야", "응?"), line(), line("나 금방 도착해!! 어디야? ㅋㅋ")))
     assert [(p.line, p.code, p.got) for p in report.problems] == [
-        (3, "duplicate", "the record of line 1 again"),
-        (4, "near_duplicate", "nearly the input and the reply of line 1"),
+        (3, "duplicate", "the same record as line 1"),
+        (4, "near_duplicate", "nearly the same input and reply as line 1"),
     ]
 
 
@@ -155,12 +146,10 @@ def test_the_first_fifty_are_shown_and_all_are_counted_and_streamed(tmp_path: Pa
     assert codes(report) == {"formal_speech": 60, "not_json": 30, "few_questions": 1}
     assert len(streamed) == 91
     assert len(report.problems) == SHOWN_PROBLEMS
-    # warnings do not displace errors
+    # the shortened list of problems omits warnings before errors
     assert [p.code for p in report.problems].count("not_json") == 30
     assert [p.line for p in report.problems] == sorted(p.line or 0 for p in report.problems)
-    assert report.lines_of_problems()[-1].endswith(
-        "30 errors, 61 warnings (41 of them not shown here; 'validate --json' lists all)"
-    )
+    assert report.problem_lines()[-1].endswith("30 errors, 61 warnings (41 not shown; 'validate --json' lists all)")
 
 
 def test_unreadable_files_are_reported_and_not_raised(tmp_path: Path) -> None:
@@ -237,7 +226,7 @@ def test_a_file_without_records_has_no_cost_to_speak_of(tmp_path: Path) -> None:
 
 
 def tokenizer_folder(tmp_path: Path) -> Path:
-    """Write a real `tokenizer.json`, byte-level BPE like Qwen2's, with an empty training set."""
+    """Write a real `tokenizer.json`: byte-level BPE like Qwen2's, trained on nothing."""
     tokenizers = pytest.importorskip("tokenizers", reason="the 'tokenizers' library is not installed")
     qwen2_words = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
@@ -262,7 +251,7 @@ def tokenizer_folder(tmp_path: Path) -> Path:
 def test_a_tokenizer_folder_counts_whole_texts(tmp_path: Path) -> None:
     counter = TokenCounter(tokenizer_folder(tmp_path))
     short, long = counter.count_tokens(["가", "가나다라마바사 " * 50])
-    # neither padded nor truncated to 4 tokens, as this tokenizer.json would do
+    # the counter ignores this tokenizer.json's padding and truncation to 4 tokens
     assert short < 4
     assert long > 100
     assert counter.count_tokens([]) == []
@@ -302,7 +291,7 @@ def test_chatml_is_counted_with_its_control_tokens(tmp_path: Path) -> None:
     tokenizer.save(str(folder / "tokenizer.json"))
     counter = TokenCounter(folder)
     roles = sum(counter.count_tokens(["system", "user", "assistant"]))
-    # three turns with two control tokens and a line break after the role, and two line breaks between turns
+    # each of three turns has two control tokens and a line break after the role; two line breaks separate the turns
     assert chatml_overhead_tokens(counter) == roles + 3 * 3 + 2
 
 
@@ -342,7 +331,7 @@ def test_training_is_refused_with_every_error_named(tmp_path: Path) -> None:
     assert problems[0].startswith(
         f"{file}:2: got something that is not JSON (expecting value at character 1), expected one JSON object"
     )
-    assert problems[-1] == f"{file}: 60 errors, 1 warning (11 of them not shown here; 'validate --json' lists all)"
+    assert problems[-1] == f"{file}: 60 errors, 1 warning (11 not shown; 'validate --json' lists all)"
 
 
 def test_warnings_stop_training_only_when_it_is_strict(tmp_path: Path) -> None:
@@ -352,7 +341,7 @@ def test_warnings_stop_training_only_when_it_is_strict(tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
         read_records(file, BloodType.A, strict=True)
     assert caught.value.problems == (
-        f"{file}:1: output.text: got 존댓말 (-요), expected 반말; end the sentence informally",
+        f"{file}:1: output.text: got 존댓말 (-요), expected 반말; use an informal ending",
         f"{file}: 0 errors, 1 warning",
     )
 
@@ -394,7 +383,7 @@ def test_json_of_a_report_holds_the_first_problems(tmp_path: Path) -> None:
 
 def shown(report: FileReport) -> str:
     console = Console(width=160, record=True, file=io.StringIO())
-    console.print(render(report))
+    console.print(validation_table(report))
     return console.export_text()
 
 
@@ -402,9 +391,9 @@ def test_the_terminal_shows_problems_coverage_and_cost(tmp_path: Path) -> None:
     lines = [line(f"{n}번 " + "가" * 500, str(n)) for n in range(30)]
     text = shown(check_file(write(tmp_path, *lines, "[red]nonsense"), None, Characters(), max_length_tokens=400))
     assert ":31: got something that is not JSON" in text
-    assert "30 records in 31 lines (0 blank); persona A; 0% of the replies ask something" in text
+    assert "30 records in 31 lines (0 blank); persona A; 0% of the replies ask a question" in text
     assert "few_questions" in text
-    assert "emoji a reply" in text
+    assert "emoji per reply" in text
     assert "instruction" in text
     assert "30 records longer than 400 tokens would be left out: line 1, 2," in text
     assert "20, …" in text

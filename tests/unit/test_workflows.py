@@ -1,4 +1,4 @@
-"""What the workflows rely on: existing files and targets, pinned actions, and a release that matches its tag."""
+"""Check the workflows: they use existing files and targets and pinned actions, and a release matches its tag."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_an_unknown_stage_is_refused() -> None:
 
 def test_slow_tests_run_every_night() -> None:
     workflow = yaml.safe_load((FOLDER / "nightly.yml").read_text(encoding="utf-8"))
-    # YAML 1.1 reads the key `on` as true
+    # YAML 1.1 parses the key `on` as true
     assert re.fullmatch(r"\d+ \d+ \* \* \*", workflow[True]["schedule"][0]["cron"])
     assert {"make test-slow", "make poetry-check"} <= set(scripts(FOLDER / "nightly.yml"))
 
@@ -115,7 +115,7 @@ def test_a_release_is_tagged_where_the_chart_looks_for_it() -> None:
     assert line == r"s/^  repository: //p"
     text = (REPOSITORY / "charts" / "persona-train" / "values.yaml").read_text(encoding="utf-8")
     assert re.findall(r"(?m)^  repository: (.*)$", text) == [values["image"]["repository"]]
-    # the same for the CPU image, in the chart's example
+    # the chart's CPU example uses the tag suffix of the CPU image
     example = yaml.safe_load((REPOSITORY / "charts/persona-train/ci/cpu-values.yaml").read_text(encoding="utf-8"))
     suffixes = [entry["suffix"] for entry in _matrix("release.yml", "image")]
     assert suffixes == ["", "-cpu"]

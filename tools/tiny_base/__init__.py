@@ -1,1 +1,1 @@
-"""How examples/tiny-base was made: `python -m tools.tiny_base.train --help`."""
+"""Build examples/tiny-base: `python -m tools.tiny_base.train --help`."""

@@ -1,9 +1,9 @@
-"""What the tiny base can do, measured: greedy replies to prompts that it was not trained on.
+"""Measure the tiny base on greedy replies to prompts that it was not trained on.
 
     python -m tools.tiny_base.evaluate examples/tiny-base
 
-Two sets: prompts of the corpus's grammar from another seed, and prompts written by hand that share nothing with
-it. torch and transformers are imported when called, so that the prompts can be had without them.
+There are two sets: prompts from the corpus's grammar with another seed, and hand-written prompts that share nothing
+with it. Functions import torch and transformers when called, so importing the prompts doesn't need them.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from lora_trainer.formatter import Message, prompt_messages
-from lora_trainer.personas import BloodType, Expression, Feeling, persona_spec
+from lora_trainer.persona.prompt import Message, prompt_messages
+from lora_trainer.persona.specs import persona_spec
+from lora_trainer.persona.vocabulary import BloodType, Expression, Feeling
 from tools.tiny_base.corpus import records
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 HELD_OUT_SEED: Final = 1_000_003
 MAX_REPLY_TOKENS: Final = 120
 
-# (summary, input): free Korean, none of it from the grammar.
+# (summary, input), written by hand without the grammar.
 WILD: Final[tuple[tuple[str, str], ...]] = (
     ("우리는 카페에서 만나기로 했어.", "나 지금 도착했는데 어디야?"),
     ("같이 과제를 하다가 쉬는 중이야.", "아 진짜 교수님 너무한 거 아니냐고ㅋㅋㅋ 이걸 어떻게 사흘 만에 다 해"),
@@ -100,7 +101,7 @@ WILD: Final[tuple[tuple[str, str], ...]] = (
 
 @dataclass(frozen=True)
 class Rates:
-    """Shares of all replies, in [0, 1], and the mean length of a reply's text."""
+    """Shares of all replies, in [0, 1], and mean lengths."""
 
     prompts: int
     exact_json: float
@@ -111,24 +112,24 @@ class Rates:
 
 
 def is_contract(reply: str) -> bool:
-    """Whether `reply` is one JSON object of exactly a text and an emotion, both strings, and nothing around it."""
+    """Return whether `reply` is exactly one JSON object with the strings `text` and `emotion`, in this order."""
     try:
         value = json.loads(reply)
     except ValueError:
         return False
-    # json.loads also takes white space around the object, and one key twice
+    # json.loads also accepts white space around the object
     if reply[:1] != "{" or reply[-1:] != "}" or not isinstance(value, dict) or list(value) != ["text", "emotion"]:
         return False
     return all(isinstance(part, str) and part for part in value.values())
 
 
 def emotion_of(reply: str) -> str | None:
-    """The reply's emotion, or None where it isn't the contract."""
+    """Return the reply's emotion, or None if the reply violates the contract."""
     return json.loads(reply)["emotion"] if is_contract(reply) else None
 
 
 def grammar_prompts(count: int, seed: int = HELD_OUT_SEED) -> list[list[Message]]:
-    """Prompts of the corpus's grammar, from a seed that training doesn't use."""
+    """Return prompts from the corpus's grammar with a seed that training doesn't use."""
     return [
         prompt_messages(
             record["instruction"],
@@ -142,7 +143,7 @@ def grammar_prompts(count: int, seed: int = HELD_OUT_SEED) -> list[list[Message]
 
 
 def wild_prompts(seed: int = HELD_OUT_SEED) -> list[list[Message]]:
-    """The hand-written prompts under each persona's instruction, with any feeling and intensity."""
+    """Return the hand-written prompts under each persona's instruction, with random feelings and intensities."""
     rng = random.Random(seed)
     return [
         prompt_messages(persona_spec(blood_type).instruction, summary, rng.choice(list(Feeling)).value, rng.random(), said)
@@ -154,7 +155,7 @@ def wild_prompts(seed: int = HELD_OUT_SEED) -> list[list[Message]]:
 def greedy_replies(
     model: Any, tokenizer: Any, prompts: Sequence[list[Message]], batch_size: int = 32
 ) -> list[tuple[str, int, bool]]:
-    """For each prompt the greedy reply, its length in tokens, and whether it ended with `<|im_end|>`."""
+    """Return for each prompt the greedy reply, its length in tokens, and whether it ended with `<|im_end|>`."""
     import torch
 
     stop = tokenizer.convert_tokens_to_ids("<|im_end|>")
@@ -175,7 +176,7 @@ def greedy_replies(
 
 
 def rates(replies: Sequence[tuple[str, int, bool]]) -> Rates:
-    """`greedy_replies`' answers as rates. ZeroDivisionError where there are none."""
+    """Summarise the result of `greedy_replies`. Raise ZeroDivisionError if it is empty."""
     emotions = [emotion_of(text) for text, _, _ in replies]
     texts = [json.loads(text)["text"] for text, _, _ in replies if is_contract(text)]
     known = set(Expression)
@@ -190,7 +191,7 @@ def rates(replies: Sequence[tuple[str, int, bool]]) -> Rates:
 
 
 def evaluate(folder: Path, device: str = "cpu", grammar: int = 300) -> dict[str, Rates]:
-    """Rates on both held-out sets of the model saved in `folder`, in float32."""
+    """Return the rates of the model in `folder` on both held-out sets, in float32."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -203,7 +204,7 @@ def evaluate(folder: Path, device: str = "cpu", grammar: int = 300) -> dict[str,
 
 
 def report(measured: dict[str, Rates]) -> str:
-    """One line of JSON for each held-out set."""
+    """Return one line of JSON per held-out set."""
     return "".join(
         json.dumps({"held_out": name, **{key: round(value, 4) for key, value in asdict(rate).items()}}) + "\n"
         for name, rate in measured.items()
@@ -214,7 +215,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Measure the tiny base on held-out prompts.")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--grammar", type=int, default=300, help="prompts of the grammar (default: %(default)s)")
+    parser.add_argument("--grammar", type=int, default=300, help="number of grammar prompts (default: %(default)s)")
     arguments = parser.parse_args()
 
     from transformers.utils import logging

@@ -1,13 +1,13 @@
-"""Train the tiny base from nothing: its tokenizer, then its weights, then the measured numbers.
+"""Train the tiny base from scratch: first its tokenizer, then its weights. Then measure it.
 
-    python -m tools.tiny_base.train --out examples/tiny-base --precision bfloat16      # the one that ships
+    python -m tools.tiny_base.train --out examples/tiny-base --precision bfloat16
     python -m tools.tiny_base.train --out examples/tiny-base --device cuda
 
-Two CPU cores take about a quarter of an hour, if they multiply bfloat16 natively.
+With these defaults, two CPU cores take about a quarter of an hour if they support bfloat16 multiplication. The README of
+examples/tiny-base has the command that built the shipped base.
 
-Shapes: B rows, T tokens, V vocabulary. The corpus is seen once. The loss is on the whole sequence, with little
-weight on the prompt: the reply is what an adapter builds on, but the prompt's Korean is most of the language
-that there is to learn from.
+Shapes: B rows, T tokens, V vocabulary. Training makes one pass over the corpus. The loss covers the whole sequence, with
+little weight on the prompt: an adapter builds on the replies, but the prompts hold most of the Korean in the corpus.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from lora_trainer.formatter import Message, prompt_messages, reply_json
+from lora_trainer.persona.prompt import Message, prompt_messages, reply_json
 from tools.tiny_base.corpus import Record, alphabet, records
 from tools.tiny_base.evaluate import evaluate, report
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-# the same names and roles as in Qwen2.5: end of text (and padding), begin of a turn, end of a turn
+# these have the same names and roles as in Qwen2.5: end of text (and padding), start of a turn, end of a turn
 SPECIAL_TOKENS: Final = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 CHAT_TEMPLATE: Final = Path(__file__).with_name("qwen2.5_chat_template.jinja")
 
 # Qwen2's pre-tokenizer, https://huggingface.co/Qwen/Qwen2.5-7B-Instruct/blob/main/tokenizer.json. AutoTokenizer
-# rebuilds it from the class name, so any other one would tokenize differently after loading.
+# rebuilds it from the class name, so a tokenizer trained with another one would behave differently after loading.
 PRE_TOKENIZER: Final = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -49,7 +49,7 @@ PROMPT_LOSS_WEIGHT: Final = 0.1
 
 @dataclass(frozen=True)
 class Settings:
-    """What decides the weights."""
+    """The settings that determine the weights."""
 
     records: int
     seed: int
@@ -60,13 +60,13 @@ class Settings:
 
 
 def say(**event: object) -> None:
-    """One line of JSON to standard output."""
+    """Write one line of JSON to standard output."""
     sys.stdout.write(json.dumps(event, ensure_ascii=False) + "\n")
     sys.stdout.flush()
 
 
 def messages_of(record: Record) -> tuple[list[Message], str]:
-    """The prompt's messages and the reply, in the project's one prompt structure."""
+    """Return the prompt's messages and the reply, in the project's prompt structure."""
     context = record["context"]
     prompt = prompt_messages(
         record["instruction"],
@@ -79,7 +79,7 @@ def messages_of(record: Record) -> tuple[list[Message], str]:
 
 
 def train_tokenizer(seed: int, out: Path) -> None:
-    """Write `tokenizer.json` and `tokenizer_config.json`: byte-level BPE that AutoTokenizer loads as Qwen2's."""
+    """Train a byte-level BPE that AutoTokenizer loads as Qwen2's. Write `tokenizer.json` and `tokenizer_config.json`."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -97,7 +97,7 @@ def train_tokenizer(seed: int, out: Path) -> None:
         for record in records(TOKENIZER_RECORDS, seed):
             prompt, reply = messages_of(record)
             for message in prompt:
-                # the role as the chat template writes it, on a line of its own
+                # the chat template writes the role on a line of its own
                 yield f"{message['role']}\n{message['content']}"
             yield f"assistant\n{reply}"
         for letter in alphabet():
@@ -110,8 +110,10 @@ def train_tokenizer(seed: int, out: Path) -> None:
     )
     tokenizer.train_from_iterator(texts(), trainer)
     if tokenizer.get_vocab_size() != size:
-        raise ValueError(f"the corpus gives {tokenizer.get_vocab_size()} tokens, expected {size}: use more records")
-    # after the others, as in Qwen2.5
+        raise ValueError(
+            f"tokenizer: got {tokenizer.get_vocab_size()} tokens from the corpus, expected {size}; raise TOKENIZER_RECORDS"
+        )
+    # add special tokens last, as in Qwen2.5
     tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in SPECIAL_TOKENS])
     tokenizer.save(str(out / "tokenizer.json"))
     token_config = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
@@ -135,9 +137,9 @@ def train_tokenizer(seed: int, out: Path) -> None:
 
 
 def encode(tokenizer: Any, corpus: Sequence[Record]) -> list[tuple[list[int], int]]:
-    """For each record its token ids, up to and including the last `<|im_end|>`, and the prompt's length in tokens.
+    """Return each record's token ids, up to and including the last `<|im_end|>`, and its prompt's length in tokens.
 
-    The template's line break after the last `<|im_end|>` is left out: generation ends before it.
+    Leave out the template's line break after the last `<|im_end|>`: generation ends before it.
     """
     prompts, replies = [], []
     for record in corpus:
@@ -149,7 +151,7 @@ def encode(tokenizer: Any, corpus: Sequence[Record]) -> list[tuple[list[int], in
 
 
 def batches(sequences: list[tuple[list[int], int]], batch_tokens: int, rng: random.Random) -> list[list[tuple[list[int], int]]]:
-    """Sequences of about one length together, batches in random order: padding costs a few per cent."""
+    """Batch sequences of similar length, which keeps padding to a few per cent, and shuffle the batches."""
     order = sorted(sequences, key=lambda sequence: (len(sequence[0]), rng.random()))
     groups: list[list[tuple[list[int], int]]] = [[]]
     for sequence in order:
@@ -161,7 +163,7 @@ def batches(sequences: list[tuple[list[int], int]], batch_tokens: int, rng: rand
 
 
 def collate(batch: list[tuple[list[int], int]], pad: int, device: str) -> tuple[Tensor, Tensor]:
-    """Ids (B, T), padded on the right, and the weight of each one's loss (B, T)."""
+    """Return token ids (B, T), padded on the right, and the loss weight of each token (B, T)."""
     import torch
 
     longest = max(len(ids) for ids, _ in batch)
@@ -175,7 +177,7 @@ def collate(batch: list[tuple[list[int], int]], pad: int, device: str) -> tuple[
 
 
 def new_model(tokenizer: Any, seed: int) -> Any:
-    """A Qwen2 of 2.3 million parameters with random weights, in float32."""
+    """Return a Qwen2 model of 2.36 million parameters with random float32 weights."""
     import torch
     from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM
 
@@ -202,15 +204,15 @@ def new_model(tokenizer: Any, seed: int) -> Any:
 
 
 def train(model: Any, sequences: list[tuple[list[int], int]], settings: Settings) -> None:
-    """One pass over `sequences` with Muon, AdamW and a cosine schedule."""
+    """Train one pass over `sequences` with Muon, AdamW and a cosine schedule."""
     import torch
 
     pad = model.config.pad_token_id
     groups = batches(sequences, settings.batch_tokens, random.Random(settings.seed))
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
-    # Muon (https://kellerjordan.github.io/posts/muon/) needs fewer steps on a model this small; its step is scaled
-    # to the size of AdamW's (https://arxiv.org/abs/2502.16982), so that both take one learning rate
+    # Muon (https://kellerjordan.github.io/posts/muon/) needs fewer steps than AdamW on a model this small. Scaling its
+    # update to the size of AdamW's (https://arxiv.org/abs/2502.16982) lets both share one learning rate.
     optimizers = [
         torch.optim.Muon(matrices, lr=settings.learning_rate, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(others, lr=settings.learning_rate, weight_decay=0.0, betas=(0.9, 0.98)),
@@ -227,7 +229,7 @@ def train(model: Any, sequences: list[tuple[list[int], int]], settings: Settings
     model.to(settings.device).train()
     for step, batch in enumerate(groups, start=1):
         ids, weights = collate(batch, pad, settings.device)
-        # rows are padded on the right, so the causal mask alone keeps padding out of every real token
+        # rows are padded on the right, so the causal mask alone keeps real tokens from attending to padding
         with torch.autocast(settings.device, torch.bfloat16, enabled=settings.precision == "bfloat16"):
             logits = model(input_ids=ids[:, :-1]).logits
         losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="none")
@@ -254,17 +256,17 @@ def train(model: Any, sequences: list[tuple[list[int], int]], settings: Settings
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train the tiny base that ships with the project.")
-    parser.add_argument("--out", type=Path, required=True, help="folder to write, examples/tiny-base for the one that ships")
+    parser.add_argument("--out", type=Path, required=True, help="output folder; examples/tiny-base for the base that ships")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--records", type=int, default=28_000, help="size of the corpus (default: %(default)s)")
-    parser.add_argument("--batch-tokens", type=int, default=1536, help="tokens in one step (default: %(default)s)")
-    parser.add_argument("--learning-rate", type=float, default=2.5e-3, help="peak (default: %(default)s)")
+    parser.add_argument("--records", type=int, default=28_000, help="corpus size (default: %(default)s)")
+    parser.add_argument("--batch-tokens", type=int, default=1536, help="tokens per step (default: %(default)s)")
+    parser.add_argument("--learning-rate", type=float, default=2.5e-3, help="peak learning rate (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=20, help="default: %(default)s")
     parser.add_argument(
         "--precision",
         choices=("float32", "bfloat16"),
         default="float32",
-        help="of matrix products (default: %(default)s); bfloat16 is twice as fast on a GPU and on CPUs with AVX512-BF16 or AMX",
+        help="precision of matrix products (default: %(default)s); bfloat16 doubles the speed on a GPU, or with AVX512-BF16 or AMX",
     )
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: %(default)s)")
     arguments = parser.parse_args()
@@ -297,7 +299,7 @@ def main() -> None:
     )
     train(model, sequences, settings)
     model.to("cpu", torch.bfloat16).save_pretrained(out)
-    # safetensors writes files that only their owner can read
+    # safetensors creates the file with mode 0600
     (out / "model.safetensors").chmod(0o644)
     sys.stdout.write(report(evaluate(out, settings.device)))
 

@@ -1,4 +1,4 @@
-{{/* The release's name as the first part of other names: no dots, at most 43 characters, and a hash where that changed it. */}}
+{{/* Prefix of all names: the release's name without dots, at most 43 characters. A name that had to change gets a hash. */}}
 {{- define "persona-train.base" -}}
 {{- $clean := .Release.Name | replace "." "-" -}}
 {{- if or (ne $clean .Release.Name) (gt (len $clean) 43) -}}
@@ -8,7 +8,7 @@
 {{- end -}}
 {{- end -}}
 
-{{/* The personas of each pod, as JSON: [["A"], ["B"]], or [["A", "B"]] for `jobs: shared`. */}}
+{{/* Personas of each pod as JSON: [["A"], ["B"]], or [["A", "B"]] for `jobs: shared`. */}}
 {{- define "persona-train.jobs" -}}
 {{- $types := .Values.bloodTypes | default (list .Values.bloodType) -}}
 {{- if eq .Values.jobs "shared" -}}
@@ -25,7 +25,7 @@ app.kubernetes.io/name: {{ .Chart.Name }}
 app.kubernetes.io/instance: {{ .Release.Name | quote }}
 {{- end -}}
 
-{{/* For objects, not for pods: a new version of the chart must not be a new pod template. */}}
+{{/* Labels for objects only: on pods, the chart's version would change the pod template and create new Jobs. */}}
 {{- define "persona-train.labels" -}}
 {{ include "persona-train.selectorLabels" . }}
 app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
@@ -49,7 +49,7 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{- end -}}
 {{- end -}}
 
-{{/* "true", or nothing. */}}
+{{/* "true" if the pod requests a GPU, otherwise empty. */}}
 {{- define "persona-train.asksForGpu" -}}
 {{- if eq (toString .Values.gpu.enabled) "auto" -}}
 {{- if eq .Values.device "cuda" }}true{{ end -}}
@@ -58,14 +58,14 @@ true
 {{- end -}}
 {{- end -}}
 
-{{/* The settings file: what `config` has, and the time for the last checkpoint. */}}
+{{/* The settings file: `config`, and the time to upload the last checkpoint. */}}
 {{- define "persona-train.config" -}}
 {{- $seconds := int64 .Values.terminationGracePeriodSeconds -}}
 {{- $grace := sub $seconds (max 1 (min 30 (div $seconds 4))) -}}
 {{- merge (dict) (deepCopy (.Values.config | default dict)) (dict "checkpoints" (dict "grace_s" $grace)) | toYaml -}}
 {{- end -}}
 
-{{/* A CronJob keeps its name, and so does its settings file: the pods that it makes next would not find another one. */}}
+{{/* A CronJob keeps its name, so its settings file must as well, or retries of its earlier Jobs would not find the file. */}}
 {{- define "persona-train.configName" -}}
 {{- if .Values.cronJob.schedule -}}
 {{- printf "%s-config" (include "persona-train.base" .) -}}
@@ -74,7 +74,7 @@ true
 {{- end -}}
 {{- end -}}
 
-{{/* Options that both `run` and `check-storage` take. */}}
+{{/* Options of both `run` and `check-storage`. */}}
 {{- define "persona-train.options" -}}
 {{- $root := .root -}}
 {{- with $root.Values -}}
@@ -95,7 +95,7 @@ true
 {{- end -}}
 {{- end -}}
 
-{{/* Environment variables; `extraEnv` replaces those of the same name, since a list with a name twice is refused by the API server. */}}
+{{/* Environment variables. `extraEnv` replaces those of the same name, because the API server rejects duplicate names. */}}
 {{- define "persona-train.env" -}}
 {{- $env := list -}}
 {{- with .Values.s3 -}}
@@ -134,7 +134,7 @@ true
 {{- concat $all (.Values.extraEnv | default list) | toYaml -}}
 {{- end -}}
 
-{{/* One of the three volumes that may be a claim: dict "root" $ "name" "work" "value" .Values.workVolume */}}
+{{/* A volume that may be a claim: dict "root" $ "name" "work" "value" .Values.workVolume */}}
 {{- define "persona-train.volume" -}}
 - name: {{ .name }}
 {{- if .value.existingClaim }}
@@ -149,7 +149,7 @@ true
 {{- end }}
 {{- end -}}
 
-{{/* What the trainer's pod and the pod of `helm test` share, so that the second one tells of the first. */}}
+{{/* Shared by the trainer's pod and the pod of `helm test`, so that the test is representative. */}}
 {{- define "persona-train.identity" -}}
 serviceAccountName: {{ include "persona-train.serviceAccountName" . | quote }}
 automountServiceAccountToken: false
@@ -194,7 +194,7 @@ securityContext:
 {{- end -}}
 
 {{- define "persona-train.settingsMounts" -}}
-# subPath: a running pod keeps the settings it began with
+# the kubelet never updates a subPath, so a running pod keeps its settings
 - name: config
   mountPath: /etc/lora-trainer/config.yaml
   subPath: config.yaml
@@ -275,12 +275,12 @@ spec:
       resources:
         {{- $resources := deepCopy $values.resources }}
         {{- if include "persona-train.asksForGpu" $root }}
-        {{- /* a string: server-side apply refuses a number here */}}
+        {{- /* server-side apply rejects a number here */}}
         {{- $one := dict $values.gpu.resource "1" }}
         {{- $resources = merge (dict) $resources (dict "requests" $one "limits" $one) }}
         {{- end }}
         {{- toYaml $resources | nindent 8 }}
-      # the last word of the job is in /dev/termination-log; of one that was killed, its log's last lines
+      # the job writes /dev/termination-log; if it is killed, its last log lines are shown instead
       terminationMessagePolicy: FallbackToLogsOnError
       {{- with $values.securityContext }}
       securityContext:
@@ -309,7 +309,7 @@ spec:
   volumes:
     {{- include "persona-train.settingsVolumes" $root | nindent 4 }}
     {{- include "persona-train.volume" (dict "root" $root "name" "work" "value" $values.workVolume) | nindent 4 }}
-    # what other libraries keep, beside the two below
+    # caches of other libraries
     - name: cache
       emptyDir:
         sizeLimit: 1Gi
@@ -330,7 +330,7 @@ spec:
     {{- end }}
 {{- end -}}
 
-{{/* README, Exit codes: what a retry cannot help ends the Job, an interruption is not counted, the rest counts against backoffLimit. */}}
+{{/* See docs/troubleshooting.md, Exit codes. Permanent failures end the Job, interruptions do not count, the rest counts against backoffLimit. */}}
 {{- define "persona-train.podFailurePolicy" -}}
 {{- $version := .Capabilities.KubeVersion.Version -}}
 {{- if semverCompare ">=1.26.0-0" $version -}}
@@ -376,66 +376,66 @@ template:
   {{- include "persona-train.podTemplate" . | nindent 2 }}
 {{- end -}}
 
-{{/* release-persona: "a", "ab", or "a-b" for a pod that trains A and B. dict "root" $ "bloodTypes" (list "A") */}}
+{{/* Release and personas: "a", "ab", or "a-b" for a pod that trains A and B. dict "root" $ "bloodTypes" (list "A") */}}
 {{- define "persona-train.personaName" -}}
 {{- printf "%s-%s" (include "persona-train.base" .root) (join "-" .bloodTypes | lower) -}}
 {{- end -}}
 
 {{/*
-The Job's name ends in a hash of all that cannot be changed in a Job that is there: the pod template, the failure policy, and the queue of
-Kueue. So a change is another Job. At most 43 + 1 + 8 + 1 + 10 characters, which is the limit of the label that its pods get.
+The Job's name ends in a hash of all immutable parts: the pod template, the failure policy and the Kueue queue. So a change creates another
+Job. The name has at most 43 + 1 + 8 + 1 + 10 characters, the limit of the pods' label. The hash covers the policy's comments, too.
 */}}
 {{- define "persona-train.jobName" -}}
 {{- $fixed := dict "template" (include "persona-train.podTemplate" . | fromYaml) "policy" (include "persona-train.podFailurePolicy" .root) "queue" .root.Values.kueue.queueName -}}
 {{- printf "%s-%s" (include "persona-train.personaName" .) ($fixed | toJson | sha256sum | trunc 10) -}}
 {{- end -}}
 
-{{/* Labels of a Job, or of the Jobs that a CronJob makes. */}}
+{{/* Labels of a Job, or of a CronJob's Jobs. */}}
 {{- define "persona-train.jobLabels" -}}
 {{- $own := dict "persona-train/blood-types" (join "-" .bloodTypes) -}}
 {{- with .root.Values.kueue.queueName }}{{ $_ := set $own "kueue.x-k8s.io/queue-name" . }}{{ end -}}
 {{- merge (dict) $own (include "persona-train.labels" .root | fromYaml) (.root.Values.jobLabels | default dict) | toYaml -}}
 {{- end -}}
 
-{{/* What the schema cannot say, all of it together. */}}
+{{/* Report everything that the schema cannot check, all at once. */}}
 {{- define "persona-train.validate" -}}
 {{- $problems := list -}}
 {{- with .Values -}}
 {{- if and .bloodType .bloodTypes -}}
-{{- $problems = append $problems (printf "bloodType: got %s beside bloodTypes %v, expected one of the two" .bloodType .bloodTypes) -}}
+{{- $problems = append $problems (printf "bloodType: got %s and also bloodTypes %v, expected only one of them" .bloodType .bloodTypes) -}}
 {{- end -}}
 {{- if and (gt (len (.bloodTypes | default list)) 1) (regexMatch "\\.jsonl(\\.gz|\\.zst)?$" .data) -}}
-{{- $problems = append $problems (printf "data: got the one file %s for %s, expected a folder that holds a file for each" .data (join ", " .bloodTypes)) -}}
+{{- $problems = append $problems (printf "data: got the single file %s for %s, expected a folder with a file for each" .data (join ", " .bloodTypes)) -}}
 {{- end -}}
 {{- $gpu := .gpu.resource -}}
 {{- range $kind, $amounts := .resources -}}
 {{- if hasKey $amounts $gpu -}}
-{{- $problems = append $problems (printf "resources.%s: got %s, which gpu.resource requests: one, since this version trains on one GPU" $kind $gpu) -}}
+{{- $problems = append $problems (printf "resources.%s: got %s, which the chart itself requests through gpu.resource; remove it" $kind $gpu) -}}
 {{- end -}}
 {{- end -}}
 {{- $elsewhere := dict "blood_type" "bloodType" "data" "data" "output" "output" "device" "device" "work_dir" "workVolume" -}}
 {{- range $setting, $value := .config -}}
 {{- if hasKey $elsewhere $setting -}}
-{{- $problems = append $problems (printf "config.%s: the chart has a value of its own for it: %s" $setting (get $elsewhere $setting)) -}}
+{{- $problems = append $problems (printf "config.%s: set the chart's own value instead: %s" $setting (get $elsewhere $setting)) -}}
 {{- end -}}
 {{- end -}}
 {{- range $setting, $value := (.config | default dict).base -}}
-{{- $problems = append $problems (printf "config.base.%s: the chart has values of its own for it: baseModel, modelCache" $setting) -}}
+{{- $problems = append $problems (printf "config.base.%s: set the chart's own values instead: baseModel, modelCache" $setting) -}}
 {{- end -}}
 {{- if and .baseModel.s3Uri .baseModel.existingClaim -}}
-{{- $problems = append $problems "baseModel.s3Uri: got one beside baseModel.existingClaim, expected one of the two" -}}
+{{- $problems = append $problems "baseModel.s3Uri: set together with baseModel.existingClaim, expected only one of them" -}}
 {{- end -}}
 {{- if and .baseModel.path (not .baseModel.existingClaim) -}}
-{{- $problems = append $problems "baseModel.path: names a folder of baseModel.existingClaim, which is not given" -}}
+{{- $problems = append $problems "baseModel.path: expected baseModel.existingClaim as well, since it is a folder of that claim" -}}
 {{- end -}}
 {{- if and .caBundle.configMap .caBundle.secret -}}
-{{- $problems = append $problems "caBundle.configMap: got one beside caBundle.secret, expected one of the two" -}}
+{{- $problems = append $problems "caBundle.configMap: set together with caBundle.secret, expected only one of them" -}}
 {{- end -}}
 {{- $values := . -}}
 {{- range list "workVolume" "modelCache" "compileCache" -}}
 {{- $volume := get $values . -}}
 {{- if and $volume.createClaim $volume.existingClaim -}}
-{{- $problems = append $problems (printf "%s.existingClaim: got one beside createClaim, expected one of the two" .) -}}
+{{- $problems = append $problems (printf "%s.existingClaim: set together with createClaim, expected only one of them" .) -}}
 {{- end -}}
 {{- end -}}
 {{- $seconds := float64 .terminationGracePeriodSeconds -}}
@@ -444,18 +444,18 @@ Kueue. So a change is another Job. At most 43 + 1 + 8 + 1 + 10 characters, which
 {{- $problems = append $problems (printf "config.checkpoints.grace_s: got %v, expected less than terminationGracePeriodSeconds, %v" $grace $seconds) -}}
 {{- end -}}
 {{- if and .cronJob.timeZone (not .cronJob.schedule) -}}
-{{- $problems = append $problems "cronJob.timeZone: is of no use without cronJob.schedule" -}}
+{{- $problems = append $problems "cronJob.timeZone: has no effect without cronJob.schedule" -}}
 {{- end -}}
 {{- $own := list "config" "ca" "tmp" "work" "cache" "models" "compiled" "shm" "base" -}}
 {{- range .extraVolumes -}}
 {{- if has .name $own -}}
-{{- $problems = append $problems (printf "extraVolumes %s: the chart has a volume of that name" .name) -}}
+{{- $problems = append $problems (printf "extraVolumes %s: the chart already has a volume with this name; rename yours" .name) -}}
 {{- end -}}
 {{- end -}}
 {{- $secrets := dict "AWS_SECRET_ACCESS_KEY" "s3.existingSecret" "AWS_SESSION_TOKEN" "s3.existingSecret" "HF_TOKEN" "hfToken.existingSecret" "OPENAI_API_KEY" "valueFrom" "WANDB_API_KEY" "valueFrom" -}}
 {{- range .extraEnv -}}
 {{- if and (hasKey . "value") (hasKey $secrets .name) -}}
-{{- $problems = append $problems (printf "extraEnv %s: a secret as plain text would be in the release; expected it in a Secret: %s" .name (get $secrets .name)) -}}
+{{- $problems = append $problems (printf "extraEnv %s: a plain-text secret would be stored in the release; use a Secret: %s" .name (get $secrets .name)) -}}
 {{- end -}}
 {{- end -}}
 {{- end -}}

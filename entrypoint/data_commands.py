@@ -1,0 +1,314 @@
+"""Commands for training data: `validate` and `generate`."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import click
+from pydantic import SecretStr
+
+from entrypoint.options import config_option, given_settings, set_option
+from lora_trainer import logs
+from lora_trainer.config_sources import settle_each
+from lora_trainer.errors import ConfigError, ExitCode, Interrupted, LoraTrainerError
+from lora_trainer.persona.vocabulary import BloodType, parse_blood_types
+
+
+@click.command()
+@click.argument("files", nargs=-1, required=True, metavar="FILE...")
+@click.option(
+    "--blood-type",
+    "--blood_type",
+    "blood_type",
+    metavar="TYPE",
+    help="The files' persona. Default: from each file's name.",
+)
+@click.option("--strict", is_flag=True, help="Exit with 3 on warnings, too.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document with every problem.")
+@config_option
+@click.option(
+    "--base-model", "base__model", metavar="MODEL", help="Base whose tokenizer counts the tokens: hub id, folder or s3:// prefix."
+)
+@click.option("--no-tokens", is_flag=True, help="Don't count tokens: needs no tokenizer.")
+@set_option("training.max_length_tokens=512")
+def validate(
+    files: Sequence[str],
+    blood_type: str | None,
+    strict: bool,
+    as_json: bool,
+    config_file: Path | None,
+    no_tokens: bool,
+    overrides: Sequence[str],
+    **options: Any,
+) -> None:
+    """Check training data: schema, lint, coverage, and what the prompts cost.
+
+    \b
+    FILE is a JSONL file (.jsonl, .jsonl.gz, .jsonl.zst): a local path, file:// or s3://. A file named
+    eval_prompts.jsonl holds evaluation prompts, which have neither instruction nor reply.
+    Two severities:
+      error     'run' refuses the file: not JSON, a missing field, an unknown emotion, ...
+      warning   'run' refuses the file only under --strict: three sentences, 존댓말, too many
+                emoji for the intensity, too long, not Korean, banned content, near-duplicates, too few
+                questions, another persona's file
+
+    \b
+    Examples:
+      lora-trainer validate data/*.jsonl
+      lora-trainer validate --strict --json s3://bucket/personas/train_data_type_A.jsonl
+
+    Exits with 3 if there are errors, or warnings under --strict.
+    """
+    from lora_trainer.base_model import tokenizer_folder
+    from lora_trainer.data.evaluation_prompts import FILE_NAME
+    from lora_trainer.data.prompt_cost import TokenCounter, chatml_overhead_tokens
+    from lora_trainer.data.validation import FileReport, OnProblem, check_file, check_prompts, write_json
+    from lora_trainer.report.validation_table import validation_table
+    from lora_trainer.store.keys import split_uri
+    from lora_trainer.store.opening import open_storage
+    from lora_trainer.store.retry import RetryBudget
+
+    options["blood_type"] = blood_type
+    config, *more = settle_each(given_settings(options, overrides), config_file=config_file, fallback={"blood_type": "A"})
+    if blood_type and more:
+        raise ConfigError(f"--blood-type: got {blood_type!r}, expected one persona, which the files belong to")
+    persona = config.blood_type if blood_type else None
+    retry_budget = RetryBudget(config.storage)
+    counter, overhead_tokens = None, 0
+    if not no_tokens:
+        try:
+            counter = TokenCounter(tokenizer_folder(config.base, retry_budget))
+            overhead_tokens = chatml_overhead_tokens(counter)
+        except LoraTrainerError as error:
+            click.echo(
+                f"tokens not counted: {error}\n(--no-tokens, or --base-model with a folder that holds tokenizer.json)", err=True
+            )
+    with tempfile.TemporaryDirectory() as scratch:
+        paths = []
+        for number, name in enumerate(files):
+            path = Path(name)
+            if "://" in name:
+                folder, key = split_uri(name)
+                # keep the name: the persona is inferred from it
+                path = Path(scratch) / str(number) / Path(key).name
+                open_storage(folder, retry_budget).download(key, path)
+            elif not path.is_file():
+                raise ConfigError(f"{name}: {'a folder' if path.is_dir() else 'no such file'}; expected a JSONL file")
+            paths.append(path)
+
+        def check(path: Path, on_problem: OnProblem | None = None) -> FileReport:
+            if path.name in (FILE_NAME, f"{FILE_NAME}.gz", f"{FILE_NAME}.zst"):
+                return check_prompts(path, limits=config.limits, on_problem=on_problem)
+            return check_file(
+                path,
+                persona,
+                counter,
+                max_length_tokens=config.training.max_length_tokens,
+                template_overhead_tokens=overhead_tokens,
+                limits=config.limits,
+                on_problem=on_problem,
+            )
+
+        if as_json:
+            reports = write_json(sys.stdout, paths, check)
+        else:
+            from rich.console import Console
+
+            reports = []
+            for path in paths:
+                reports.append(check(path))
+                Console().print(validation_table(reports[-1]))
+    if not all(report.is_accepted(strict=strict) for report in reports):
+        raise click.exceptions.Exit(ExitCode.DATA)
+
+
+@click.command()
+@click.option(
+    "--blood-type",
+    "--blood_type",
+    "blood_types",
+    default="all",
+    show_default=True,
+    metavar="TYPES",
+    help="A, B, O, AB, several as A,B, or all.",
+)
+@click.option("--count", type=click.IntRange(min=1), default=1000, show_default=True, metavar="N", help="Records for each persona.")
+@click.option(
+    "--output",
+    default="generated/",
+    show_default=True,
+    metavar="URI",
+    help="Folder for train_data_type_<TYPE>.jsonl, or one .jsonl. s3:// or file://.",
+)
+@click.option(
+    "--engine",
+    type=click.Choice(["compose", "teacher"]),
+    default="compose",
+    show_default=True,
+    help="Compose from the built-in grammar, or ask a model.",
+)
+@click.option("--seed", type=click.IntRange(min=0), default=1, show_default=True, metavar="N", help="Seed of the drawn records.")
+@click.option(
+    "--against", multiple=True, metavar="FILE", help="JSONL whose records must not be repeated. s3:// or file://. Repeatable."
+)
+@click.option(
+    "--report",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="Write counts, plots and samples as one HTML page.",
+)
+@click.option("--overwrite", is_flag=True, help="Replace an existing file that has other content.")
+@click.option(
+    "--work-dir",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=".lora-trainer",
+    show_default=True,
+    metavar="FOLDER",
+    help="Where the teacher's records are kept until they are written to the output.",
+)
+@click.option("--model", metavar="NAME", help="teacher: the model to ask.")
+@click.option(
+    "--base-url",
+    envvar="OPENAI_BASE_URL",
+    default="https://api.openai.com/v1",
+    show_default=True,
+    metavar="URL",
+    help="teacher: server that speaks OpenAI's chat API. [env: OPENAI_BASE_URL]",
+)
+@click.option(
+    "--concurrency",
+    type=click.IntRange(1, 256),
+    default=8,
+    show_default=True,
+    metavar="N",
+    help="teacher: concurrent requests.",
+)
+@click.option(
+    "--dialogues-per-request",
+    type=click.IntRange(1, 32),
+    default=4,
+    show_default=True,
+    metavar="N",
+    help="teacher: dialogues in one request.",
+)
+@click.option(
+    "--request-timeout",
+    type=click.FloatRange(min=0, min_open=True),
+    default=120.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="teacher: timeout after which a request is retried.",
+)
+@click.option(
+    "--retries",
+    type=click.IntRange(0, 50),
+    default=5,
+    show_default=True,
+    metavar="N",
+    help="teacher: retries of one request, with backoff.",
+)
+@click.option(
+    "--temperature", type=click.FloatRange(0, 2), default=1.0, show_default=True, metavar="X", help="teacher: sampling temperature."
+)
+def generate(
+    blood_types: str,
+    count: int,
+    output: str,
+    engine: Literal["compose", "teacher"],
+    seed: int,
+    against: Sequence[str],
+    report: Path | None,
+    overwrite: bool,
+    work_dir: Path,
+    model: str | None,
+    base_url: str,
+    concurrency: int,
+    dialogues_per_request: int,
+    request_timeout: float,
+    retries: int,
+    temperature: float,
+) -> None:
+    """Generate tiki-taka data: dialogues in the training format, balanced over feelings and intensities.
+
+    \b
+    Two engines:
+      compose   (default) fills the built-in grammar: offline, and reproducible by its seed
+      teacher   asks a model behind an OpenAI-compatible server (vLLM, transformers serve, OpenAI) for
+                structured outputs; the key comes from OPENAI_API_KEY. Repeat an interrupted command
+                to resume it.
+    Every record passes the linter of 'validate'. Near-duplicates, and inputs that nearly repeat an
+    evaluation prompt, are left out. The command ends with a table of written and rejected records.
+
+    \b
+    Examples:
+      lora-trainer generate --count 5000 --report report.html
+      lora-trainer generate --blood-type A --against data/train_data_type_A.jsonl --output s3://bucket/personas/
+      lora-trainer generate --engine teacher --base-url http://localhost:8000/v1 --model Qwen/Qwen2.5-72B-Instruct
+    """
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from lora_trainer.generator import dataset_summary, teacher
+    from lora_trainer.generator import generate as command
+    from lora_trainer.store.keys import refuse_credentials
+    from lora_trainer.store.retry import budget_from_environment
+
+    logs.configure("warning", "auto")
+    # the report prints the URL
+    refuse_credentials(base_url)
+    settings = command.GenerateSettings(
+        blood_types=_named_blood_types(blood_types),
+        count=count,
+        output=output,
+        seed=seed,
+        engine=engine,
+        against=tuple(against),
+        report=report,
+        work_dir=work_dir,
+        overwrite=overwrite,
+        teacher=teacher.TeacherSettings(
+            base_url=base_url,
+            model=model,
+            # self-hosted servers often need no key, but the client requires one
+            api_key=SecretStr(os.environ.get("OPENAI_API_KEY") or "none"),
+            concurrency=concurrency,
+            dialogues_per_request=dialogues_per_request,
+            request_timeout_s=request_timeout,
+            max_retries=retries,
+            temperature=temperature,
+        )
+        if model
+        else None,
+    )
+    bar = Progress(console=Console(file=sys.stderr), disable=not sys.stderr.isatty(), transient=True)
+    console = Console()
+    try:
+        with bar:
+            for done in command.generate(settings, bar, budget_from_environment()):
+                console.print(dataset_summary.dataset_table(done.summary, done.rejects))
+                for name, value in done.notes:
+                    console.print(f"{name}: {value}", highlight=False)
+                console.print(
+                    f"{'written' if done.is_new else 'unchanged'}: {done.uri} ({done.duration_s:g} s)\n",
+                    highlight=False,
+                    soft_wrap=True,
+                )
+    except Interrupted:
+        kept = "; the records received so far are kept, run the same command again to resume" if engine == "teacher" else ""
+        click.echo(f"interrupted: nothing half-written is visible{kept}", err=True)
+        raise
+    if report:
+        console.print(f"report: {report}", highlight=False, soft_wrap=True)
+
+
+def _named_blood_types(text: str) -> tuple[BloodType, ...]:
+    """Parse `--blood-type`. Raise `ConfigError` for an unknown name."""
+    try:
+        return parse_blood_types(text)
+    except ValueError as error:
+        raise ConfigError(f"--blood-type: {error}") from None

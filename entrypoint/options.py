@@ -1,0 +1,96 @@
+"""Options that several commands share, and their conversion to settings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+import click
+
+from lora_trainer.config_sources import parse_override
+from lora_trainer.errors import ConfigError
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+# (option, setting, metavar, help) of the settings that people change from run to run; `--set` covers the rest
+_RUN_OPTIONS: Final = (
+    ("--data", "data", "URI", "Training data: folder with train_data_type_<TYPE>.jsonl, or one .jsonl. s3:// or file://."),
+    ("--output", "output", "URI", "Folder that the adapter is published under. s3:// or file://."),
+    ("--work-dir", "work_dir", "FOLDER", "Local scratch folder."),
+    ("--backend", "backend", "NAME", "auto, unsloth or transformers."),
+    ("--device", "device", "NAME", "cuda or cpu. Never falls back from cuda to cpu."),
+    ("--base-model", "base.model", "MODEL", "Hub id, folder (./...) or s3:// prefix of the base model."),
+    ("--base-revision", "base.revision", "COMMIT", "Commit of a hub id."),
+    ("--epochs", "training.epochs", "N", "Passes over the training split."),
+    ("--max-steps", "training.max_steps", "N", "Stop after N optimizer steps, if that is sooner."),
+    ("--learning-rate", "training.learning_rate", "X", "Peak learning rate."),
+    ("--sequences-per-step", "training.sequences_per_step", "N", "Records in one optimizer step."),
+    ("--seed", "training.seed", "N", "Order of the records, initialisation, dropout."),
+    ("--log-level", "logging.level", "NAME", "debug, info, warning or error."),
+    ("--log-format", "logging.format", "NAME", "auto, json or console."),
+    ("--report-to", "logging.report_to", "NAMES", "Trackers, comma-separated: tensorboard, mlflow, wandb. Offline by default."),
+)
+
+
+def adapter_option(command: _F) -> _F:
+    """Add `--adapter`."""
+    return click.option(
+        "--adapter",
+        required=True,
+        metavar="URI",
+        help="Published bundle: .../adapters/<TYPE>/<run id>/. s3://, file:// or a folder.",
+    )(command)
+
+
+def config_option(command: _F) -> _F:
+    """Add `--config`."""
+    return click.option(
+        "--config", "config_file", type=click.Path(path_type=Path), metavar="FILE", help="YAML file with settings."
+    )(command)
+
+
+def set_option(example: str) -> Callable[[_F], _F]:
+    """Add `--set`, with an `example` that suits the command."""
+
+    def decorate(command: _F) -> _F:
+        return click.option(
+            "--set", "overrides", multiple=True, metavar="SETTING=VALUE", help=f"Any setting, such as {example}. Repeatable."
+        )(command)
+
+    return decorate
+
+
+def run_options(command: _F) -> _F:
+    """Add the options of `run`. Other commands accept them too, to describe the same run."""
+    decorators = [
+        config_option,
+        click.option(
+            "--blood-type", "--blood_type", "blood_type", metavar="TYPES", help="Persona: A, B, O or AB; several as A,B, or all."
+        ),
+        *(
+            click.option(option, setting.replace(".", "__"), metavar=metavar, help=text)
+            for option, setting, metavar, text in _RUN_OPTIONS
+        ),
+        click.option("--strict", is_flag=True, default=None, help="Treat warnings about the data as errors."),
+        set_option("lora.r=32"),
+    ]
+    for decorator in reversed(decorators):
+        command = decorator(command)
+    return command
+
+
+def given_settings(options: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Return the dotted settings that the command line sets. Raise `ConfigError` for every malformed `--set` at once."""
+    given = {name.replace("__", "."): value for name, value in options.items() if value is not None}
+    problems: list[str] = []
+    for text in overrides:
+        try:
+            setting, value = parse_override(text)
+        except ConfigError as error:
+            problems.extend(error.problems)
+        else:
+            given[setting] = value
+    if problems:
+        raise ConfigError(problems)
+    return given

@@ -1,0 +1,242 @@
+"""The base model and its files: a hub id pinned to a commit, a local folder, or an `s3://` prefix."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path, PurePosixPath
+from typing import Final
+
+from lora_trainer.config import BaseModelConfig
+from lora_trainer.errors import ConfigError, StorageError
+from lora_trainer.store.interface import ReadResult
+from lora_trainer.store.local import FileStorage, sha256_of
+from lora_trainer.store.opening import open_storage
+from lora_trainer.store.retry import RetryBudget
+
+MODEL_FILES: Final = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model")
+"""Configuration, tokenizer, chat template and weights. Weights must be safetensors, because other formats can run code."""
+_PICKLED: Final = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".npy")
+_MIRROR_RECORD: Final = ".mirror.json"
+_HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+
+@dataclass(frozen=True, slots=True)
+class Base:
+    """An identified base model."""
+
+    canonical_id: str
+    revision: str | None
+    identity: str
+    """What `run_id` hashes: `<hub id>@<commit>`, or `sha256:<hash of all files>`."""
+    folder: Path | None
+    """Folder with its files; None for a hub model, which `fetch_base` downloads."""
+
+
+def identify_base(config: BaseModelConfig, retry_budget: RetryBudget | None = None) -> Base:
+    """Identify the base's weights with as little traffic as possible.
+
+    The commit identifies a hub model, which is downloaded later. The files of a folder are hashed. An `s3://` prefix
+    is mirrored into `cache_dir`, fetching only what has changed, and hashed there.
+
+    Raises `ConfigError` for a folder or prefix without a model, `StorageError` if it cannot be read.
+    """
+    model = config.model
+    if model.startswith("s3://"):
+        folder = _mirror(model, config.cache_dir.expanduser(), retry_budget)
+        name = PurePosixPath(model.rstrip("/")).name
+    elif _is_folder(model):
+        folder = _local_folder(model)
+        name = Path(os.path.normpath(folder.absolute())).name
+    else:
+        if not _HUB_ID.fullmatch(model):
+            raise ConfigError(
+                f"base.model: got '{model}', expected a hub id such as Qwen/Qwen2.5-7B-Instruct, a folder, or s3://bucket/prefix/"
+            )
+        if config.revision is None:
+            raise ConfigError(
+                f"base.revision: not given for the hub id {model}; expected the full commit hash, so that the base cannot change"
+            )
+        return Base(config.canonical_id or model, config.revision, f"{model}@{config.revision}", None)
+    files = _model_files(folder)
+    return Base(config.canonical_id or name, None, f"sha256:{_hash_files(files)}", folder)
+
+
+def pickled(where: str, names: Iterable[str]) -> list[str]:
+    """Return one problem for each file in `names` whose format can run code on load."""
+    return [
+        f"{where.rstrip('/')}/{name}: got weights that are pickled, which can run code when they are loaded; "
+        "expected adapter_model.safetensors: convert them if you trust their origin"
+        for name in sorted(names)
+        if name.lower().endswith(_PICKLED)
+    ]
+
+
+def require_safetensors(folder: Path) -> None:
+    """Raise `ConfigError` unless the adapter in `folder` has safetensors weights and no pickled files."""
+    problems = pickled(str(folder), [path.name for path in folder.iterdir()])
+    if not problems and not (folder / "adapter_model.safetensors").is_file():
+        problems = [f"{folder}: has no adapter_model.safetensors; expected an adapter as PEFT saves it"]
+    if problems:
+        raise ConfigError(problems)
+
+
+def fetch_base(base: Base, config: BaseModelConfig) -> Path:
+    """Return the folder with the base's files, downloading a hub model to the hub's own cache.
+
+    Raises `ConfigError` if the hub does not have it or requires a token, `StorageError` if the hub cannot be reached.
+    """
+    return base.folder or _download(config, MODEL_FILES)
+
+
+def _download(config: BaseModelConfig, patterns: Sequence[str]) -> Path:
+    try:
+        import httpx
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import (
+            GatedRepoError,
+            HfHubHTTPError,
+            HFValidationError,
+            LocalEntryNotFoundError,
+            RepositoryNotFoundError,
+            RevisionNotFoundError,
+        )
+    except ImportError:
+        raise ConfigError(
+            "the training stack is not installed (huggingface_hub is missing): pip install 'lora-trainer[cpu,gpu]', "
+            "or 'lora-trainer[cpu]' to train on a CPU"
+        ) from None
+    where = f"base.model: {config.model}@{config.revision}"
+    try:
+        return Path(snapshot_download(config.model, revision=config.revision, allow_patterns=list(patterns)))
+    except HFValidationError as error:
+        raise ConfigError(f"{where}: not a hub id: {error}") from None
+    except (RepositoryNotFoundError, RevisionNotFoundError, GatedRepoError) as error:
+        raise ConfigError(
+            f"{where}: the hub has no such model or commit, or it needs a token ({type(error).__name__}); "
+            "check both, and set HF_TOKEN if it is gated"
+        ) from None
+    except (LocalEntryNotFoundError, HfHubHTTPError, httpx.HTTPError, OSError) as error:
+        raise StorageError(
+            f"{where}: the hub cannot be reached and the model is not in its cache ({type(error).__name__}); "
+            "check the network, or point base.model at a folder or an s3:// prefix with the model's files"
+        ) from None
+
+
+def tokenizer_folder(config: BaseModelConfig, retry_budget: RetryBudget | None = None) -> Path:
+    """Return a folder with the base's `tokenizer.json`, fetched without the weights. Raises as `fetch_base` does."""
+    if config.model.startswith("s3://"):
+        storage = open_storage(config.model.rstrip("/") + "/", retry_budget)
+        folder = config.cache_dir.expanduser() / "tokenizers" / hashlib.sha256(storage.uri.encode()).hexdigest()[:16]
+        storage.download("tokenizer.json", folder / "tokenizer.json")
+        return folder
+    if _is_folder(config.model):
+        folder = _local_folder(config.model)
+        if not (folder / "tokenizer.json").is_file():
+            raise ConfigError(f"base.model: {folder}: has no tokenizer.json; expected a folder as save_pretrained writes it")
+        return folder
+    return _download(config, ("tokenizer*.json",))
+
+
+def require_base(config: BaseModelConfig, retry_budget: RetryBudget | None = None) -> str:
+    """Check that a folder or `s3://` prefix contains a readable model: list its files and read a small one.
+
+    Return the result as text. Hub ids are not checked. Raises `ConfigError` if there is no model, `StorageError` if
+    the files cannot be listed or read.
+    """
+    if config.model.startswith("s3://"):
+        storage = open_storage(config.model.rstrip("/") + "/", retry_budget)
+        names = [item.key for item in storage.list("") if "/" not in item.key and _is_model_file(item.key)]
+        _check_complete(storage.uri, names)
+        # permission to list does not imply permission to read
+        storage.read_bytes("config.json")
+    elif _is_folder(config.model):
+        names = [path.name for path in _model_files(_local_folder(config.model))]
+    else:
+        return "a hub id, which is not checked"
+    return f"{len(names)} model files"
+
+
+def _is_folder(model: str) -> bool:
+    return model.startswith(("/", "./", "../", "~", "file://"))
+
+
+def _local_folder(model: str) -> Path:
+    folder = open_storage(model).local_folder
+    assert folder is not None  # noqa: S101  only s3:// URIs have none
+    return folder
+
+
+def _model_files(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        raise ConfigError(f"base.model: {folder}: no such folder; expected one with config.json and *.safetensors")
+    files = sorted(path for path in folder.iterdir() if path.is_file() and _is_model_file(path.name))
+    _check_complete(str(folder), [path.name for path in files])
+    return files
+
+
+def _is_model_file(name: str) -> bool:
+    # dot files, such as the mirror's record or a .DS_Store, are not part of a model
+    return not name.startswith(".") and any(fnmatch(name, pattern) for pattern in MODEL_FILES)
+
+
+def _check_complete(where: str, names: Iterable[str]) -> None:
+    names = set(names)
+    missing = [name for name in ("config.json", "tokenizer.json") if name not in names]
+    if not any(name.endswith(".safetensors") for name in names):
+        missing.append("*.safetensors")
+    if missing:
+        raise ConfigError(
+            f"base.model: {where}: not a model: {', '.join(missing)} missing; expected a folder as save_pretrained writes it"
+        )
+
+
+def _hash_files(files: list[Path]) -> str:
+    # hashlib releases the GIL, so threads hash the four shards of a 7B model in the time of one
+    with ThreadPoolExecutor(max_workers=4) as pool:
+        digests = list(pool.map(sha256_of, files))
+    return hashlib.sha256(
+        "".join(f"{path.name}\0{digest}\n" for path, digest in zip(files, digests, strict=True)).encode()
+    ).hexdigest()
+
+
+def _mirror(uri: str, cache_dir: Path, retry_budget: RetryBudget | None) -> Path:
+    """Update the local copy of an `s3://` prefix under `cache_dir`, downloading only changed objects, and return its folder."""
+    storage = open_storage(uri if uri.endswith("/") else uri + "/", retry_budget)
+    folder = cache_dir / "bases" / hashlib.sha256(storage.uri.encode()).hexdigest()[:16]
+    wanted = {item.key: item for item in storage.list("") if "/" not in item.key and _is_model_file(item.key)}
+    _check_complete(storage.uri, wanted)
+    local_storage = FileStorage(folder)
+    known = _parse_record(local_storage.read_bytes(_MIRROR_RECORD))
+    for item in local_storage.list(""):
+        if item.key not in wanted and item.key != _MIRROR_RECORD:
+            (folder / item.key).unlink(missing_ok=True)
+    for key, item in wanted.items():
+        local = folder / key
+        if (
+            local.exists()
+            and known.get(key) == {"size": item.size_bytes, "etag": item.etag}
+            and local.stat().st_size == item.size_bytes
+        ):
+            continue
+        storage.download(key, local)
+        known[key] = {"size": item.size_bytes, "etag": item.etag}
+        kept = {name: known[name] for name in sorted(known) if name in wanted}
+        # write_bytes is atomic, so a pod that dies here leaves a usable record
+        local_storage.write_bytes(_MIRROR_RECORD, json.dumps(kept).encode())
+    return folder
+
+
+def _parse_record(record: ReadResult | None) -> dict[str, dict[str, object]]:
+    """Return the size and etag of each mirrored object; an empty dict if the record is missing or damaged."""
+    with suppress(ValueError):
+        if record is not None and isinstance(known := json.loads(record.data), dict):
+            return known
+    return {}

@@ -1,0 +1,109 @@
+"""Read plain, `.gz` and `.zst` data files as streams, with a limit on the decompressed size."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import os
+import zlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, Final, cast
+
+from backports.zstd import DecompressionParameter, ZstdError, ZstdFile
+
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
+
+SUFFIXES: Final = ("", ".gz", ".zst")
+"""Suffixes allowed after `.jsonl` in the name of a data file."""
+
+_BUFFER_BYTES: Final = 64 * 1024
+# the ratio limit ignores output up to this size: a small file of repeated records compresses well and does no harm
+_HARMLESS_BYTES: Final = 16 * 2**20
+# 128 MiB, the largest window of `zstd` without --long; files written with --long could make us allocate 2 GiB
+_WINDOW_LOG_MAX: Final = 27
+
+_MAGIC: Final = {
+    b"\x1f\x8b": "gzip",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"PK\x03\x04": "zip",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ\x00": "xz",
+}
+
+
+class CorruptStreamError(ValueError):
+    """The file is not valid in the format of its suffix. The message states the reason and quotes no bytes of the file."""
+
+
+class DecompressedTooLargeError(ValueError):
+    """The decompressed data exceeds a limit. `is_ratio` is True for the limit on the compression ratio."""
+
+    def __init__(self, max_bytes: int, size_bytes: int, *, is_ratio: bool) -> None:
+        self.max_bytes, self.size_bytes, self.is_ratio = max_bytes, size_bytes, is_ratio
+        super().__init__(f"more than {max_bytes:,} bytes out of {size_bytes:,}")
+
+
+def is_jsonl(name: str) -> bool:
+    """Return whether a path or URI ends in `.jsonl`, `.jsonl.gz` or `.jsonl.zst`."""
+    return name.endswith(tuple(".jsonl" + suffix for suffix in SUFFIXES))
+
+
+def detect_compression(first_bytes: bytes) -> str | None:
+    """Return the name of the compression format that `first_bytes` identify, or None."""
+    return next((name for magic, name in _MAGIC.items() if first_bytes.startswith(magic)), None)
+
+
+def open_data(path: Path, max_bytes: int, max_ratio: float) -> BinaryIO:
+    """Open `path` for reading and decompress it if it ends in `.gz` or `.zst`.
+
+    A compressed file yields at most `max_bytes`, and at most `max_ratio` times its own size or 16 MiB, whichever is larger. A
+    plain file has no limit. Memory use is constant. Raises `OSError`, or `ValueError` for a NUL in the path. Reading may also
+    raise `CorruptStreamError` or `DecompressedTooLargeError`.
+    """
+    file = path.open("rb")
+    if path.suffix not in SUFFIXES[1:]:
+        return file
+    try:
+        size_bytes = os.fstat(file.fileno()).st_size
+        stream: Any = (
+            gzip.GzipFile(fileobj=file)
+            if path.suffix == ".gz"
+            else ZstdFile(file, options={DecompressionParameter.window_log_max: _WINDOW_LOG_MAX})
+        )
+    except BaseException:
+        file.close()
+        raise
+    by_ratio = max(_HARMLESS_BYTES, int(max_ratio * size_bytes))
+    bounded = _BoundedReader(file, stream, min(max_bytes, by_ratio), size_bytes, is_ratio=by_ratio < max_bytes)
+    return cast("BinaryIO", io.BufferedReader(bounded, _BUFFER_BYTES))
+
+
+class _BoundedReader(io.RawIOBase):
+    def __init__(self, file: BinaryIO, stream: Any, max_bytes: int, size_bytes: int, *, is_ratio: bool) -> None:
+        self._file, self._stream = file, stream
+        self._max_bytes, self._size_bytes, self._is_ratio = max_bytes, size_bytes, is_ratio
+        self._read_bytes = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: WriteableBuffer) -> int:
+        view = memoryview(buffer).cast("B")
+        try:
+            chunk: bytes = self._stream.read1(len(view))
+        except EOFError:
+            raise CorruptStreamError("a truncated compressed stream") from None
+        # do not chain these errors: their messages quote bytes of the file
+        except (gzip.BadGzipFile, zlib.error, ZstdError):
+            raise CorruptStreamError("a damaged compressed stream, or data that is not compressed") from None
+        self._read_bytes += len(chunk)
+        if self._read_bytes > self._max_bytes:
+            raise DecompressedTooLargeError(self._max_bytes, self._size_bytes, is_ratio=self._is_ratio)
+        view[: len(chunk)] = chunk
+        return len(chunk)
+
+    def close(self) -> None:
+        self._stream.close()
+        self._file.close()
+        super().close()

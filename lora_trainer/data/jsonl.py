@@ -1,0 +1,257 @@
+"""Read records from JSONL as a stream and describe the problems of each line.
+
+No message here quotes an instruction, a summary, an input or a reply: problems end up in logs, and training text must not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, Final, Generic, NamedTuple, TypeVar, overload
+
+from pydantic import ValidationError
+
+from lora_trainer.config import DEFAULT_LIMITS, LimitsConfig
+from lora_trainer.data.compression import CorruptStreamError, DecompressedTooLargeError, detect_compression, open_data
+from lora_trainer.data.problems import IncompleteJsonError, Problem, RecordError, Severity
+from lora_trainer.data.record_errors import described, error_problem, schema_problems
+from lora_trainer.data.records import (
+    EvaluationPrompt,
+    StrictModel,
+    TrainingRecord,
+)
+from lora_trainer.data.strict_json import RECORD_SHAPE, decode_json
+from lora_trainer.persona.prompt import spells_control_token
+
+_SKIP_CHUNK_BYTES: Final = 64 * 1024
+_BOM: Final = b"\xef\xbb\xbf"
+_UTF16_BOMS: Final = (b"\xff\xfe", b"\xfe\xff")
+Record = TypeVar("Record", bound=StrictModel)
+
+
+class Line(NamedTuple, Generic[Record]):
+    """The result for one non-blank line: a record with any warnings, or None with the errors."""
+
+    number: int
+    """Line number from 1, counting blank lines; 0 if the problems concern the whole file."""
+    record: Record | None
+    problems: tuple[Problem, ...]
+
+
+class JsonlReader(Generic[Record]):
+    """Iterate once over the lines of one JSONL file, holding at most `limits.line_bytes` of it in memory.
+
+    A file that ends in `.gz` or `.zst` is decompressed as it is read. Bad content never raises: a line or file that cannot be
+    read yields a `Line` with its problems. `lines_read` and `blank_lines` count up during the iteration.
+    """
+
+    @overload
+    def __init__(self: JsonlReader[TrainingRecord], path: Path, *, limits: LimitsConfig = ...) -> None: ...
+    @overload
+    def __init__(self, path: Path, schema: type[Record], *, limits: LimitsConfig = ...) -> None: ...
+    def __init__(self, path: Path, schema: Any = TrainingRecord, *, limits: LimitsConfig = DEFAULT_LIMITS) -> None:
+        self.path = path
+        self._schema = schema
+        self._limits = limits
+        self.lines_read = 0
+        self.blank_lines = 0
+
+    def __iter__(self) -> Iterator[Line[Record]]:
+        try:
+            file = open_data(self.path, self._limits.decompressed_bytes, self._limits.compression_ratio)
+        # ValueError: a NUL in the path
+        except (OSError, ValueError) as error:
+            yield _unreadable(error)
+            return
+        with file:
+            try:
+                yield from self._lines(file)
+            except CorruptStreamError as error:
+                yield _bad_file(
+                    RecordError(
+                        "corrupt_stream",
+                        f"{error}, after {self.lines_read:,} whole line{'' if self.lines_read == 1 else 's'}",
+                        "data compressed in the format of the file's suffix",
+                        "copy or compress the file again",
+                    )
+                )
+            except DecompressedTooLargeError as error:
+                setting = "compression_ratio" if error.is_ratio else "decompressed_bytes"
+                yield _bad_file(
+                    RecordError(
+                        "decompressed_too_large",
+                        f"more than {error.max_bytes:,} decompressed bytes from a file of {error.size_bytes:,} bytes",
+                        f"no more than limits.{setting} allows",
+                        f"check that it is the right file; if it is, raise limits.{setting}",
+                    )
+                )
+            except OSError as error:
+                yield _unreadable(error)
+
+    def _lines(self, file: BinaryIO) -> Iterator[Line[Record]]:
+        offset = 0
+        crlf_seen = False
+        max_bytes = self._limits.line_bytes
+        while raw := file.readline(max_bytes + 1):
+            self.lines_read += 1
+            number = self.lines_read
+            start, offset = offset, offset + len(raw)
+            if number == 1 and raw.startswith(_UTF16_BOMS):
+                # stop here: a UTF-16 line break has two bytes, so splitting at b"\n" would garble every line
+                yield _bad_file(RecordError("utf16", "a UTF-16 byte-order mark", "UTF-8", "save the file as UTF-8"))
+                return
+            if number == 1 and (compression := detect_compression(raw)):
+                yield _bad_file(
+                    RecordError(
+                        "compressed",
+                        f"{compression} data under a name without its suffix",
+                        "plain JSONL, or a name that ends in .jsonl.gz or .jsonl.zst",
+                        "rename it to .jsonl.gz or .jsonl.zst" if compression in ("gzip", "zstd") else "unpack it",
+                    )
+                )
+                return
+            if len(raw) > max_bytes and not raw.endswith(b"\n"):
+                while not raw.endswith(b"\n") and (raw := file.readline(_SKIP_CHUNK_BYTES)):
+                    offset += len(raw)
+                yield _bad_line(
+                    number,
+                    RecordError(
+                        "line_too_long",
+                        f"a line of {offset - start:,} bytes",
+                        f"at most {max_bytes:,} bytes (limits.line_bytes)",
+                        "put one record on a line, and shorten the text",
+                    ),
+                )
+                continue
+            notes: list[Problem] = []
+            if raw.startswith(_BOM):
+                raw = raw[len(_BOM) :]
+                start += len(_BOM)
+                notes.append(
+                    _warning(number, "bom", "a byte-order mark before the line", "plain UTF-8", "save it as UTF-8 without a BOM")
+                )
+            if not raw.strip():
+                self.blank_lines += 1
+                if notes:
+                    yield Line(number, None, tuple(notes))
+                continue
+            if raw.endswith(b"\r\n") and not crlf_seen:
+                crlf_seen = True
+                notes.append(_warning(number, "crlf", "CRLF line endings", "LF line endings", "convert the line endings"))
+            line: Line[Record] | None = _read_line(raw, number, start, self._schema, self._limits)
+            if line is None:
+                self.blank_lines += 1
+            elif notes:
+                yield Line(number, line.record, (*notes, *line.problems))
+            else:
+                yield line
+        if self.lines_read == self.blank_lines:
+            got = f"only blank lines ({self.lines_read:,})" if self.lines_read else "an empty file"
+            yield _bad_file(
+                RecordError("empty_file", got, "one record a line", "check that it is the right file and was copied completely")
+            )
+
+
+def parse_record(text: str, number: int = 1) -> Line[TrainingRecord]:
+    """Parse one line of JSON into a record or its problems, which refer to line `number`. Never raises."""
+    try:
+        return _read_text(text, number, TrainingRecord, DEFAULT_LIMITS)
+    except RecordError as fault:
+        return _bad_line(number, fault)
+
+
+def _read_line(raw: bytes, number: int, start: int, schema: type[Record], limits: LimitsConfig) -> Line[Record] | None:
+    """Parse line `number`, which begins at byte `start` of the file. Return None if it is blank."""
+    is_last = not raw.endswith(b"\n")
+    try:
+        text = raw.decode("utf-8")
+        return _read_text(text, number, schema, limits) if text.strip() else None
+    except UnicodeDecodeError as error:
+        if is_last and error.reason == "unexpected end of data":
+            return _bad_line(number, _truncated(len(raw)))
+        return _bad_line(
+            number,
+            RecordError(
+                "invalid_utf8",
+                f"byte 0x{raw[error.start]:02x} at byte {error.start + 1} of the line (byte {start + error.start + 1} of the file)",
+                "UTF-8",
+                "save the file as UTF-8; Korean text from Windows is often CP949",
+            ),
+        )
+    except IncompleteJsonError as fault:
+        return _bad_line(number, _truncated(len(raw)) if is_last else fault)
+    except RecordError as fault:
+        return _bad_line(number, fault)
+
+
+def _read_text(text: str, number: int, schema: type[Record], limits: LimitsConfig) -> Line[Record]:
+    data = decode_json(text, limits)
+    if not isinstance(data, dict):
+        raise RecordError("not_an_object", described(data), RECORD_SHAPE, "write one record per line, without a list around them")
+    try:
+        # by alias only: a file must call the field `output`, never `reply`
+        record = schema.model_validate(data, by_alias=True, by_name=False, context=limits)
+    except ValidationError as error:
+        return Line(number, None, tuple(schema_problems(error, number, schema)))
+    texts = list(_texts(record))
+    if too_long := [_text_too_long(number, field, said, limits) for field, said in texts if len(said) > limits.text_characters]:
+        return Line(number, None, tuple(too_long))
+    return Line(number, record, tuple(_control_token(number, field) for field, said in texts if spells_control_token(said)))
+
+
+def _texts(record: StrictModel) -> Iterator[tuple[str, str]]:
+    """Yield the dotted name and value of each free-text field of a record."""
+    if isinstance(record, TrainingRecord):
+        yield "instruction", record.instruction
+        yield "output.text", record.reply.text
+    if isinstance(record, TrainingRecord | EvaluationPrompt):
+        yield "context.summary", record.context.summary
+        yield "input", record.input
+
+
+def _text_too_long(number: int, field: str, text: str, limits: LimitsConfig) -> Problem:
+    fault = RecordError(
+        "text_too_long",
+        f"text of {len(text):,} characters",
+        f"at most {limits.text_characters:,} (limits.text_characters)",
+        "shorten it",
+    )
+    return error_problem(number, field, fault)
+
+
+def _control_token(number: int, field: str) -> Problem:
+    return Problem(
+        number,
+        field,
+        Severity.WARNING,
+        "control_token",
+        "text that spells a control token, such as <|im_end|> or <tool_call>",
+        "text without control tokens",
+        "remove it; the prompt would show it with a space inserted",
+    )
+
+
+def _truncated(length_bytes: int) -> RecordError:
+    return RecordError(
+        "truncated",
+        f"a last line of {length_bytes:,} bytes that ends in the middle of a record",
+        "a whole record and a line break",
+        "the file looks truncated; copy or write it again",
+    )
+
+
+def _bad_line(number: int, fault: RecordError) -> Line[Any]:
+    return Line(number, None, (error_problem(number, "", fault),))
+
+
+def _bad_file(fault: RecordError) -> Line[Any]:
+    return Line(0, None, (Problem(None, "", Severity.ERROR, fault.code, fault.got, fault.expected, fault.fix),))
+
+
+def _unreadable(error: OSError | ValueError) -> Line[Any]:
+    reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+    return _bad_file(RecordError("unreadable", reason, "a file that can be read", "check the path and its permissions"))
+
+
+def _warning(number: int, code: str, got: str, expected: str, fix: str) -> Problem:
+    return Problem(number, "", Severity.WARNING, code, got, expected, fix)

@@ -1,0 +1,189 @@
+"""Lint replies beyond their schema: short, informal, Korean, and with no more emoji than the intensity allows.
+
+`validate`, the generator (which rejects replies with warnings) and the evaluation share these pure functions. They are heuristics,
+meant for rates over many replies and for warnings; tests measure their accuracy on the labelled lines of lint_lines.tsv.
+`RULES` lists the rules with their thresholds.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from lora_trainer.data.korean import formal_endings, sentence_count, sentences
+from lora_trainer.data.problems import Problem, Severity
+from lora_trainer.persona.emoji import emoji_count
+from lora_trainer.persona.specs import persona_spec
+from lora_trainer.persona.vocabulary import BloodType, IntensityThird
+
+MAX_SENTENCES: Final = 2
+"""Tiki-taka means one or two short sentences."""
+
+LONG_REPLY_CHARACTERS: Final = 100
+"""The linter warns about longer replies. The longest hand-written one has 90; the schema allows `MAX_REPLY_CHARACTERS` (200)."""
+
+MIN_HANGUL_SHARE: Final = 0.5
+"""Minimum share of Hangul among a reply's letters. Leaves room for song titles and app names in Latin letters."""
+
+MIN_QUESTION_RATE: Final = 0.3
+"""Minimum share of a file's replies that ask a question."""
+
+MIN_RECORDS_FOR_RATES: Final = 20
+"""Minimum number of records for a warning about a rate: rates over fewer are too noisy."""
+
+MAX_EMOJI: Final[Mapping[IntensityThird, int]] = {IntensityThird.LOW: 1, IntensityThird.MIDDLE: 2, IntensityThird.HIGH: 4}
+"""Maximum emoji per reply for an unknown persona. A known persona's specification sets its own `emoji.most`."""
+
+
+def max_emoji(intensity: float, blood_type: BloodType | None = None) -> int:
+    """Return the maximum emoji in a reply of this intensity, by the persona's own rule if `blood_type` is given."""
+    most = persona_spec(blood_type).emoji.most if blood_type else MAX_EMOJI
+    return most[IntensityThird.of(intensity)]
+
+
+# --- questions -----------------------------------------------------------------------------------------
+
+_QUESTION_MARK = re.compile("[?？]")
+_ADDRESS = re.compile(r"https?://\S+")
+_QUESTION_WORD = re.compile("[가-힣]*냐|어때|뭐해|뭐하니|어디야|언제야|누구야")
+_HANGUL_WORD = re.compile("[가-힣]+")
+_FINAL_RIEUL: Final = 8
+
+
+def has_question(text: str) -> bool:
+    """Return whether `text` asks something, with a question mark or with a typical last word of a question (같이 갈까)."""
+    without_addresses = _ADDRESS.sub("", text) if "://" in text else text
+    if _QUESTION_MARK.search(without_addresses):
+        return True
+    last_words = (_HANGUL_WORD.findall(sentence)[-1:] for sentence in sentences(without_addresses))
+    return any(_asks(word) for words in last_words for word in words)
+
+
+def _asks(word: str) -> bool:
+    is_shall_we = word.endswith("까") and len(word) > 1 and (ord(word[-2]) - 0xAC00) % 28 == _FINAL_RIEUL
+    return is_shall_we or _QUESTION_WORD.fullmatch(word) is not None
+
+
+# --- language and content ------------------------------------------------------------------------------
+
+_HANGUL = re.compile("[가-힣ㄱ-ㅎㅏ-ㅣ]")
+
+
+def hangul_share(text: str) -> float:
+    """Return the share of Hangul, jamo included, among the letters of `text`, in [0, 1]; 1 if there are no letters."""
+    letters = [sign for sign in unicodedata.normalize("NFC", text) if sign.isalpha()]
+    return sum(1 for sign in letters if _HANGUL.match(sign)) / len(letters) if letters else 1.0
+
+
+# match control tokens with a space too: `escape_control_tokens` inserts one
+_BANNED: Final = tuple(
+    (kind, re.compile("|".join(patterns), re.IGNORECASE))
+    for kind, patterns in (
+        (
+            "profanity",
+            (
+                "씨발",
+                "시발(?!점|역|자)",
+                "ㅅㅂ",
+                "ㅆㅂ",
+                "병신",
+                "좆",
+                "지랄",
+                "개새끼",
+                "미친[년놈]",
+                "꺼져(?! ?[가-힣])",
+                "닥쳐",
+                "니애미",
+                "느금마",
+            ),
+        ),
+        ("a slur", ("짱깨", "쪽바리", "깜둥이", "한남충", "김치녀", "된장녀", "맘충", "틀딱", "정신병자")),
+        ("encouragement to harm", ("(?:그냥|차라리|나가|가서) ?(?:죽어|뒈져|뛰어내려)", "죽어 ?버려", "자살해", "죽여 ?버려")),
+        (
+            "an address or a number to call",
+            (
+                r"https?://",
+                r"www\.",
+                r"(?<![\w.+-])[\w.+-]{1,64}@[\w-]{1,64}\.\w",
+                r"(?<!\d)0\d{1,2}[-. ]?\d{3,4}[-. ]?\d{4}(?!\d)",
+                r"(?<!\d)\d{6}-[1-4]\d{6}",
+            ),
+        ),
+        (
+            "an assistant's phrase",
+            ("언어 ?모델", "인공지능 (?:모델|비서)", "무엇을 도와", "도움이 필요하", "궁금한 점이 있으", "OpenAI|ChatGPT|Qwen"),
+        ),
+        ("a control token", (r"< ?\| ?(?:im_start|im_end|endoftext)",)),
+    )
+)
+
+
+def banned_content(text: str) -> list[str]:
+    """Return the kinds of banned content in `text`, such as profanity or a slur, without quoting it."""
+    plain = unicodedata.normalize("NFKC", text)
+    return [kind for kind, pattern in _BANNED if pattern.search(plain)]
+
+
+# --- blood types ---------------------------------------------------------------------------------------
+
+_BLOOD_TYPE = re.compile("(?<![A-Za-z])(AB|A|B|O) ?형(?!광|태|식|용|상)", re.IGNORECASE)
+
+
+def blood_types_named(instruction: str) -> frozenset[BloodType]:
+    """Return the blood types that an instruction names, as in `A형`. `AB형` names neither A nor B."""
+    plain = unicodedata.normalize("NFKC", instruction)
+    return frozenset(BloodType(name.upper()) for name in _BLOOD_TYPE.findall(plain))
+
+
+# --- the rules -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """One check on a reply: its code, and the threshold and fix shown in its warnings."""
+
+    code: str
+    threshold: str
+    fix: str
+
+
+RULES: Final[Mapping[str, Rule]] = {
+    rule.code: rule
+    for rule in (
+        Rule("too_many_sentences", f"at most {MAX_SENTENCES}", "say less, and leave the rest for the next turn"),
+        Rule("formal_speech", "반말", "use an informal ending"),
+        Rule("too_many_emoji", "the persona's emoji.most", "remove some, or raise the intensity"),
+        Rule("too_long", f"at most {LONG_REPLY_CHARACTERS} characters", "shorten it"),
+        Rule("not_korean", f"at least {MIN_HANGUL_SHARE:.0%} of the letters Hangul", "answer in Korean"),
+        Rule("banned_content", "no banned content", "rephrase it without that"),
+    )
+}
+"""The rules by code, in the order in which `lint_reply` checks them. SDS.md describes each."""
+
+
+def lint_reply(text: str, intensity: float, line: int | None = None, blood_type: BloodType | None = None) -> Iterator[Problem]:
+    """Yield the warnings about one reply. `intensity` is in [0, 1]; `blood_type` selects the persona's emoji rule."""
+    if (count := sentence_count(text)) > MAX_SENTENCES:
+        yield _warning(line, "too_many_sentences", f"{count} sentences")
+    if endings := formal_endings(text):
+        yield _warning(line, "formal_speech", f"존댓말 ({', '.join(dict.fromkeys(endings))})")
+    if (count := emoji_count(text)) > (most := max_emoji(intensity, blood_type)):
+        third = IntensityThird.of(intensity)
+        whose = f" for {blood_type}" if blood_type else ""
+        yield _warning(
+            line, "too_many_emoji", f"{count} emoji at intensity {intensity:g}", f"at most {most} at {third} intensity{whose}"
+        )
+    if len(text) > LONG_REPLY_CHARACTERS:
+        yield _warning(line, "too_long", f"{len(text):,} characters")
+    if (share := hangul_share(text)) < MIN_HANGUL_SHARE:
+        yield _warning(line, "not_korean", f"{share:.0%} of the letters Hangul")
+    if kinds := banned_content(text):
+        yield _warning(line, "banned_content", " and ".join(kinds))
+
+
+def _warning(line: int | None, code: str, got: str, expected: str | None = None) -> Problem:
+    rule = RULES[code]
+    return Problem(line, "output.text", Severity.WARNING, code, got, expected or rule.threshold, rule.fix)

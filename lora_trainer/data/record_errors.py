@@ -1,0 +1,85 @@
+"""Explain what is wrong with a record: which field, what it holds, what is expected there, and how to fix it.
+
+Messages never quote training text: values are described by their kind and size, and only short names are shown.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from difflib import get_close_matches
+
+from pydantic import BaseModel, ValidationError
+
+from lora_trainer.data.problems import Problem, RecordError, Severity
+from lora_trainer.data.records import EXPECTED_BY_FIELD, VOCABULARIES, EvaluationPrompt, lone_surrogate_error
+from lora_trainer.data.strict_json import MAX_QUOTED_CHARACTERS, is_quotable, quoted_key
+
+
+def schema_problems(error: ValidationError, number: int, schema: type[BaseModel]) -> Iterator[Problem]:
+    """Yield a problem for each schema error of the record on line `number`."""
+    for detail in error.errors(include_url=False):
+        path = [str(part) for part in detail["loc"]]
+        field = ".".join(path)
+        if detail["type"] == "extra_forbidden":
+            yield _unknown_field(path, number, schema)
+            continue
+        raised = detail.get("ctx", {}).get("error")
+        yield error_problem(
+            number, field, raised if isinstance(raised, RecordError) else _fault(detail["type"], field, detail["input"])
+        )
+
+
+def error_problem(number: int, field: str, fault: RecordError) -> Problem:
+    """Return `fault` as an error in `field` of line `number`."""
+    return Problem(number, field, Severity.ERROR, fault.code, fault.got, fault.expected, fault.fix)
+
+
+def _fault(kind: str, field: str, value: object) -> RecordError:
+    """Translate `kind`, pydantic's error type for `field`, into a `RecordError` for the author."""
+    expected = EXPECTED_BY_FIELD[field]
+    if kind == "missing":
+        return RecordError("missing_field", "nothing", expected, f"add '{field.rsplit('.', 1)[-1]}'")
+    if kind == "enum":
+        got = f"'{value}'" if isinstance(value, str) and is_quotable(value) else described(value)
+        return RecordError("unknown_value", got, expected, _nearest(value, VOCABULARIES[field], "choose the closest one"))
+    if kind in ("greater_than_equal", "less_than_equal", "finite_number"):
+        return RecordError("out_of_range", described(value), expected, "use 0 (barely) to 1 (fully)")
+    if kind == "string_unicode":
+        return lone_surrogate_error("half of a surrogate pair")
+    return RecordError("wrong_type", described(value), expected, "write a value of that type")
+
+
+def _unknown_field(path: list[str], number: int, schema: type[BaseModel]) -> Problem:
+    *parents, key = path
+    siblings = [name.rsplit(".", 1)[-1] for name in EXPECTED_BY_FIELD if name and name.split(".")[:-1] == parents]
+    if not parents and schema is EvaluationPrompt:
+        siblings = list(EvaluationPrompt.model_fields)
+    # a key that does not look like a name is probably training text with misplaced quotes
+    field = ".".join([*parents, key if is_quotable(key) else "?"])
+    fault = RecordError(
+        "unknown_field", f"the key {quoted_key(key)}", "only " + ", ".join(siblings), _nearest(key, siblings, "remove it")
+    )
+    return error_problem(number, field, fault)
+
+
+def _nearest(value: object, names: Sequence[str], otherwise: str) -> str:
+    if isinstance(value, str) and len(value) <= MAX_QUOTED_CHARACTERS:
+        close = get_close_matches(value.strip().lower(), names, n=1, cutoff=0.7)
+        if close:
+            return f"did you mean '{close[0]}'?"
+    return otherwise
+
+
+def described(value: object) -> str:
+    """Describe a JSON value by its kind and size, without quoting text."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, int):
+        return str(value) if abs(value) < 10**MAX_QUOTED_CHARACTERS else "a very large number"
+    if isinstance(value, float):
+        return repr(value)
+    if isinstance(value, str):
+        return f"text of {len(value)} character{'' if len(value) == 1 else 's'}"
+    return "a list" if isinstance(value, list) else "an object"

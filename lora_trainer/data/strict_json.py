@@ -1,0 +1,99 @@
+"""Decode JSON from untrusted lines: limited depth and size, no NaN, no duplicate keys."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any, Final, NoReturn
+
+from lora_trainer.config import LimitsConfig
+from lora_trainer.data.problems import IncompleteJsonError, RecordError
+
+RECORD_SHAPE: Final = "one JSON object on the line: instruction, context, input, output"
+MAX_QUOTED_CHARACTERS: Final = 24
+"""Longest value or key that messages quote; a longer one is probably training text, not a misspelled name."""
+
+_NAME: Final = re.compile(r"[A-Za-z0-9_-]+")
+# a record has four keys; without a limit, a line of a megabyte could produce a problem for each of its keys
+_MAX_KEYS: Final = 64
+# a JSON string, an unmatched quote, or a bracket
+_STRUCTURE: Final = re.compile(r'"(?:[^"\\]++|\\.)*+"|["\[\]{}]', re.DOTALL)
+
+
+def decode_json(text: str, limits: LimitsConfig) -> object:
+    """Decode `text` like `json.loads`, but refuse NaN, duplicate keys and deep nesting. Raises only `RecordError`."""
+    _check_depth(text, limits.nesting_depth)
+    try:
+        return _DECODER.decode(text)
+    except RecordError:
+        raise
+    except json.JSONDecodeError as error:
+        got = f"something that is not JSON ({error.msg.lower().removesuffix(' at')} at character {error.pos + 1})"
+        if error.msg == "Extra data":
+            fix = "put one record on a line, with nothing after it"
+        else:
+            fix = "write it with a JSON library, which escapes quotes and line breaks in text"
+        # truncated inside a string, or before the last brace
+        is_open = error.msg.startswith("Unterminated string") or not text.rstrip().endswith("}")
+        is_object = text.lstrip().startswith("{") and error.msg != "Extra data"
+        kind = IncompleteJsonError if is_object and (is_open or error.pos >= len(text.rstrip())) else RecordError
+        raise kind("not_json", got, RECORD_SHAPE, fix) from None
+    except ValueError:
+        # the only other cause: int() refuses very long numbers
+        raise RecordError("not_json", "a number with too many digits", RECORD_SHAPE, "write a number from 0 to 1") from None
+
+
+def is_quotable(text: str) -> bool:
+    """Return whether `text` looks like the name of a field or an emotion, so that a message may quote it."""
+    return len(text) <= MAX_QUOTED_CHARACTERS and _NAME.fullmatch(text) is not None
+
+
+def quoted_key(key: str) -> str:
+    """Return `key` in quotes if a message may quote it, and its length otherwise."""
+    return f"'{key}'" if is_quotable(key) else f"of {len(key)} characters"
+
+
+def _check_depth(text: str, max_depth: int) -> None:
+    """Raise `RecordError` if `text` nests deeper than `max_depth`: the JSON parser is recursive."""
+    # a cheap test that nearly every line passes: a record with its reply has four opening braces
+    if text.count("[") + text.count("{") <= max_depth:
+        return
+    depth = 0
+    for found in _STRUCTURE.finditer(text):
+        first = text[found.start()]
+        if first in "[{":
+            depth += 1
+            if depth > max_depth:
+                raise RecordError(
+                    "too_deep",
+                    f"lists or objects nested more than {max_depth} deep (limits.nesting_depth)",
+                    RECORD_SHAPE,
+                    "remove what does not belong there",
+                )
+        elif first in "]}":
+            depth -= 1
+        elif found.end() - found.start() == 1:
+            # an unterminated string, which the parser reports
+            return
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(pairs) > _MAX_KEYS:
+        raise RecordError(
+            "too_many_keys", f"an object of {len(pairs):,} keys", f"at most {_MAX_KEYS}", "remove what does not belong there"
+        )
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        keys = [key for key, _ in pairs]
+        repeated = next(key for key in keys if keys.count(key) > 1)
+        raise RecordError(
+            "duplicate_key", f"the key {quoted_key(repeated)} more than once", "each key once", "keep the one that is meant"
+        )
+    return found
+
+
+def _not_a_number(constant: str) -> NoReturn:
+    raise RecordError("not_finite", constant, "a finite number", "write a number from 0 to 1")
+
+
+_DECODER: Final = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_not_a_number)

@@ -1,0 +1,156 @@
+"""Aggregate scored replies into metrics: rates with bounds, means, and the win rate against the base."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from typing import Final
+
+from lora_trainer.config import EvaluationConfig
+from lora_trainer.data.records import EvaluationPrompt
+from lora_trainer.evaluate.decoding import Decoding
+from lora_trainer.evaluate.intervals import ClusterBootstrap, clopper_pearson, spearman
+from lora_trainer.evaluate.metrics import DecodingMetrics, Estimate, EvaluationMetrics, RepliesMetrics
+from lora_trainer.evaluate.questions import evaluation_id, prompts_digest
+from lora_trainer.evaluate.rules import RULES, ScoredReply, TrainingData
+from lora_trainer.persona.vocabulary import BloodType
+
+_TIE: Final = 1e-6
+"""Largest difference between two rule scores that counts as a tie."""
+
+
+def replies_metrics(scored: Sequence[ScoredReply], blood_type: BloodType, config: EvaluationConfig) -> RepliesMetrics:
+    """Aggregate one model's replies under one decoding."""
+    bootstrap = ClusterBootstrap([reply.prompt for reply in scored], config.bootstrap_resamples, config.seed)
+    readable = [reply for reply in scored if reply.text is not None]
+
+    def rate(held: Sequence[bool | None]) -> Estimate:
+        known = [value for value in held if value is not None]
+        successes = sum(known)
+        lower, upper = clopper_pearson(successes, len(known))
+        drawn_lower, drawn_upper = _nan_to_none(bootstrap.mean(held))
+        return Estimate(
+            value=successes / len(known) if known else 0.0,
+            lower=lower,
+            upper=upper,
+            bootstrap_lower=drawn_lower,
+            bootstrap_upper=drawn_upper,
+            successes=successes,
+            of=len(known),
+        )
+
+    def mean(values: Sequence[float | None]) -> Estimate:
+        return mean_estimate(bootstrap, values)
+
+    intensities: list[float | None] = [reply.intensity for reply in scored]
+    emoji: list[float | None] = [reply.emoji for reply in scored]
+    lower, upper = _nan_to_none(bootstrap.spearman(intensities, emoji))
+    by_intensity: dict[float, list[int]] = defaultdict(list)
+    for reply in readable:
+        by_intensity[reply.intensity].append(reply.emoji or 0)
+    copied_share = [None if reply.copied_words is None or not reply.words else reply.copied_words / reply.words for reply in scored]
+    return RepliesMetrics(
+        exact_json=rate([reply.exact_json for reply in scored]),
+        emotion_in_vocabulary=rate([reply.emotion_in_vocabulary for reply in scored]),
+        stop=rate([reply.stopped for reply in scored]),
+        one_or_two_sentences=rate([reply.one_or_two_sentences for reply in scored]),
+        informal_speech=rate([reply.informal_speech for reply in scored]),
+        persona=rate([reply.taken_for == blood_type for reply in scored]),
+        question=rate([reply.question for reply in scored]),
+        emoji_intensity=Estimate(
+            value=spearman(intensities, emoji),
+            lower=lower,
+            upper=upper,
+            bootstrap_lower=lower,
+            bootstrap_upper=upper,
+            of=len(readable),
+        ),
+        emotion_appropriateness=mean([reply.emotion_appropriateness for reply in scored]),
+        characters=mean([None if reply.text is None else len(reply.text) for reply in scored]),
+        emoji=mean(emoji),
+        repetition=mean([reply.repetition for reply in scored]),
+        copied_words=mean(copied_share),
+        verbatim_copies=rate([reply.verbatim for reply in scored]),
+        rule_score=mean([reply.score for reply in scored]),
+        unique_replies=len({reply.text for reply in readable}) / len(readable) if readable else 0.0,
+        longest_copied_words=max((reply.copied_words or 0 for reply in scored), default=0),
+        emoji_by_intensity={f"{intensity:g}": sum(counts) / len(counts) for intensity, counts in sorted(by_intensity.items())},
+        taken_for={name: sum(reply.taken_for == name for reply in scored) for name in BloodType},
+        emotions=dict(sorted(Counter(reply.emotion for reply in readable if reply.emotion).items())),
+        warnings=dict(sorted(Counter(code for reply in readable for code in reply.warnings).items())),
+    )
+
+
+def mean_estimate(bootstrap: ClusterBootstrap, values: Sequence[float | None]) -> Estimate:
+    """Return the mean of `values`, ignoring None, with bootstrap bounds."""
+    known = [value for value in values if value is not None]
+    lower, upper = _nan_to_none(bootstrap.mean(values))
+    return Estimate(
+        value=sum(known) / len(known) if known else 0.0,
+        lower=lower,
+        upper=upper,
+        bootstrap_lower=lower,
+        bootstrap_upper=upper,
+        of=len(known),
+    )
+
+
+def _nan_to_none(bounds: tuple[float, float]) -> tuple[float | None, float | None]:
+    # JSON has no NaN, so missing bounds become None
+    lower, upper = bounds
+    return (None, None) if lower != lower else (lower, upper)
+
+
+def win_rate(adapter: Sequence[ScoredReply], base: Sequence[ScoredReply], config: EvaluationConfig) -> Estimate:
+    """Return the share of questions on which the adapter's rule score beats the base's; a tie counts half."""
+    bootstrap = ClusterBootstrap([reply.prompt for reply in adapter], config.bootstrap_resamples, config.seed)
+    wins = []
+    for mine, theirs in zip(adapter, base, strict=True):
+        difference = mine.score - theirs.score
+        wins.append(0.5 if abs(difference) <= _TIE else float(difference > 0))
+    return mean_estimate(bootstrap, wins)
+
+
+def decoding_metrics(
+    decoding: Decoding,
+    adapter: Sequence[ScoredReply],
+    base: Sequence[ScoredReply],
+    blood_type: BloodType,
+    config: EvaluationConfig,
+    generate_s: float,
+) -> DecodingMetrics:
+    """Return the metrics of adapter and base under one decoding."""
+    return DecodingMetrics(
+        temperature=decoding.temperature,
+        top_p=decoding.top_p,
+        top_k=decoding.top_k,
+        seed=decoding.seed,
+        adapter=replies_metrics(adapter, blood_type, config),
+        base=replies_metrics(base, blood_type, config),
+        win_rate=win_rate(adapter, base, config),
+        generate_s=round(generate_s, 3),
+    )
+
+
+def evaluation_metrics(
+    config: EvaluationConfig,
+    prompts: Sequence[EvaluationPrompt],
+    measured: Mapping[str, DecodingMetrics],
+    data: TrainingData,
+) -> EvaluationMetrics:
+    """Return the metrics of one evaluation, without the judge's."""
+    sha256 = prompts_digest(prompts)
+    return EvaluationMetrics(
+        evaluation_id=evaluation_id(config, sha256),
+        prompts=len(prompts),
+        prompts_sha256=sha256,
+        intensities=config.intensities,
+        replies=len(prompts) * len(config.intensities),
+        max_new_tokens=config.max_new_tokens,
+        greedy=measured["greedy"],
+        sampled=measured.get("sampled"),
+        data_emoji_by_third={str(third): value for third, value in data.emoji_by_third.items()},
+        rules=RULES,
+        versions={name: metadata.version(name) for name in ("kiwipiepy", "emoji", "scikit-learn")},
+    )

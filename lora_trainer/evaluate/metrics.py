@@ -1,0 +1,189 @@
+"""Models of `metrics.json`. Every bundle also carries its JSON Schema, from `metrics_schema()`.
+
+Rates are in [0, 1], losses in nats per reply token, times in seconds, memory in GiB. Bounds are one-sided, at 95 % confidence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from lora_trainer.persona.vocabulary import BloodType
+
+METRICS_SCHEMA: Final = 2
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Estimate(_Part):
+    """A measured value with its confidence bounds."""
+
+    value: float
+    lower: float | None = Field(description="Lower 95 % bound: Clopper-Pearson for a rate, otherwise the clustered bootstrap.")
+    upper: float | None = Field(description="Upper 95 % bound, by the same method.")
+    bootstrap_lower: float | None = Field(description="Lower 95 % bound of the bootstrap that resamples whole prompts.")
+    bootstrap_upper: float | None = Field(description="Upper 95 % bound of the bootstrap that resamples whole prompts.")
+    successes: int | None = Field(default=None, description="For a rate: number of replies with the property.")
+    of: int = Field(description="Number of replies measured.")
+
+
+class RepliesMetrics(_Part):
+    """Metrics of one model's replies under one decoding.
+
+    Unreadable replies fail every check; metrics over readable replies exclude them.
+    """
+
+    exact_json: Estimate = Field(description="The reply is exactly one JSON object of the contract.")
+    emotion_in_vocabulary: Estimate = Field(description="The reply is a JSON object with one of the 15 emotions.")
+    stop: Estimate = Field(description="The model emitted the end-of-turn token within the token limit.")
+    one_or_two_sentences: Estimate = Field(description="At most two sentences; a bare interjection does not count.")
+    informal_speech: Estimate = Field(description="The whole reply is in 반말.")
+    persona: Estimate = Field(description="The persona classifier assigns the reply to this persona.")
+    question: Estimate = Field(description="Share of readable replies that ask a question.")
+    emoji_intensity: Estimate = Field(description="Spearman correlation of emoji count and intensity over readable replies.")
+    emotion_appropriateness: Estimate = Field(
+        description="How common the emotion is in the training data for the same feeling and third of intensity: 1 for the most "
+        "common one, 0 for one that never occurs."
+    )
+    characters: Estimate = Field(description="Mean text length of readable replies.")
+    emoji: Estimate = Field(description="Mean number of emoji in a readable reply.")
+    repetition: Estimate = Field(description="Share of a text's character 4-grams that occurred earlier in it.")
+    copied_words: Estimate = Field(
+        description="Longest run of words shared with a single training reply, as a share of the text's words."
+    )
+    verbatim_copies: Estimate = Field(description="The text is identical to a training reply.")
+    rule_score: Estimate = Field(description="Points scored by the rules, as a share of all points.")
+    unique_replies: float = Field(description="Distinct texts as a share of readable replies.")
+    longest_copied_words: int = Field(description="Longest run of words that any text shares with a training reply.")
+    emoji_by_intensity: Mapping[str, float] = Field(description="Mean emoji count at each intensity.")
+    taken_for: Mapping[BloodType, int] = Field(description="Readable replies by predicted persona.")
+    emotions: Mapping[str, int] = Field(description="Readable replies by emotion.")
+    warnings: Mapping[str, int] = Field(description="Readable replies with a linter warning, by code.")
+
+
+class DecodingMetrics(_Part):
+    """Metrics of adapter and base under one decoding, on the same prompts."""
+
+    temperature: float
+    top_p: float
+    top_k: int
+    seed: int
+    adapter: RepliesMetrics
+    base: RepliesMetrics
+    win_rate: Estimate = Field(description="The adapter's reply has a higher rule score than the base's; a tie counts half.")
+    generate_s: float = Field(description="Seconds spent on generation, adapter and base together.")
+
+
+class JudgeMetrics(_Part):
+    """Preferences of an LLM judge between adapter and base, asked in both orders."""
+
+    model: str
+    win_rate: Estimate = Field(
+        description="The judge prefers the adapter in both orders; a preference that depends on the order counts half."
+    )
+    wins: int
+    ties: int
+    losses: int
+    order_agreement: float = Field(description="Share of pairs with the same preference in both orders.")
+    unanswered: int = Field(description="Pairs left out because an answer was missing or unusable.")
+    requests: int
+    prompt_tokens: int
+    completion_tokens: int
+    rubric: str
+
+
+class EvaluationMetrics(_Part):
+    """Settings and results of an evaluation."""
+
+    evaluation_id: str
+    prompts: int
+    prompts_sha256: str
+    intensities: tuple[float, ...]
+    replies: int = Field(description="Replies per model and decoding: prompts times intensities.")
+    max_new_tokens: int
+    greedy: DecodingMetrics
+    sampled: DecodingMetrics | None
+    judge: JudgeMetrics | None = None
+    data_emoji_by_third: Mapping[str, float] = Field(description="Mean emoji count in the training data, by third of intensity.")
+    rules: Mapping[str, float] = Field(description="Points of the rule score, by rule.")
+    versions: Mapping[str, str] = Field(
+        description="Versions of the libraries that the measurements depend on: morphology, emoji, classifier."
+    )
+
+
+class GateResult(_Part):
+    """One bound compared with one threshold."""
+
+    name: str
+    measure: str = Field(description="Which bound is compared.")
+    value: float = Field(description="The measured value.")
+    compared: float = Field(description="The bound, which is compared with the threshold.")
+    relation: Literal[">=", ">", "<="]
+    threshold: float
+    passed: bool
+
+    @property
+    def missed_by(self) -> float:
+        """Distance from `compared` to the threshold; 0 if the gate passed."""
+        return 0.0 if self.passed else abs(self.threshold - self.compared)
+
+
+class Verdict(_Part):
+    """Whether the adapter passed all gates and may be promoted."""
+
+    gate_id: str
+    passed: bool
+    gates: tuple[GateResult, ...]
+
+
+class TrainingMetrics(_Part):
+    """Totals over all training steps."""
+
+    records: int
+    steps: int
+    loss_first: float
+    loss_last: float
+    tokens: int
+    loss_tokens: int
+    rows: int
+    packed_rows: int
+    train_s: float
+    tokens_per_s: float
+
+
+class HeldOutMetrics(_Part):
+    """Mean loss on held-out records."""
+
+    records: int
+    loss_base: float
+    loss_adapter: float
+    perplexity_base: float
+    perplexity_adapter: float
+
+
+class RunMetrics(_Part):
+    """`metrics.json`."""
+
+    schema_version: Literal[2] = Field(default=METRICS_SCHEMA, alias="schema")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, populate_by_name=True)
+
+    run_id: str
+    blood_type: BloodType
+    training: TrainingMetrics
+    held_out: HeldOutMetrics
+    evaluation: EvaluationMetrics
+    verdict: Verdict
+    peak_memory_gib: float
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the content of `metrics.json`."""
+        return self.model_dump(mode="json", by_alias=True)
+
+
+def metrics_schema() -> dict[str, Any]:
+    """Return the JSON Schema of `metrics.json`."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **RunMetrics.model_json_schema(by_alias=True)}

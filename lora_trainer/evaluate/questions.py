@@ -1,0 +1,77 @@
+"""Build the evaluation questions, every prompt at every intensity, and the ids that identify an evaluation."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from typing import Final
+
+from lora_trainer.config import EvaluationConfig
+from lora_trainer.data.records import EvaluationPrompt
+from lora_trainer.persona.prompt import PROMPT_VERSION, Message, prompt_messages
+from lora_trainer.persona.specs import persona_spec
+from lora_trainer.persona.vocabulary import BloodType
+
+EVALUATION_VERSION: Final = 1
+"""Increase this when a code change alters the questions or the way replies are measured."""
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """One prompt at one intensity."""
+
+    prompt: int
+    """Index of the prompt, from 0."""
+    intensity: float
+    source: EvaluationPrompt
+    messages: tuple[Message, ...]
+
+
+def questions(prompts: Sequence[EvaluationPrompt], intensities: Sequence[float], instruction: str) -> list[Question]:
+    """Return each prompt at each of `intensities`, ordered by prompt. The prompts' own intensities are ignored."""
+    return [
+        Question(
+            number,
+            intensity,
+            prompt,
+            tuple(
+                prompt_messages(instruction, prompt.context.summary, prompt.context.current_emotion.type, intensity, prompt.input)
+            ),
+        )
+        for number, prompt in enumerate(prompts)
+        for intensity in intensities
+    ]
+
+
+def prompts_digest(prompts: Iterable[EvaluationPrompt]) -> str:
+    """Return the SHA-256 of the prompts' content, in order."""
+    digest = hashlib.sha256()
+    for prompt in prompts:
+        digest.update(json.dumps(prompt.model_dump(mode="json"), sort_keys=True, ensure_ascii=True).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def evaluation_id(config: EvaluationConfig, prompts_sha256: str) -> str:
+    """Return 16 hex digits that identify the questions and the measurement, but not the thresholds.
+
+    A finished evaluation with the same id can be reused.
+    """
+    ingredients = {
+        "evaluation_version": EVALUATION_VERSION,
+        "prompt_version": PROMPT_VERSION,
+        "prompts_sha256": prompts_sha256,
+        "classifier_sha256": hashlib.sha256(
+            resources.files("lora_trainer.evaluate").joinpath("assets/persona_classifier.npz").read_bytes()
+        ).hexdigest(),
+        # exclude settings that do not change the result; the prompts' content is hashed above
+        "settings": config.model_dump(mode="json", exclude={"prompts", "batch_size", "judge_base_url"}),
+    }
+    return hashlib.sha256(json.dumps(ingredients, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def instruction_of(blood_type: BloodType) -> str:
+    """Return the instruction that starts every evaluation prompt of this persona."""
+    return persona_spec(blood_type).instruction

@@ -1,0 +1,290 @@
+"""Score each reply by rules.
+
+The rules reuse the linter, persona classifier and speech-level analysis that also check the training data.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+from typing import Any, Final, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from lora_trainer.data.korean import MAX_ANALYSED_CHARACTERS, is_formal, sentence_count
+from lora_trainer.data.lint import MAX_SENTENCES, has_question, lint_reply
+from lora_trainer.data.records import Reply, TrainingRecord
+from lora_trainer.evaluate.decoding import Generation
+from lora_trainer.evaluate.persona_classifier import bundled_classifier
+from lora_trainer.evaluate.questions import Question
+from lora_trainer.persona.emoji import emoji_count
+from lora_trainer.persona.vocabulary import BloodType, Expression, IntensityThird
+
+RULES: Final[Mapping[str, float]] = {
+    "exact_json": 3.0,
+    "stop": 1.0,
+    "one_or_two_sentences": 1.0,
+    "informal_speech": 2.0,
+    "clean": 1.0,
+    "persona": 2.0,
+    "emotion": 1.0,
+    "no_repetition": 1.0,
+}
+"""Points of the rule score. `clean`: no other linter warning (emoji, length, Korean, banned content). `persona` is multiplied
+by the classifier's probability, `emotion` by the emotion's appropriateness, `no_repetition` by the share of new 4-grams."""
+MODELS: Final[tuple[Literal["adapter"], Literal["base"]]] = ("adapter", "base")
+_REPETITION_NGRAM_CHARACTERS: Final = 4
+_WORD: Final = re.compile(r"\w+")
+
+
+class ScoredReply(BaseModel):
+    """One line of `replies.jsonl`: a raw reply and the results of the rules.
+
+    Fields that may be None are None unless the reply is exact JSON.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: Literal["adapter", "base"]
+    decoding: Literal["greedy", "sampled"]
+    prompt: int
+    feeling: str
+    intensity: float
+    summary: str
+    input: str
+    reply: str
+    """The raw reply, as generated."""
+    stopped: bool
+    tokens: int
+    exact_json: bool
+    emotion_in_vocabulary: bool
+    text: str | None
+    """The `text` field of the reply."""
+    emotion: str | None
+    one_or_two_sentences: bool
+    informal_speech: bool
+    question: bool | None
+    emoji: int | None
+    taken_for: BloodType | None
+    persona_probability: float
+    emotion_appropriateness: float | None
+    """See `TrainingData.appropriateness`; also None if the data has no comparable record."""
+    repetition: float | None
+    copied_words: int | None
+    words: int | None
+    verbatim: bool | None
+    warnings: tuple[str, ...]
+    score: float
+    """Points earned under `RULES`, as a share of the maximum, in [0, 1]."""
+
+
+def read_exact(reply: str) -> Reply | None:
+    """Parse a reply that is exactly one JSON object with `Reply`'s fields. Return None for anything else."""
+    if not (reply.startswith("{") and reply.endswith("}")):
+        return None
+    try:
+        return Reply.model_validate(json.loads(reply, object_pairs_hook=_without_duplicates))
+    except (ValueError, RecursionError):
+        return None
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len({key for key, _ in pairs}) != len(pairs):
+        raise ValueError("duplicate key")
+    return dict(pairs)
+
+
+def _has_known_emotion(reply: str) -> bool:
+    try:
+        found = json.loads(reply)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(found, dict) and found.get("emotion") in tuple(Expression)
+
+
+def repetition(text: str) -> float:
+    """Return the share of character 4-grams that occurred earlier in `text`, ignoring spaces; 0 for a short text."""
+    plain = "".join(text.split())
+    length = _REPETITION_NGRAM_CHARACTERS
+    grams = [plain[at : at + length] for at in range(len(plain) - length + 1)]
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(_WORD.findall(text.lower()))
+
+
+def longest_common_runs(texts: Sequence[str], references: Iterable[str]) -> list[int]:
+    """Return the length, in words, of the longest run that each of `texts` shares with a single reference.
+
+    Iterates over `references` once and stores only n-grams of `texts`. Compares at most `MAX_ANALYSED_CHARACTERS` of each
+    text, because all n-grams of a thousand words would take a gigabyte.
+    """
+    wanted: dict[int, set[tuple[str, ...]]] = defaultdict(set)
+    split = [_words(text[:MAX_ANALYSED_CHARACTERS]) for text in texts]
+    for words in split:
+        for length in range(1, len(words) + 1):
+            wanted[length].update(words[at : at + length] for at in range(len(words) - length + 1))
+    found: dict[int, set[tuple[str, ...]]] = defaultdict(set)
+    for reference in references:
+        words = _words(reference)
+        for length in range(1, len(words) + 1):
+            grams = wanted.get(length)
+            shared = grams and {words[at : at + length] for at in range(len(words) - length + 1)} & grams
+            if not shared:
+                # every longer run contains a run of this length
+                break
+            found[length] |= shared
+    return [
+        next(
+            (
+                length
+                for length in range(len(words), 0, -1)
+                if any(words[at : at + length] in found[length] for at in range(len(words) - length + 1))
+            ),
+            0,
+        )
+        for words in split
+    ]
+
+
+class TrainingData:
+    """The records that the adapter was trained on, indexed for comparison with its replies."""
+
+    def __init__(self, records: Sequence[TrainingRecord]) -> None:
+        self._records = records
+
+    @property
+    def texts(self) -> Iterable[str]:
+        """Text of each reply."""
+        return (record.reply.text for record in self._records)
+
+    @cached_property
+    def _verbatim(self) -> frozenset[str]:
+        return frozenset(self.texts)
+
+    @cached_property
+    def _emotions(self) -> Mapping[tuple[str, IntensityThird], Counter[Expression]]:
+        found: dict[tuple[str, IntensityThird], Counter[Expression]] = defaultdict(Counter)
+        for record in self._records:
+            feeling = record.context.current_emotion
+            found[feeling.type, IntensityThird.of(feeling.intensity)][record.reply.emotion] += 1
+        return found
+
+    def is_verbatim(self, text: str) -> bool:
+        """Return whether `text` is identical to a training reply."""
+        return text in self._verbatim
+
+    def appropriateness(self, feeling: str, intensity: float, emotion: Expression) -> float | None:
+        """Return P(emotion | feeling, third of intensity) relative to the most frequent emotion; None without records."""
+        cell = self._emotions.get((feeling, IntensityThird.of(intensity)))
+        return cell[emotion] / max(cell.values()) if cell else None
+
+    @cached_property
+    def emoji_by_third(self) -> Mapping[IntensityThird, float]:
+        """Mean emoji per reply, for each third that has records."""
+        counts: dict[IntensityThird, list[int]] = defaultdict(list)
+        for record in self._records:
+            counts[IntensityThird.of(record.context.current_emotion.intensity)].append(emoji_count(record.reply.text))
+        return {third: sum(counts[third]) / len(counts[third]) for third in IntensityThird if counts[third]}
+
+
+def score_by_rules(
+    asked: Sequence[Question],
+    generations: Sequence[Generation],
+    *,
+    model: Literal["adapter", "base"],
+    decoding: Literal["greedy", "sampled"],
+    blood_type: BloodType,
+    data: TrainingData,
+) -> list[ScoredReply]:
+    """Score each reply by the rules, in order."""
+    read = [read_exact(generation.text) for generation in generations]
+    texts = [reply.text for reply in read if reply]
+    probabilities = iter(bundled_classifier().probabilities(texts))
+    copied = iter(longest_common_runs(texts, data.texts))
+    scored = []
+    for question, generation, reply in zip(asked, generations, read, strict=True):
+        personas = next(probabilities) if reply else None
+        scored.append(
+            _score_one(
+                question,
+                generation,
+                reply,
+                model=model,
+                decoding=decoding,
+                blood_type=blood_type,
+                data=data,
+                personas=personas,
+                copied_words=next(copied) if reply else None,
+            )
+        )
+    return scored
+
+
+def _score_one(
+    question: Question,
+    generation: Generation,
+    reply: Reply | None,
+    *,
+    model: Literal["adapter", "base"],
+    decoding: Literal["greedy", "sampled"],
+    blood_type: BloodType,
+    data: TrainingData,
+    personas: Mapping[BloodType, float] | None,
+    copied_words: int | None,
+) -> ScoredReply:
+    source, text = question.source, reply.text if reply else None
+    feeling = source.context.current_emotion.type
+    warnings: tuple[str, ...] = ()
+    if text is not None:
+        warnings = tuple(problem.code for problem in lint_reply(text, question.intensity, None, blood_type))
+    sentences_fit = text is not None and sentence_count(text) <= MAX_SENTENCES
+    informal = text is not None and not is_formal(text)
+    probability = personas[blood_type] if personas else 0.0
+    appropriate = data.appropriateness(feeling, question.intensity, reply.emotion) if reply else None
+    repeated = repetition(text) if text is not None else None
+    other_warnings = set(warnings) - {"too_many_sentences", "formal_speech"}
+    shares = {
+        "exact_json": float(reply is not None),
+        "stop": float(generation.stopped),
+        "one_or_two_sentences": float(sentences_fit),
+        "informal_speech": float(informal),
+        "clean": float(reply is not None and not other_warnings),
+        "persona": probability,
+        # with no comparable records to judge by, accept any emotion
+        "emotion": (1.0 if appropriate is None else appropriate) if reply else 0.0,
+        "no_repetition": 1 - repeated if repeated is not None else 0.0,
+    }
+    return ScoredReply(
+        model=model,
+        decoding=decoding,
+        prompt=question.prompt,
+        feeling=str(feeling),
+        intensity=question.intensity,
+        summary=source.context.summary,
+        input=source.input,
+        reply=generation.text,
+        stopped=generation.stopped,
+        tokens=len(generation.token_ids),
+        exact_json=reply is not None,
+        emotion_in_vocabulary=reply is not None or _has_known_emotion(generation.text),
+        text=text,
+        emotion=str(reply.emotion) if reply else None,
+        one_or_two_sentences=sentences_fit,
+        informal_speech=informal,
+        question=has_question(text) if text is not None else None,
+        emoji=emoji_count(text) if text is not None else None,
+        taken_for=max(personas, key=lambda name: personas[name]) if personas else None,
+        persona_probability=round(probability, 4),
+        emotion_appropriateness=appropriate,
+        repetition=repeated,
+        copied_words=copied_words,
+        words=len(_words(text)) if text is not None else None,
+        verbatim=data.is_verbatim(text) if text is not None else None,
+        warnings=warnings,
+        score=round(sum(RULES[name] * share for name, share in shares.items()) / sum(RULES.values()), 6),
+    )

@@ -1,0 +1,98 @@
+"""Shared by both engines: the wanted distribution of feelings and intensities, and the filter that accepts records."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Final
+
+from lora_trainer.data.duplicates import NearDuplicateFinder
+from lora_trainer.data.lint import lint_reply
+from lora_trainer.data.records import TrainingRecord
+from lora_trainer.persona.vocabulary import BloodType, Feeling, IntensityThird
+
+Cell = tuple[Feeling, IntensityThird]
+"""Records are balanced over these cells."""
+
+INTENSITIES: Final[Mapping[IntensityThird, tuple[float, ...]]] = {
+    IntensityThird.LOW: (0.0, 0.1, 0.2, 0.3),
+    IntensityThird.MIDDLE: (0.4, 0.5, 0.6),
+    IntensityThird.HIGH: (0.7, 0.8, 0.9, 1.0),
+}
+"""Intensities to draw from, with one decimal as in the prompt."""
+
+QUESTION_RATE: Final = 0.65
+"""Target share of replies that ask a question back; the data should have 50 to 75 %."""
+
+
+def all_cells() -> list[Cell]:
+    """Return every combination of feeling and third of intensity."""
+    return [(feeling, third) for feeling in Feeling for third in IntensityThird]
+
+
+def wanted_cells(count: int, rng: random.Random) -> list[Cell]:
+    """Return `count` cells in random order; the counts of any two cells differ by at most 1."""
+    cells = all_cells()
+    whole, rest = divmod(count, len(cells))
+    wanted = cells * whole + rng.sample(cells, rest)
+    rng.shuffle(wanted)
+    return wanted
+
+
+@dataclass(slots=True)
+class RecordCollector:
+    """Accepts or rejects records one by one, and counts the reasons for rejections.
+
+    Rejects records with a linter warning, inputs similar to an excluded one, and near-duplicates of an accepted or excluded
+    record, by the reply alone or by input and reply together.
+    """
+
+    blood_type: BloodType
+    accepted: list[TrainingRecord] = field(default_factory=list)
+    rejects: Counter[str] = field(default_factory=Counter)
+    """Number of rejected records by reason."""
+    _replies: NearDuplicateFinder = field(default_factory=NearDuplicateFinder)
+    _dialogues: NearDuplicateFinder = field(default_factory=NearDuplicateFinder)
+    _excluded_inputs: NearDuplicateFinder = field(default_factory=NearDuplicateFinder)
+
+    def exclude_similar(self, records: Iterable[TrainingRecord]) -> None:
+        """Reject near-duplicates of `records` from now on."""
+        for record in records:
+            self._remember(record)
+
+    def exclude_inputs(self, inputs: Iterable[str]) -> None:
+        """Reject records with an input similar to one of `inputs`, to keep evaluation prompts out of the data."""
+        for text in inputs:
+            self._excluded_inputs.add(text)
+
+    def rejection_reason(self, record: TrainingRecord) -> str | None:
+        """Return the reason to reject `record` (a key of `rejects`), or None to accept it."""
+        emotion = record.context.current_emotion
+        for problem in lint_reply(record.reply.text, emotion.intensity, blood_type=self.blood_type):
+            return problem.code
+        if self._excluded_inputs.find(record.input) is not None:
+            return "evaluation_prompt"
+        if self._replies.find(record.reply.text) is not None:
+            return "near_duplicate_reply"
+        if self._dialogues.find(_dialogue(record)) is not None:
+            return "near_duplicate_dialogue"
+        return None
+
+    def accept(self, record: TrainingRecord) -> bool:
+        """Add `record` and return True, or count the reason for the rejection and return False."""
+        if reason := self.rejection_reason(record):
+            self.rejects[reason] += 1
+            return False
+        self._remember(record)
+        self.accepted.append(record)
+        return True
+
+    def _remember(self, record: TrainingRecord) -> None:
+        self._replies.add(record.reply.text)
+        self._dialogues.add(_dialogue(record))
+
+
+def _dialogue(record: TrainingRecord) -> str:
+    return f"{record.input}\n{record.reply.text}"

@@ -1,0 +1,148 @@
+"""Statistics of a set of records, for the terminal table and the HTML report."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import mean
+from typing import TYPE_CHECKING
+
+from lora_trainer.data.duplicates import NearDuplicateFinder, normalized
+from lora_trainer.data.korean import sentence_count
+from lora_trainer.data.lint import has_question
+from lora_trainer.data.records import TrainingRecord
+from lora_trainer.generator.collector import Cell
+from lora_trainer.persona.emoji import emoji_count
+from lora_trainer.persona.vocabulary import BloodType, Expression, Feeling, IntensityThird
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+
+@dataclass(frozen=True, slots=True)
+class DatasetSummary:
+    """Counts and rates of one persona's records."""
+
+    blood_type: BloodType
+    records: int
+    cells: Mapping[Cell, int]
+    expressions: Mapping[Expression, int]
+    sentences: Mapping[int, int]
+    """Number of sentences -> number of replies."""
+    reply_characters: Sequence[int]
+    input_characters: Sequence[int]
+    question_rate: float
+    emoji_by_intensity: Mapping[float, tuple[int, float]]
+    """Intensity, rounded to one decimal -> number of records and mean number of emoji."""
+    emoji_by_third: Mapping[IntensityThird, float]
+    unique_replies: int
+    near_duplicate_replies: int
+    """Replies similar to an earlier one (Jaccard index of character 5-grams of 0.7 or more)."""
+    near_duplicate_dialogues: int
+    """The same for input and reply together."""
+
+    @property
+    def near_duplicate_rate(self) -> float:
+        """Upper bound on the share of records that are near-duplicates by either measure."""
+        return (self.near_duplicate_replies + self.near_duplicate_dialogues) / self.records if self.records else 0.0
+
+
+def summarise(blood_type: BloodType, records: Iterable[TrainingRecord]) -> DatasetSummary:
+    """Summarise `records` in one pass. Detects near-duplicates anew instead of trusting the source of the records."""
+    cells: Counter[Cell] = Counter()
+    expressions: Counter[Expression] = Counter()
+    sentences: Counter[int] = Counter()
+    emoji: dict[float, list[int]] = defaultdict(list)
+    by_third: dict[IntensityThird, list[int]] = defaultdict(list)
+    reply_characters, input_characters = [], []
+    replies, dialogues = NearDuplicateFinder(), NearDuplicateFinder()
+    near_replies = near_dialogues = questions = 0
+    unique: set[str] = set()
+    for record in records:
+        text, emotion = record.reply.text, record.context.current_emotion
+        third = IntensityThird.of(emotion.intensity)
+        cells[emotion.type, third] += 1
+        expressions[record.reply.emotion] += 1
+        sentences[sentence_count(text)] += 1
+        questions += has_question(text)
+        emoji[round(emotion.intensity, 1)].append(emoji_count(text))
+        by_third[third].append(emoji_count(text))
+        reply_characters.append(len(text))
+        input_characters.append(len(record.input))
+        unique.add(normalized(text))
+        near_replies += replies.find(text) is not None
+        near_dialogues += dialogues.find(f"{record.input}\n{text}") is not None
+        replies.add(text)
+        dialogues.add(f"{record.input}\n{text}")
+    count = len(reply_characters)
+    return DatasetSummary(
+        blood_type=blood_type,
+        records=count,
+        cells=cells,
+        expressions=expressions,
+        sentences=dict(sorted(sentences.items())),
+        reply_characters=reply_characters,
+        input_characters=input_characters,
+        question_rate=questions / count if count else 0.0,
+        emoji_by_intensity={intensity: (len(counts), mean(counts)) for intensity, counts in sorted(emoji.items())},
+        emoji_by_third={third: mean(by_third[third]) if by_third[third] else 0.0 for third in IntensityThird},
+        unique_replies=len(unique),
+        near_duplicate_replies=near_replies,
+        near_duplicate_dialogues=near_dialogues,
+    )
+
+
+def dataset_table(summary: DatasetSummary, rejects: Mapping[str, int]) -> RenderableType:
+    """Render the summary and the rejections for a terminal."""
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(
+        "feeling", title=f"{summary.blood_type}: {summary.records:,} records by feeling and intensity", title_justify="left"
+    )
+    for third in IntensityThird:
+        table.add_column(str(third), justify="right")
+    for feeling in Feeling:
+        table.add_row(str(feeling), *(f"{summary.cells.get((feeling, third), 0):,}" for third in IntensityThird))
+    table.add_section()
+    table.add_row("emoji per reply", *(f"{summary.emoji_by_third[third]:.2f}" for third in IntensityThird))
+    facts = Table(show_header=False, box=None)
+    facts.add_column()
+    facts.add_column(justify="right")
+    for name, value in facts_of(summary):
+        facts.add_row(name, value)
+    parts: list[RenderableType] = [table, facts]
+    if rejects:
+        rejected = Table("reason", title="Rejected records", title_justify="left")
+        rejected.add_column("count", justify="right")
+        for reason, times in sorted(rejects.items(), key=lambda item: -item[1]):
+            rejected.add_row(reason, f"{times:,}")
+        parts.append(rejected)
+    else:
+        parts.append(Text("no rejected records"))
+    return Group(*parts)
+
+
+def facts_of(summary: DatasetSummary) -> list[tuple[str, str]]:
+    """Return the scalar statistics as name and value."""
+    count = max(1, summary.records)
+    return [
+        ("replies that ask a question", f"{summary.question_rate:.1%}"),
+        (
+            "sentences per reply: " + ", ".join(map(str, summary.sentences)),
+            " / ".join(f"{times / count:.1%}" for times in summary.sentences.values()),
+        ),
+        (
+            "characters per reply, mean and maximum",
+            f"{mean(summary.reply_characters or [0]):.1f}, {max(summary.reply_characters, default=0)}",
+        ),
+        (
+            "characters per input, mean and maximum",
+            f"{mean(summary.input_characters or [0]):.1f}, {max(summary.input_characters, default=0)}",
+        ),
+        ("unique replies", f"{summary.unique_replies / count:.2%}"),
+        ("near-duplicates, by reply", f"{summary.near_duplicate_replies / count:.2%}"),
+        ("near-duplicates, by input and reply", f"{summary.near_duplicate_dialogues / count:.2%}"),
+    ]

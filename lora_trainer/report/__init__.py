@@ -1,0 +1,1 @@
+"""Present results: HTML pages, the model card and terminal tables."""

@@ -1,0 +1,69 @@
+"""Terminal table of a run's verdict and metrics."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from lora_trainer.evaluate.metrics import Estimate, RunMetrics
+
+_RATES: Final = (
+    ("exact_json", "exact JSON"),
+    ("emotion_in_vocabulary", "known emotion"),
+    ("stop", "stops on its own"),
+    ("one_or_two_sentences", "at most two sentences"),
+    ("informal_speech", "반말"),
+    ("persona", "recognised as this persona"),
+    ("question", "asks back"),
+    ("verbatim_copies", "copied from the training data"),
+)
+_MEANS: Final = (
+    ("emoji_intensity", "emoji vs. intensity (rank correlation)"),
+    ("emoji", "emoji per reply"),
+    ("characters", "characters per reply"),
+    ("emotion_appropriateness", "appropriate emotion"),
+    ("repetition", "repetition"),
+    ("rule_score", "rule score"),
+)
+
+
+def metrics_table(metrics: RunMetrics) -> Group:
+    """Return a table of the gates, and one that compares the greedy replies of adapter and base."""
+    verdict = metrics.verdict
+    headline = Text(f"{metrics.blood_type}, run {metrics.run_id}: ", style="bold")
+    headline.append("gates passed" if verdict.passed else "gates NOT passed", style="green" if verdict.passed else "red")
+    gates = Table(title=None)
+    gates.add_column("gate")
+    for column in ("measured", "bound", "threshold"):
+        gates.add_column(column, justify="right")
+    gates.add_column("")
+    for gate in verdict.gates:
+        result = Text("ok", style="green") if gate.passed else Text(f"missed by {gate.missed_by:.3f}", style="red")
+        gates.add_row(gate.name, f"{gate.value:.3f}", f"{gate.compared:.3f}", f"{gate.relation} {gate.threshold:g}", result)
+    measures = Table(title=None)
+    measures.add_column(f"{metrics.evaluation.replies} greedy replies")
+    for column in ("adapter", "95 % bounds", "base"):
+        measures.add_column(column, justify="right")
+    greedy = metrics.evaluation.greedy
+    for name, label in (*_RATES, *_MEANS):
+        adapter, base = getattr(greedy.adapter, name), getattr(greedy.base, name)
+        is_rate = (name, label) in _RATES
+        measures.add_row(label, _value(adapter, is_rate), _bounds(adapter, is_rate), _value(base, is_rate))
+    measures.add_row("win rate against the base", _value(greedy.win_rate, True), _bounds(greedy.win_rate, True), "")
+    held_out = metrics.held_out
+    measures.add_row("held-out loss", f"{held_out.loss_adapter:.3f}", "", f"{held_out.loss_base:.3f}")
+    measures.add_row("held-out perplexity", f"{held_out.perplexity_adapter:,.1f}", "", f"{held_out.perplexity_base:,.1f}")
+    return Group(headline, gates, measures)
+
+
+def _value(estimate: Estimate, is_rate: bool) -> str:
+    return f"{estimate.value:.1%}" if is_rate else f"{estimate.value:.2f}"
+
+
+def _bounds(estimate: Estimate, is_rate: bool) -> str:
+    if estimate.lower is None or estimate.upper is None:
+        return ""
+    return f"{estimate.lower:.1%} – {estimate.upper:.1%}" if is_rate else f"{estimate.lower:.2f} – {estimate.upper:.2f}"

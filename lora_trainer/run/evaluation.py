@@ -1,0 +1,94 @@
+"""Evaluate a loaded adapter against its base, and decide its gates."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lora_trainer.data.records import EvaluationPrompt, TrainingRecord
+from lora_trainer.evaluate import gates
+from lora_trainer.evaluate.decoding import decodings
+from lora_trainer.evaluate.llm_judge import judge_replies
+from lora_trainer.evaluate.measures import decoding_metrics, evaluation_metrics
+from lora_trainer.evaluate.metrics import DecodingMetrics, EvaluationMetrics, HeldOutMetrics, Verdict
+from lora_trainer.evaluate.questions import instruction_of, questions
+from lora_trainer.evaluate.rules import MODELS, ScoredReply, TrainingData, score_by_rules
+from lora_trainer.run.job import Job
+from lora_trainer.run.progress import RunProgress
+from lora_trainer.train.backends import Backend
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluated:
+    """Metrics of an evaluation, and every reply."""
+
+    metrics: EvaluationMetrics
+    replies: list[ScoredReply]
+
+
+def evaluate(
+    job: Job,
+    backend: Backend,
+    prompts: Sequence[EvaluationPrompt],
+    train_records: Sequence[TrainingRecord],
+    progress: RunProgress,
+) -> Evaluated:
+    """Generate replies of adapter and base to the evaluation prompts, unconstrained, and score them by the rules."""
+    progress.stage("evaluate")
+    config, blood_type = job.config.evaluation, job.config.blood_type
+    asked = questions(prompts, config.intensities, instruction_of(blood_type))
+    conversations = [question.messages for question in asked]
+    data = TrainingData(train_records)
+    measured: dict[str, DecodingMetrics] = {}
+    replies: list[ScoredReply] = []
+    for decoding in decodings(config):
+        judged: dict[str, list[ScoredReply]] = {}
+        generate_s = 0.0
+        for model in MODELS:
+            started_s = time.perf_counter()
+            with job.timed("evaluate_generate"):
+                generations = backend.generate(conversations, decoding, adapter=model == "adapter", batch_size=config.batch_size)
+            generate_s += time.perf_counter() - started_s
+            with job.timed("evaluate_judge"):
+                judged[model] = score_by_rules(
+                    asked, generations, model=model, decoding=decoding.name, blood_type=blood_type, data=data
+                )
+            replies.extend(judged[model])
+        with job.timed("evaluate_judge"):
+            measured[decoding.name] = decoding_metrics(decoding, judged["adapter"], judged["base"], blood_type, config, generate_s)
+    metrics = evaluation_metrics(config, prompts, measured, data)
+    with job.timed("evaluate_model_judge"):
+        metrics = metrics.model_copy(update={"judge": judge_replies(config, blood_type, replies)})
+    adapter = metrics.greedy.adapter
+    job.log.info(
+        "evaluation_finished",
+        replies=metrics.replies,
+        exact_json=round(adapter.exact_json.value, 4),
+        stop=round(adapter.stop.value, 4),
+        informal_speech=round(adapter.informal_speech.value, 4),
+        persona=round(adapter.persona.value, 4),
+        emoji_intensity=round(adapter.emoji_intensity.value, 4),
+        win_rate=round(metrics.greedy.win_rate.value, 4),
+        evaluate_s=round(job.timings_s["evaluate_generate"] + job.timings_s["evaluate_judge"], 1),
+    )
+    return Evaluated(metrics, replies)
+
+
+def decide(job: Job, metrics: EvaluationMetrics) -> Verdict:
+    """Compare every gated number with its threshold."""
+    verdict = gates.decide(metrics, job.config.gates)
+    job.log.info("gates_decided", passed=verdict.passed, gate_id=verdict.gate_id, missed=gates.missed_gate_messages(verdict))
+    return verdict
+
+
+def held_out_metrics(records: int, loss_base: float, loss_adapter: float) -> HeldOutMetrics:
+    """Return the mean losses, in nats per reply token, and the corresponding perplexities."""
+    return HeldOutMetrics(
+        records=records,
+        loss_base=loss_base,
+        loss_adapter=loss_adapter,
+        perplexity_base=math.exp(loss_base),
+        perplexity_adapter=math.exp(loss_adapter),
+    )

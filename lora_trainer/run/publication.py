@@ -1,0 +1,263 @@
+"""Publish a finished run and move its persona's `latest.json`; recognise a run that is already finished."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+from lora_trainer import __version__
+from lora_trainer.config import LeaseConfig
+from lora_trainer.errors import ConfigError, LoraTrainerError, StorageError
+from lora_trainer.evaluate.metrics import RunMetrics, TrainingMetrics, Verdict
+from lora_trainer.logs import get_logger
+from lora_trainer.persona.vocabulary import BloodType
+from lora_trainer.run.bundle_files import open_local, read_verdict, write_documents, write_evaluation
+from lora_trainer.run.evaluation import Evaluated, held_out_metrics
+from lora_trainer.run.identity import Identity
+from lora_trainer.run.inputs import DataFile
+from lora_trainer.run.job import Job, ProcessContext
+from lora_trainer.run.progress import RunProgress
+from lora_trainer.run.training import Trained, TrainingPlan, open_checkpoints
+from lora_trainer.store.bundle import publish_bundle
+from lora_trainer.store.interface import Storage
+from lora_trainer.store.latest import link_newest, move_latest
+from lora_trainer.store.lease import Lease, LeaseLostError, hold, is_left_over
+from lora_trainer.store.manifest import read_manifest, write_manifest
+from lora_trainer.store.prefixes import bundle_prefix, lease_key, run_prefix
+from lora_trainer.train.backends import Backend
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """Result of a run that has a verdict."""
+
+    run_id: str
+    bundle_uri: str
+    report_uri: str
+    verdict: Verdict
+    already_done: bool
+    moved_latest: bool
+
+
+def hold_lease(job: Job, run_id: str) -> AbstractContextManager[Lease]:
+    """Hold the run's lease during the block, so that no other attempt works on the run."""
+    return hold(job.config.lease, job.output, lease_key(job.config.blood_type, run_id))
+
+
+def find_published(job: Job, run_id: str) -> dict[str, Any] | None:
+    """Return the manifest of the run's published bundle, or None."""
+    return read_manifest(job.output, bundle_prefix(job.config.blood_type, run_id))
+
+
+def find_finished(job: Job, identity: Identity, lease: Lease | None = None) -> Outcome | None:
+    """Return the recorded outcome of a run that has a verdict under these gates, or None.
+
+    Move `latest.json` if an earlier attempt died after publishing and before the move.
+    """
+    output = job.output
+    prefix = bundle_prefix(job.config.blood_type, identity.run_id)
+    manifest = read_manifest(output, prefix)
+    found = manifest and read_verdict(output, prefix, manifest, identity.gate_id)
+    if not manifest or not found:
+        return None
+    verdict, folder = found
+    moved = accept(job.config.blood_type, output, manifest, verdict)
+    job.log.info(
+        "already_done", bundle=output.uri + prefix, finished_at=manifest["finished_at"], passed=verdict.passed, latest_moved=moved
+    )
+    remove_leftovers(job, identity.run_id, lease)
+    return Outcome(
+        identity.run_id, output.uri + prefix, f"{output.uri}{folder}report.html", verdict, already_done=True, moved_latest=moved
+    )
+
+
+def remove_leftovers(job: Job, run_id: str, lease: Lease | None) -> None:
+    """Remove the checkpoints and lease of an attempt that died after publishing. Those of a running attempt are kept."""
+    output, blood_type = job.output, job.config.blood_type
+    key = lease_key(blood_type, run_id)
+    try:
+        if next(output.list(run_prefix(blood_type, run_id)), None) is None:
+            return
+        if lease is None and not is_left_over(output, key):
+            return
+        open_checkpoints(job, run_id).clear()
+        if lease is None:
+            output.delete(key)
+    except StorageError as error:
+        # leftovers only cost space
+        job.log.warning("leftovers_not_removed", problem=str(error))
+
+
+def assemble(
+    job: Job,
+    backend: Backend,
+    folder: Path,
+    identity: Identity,
+    data: DataFile,
+    plan: TrainingPlan,
+    trained: Trained,
+    evaluated: Evaluated,
+    verdict: Verdict,
+) -> None:
+    """Complete the bundle in `folder` with metrics, report, model card, and the manifest of all files."""
+    metrics = RunMetrics(
+        run_id=identity.run_id,
+        blood_type=job.config.blood_type,
+        training=training_metrics(plan, trained),
+        held_out=held_out_metrics(len(plan.data.held_out), trained.loss_base, trained.loss_adapter),
+        evaluation=evaluated.metrics,
+        verdict=verdict,
+        peak_memory_gib=round(backend.peak_memory_gib(), 3),
+    )
+    facts = {
+        "run_id": identity.run_id,
+        "blood_type": str(job.config.blood_type),
+        "started_at": job.started_at,
+        "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "evaluation_id": identity.evaluation_id,
+        "gate_id": identity.gate_id,
+        "verdict": verdict.model_dump(mode="json"),
+        "ingredients": identity.ingredients,
+        "base": {"id": identity.base.canonical_id, "revision": identity.base.revision, "identity": identity.base.identity},
+        "data": {
+            "uri": data.uri,
+            "sha256": data.fetched.sha256,
+            "size_bytes": data.fetched.size_bytes,
+            "train_records": len(plan.data.train),
+            "held_out_records": len(plan.data.held_out),
+            "left_out_records": plan.data.left_out,
+        },
+        "config": job.config.model_dump(mode="json"),
+        "memory_plan": {
+            "gradient_checkpointing": plan.memory.gradient_checkpointing,
+            "micro_batch_tokens": plan.memory.micro_batch_tokens,
+            "reason": plan.memory.reason,
+        },
+        "environment": {
+            **job.environment,
+            "lora_trainer": __version__,
+            "git_revision": git_revision(),
+            "image_digest": image_digest(),
+        },
+        "timings_s": dict(job.timings_s),
+    }
+    write_documents(folder, job.config, identity.base, metrics)
+    write_evaluation(folder, metrics, trained.log.steps, evaluated.replies, facts)
+    write_manifest(folder, facts)
+
+
+def training_metrics(plan: TrainingPlan, trained: Trained) -> TrainingMetrics:
+    """Summarise the step log: losses in nats per reply token, tokens without padding, and seconds."""
+    log = trained.log
+    return TrainingMetrics(
+        records=len(plan.data.train),
+        steps=len(log.steps),
+        loss_first=log.steps[0].loss,
+        loss_last=log.steps[-1].loss,
+        tokens=log.tokens,
+        loss_tokens=sum(step.loss_tokens for step in log.steps),
+        rows=sum(step.rows for step in log.steps),
+        packed_rows=log.packed_rows,
+        train_s=round(log.train_s, 3),
+        tokens_per_s=round(log.tokens_per_s, 1),
+    )
+
+
+def publish(job: Job, run_id: str, folder: Path, verdict: Verdict, progress: RunProgress, lease: Lease | None = None) -> Outcome:
+    """Upload the bundle, its manifest last, move `latest.json` if the gates passed, and then delete the local copy."""
+    progress.stage("publish")
+    output = job.output
+    prefix = bundle_prefix(job.config.blood_type, run_id)
+    try:
+        with job.timed("publish"):
+            publish_bundle(folder, output, prefix, lease)
+    except LeaseLostError:
+        # the attempt that took over finishes the job
+        raise
+    except LoraTrainerError as error:
+        kept = f"the finished bundle is kept here; run 'lora-trainer publish {folder}' to finish once the store recovers"
+        error.problems = (*error.problems, f"{folder}: {kept}")
+        raise
+    manifest = read_manifest(output, prefix)
+    if manifest is None:
+        raise RuntimeError(f"{output.uri}{prefix}: the manifest that was just written is missing")
+    moved = accept(job.config.blood_type, output, manifest, verdict)
+    shutil.rmtree(folder)
+    progress.stage("done")
+    job.log.info(
+        "bundle_published",
+        bundle=output.uri + prefix,
+        passed=verdict.passed,
+        latest_moved=moved,
+        publish_s=job.timings_s["publish"],
+    )
+    return Outcome(run_id, output.uri + prefix, f"{output.uri}{prefix}report.html", verdict, already_done=False, moved_latest=moved)
+
+
+def publish_folder(folder: Path, output_uri: str | None, process: ProcessContext) -> Outcome:
+    """Publish the finished bundle that a run left in `folder`, and move `latest.json` if the gates passed.
+
+    `output_uri` overrides the run's own output. Raise `ConfigError` if the folder has no finished bundle, `DamagedError` if
+    its files differ from its manifest, `StorageError` if the upload fails.
+    """
+    manifest = open_local(folder)
+    blood_type, run_id = BloodType(manifest["blood_type"]), str(manifest["run_id"])
+    structlog.contextvars.bind_contextvars(run_id=run_id, blood_type=str(blood_type))
+    if output_uri is None and folder.resolve().parts[-4:] != ("runs", str(blood_type), run_id, "bundle"):
+        # do not let a bundle of unknown origin choose the output or the pointer to move
+        raise ConfigError(
+            f"{folder}: got a bundle outside its run's folder, <work_dir>/runs/{blood_type}/{run_id}/bundle; "
+            "expected --output: a copied bundle does not decide where it is published"
+        )
+    output = process.storage(output_uri or manifest["config"]["output"])
+    prefix = bundle_prefix(blood_type, run_id)
+    verdict = Verdict.model_validate(manifest["verdict"])
+    already_done = read_manifest(output, prefix) is not None
+    if not already_done:
+        with hold(LeaseConfig(), output, lease_key(blood_type, run_id)) as lease:
+            # another attempt may have published during the wait for the lease, and bundles are never rewritten
+            already_done = read_manifest(output, prefix) is not None
+            if not already_done:
+                publish_bundle(folder, output, prefix, lease)
+    moved = accept(blood_type, output, manifest, verdict)
+    shutil.rmtree(folder)
+    get_logger().info("bundle_published", bundle=output.uri + prefix, passed=verdict.passed, latest_moved=moved)
+    return Outcome(run_id, output.uri + prefix, f"{output.uri}{prefix}report.html", verdict, already_done, moved)
+
+
+def accept(blood_type: BloodType, output: Storage, manifest: dict[str, Any], verdict: Verdict) -> bool:
+    """Point `latest.json` at a run that passed its gates, unless it names a later run. Return whether it moved."""
+    log = get_logger()
+    if not verdict.passed:
+        log.info("latest_checked", moved=False, reason="the gates were not passed")
+        return False
+    move = move_latest(output, blood_type, manifest)
+    log.info("latest_checked", moved=move.moved, reason=move.reason)
+    if move.names_this_run:
+        link_newest(output, blood_type, manifest["run_id"])
+    return move.moved
+
+
+def git_revision() -> str | None:
+    """Return the commit of this program, from the image or the checkout that it runs from."""
+    if revision := os.environ.get("GIT_REVISION"):
+        return revision
+    checkout = Path(__file__).resolve().parents[2]
+    if not (checkout / ".git").exists() or not (git := shutil.which("git")):
+        return None
+    done = subprocess.run([git, "-C", str(checkout), "rev-parse", "--verify", "HEAD"], capture_output=True, text=True, check=False)  # noqa: S603
+    # in a repository without commits git prints "HEAD" and fails
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def image_digest() -> str | None:
+    """Return the image's digest, if the deployment passed it in."""
+    return os.environ.get("IMAGE_DIGEST") or None

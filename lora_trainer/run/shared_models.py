@@ -1,0 +1,53 @@
+"""Bases and backends that all personas of a process share, so that each is hashed or started only once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from lora_trainer.base_model import Base, identify_base
+from lora_trainer.config import BaseModelConfig, RunConfig
+from lora_trainer.errors import LoraTrainerError
+from lora_trainer.signals import Interruption
+from lora_trainer.store.retry import RetryBudget
+from lora_trainer.train.backends import Backend
+
+OpenBackend = Callable[[RunConfig, Interruption], Backend]
+"""`open_backend` or `open_reference_backend`."""
+
+
+class SharedModels:
+    """Caches identified bases and started backends."""
+
+    def __init__(self) -> None:
+        self._bases: dict[BaseModelConfig, Base] = {}
+        self._started: dict[OpenBackend, tuple[Backend, dict[str, object]]] = {}
+        self._refused: dict[OpenBackend, LoraTrainerError] = {}
+
+    def base(self, config: BaseModelConfig, retry_budget: RetryBudget) -> Base:
+        """Return the identified base. Raises as `identify_base` does."""
+        if config not in self._bases:
+            self._bases[config] = identify_base(config, retry_budget)
+        return self._bases[config]
+
+    def start(self, open_one: OpenBackend, config: RunConfig, interruption: Interruption) -> tuple[Backend, dict[str, object]]:
+        """Return the started backend and its environment. A backend reads no setting that differs between personas."""
+        if (refusal := self._refused.get(open_one)) is not None:
+            # don't try again: Python cannot import a stack again that failed halfway
+            raise refusal
+        if open_one not in self._started:
+            backend = open_one(config, interruption)
+            try:
+                self._started[open_one] = (backend, backend.start())
+            except LoraTrainerError as error:
+                self._refused[open_one] = error
+                raise
+        return self._started[open_one]
+
+    def release(self) -> None:
+        """Unload every base. The next persona loads its base again."""
+        for backend, _ in self._started.values():
+            backend.release()
+
+    def device_answers(self) -> bool:
+        """Return whether the device still works; True if no backend was started."""
+        return all(backend.is_device_working() for backend, _ in self._started.values())

@@ -1,0 +1,168 @@
+"""The storage interface that S3 and local folders implement, with the types and messages that both use.
+
+A storage is a folder named by a URI. Keys address its objects, relative to that folder. Both kinds behave the same:
+
+- Keys are exact, and prefixes end in `/`.
+- An object is visible with all its bytes or not at all.
+- A missing key raises `NotFound` (exit 3). A missing bucket or a wrong setting raises `ConfigError` (exit 2): a retry would fail
+  the same way. Refused access, an unreachable store, missing credentials and a full disk raise `StorageError` (exit 6): a later
+  attempt may succeed.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Final, Protocol, Self
+
+from lora_trainer.errors import DataError, StorageError
+from lora_trainer.store.keys import unsafe_reason
+from lora_trainer.store.retry import RetryBudget
+
+MAX_DOCUMENT_BYTES: Final = 16 * 2**20
+"""Default size limit of `read_bytes`. Manifests and pointers are kilobytes."""
+
+
+class NotFound(DataError):  # noqa: N818  named after the HTTP status
+    """A missing key. The message suggests the nearest existing names."""
+
+
+class PreconditionFailed(Exception):  # noqa: N818  HTTP's own name for it
+    """A compare-and-swap lost: the object has changed since the caller read it.
+
+    Not a `LoraTrainerError`: the caller reads again and decides.
+    """
+
+
+@dataclass(frozen=True, slots=True)
+class Fetched:
+    """A downloaded file."""
+
+    size_bytes: int
+    sha256: str
+    """64 lower-case hex digits."""
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectInfo:
+    """One entry of a listing."""
+
+    key: str
+    """Relative to the storage's URI."""
+    size_bytes: int
+    etag: str
+    """Changes when the object changes. Opaque, and comparable only within one storage."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReadResult:
+    """A small object, with the tag that identifies its bytes for `write_bytes(if_match=…)`."""
+
+    data: bytes
+    etag: str
+    """Opaque, and comparable only within one storage."""
+
+
+class Storage(Protocol):
+    """A folder of objects, in S3 or on this machine. Every method is safe to repeat.
+
+    Every method raises `ValueError` for a key that `safe_key` refuses, and `ConfigError` or `StorageError` as described in
+    the module docstring.
+    """
+
+    @property
+    def uri(self) -> str:
+        """The canonical URI, which ends in `/`."""
+
+    @property
+    def local_folder(self) -> Path | None:
+        """The absolute path of the folder, or None if it is not on this machine."""
+
+    @property
+    def conditional_writes(self) -> bool:
+        """Whether `write_bytes` enforces its conditions against concurrent writers. True until the store refuses one."""
+
+    def adapted(self, *, guard: Callable[[], None] | None = None, retry_budget: RetryBudget | None = None) -> Self:
+        """Return a storage for the same folder with another guard or retry budget, usable in another thread.
+
+        `guard` runs before every attempt of every write, and can raise to prevent it. Connection timeouts do not change.
+        """
+
+    def download(self, key: str, target: Path) -> Fetched:
+        """Download the object to the file `target`, replacing it atomically.
+
+        Raises `NotFound`. Memory use does not depend on the object's size.
+        """
+
+    def upload(self, path: Path, key: str, *, sha256: str | None = None) -> None:
+        """Upload the file `path` as the object `key`, replacing it atomically.
+
+        `sha256` is the file's hash, for example from a manifest; without it the file is hashed here. Downloads from an object
+        store are verified against it. Raises `NotFound` for a missing file. Memory use does not depend on the file's size.
+        """
+
+    def upload_all(self, folder: Path, prefix: str, sha256: Mapping[str, str]) -> None:
+        """Upload the files of `folder` that `sha256` names, each as `upload` does, several at a time and in any order."""
+
+    def read_bytes(self, key: str, *, max_bytes: int = MAX_DOCUMENT_BYTES) -> ReadResult | None:
+        """Return a small object, or None for a missing key. Raises `StorageError` for more than `max_bytes`."""
+
+    def write_bytes(self, key: str, data: bytes, *, if_match: str | None = None, if_absent: bool = False) -> None:
+        """Write a small object, replacing it atomically.
+
+        `if_match` must be the object's current etag; with `if_absent`, the key must be missing. Otherwise raises
+        `PreconditionFailed`. Do not mix conditional and unconditional writes of a key.
+        """
+
+    def list(self, prefix: str) -> Iterator[ObjectInfo]:
+        """Yield every object below `prefix`, sorted by the UTF-8 bytes of its key.
+
+        `prefix` is empty or ends in `/`; any other one raises `ValueError` (`A` would also match `AB/`). A prefix without
+        objects yields nothing. Raises `StorageError` for an object whose key is not a safe relative path.
+        """
+
+    def delete(self, key: str) -> None:
+        """Delete the object. Deleting a missing key is a no-op."""
+
+    def exists(self, key: str) -> bool:
+        """Return whether this exact key exists."""
+
+
+def no_guard() -> None:
+    """Allow every write."""
+
+
+def check_one_condition(if_match: str | None, if_absent: bool) -> None:
+    """Raise `ValueError` if a write has both conditions."""
+    if if_match is not None and if_absent:
+        raise ValueError("if_match and if_absent exclude each other")
+
+
+def listed_key(key: str, where: str) -> str:
+    """Return a key from a listing of `where`. Raises `StorageError` if it is not a safe relative path."""
+    problem = unsafe_reason(key)
+    if problem:
+        raise StorageError(f"{where}: holds an object called {key!r}: {problem}; rename or remove it")
+    return key
+
+
+def not_found(where: str, key: str, folder_uri: str, names: Sequence[str] | None) -> NotFound:
+    """Return the error for a missing key. `names` lists its folder, or is None if that failed."""
+    wanted = key.rpartition("/")[2]
+    if names is None:
+        hint = "these credentials may not list its folder, so check the name by hand"
+    elif not names:
+        hint = f"no files in {folder_uri}; check the folder, or put the file there"
+    elif close := difflib.get_close_matches(wanted, names, n=3, cutoff=0.6):
+        hint = f"the nearest names in {folder_uri} are {', '.join(close)}"
+    else:
+        hint = f"{folder_uri} holds {', '.join(islice(sorted(names), 3))}{' and more' if len(names) > 3 else ''}"
+    return NotFound(f"{where}: not found; {hint}")
+
+
+def too_large(where: str, max_bytes: int) -> StorageError:
+    """Return the error for an object too large for `read_bytes`."""
+    return StorageError(f"{where}: got more than {max_bytes:,} bytes, expected a small document; check what was stored there")

@@ -1,0 +1,94 @@
+"""Generate replies in batches: unconstrained for the evaluation, constrained by a grammar for `chat`.
+
+Import only from a started backend: unsloth has to be imported before transformers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedTokenizerBase
+
+from lora_trainer.evaluate.decoding import Decoding, Generation
+
+LogitsProcessor = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""Maps the token ids so far [B, T] and the next token's logits [B, V] to new logits."""
+
+
+def generate(
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    decoding: Decoding,
+    batch_size: int,
+    processors: Callable[[], Sequence[LogitsProcessor]] | None = None,
+) -> list[Generation]:
+    """Return the continuation of each prompt, in order. Prompts must already be rendered with the chat template.
+
+    Prompts of similar length share a batch, padded on the left. Greedy replies depend only on the prompt, up to rounding. Sampled
+    replies also depend on the seed and the batch: only the same prompts in the same order reproduce them.
+    `processors` returns new logits processors for each batch.
+    """
+    encoded: list[list[int]] = tokenizer(list(prompts), add_special_tokens=False)["input_ids"] if prompts else []
+    order = sorted(range(len(encoded)), key=lambda index: len(encoded[index]))
+    found: dict[int, Generation] = {}
+    device = next(model.parameters()).device
+    settings = _settings(tokenizer, decoding)
+    # sampling must not advance the caller's random number generators
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.inference_mode():
+        torch.manual_seed(decoding.seed)
+        for at in range(0, len(order), batch_size):
+            members = order[at : at + batch_size]
+            ids, mask = _left_padded([encoded[index] for index in members], tokenizer.pad_token_id)
+            written = model.generate(
+                input_ids=ids.to(device),
+                attention_mask=mask.to(device),
+                generation_config=settings,
+                logits_processor=LogitsProcessorList(processors() if processors else []),
+            )
+            # [B, T + N]: generate() returns the prompt as well
+            for index, row in zip(members, written[:, ids.shape[1] :].tolist(), strict=True):
+                found[index] = _read(tokenizer, row)
+    return [found[index] for index in range(len(encoded))]
+
+
+def _settings(tokenizer: PreTrainedTokenizerBase, decoding: Decoding) -> GenerationConfig:
+    """Set every option that affects the text, to override the base's generation_config.json, which has a repetition penalty."""
+    sampling: dict[str, Any] = (
+        {"do_sample": True, "temperature": decoding.temperature, "top_p": decoding.top_p, "top_k": decoding.top_k}
+        if decoding.temperature > 0
+        else {"do_sample": False, "temperature": 1.0, "top_p": 1.0, "top_k": 50}
+    )
+    return GenerationConfig(
+        max_new_tokens=decoding.max_new_tokens,
+        num_beams=1,
+        repetition_penalty=1.0,
+        # also stop at Qwen's padding token <|endoftext|>, although it does not count as an end of turn
+        eos_token_id=sorted({tokenizer.eos_token_id, tokenizer.pad_token_id}),
+        pad_token_id=tokenizer.pad_token_id,
+        use_cache=True,
+        **sampling,
+    )
+
+
+def _left_padded(rows: Sequence[Sequence[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return token ids and attention mask, both [B, T]."""
+    longest = max(map(len, rows))
+    ids = torch.full((len(rows), longest), pad)
+    mask = torch.zeros(len(rows), longest, dtype=torch.long)
+    for at, row in enumerate(rows):
+        ids[at, longest - len(row) :] = torch.tensor(row)
+        mask[at, longest - len(row) :] = 1
+    return ids, mask
+
+
+def _read(tokenizer: PreTrainedTokenizerBase, row: Sequence[int]) -> Generation:
+    ends = [at for at, token in enumerate(row) if token in (tokenizer.eos_token_id, tokenizer.pad_token_id)]
+    kept = tuple(row[: ends[0]] if ends else row)
+    stopped = bool(ends) and row[ends[0]] == tokenizer.eos_token_id
+    # keep special tokens visible: inside a reply they violate the contract
+    text = str(tokenizer.decode(list(kept), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+    return Generation(text, stopped, kept)

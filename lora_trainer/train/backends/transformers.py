@@ -1,0 +1,396 @@
+"""The backend with TRL and PEFT, without Unsloth. Used on CPUs, and as the reference for the Unsloth backend."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from lora_trainer.base_model import require_safetensors
+from lora_trainer.config import RunConfig
+from lora_trainer.errors import ConfigError, HardwareError, InvariantError
+from lora_trainer.evaluate.decoding import Decoding, Generation
+from lora_trainer.persona.prompt import Message
+from lora_trainer.signals import Interruption
+from lora_trainer.store.checkpoints import Snapshot
+from lora_trainer.train.backends.device import Device
+from lora_trainer.train.backends.libraries import import_stack, import_torch
+from lora_trainer.train.memory_plan import Checkpointing, MemoryPlan, ModelShape
+from lora_trainer.train.step_log import AfterStep, OnStep, TrainingLog
+from lora_trainer.train.tokenization import ChatTokenizer, TokenSequence, render_prompts
+from lora_trainer.train.trackers import tracking
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from lora_trainer.train.backends.adapter_checks import ReadBack
+    from lora_trainer.train.backends.base_reuse import EvaluationBase, TrainingBase
+    from lora_trainer.train.backends.generation import LogitsProcessor
+    from lora_trainer.train.backends.step_trainer import StepTrainer
+
+
+class TransformersBackend:
+    """Load a base, attach an adapter, train it, save it and read it back. Call the methods in this order.
+
+    Several personas can use one backend in turn, each starting with `load`. The base stays loaded.
+
+    Methods import torch and its dependents when called, because the rest of the project runs without torch.
+    """
+
+    name: Literal["transformers", "unsloth"] = "transformers"
+
+    def __init__(self, config: RunConfig, interruption: Interruption | None = None) -> None:
+        self.config = config
+        self._model: PeftModel | None = None
+        self._tokenizer: PreTrainedTokenizerBase | None = None
+        self._interruption = Interruption() if interruption is None else interruption
+        self._device = Device(config.device)
+        self._trainer: StepTrainer | None = None
+        self._row_tokens = 0
+        self._work_dir = Path()
+        self._run_name = ""
+        self._reserved_tokens = 0
+        self._training_base: TrainingBase | None = None
+        self._evaluation_base: EvaluationBase | None = None
+
+    @property
+    def model(self) -> PeftModel:
+        """The base with its adapter, loaded by `load` or `load_adapter`."""
+        if self._model is None:
+            raise RuntimeError("load comes first")
+        return self._model
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The base's tokenizer, loaded by `load_tokenizer`."""
+        if self._tokenizer is None:
+            raise RuntimeError("load_tokenizer comes first")
+        return self._tokenizer
+
+    # -- before the base is loaded ------------------------------------------------------------------
+
+    def start(self) -> dict[str, object]:
+        """Import the training stack, check the device, and return facts about both for the manifest.
+
+        Raises `ConfigError` if the stack is not installed, `HardwareError` if the device is missing or unsuitable.
+        """
+        import_torch(self.config, self._install_command())
+        environment = self._device.start(self.config.training.compute_dtype)
+        environment["attention"] = self._import_stack()
+        import torch
+
+        torch.manual_seed(self.config.training.seed)
+        return environment
+
+    def _install_command(self) -> str:
+        cpu_only = self.config.device == "cpu" and self.name == "transformers"
+        return "pip install 'lora-trainer[cpu]'" if cpu_only else "pip install 'lora-trainer[cpu,gpu]'"
+
+    def _import_stack(self) -> str:
+        """Import everything that training needs and return the name of the attention implementation."""
+        import_stack(self.config, self._install_command())
+        return "sdpa"
+
+    def free_bytes(self) -> int | None:
+        """Return the GPU's free memory, or None on the CPU."""
+        return self._device.free_bytes()
+
+    def shape(self, base: Path) -> ModelShape:
+        """Read the base's sizes from its `config.json`. Raises `ConfigError` if it is not a Qwen2-like decoder."""
+        return ModelShape.of(base)
+
+    def load_tokenizer(self, base: Path) -> ChatTokenizer:
+        """Load the base's own tokenizer. Raises `ConfigError` if it has no chat template."""
+        from transformers import AutoTokenizer
+
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(base), local_files_only=True)
+        if not getattr(tokenizer, "chat_template", None):
+            raise ConfigError(f"base.model: {base} has no chat template; use an instruction-tuned base such as Qwen2.5-7B-Instruct")
+        self._tokenizer = tokenizer
+        return tokenizer
+
+    # -- the model ----------------------------------------------------------------------------------
+
+    def reserve(self, row_tokens: int) -> None:
+        """Declare that rows of `row_tokens` will be needed. `load` prepares the base for the longest row declared so far."""
+        self._reserved_tokens = max(self._reserved_tokens, row_tokens)
+
+    def load(self, base: Path, plan: MemoryPlan, longest_tokens: int) -> bool:
+        """Load the base with a new adapter. If the loaded base fits `plan`, reuse it and reset its adapter.
+
+        Return whether the loaded base was reused.
+        """
+        from lora_trainer.train.backends.base_reuse import TrainingBase
+
+        self.reserve(max(plan.micro_batch_tokens, longest_tokens))
+        if self._reset(base, plan.gradient_checkpointing):
+            return True
+        self.release()
+        self._model = self._load_with_adapter(base, plan.gradient_checkpointing)
+        self._training_base = TrainingBase.of(self.model, base, plan.gradient_checkpointing, self._reserved_tokens)
+        return False
+
+    def _load_with_adapter(self, base: Path, checkpointing: Checkpointing) -> PeftModel:
+        """Load the base and attach a new adapter."""
+        from lora_trainer.train.backends.base_loading import attach_adapter, load_base
+
+        model = load_base(base, self.config.training, self.tokenizer, on_cuda=self._device.is_cuda)
+        return attach_adapter(model, self.config.lora, checkpointing=checkpointing != "off", seed=self.config.training.seed)
+
+    def _reset(self, base: Path, checkpointing: Checkpointing) -> bool:
+        """Reset the loaded base after the previous persona. Return False if it cannot be reused."""
+        import torch
+
+        loaded = self._training_base
+        if loaded is None or not loaded.fits(base, checkpointing, self._reserved_tokens):
+            return False
+        self._trainer = None
+        loaded.reset_modules(self.model)
+        self._device.free_memory()
+        if not loaded.is_unchanged(self.model):
+            return False
+        loaded.reset_adapter(self.model)
+        torch.manual_seed(self.config.training.seed)
+        return True
+
+    def release(self) -> None:
+        """Drop the model and free its memory."""
+        self._model = self._trainer = self._training_base = self._evaluation_base = None
+        self._device.free_memory()
+
+    def is_device_working(self) -> bool:
+        """Return whether the device still works."""
+        return self._device.is_working()
+
+    def load_adapter(self, base: Path, adapter: Path) -> bool:
+        """Load the base and a saved adapter, to evaluate it. Return whether a loaded base was reused.
+
+        Raises `ConfigError` for weights that are not safetensors: PEFT would unpickle them.
+        """
+        from peft import PeftModel
+
+        from lora_trainer.train.backends.base_loading import load_base
+        from lora_trainer.train.backends.base_reuse import EvaluationBase
+
+        require_safetensors(adapter)
+        model = self._unload_adapter(base)
+        is_reused = model is not None
+        if model is None:
+            self.release()
+            model = load_base(base, self.config.training, self.tokenizer, on_cuda=self._device.is_cuda)
+            self._evaluation_base = EvaluationBase.of(model, base)
+        self._model = PeftModel.from_pretrained(model, str(adapter), is_trainable=False, local_files_only=True).eval()
+        return is_reused
+
+    def _unload_adapter(self, base: Path) -> PreTrainedModel | None:
+        """Remove the previous adapter and return its base, or None if that is not `base` or was modified."""
+        if self._evaluation_base is None or self._evaluation_base.folder != base:
+            return None
+        model: PreTrainedModel = self.model.unload()
+        self._model = None
+        self._device.free_memory()
+        return model if self._evaluation_base.is_unchanged(model) else None
+
+    # -- training -----------------------------------------------------------------------------------
+
+    def prepare_training(
+        self,
+        sequences: Sequence[TokenSequence],
+        steps: Sequence[Sequence[int]],
+        plan: MemoryPlan,
+        work_dir: Path,
+        on_step: OnStep,
+        after_step: AfterStep = lambda _: None,
+        run_name: str = "",
+    ) -> None:
+        """Build the trainer. `steps` contains indices into `sequences`. `work_dir` is this run's folder, named after its id.
+
+        Trackers show `run_name`, or the persona and the name of `work_dir` if it is empty.
+        """
+        from lora_trainer.train.backends.step_trainer import build_trainer
+
+        self._row_tokens = plan.micro_batch_tokens
+        self._work_dir = work_dir
+        self._run_name = run_name or f"{self.config.blood_type}-{work_dir.name}"
+        self._trainer = build_trainer(
+            model=self.model,
+            tokenizer=self.tokenizer,
+            sequences=sequences,
+            steps=steps,
+            row_tokens=plan.micro_batch_tokens,
+            recipe=self.config.training,
+            on_cuda=self._device.is_cuda,
+            checkpointing=plan.gradient_checkpointing != "off",
+            output_dir=work_dir,
+            on_step=on_step,
+            after_step=after_step,
+            interruption=self._interruption,
+            model_takes_lengths=self._model_takes_lengths(),
+            model_loss=self._uses_model_loss(),
+        )
+
+    def _model_takes_lengths(self) -> bool:
+        """Return whether the model's forward takes `packed_seq_lengths`."""
+        return False
+
+    def _uses_model_loss(self) -> bool:
+        """Return whether to train with the model's own loss. TRL's fused head is faster, but needs Triton."""
+        return not self._device.is_cuda
+
+    def restore(self, checkpoint: Path) -> int:
+        """Continue from a checkpoint that `snapshot` wrote. Return the number of completed optimizer steps.
+
+        Call it after `prepare_training` and before `train`. Raises `InvariantError` for another run's checkpoint.
+        """
+        from lora_trainer.train.backends.training_state import read_state
+
+        try:
+            state = read_state(checkpoint)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InvariantError(
+                f"{checkpoint}: complete, but not a checkpoint that this version can read ({error!r}); pass --fresh to start over"
+            ) from error
+        self._ready_trainer().restore(state)
+        return state.step
+
+    def snapshot(self) -> tuple[int, Snapshot] | None:
+        """Return the number and the state of the last completed step, or None before the first step of this process."""
+        trainer = self._ready_trainer()
+        if not trainer.has_stepped:
+            return None
+        state = trainer.copy_state()
+        return state.step, state.write
+
+    def train(self) -> TrainingLog:
+        """Train the adapter. Trackers write to `trackers/` in the run's folder.
+
+        A signal stops training between two rows with `Interrupted`; `snapshot` then returns the last completed step.
+        Raises `InvariantError` if a base weight changed, an adapter weight did not, or no row has several records although some
+        would fit; `OutOfMemoryError` and `DeviceLostError` as `device_faults` does; `DivergedError` for a NaN or infinite loss.
+        """
+        from lora_trainer.train.backends.adapter_checks import check_trained_weights
+        from lora_trainer.train.backends.fingerprints import WeightFingerprints
+
+        trainer = self._ready_trainer()
+        if not len(trainer.train_dataset):
+            # resumed from a checkpoint after the last step
+            return trainer.training_log
+        before = WeightFingerprints.of(self.model)
+        with (
+            self.device_faults(),
+            self._interruption.deferred(),
+            tracking(self.config.logging.report_to, self._work_dir / "trackers", self._run_name) as trackers,
+        ):
+            trainer.track(trackers)
+            trainer.train()
+        check_trained_weights(before, WeightFingerprints.of(self.model), len(trainer.training_log.steps))
+        if trainer.training_log.packed_rows == 0 and trainer.could_pack:
+            raise InvariantError("no row held more than one record though several fit: packing is off")
+        return trainer.training_log
+
+    def mean_loss(self, sequences: Sequence[TokenSequence]) -> float:
+        """Return the mean loss of the current adapter over the reply tokens of `sequences`, in nats per token."""
+        from lora_trainer.train.backends.step_trainer import mean_loss
+
+        with self.device_faults():
+            if self._trainer is None:
+                # load_adapter loaded the adapter, so there is no trainer
+                self._row_tokens = max(map(len, sequences))
+                return mean_loss(self.model, sequences, self._row_tokens)
+            return self._trainer.mean_loss(sequences, self._row_tokens)
+
+    def base_mean_loss(self, sequences: Sequence[TokenSequence]) -> float:
+        """Return the mean loss of the base without the adapter, in nats per token."""
+        with self.model.disable_adapter():
+            return self.mean_loss(sequences)
+
+    def check_isolation(self, first: TokenSequence, second: TokenSequence) -> float:
+        """Check that records in one row do not attend to each other. Return the largest relative difference in logits.
+
+        Raises `InvariantError` if they do.
+        """
+        from lora_trainer.train.backends.adapter_checks import check_isolation
+
+        return check_isolation(self._ready_trainer().row_logits, first, second)
+
+    def _ready_trainer(self) -> StepTrainer:
+        if self._trainer is None:
+            raise RuntimeError("prepare_training comes first")
+        return self._trainer
+
+    # -- the result ---------------------------------------------------------------------------------
+
+    def save(self, folder: Path, canonical_id: str, revision: str | None) -> None:
+        """Write adapter and tokenizer to `folder`. The files name the base by its public id and revision."""
+        from lora_trainer.train.backends.adapter_files import save_adapter
+
+        save_adapter(self.model, self.tokenizer, folder, canonical_id, revision)
+
+    def read_back(self, folder: Path, probe: TokenSequence) -> ReadBack:
+        """Load the saved adapter next to the trained one and compare their logits for `probe`.
+
+        Raises `InvariantError` if the saved adapter does not change the base's logits or differs from the trained one.
+        """
+        from lora_trainer.train.backends.adapter_checks import compare_read_back
+        from lora_trainer.train.backends.rows import make_row
+
+        row_logits, row = self._ready_trainer().row_logits, make_row([probe])
+        trained = row_logits(row)
+        with self.model.disable_adapter():
+            base = row_logits(row)
+        self.model.load_adapter(str(folder), adapter_name="read_back", is_trainable=False, local_files_only=True)
+        self.model.set_adapter("read_back")
+        loaded = row_logits(row)
+        self.model.set_adapter("default")
+        self.model.delete_adapter("read_back")
+        return compare_read_back(base, trained, loaded)
+
+    # -- generation ---------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        conversations: Sequence[Sequence[Message]],
+        decoding: Decoding,
+        *,
+        adapter: bool,
+        batch_size: int,
+        processors: Callable[[], Sequence[LogitsProcessor]] | None = None,
+    ) -> list[Generation]:
+        """Return the reply of the adapter, or of the base without it, to each conversation, in order.
+
+        Raises `HardwareError` on OOM, `DataError` for text that would become a control token.
+        """
+        import torch
+
+        from lora_trainer.train.backends.generation import generate
+
+        prompts = render_prompts(conversations, self.tokenizer)
+        with self.device_faults(), self._inference_mode(), ExitStack() as stack:
+            if not adapter:
+                stack.enter_context(self.model.disable_adapter())
+            try:
+                return generate(self.model, self.tokenizer, prompts, decoding, batch_size, processors)
+            except torch.OutOfMemoryError as error:
+                raise HardwareError(
+                    f"GPU memory ran out while {batch_size} replies were generated at once, peak {self.peak_memory_gib():.1f} GiB: "
+                    "lower evaluation.batch_size"
+                ) from error
+
+    def _inference_mode(self) -> AbstractContextManager[None]:
+        """Switch the model to inference for the block, and restore its training state afterwards."""
+        from lora_trainer.train.backends.model_modes import inference_mode
+
+        return inference_mode(self.model, on_cpu=not self._device.is_cuda)
+
+    # -- the device ---------------------------------------------------------------------------------
+
+    def peak_memory_gib(self) -> float:
+        """Return the peak memory of the process: allocated on the GPU, or resident on the CPU."""
+        return self._device.peak_memory_gib()
+
+    def device_faults(self) -> AbstractContextManager[None]:
+        """Translate torch's errors in the block into `OutOfMemoryError`, `DeviceLostError`, or `HardwareError` if the base does
+        not fit."""
+        return self._device.faults(lambda: self._row_tokens)

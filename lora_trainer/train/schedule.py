@@ -1,0 +1,26 @@
+"""The learning rate at each optimizer step."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+Schedule = Literal["cosine", "linear", "constant"]
+
+
+def learning_rate_factor(step: int, steps: int, warmup_steps: int, schedule: Schedule) -> float:
+    """Return the fraction of the peak learning rate at step `step` of `steps`, counted from 0. It is never 0.
+
+    The fraction rises linearly over `warmup_steps` and reaches 1 on the following step. From there it falls along a half cosine
+    (Loshchilov & Hutter, arXiv 1608.03983) or a line that would reach 0 one step after the last.
+    """
+    if step < warmup_steps:
+        return (step + 1) / (warmup_steps + 1)
+    progress = min(1.0, (step - warmup_steps) / max(1, steps - warmup_steps))
+    match schedule:
+        case "cosine":
+            return 0.5 * (1 + math.cos(math.pi * progress))
+        case "linear":
+            return 1 - progress
+        case "constant":
+            return 1.0

@@ -1,0 +1,39 @@
+"""Test the table that `evaluate` and the demo print: it shows the numbers of metrics.json and how far each gate was missed."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from made_metrics import made_run
+from rich.console import Console
+
+from lora_trainer.evaluate.metrics import RunMetrics
+from lora_trainer.report import metrics_table
+
+
+def shown(metrics: RunMetrics) -> str:
+    out = io.StringIO()
+    Console(file=out, width=120).print(metrics_table.metrics_table(metrics))
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("flaws", [0.004, 0.3])
+def test_the_table_has_the_metrics_numbers(flaws: float) -> None:
+    metrics = made_run(flaws=flaws).metrics
+    text = shown(metrics)
+    assert ("gates passed" in text) is metrics.verdict.passed
+    assert ("gates NOT passed" in text) is not metrics.verdict.passed
+    lines = {line.split("│")[1].strip(): line for line in text.splitlines() if line.startswith("│")}
+    for gate in metrics.verdict.gates:
+        assert f"{gate.compared:.3f}" in lines[gate.name]
+        assert ("ok" if gate.passed else f"missed by {gate.missed_by:.3f}") in lines[gate.name]
+    greedy = metrics.evaluation.greedy
+    assert f"{greedy.adapter.exact_json.value:.1%}" in lines["exact JSON"]
+    assert f"{greedy.base.informal_speech.value:.1%}" in lines["반말"]
+    assert f"{metrics.held_out.loss_adapter:.3f}" in lines["held-out loss"]
+
+
+def test_both_verdicts_were_shown() -> None:
+    assert made_run(flaws=0.004).metrics.verdict.passed
+    assert not made_run(flaws=0.3).metrics.verdict.passed
