@@ -410,6 +410,15 @@ def test_a_foreign_manifest_does_not_get_the_key_sent_to_its_server(
         assert got == ["Bearer sk-the-users-own-key"]
 
 
+def test_without_a_held_out_record_it_ends_with_exit_3_before_the_adapter_is_loaded(adapter: Adapter, tmp_path: Path) -> None:
+    """No record of the data fits 16 tokens, so there is nothing to measure held-out loss on."""
+    pytest.importorskip("trl", reason="trl is not installed: the training stack can't be started")
+    config = settled(adapter, tmp_path, **{"training.max_length_tokens": 16, "data": str(DATA.parent)})
+    with pytest.raises(DataError, match=r"0 held out, expected at least one of each.*max_length_tokens \(16\)") as refused:
+        evaluate_adapter(adapter, config, None, ProcessContext())
+    assert refused.value.exit_code == 3
+
+
 def test_bad_prompts_are_refused_before_anything_is_loaded(adapter: Adapter, tmp_path: Path) -> None:
     prompts = tmp_path / "mine.jsonl"
     prompts.write_text('{"input": "나 왔어"}\n')
