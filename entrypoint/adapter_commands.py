@@ -199,7 +199,7 @@ def _typed_lines(console: Any) -> Iterator[str]:
 def publish(interruption: Interruption, /, folder: Path, output: str | None) -> None:
     """Publish the finished bundle in FOLDER that its run could not publish.
 
-    A run whose storage fails at the end (exit 6) keeps its bundle and prints this folder. Training and evaluation are not
+    A run whose storage fails at the end (exit 6) keeps its bundle and prints FOLDER. Training and evaluation are not
     repeated; latest.json moves if the gates passed, and the exit code is the one that the run would have had.
 
     \b
