@@ -60,7 +60,8 @@ SECRETS = (
 PROGRAM = """
 import logging, os, sys
 from pathlib import Path
-from lora_trainer import logs, pipeline
+from lora_trainer import logs
+from lora_trainer.run import pipeline
 
 termination_log, breakage = sys.argv[1:3]
 del sys.argv[1:3]
