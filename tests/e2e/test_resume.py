@@ -184,7 +184,7 @@ def test_a_bundle_that_the_output_does_not_take_is_kept_and_published_later(undi
     *_, kept = event(log, "run_finished")["problems"]
     folder = next((tmp_path / "work").glob("runs/A/*/bundle"))
     assert kept.startswith(
-        f"{folder}: the finished bundle is kept here; 'lora-trainer publish {folder}' to finish once the store recovers"
+        f"{folder}: the finished bundle is kept here; run 'lora-trainer publish {folder}' to finish once the store recovers"
     )
 
     in_the_way.unlink()
