@@ -162,7 +162,7 @@ def test_a_store_that_hides_what_was_written(check: Check, s3_server: Any, aws_e
         s3_server, aws_environment, check, lambda asked, ask: EMPTY_LISTING if "prefix=" in asked.path else ask()
     )
     assert code == ExitCode.STORAGE
-    assert "written, and not listed under runs/A/" in err
+    assert "written, but not listed under runs/A/" in err
 
 
 def test_a_store_without_conditional_writes_is_said(check: Check, s3_server: Any, aws_environment: pytest.MonkeyPatch) -> None:

@@ -136,7 +136,7 @@ def test_a_killed_run_goes_on_where_it_stopped(slow_teacher: Teacher, number: si
     assert process.returncode == (-signal.SIGKILL if number == signal.SIGKILL else ExitCode.INTERRUPTED), errors
     assert not Path("out/train_data_type_O.jsonl").exists()
     if number == signal.SIGTERM:
-        assert "run the same command again to go on" in errors
+        assert "run the same command again to resume" in errors
     else:
         # simulate a crash that truncated the last line
         with kept[0].open("a", encoding="utf-8") as file:
