@@ -19,23 +19,24 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+from rich.table import Table
+
+from lora_trainer.errors import ExitCode
+from lora_trainer.evaluate.metrics import RunMetrics
+from lora_trainer.persona.prompt import prompt_messages
+from lora_trainer.persona.specs import persona_spec
+from lora_trainer.persona.vocabulary import BloodType
+from lora_trainer.report import metrics_table
+from lora_trainer.store.manifest import read_manifest, verify_files
+from lora_trainer.store.opening import open_storage
+from lora_trainer.store.prefixes import latest_key
+
 ROOT = Path(__file__).resolve().parent.parent
-# dev_s3 is a script outside the package, so the path must be set before the imports below
-sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
+# dev_s3 is a script outside the package
+sys.path.insert(0, str(ROOT / "tools"))
 
-from dev_s3 import DevS3Error, serve  # noqa: E402
-from rich.console import Console  # noqa: E402
-from rich.table import Table  # noqa: E402
-
-from lora_trainer.errors import ExitCode  # noqa: E402
-from lora_trainer.evaluate.metrics import RunMetrics  # noqa: E402
-from lora_trainer.persona.prompt import prompt_messages  # noqa: E402
-from lora_trainer.persona.specs import persona_spec  # noqa: E402
-from lora_trainer.persona.vocabulary import BloodType  # noqa: E402
-from lora_trainer.report import metrics_table  # noqa: E402
-from lora_trainer.store.manifest import read_manifest, verify_files  # noqa: E402
-from lora_trainer.store.opening import open_storage  # noqa: E402
-from lora_trainer.store.prefixes import latest_key  # noqa: E402
+from dev_s3 import DevS3Error, serve  # noqa: E402  its folder is on the path only now
 
 SCRATCH = ROOT / ".demo"
 BUCKET = "persona-demo"

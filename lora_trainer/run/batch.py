@@ -21,7 +21,7 @@ _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
 
-class BatchStopped(Exception):  # noqa: N818  signals the end of the batch, which is not an error
+class BatchStoppedError(Exception):
     """An interruption or a lost device stops all personas. The failure report of the persona that raised this has the cause."""
 
 
@@ -43,7 +43,7 @@ class PersonaRun:
     def attempt(self, phase: Callable[Concatenate[Job, _P], _T | Outcome], *arguments: _P.args, **options: _P.kwargs) -> _T | None:
         """Run `phase` and return its result for the next phase, or None if the run has ended, in success or failure.
 
-        Raise `BatchStopped` if an interruption or a lost device ended it.
+        Raise `BatchStoppedError` if an interruption or a lost device ended it.
         """
         started_s = time.monotonic()
         try:
@@ -68,10 +68,10 @@ class PersonaRun:
     def _check_batch(self) -> None:
         models = self._job.process.models
         if self.report and self.report.exit_code is ExitCode.INTERRUPTED:
-            raise BatchStopped
+            raise BatchStoppedError
         if self.outcome is None:
             if not models.device_answers():
-                raise BatchStopped
+                raise BatchStoppedError
             # the phase may have failed anywhere, so don't reuse what it left on the device
             models.release()
 

@@ -13,7 +13,7 @@ from typing import Any
 from lora_trainer.config import RunConfig
 from lora_trainer.data.records import EvaluationPrompt, TrainingRecord
 from lora_trainer.evaluate.llm_judge import check_judge
-from lora_trainer.run.batch import BatchStopped, PersonaRun
+from lora_trainer.run.batch import BatchStoppedError, PersonaRun
 from lora_trainer.run.evaluation import decide, evaluate
 from lora_trainer.run.identity import Identity, identify
 from lora_trainer.run.inputs import DataFile, fetch, fetch_prompts, read, require_data_folder
@@ -63,7 +63,7 @@ def run(personas: Sequence[PersonaRun], process: ProcessContext) -> None:
         process.models.release()
         for persona, work in planned:
             persona.attempt(train_and_publish, work)
-    except BatchStopped:
+    except BatchStoppedError:
         return
 
 
