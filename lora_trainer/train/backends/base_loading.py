@@ -20,6 +20,8 @@ def load_base(base: Path, training: TrainingConfig, tokenizer: PreTrainedTokeniz
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
         str(base),
         local_files_only=True,
+        # if left out, transformers asks on standard input whether to run the folder's own code
+        trust_remote_code=False,
         dtype=compute_dtype(training),
         quantization_config=quantization(training),
         device_map={"": 0 if on_cuda else "cpu"},

@@ -105,7 +105,9 @@ class TransformersBackend:
         """Load the base's own tokenizer. Raises `ConfigError` if it has no chat template."""
         from transformers import AutoTokenizer
 
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(base), local_files_only=True)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            str(base), local_files_only=True, trust_remote_code=False
+        )
         if not getattr(tokenizer, "chat_template", None):
             raise ConfigError(f"base.model: {base} has no chat template; use an instruction-tuned base such as Qwen2.5-7B-Instruct")
         self._tokenizer = tokenizer
