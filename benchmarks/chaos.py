@@ -251,6 +251,10 @@ class Bucket:
         pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self.name, Prefix=prefix)
         return [item["Key"] for page in pages for item in page.get("Contents", [])]
 
+    def left_over(self) -> list[str]:
+        """Return what runs left behind, except the counter of starts, which stays."""
+        return [key for key in self.keys("lora/runs/") if not key.endswith("/starts.json")]
+
     def get(self, key: str) -> tuple[bytes, str] | None:
         """Return the object and its ETag, or None if it doesn't exist."""
         try:
@@ -414,7 +418,7 @@ def run_one(
                 wrong.append(f"exit code 1 after {ended.killed_behind or 'no signal'}: {ended.problems}")
             if ended.exit_code not in RETRIED:
                 break
-        swept = bool(bucket.keys("lora/runs/")) and attempts[-1].exit_code == 0
+        swept = bool(bucket.left_over()) and attempts[-1].exit_code == 0
         if swept:
             # a kill or a fault interrupted the cleanup; running the same command again finishes it
             ended, _ = attempt(
@@ -454,7 +458,7 @@ def what_is_wrong(bucket: Bucket, reference: Reference, attempts: list[Attempt])
     latest = bucket.get("lora/adapters/A/latest.json")
     if latest is None or json.loads(latest[0])["run_id"] != reference.run_id:
         yield "latest.json: does not name the run"
-    if left := bucket.keys("lora/runs/"):
+    if left := bucket.left_over():
         yield f"left over: {', '.join(left)}"
     if uploads := bucket.uploads():
         yield f"left over: {uploads} unfinished multipart uploads"

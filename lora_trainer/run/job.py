@@ -48,6 +48,8 @@ class Job:
     config: RunConfig
     process: ProcessContext = field(default_factory=ProcessContext)
     started_at: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
+    counter: int | None = None
+    """The run's place in the order of starts, which decides whether `latest.json` moves; None until the run has its lease."""
     timings_s: dict[str, float] = field(default_factory=dict)
     environment: dict[str, object] = field(default_factory=dict)
     """Device and library versions, as reported by the backend."""

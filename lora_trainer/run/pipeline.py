@@ -22,6 +22,7 @@ from lora_trainer.run.progress import RunProgress
 from lora_trainer.run.publication import Outcome, assemble, find_finished, find_published, hold_lease, publish
 from lora_trainer.run.reevaluation import publish_new_verdict
 from lora_trainer.run.training import TrainingPlan, open_checkpoints, plan_training, save, stepping_down, train
+from lora_trainer.store.latest import count_start, forget_start
 from lora_trainer.train.backends import Backend
 from lora_trainer.train.trackers import require_installed
 
@@ -118,6 +119,9 @@ def train_and_publish(job: Job, work: Planned) -> Outcome:
         checkpoints = open_checkpoints(job, identity.run_id, lease)
         if job.process.fresh:
             checkpoints.clear()
+        job.counter = count_start(
+            job.output.adapted(guard=lease.check), job.config.blood_type, identity.run_id, anew=job.process.fresh
+        )
         with checkpoints, job.process.interruption.recognised():
             with stepping_down(job, backend, plan):
                 trained = train(job, backend, identity, plan, checkpoints, progress)
@@ -127,4 +131,5 @@ def train_and_publish(job: Job, work: Planned) -> Outcome:
             assemble(job, backend, folder, identity, prepared.data, plan, trained, evaluated, verdict)
             outcome = find_finished(job, identity, lease) or publish(job, identity.run_id, folder, verdict, progress, lease)
             checkpoints.clear()
+            forget_start(job.output, job.config.blood_type, identity.run_id)
     return outcome

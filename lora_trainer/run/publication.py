@@ -28,7 +28,7 @@ from lora_trainer.run.progress import RunProgress
 from lora_trainer.run.training import Trained, TrainingPlan, open_checkpoints
 from lora_trainer.store.bundle import publish_bundle
 from lora_trainer.store.interface import Storage
-from lora_trainer.store.latest import link_newest, move_latest
+from lora_trainer.store.latest import forget_start, link_newest, move_latest
 from lora_trainer.store.lease import Lease, LeaseLostError, hold, is_left_over
 from lora_trainer.store.manifest import read_manifest, write_manifest
 from lora_trainer.store.prefixes import bundle_prefix, lease_key, run_prefix
@@ -89,6 +89,7 @@ def remove_leftovers(job: Job, run_id: str, lease: Lease | None) -> None:
         if lease is None and not is_left_over(output, key):
             return
         open_checkpoints(job, run_id).clear()
+        forget_start(output, blood_type, run_id)
         if lease is None:
             output.delete(key)
     except StorageError as error:
@@ -121,6 +122,7 @@ def assemble(
         "run_id": identity.run_id,
         "blood_type": str(job.config.blood_type),
         "started_at": job.started_at,
+        "counter": job.counter,
         "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "evaluation_id": identity.evaluation_id,
         "gate_id": identity.gate_id,
@@ -240,6 +242,8 @@ def accept(blood_type: BloodType, output: Storage, manifest: dict[str, Any], ver
         log.info("latest_checked", moved=False, reason="the gates were not passed")
         return False
     move = move_latest(output, blood_type, manifest)
+    if move.warning:
+        log.warning("latest_in_future", problem=move.warning)
     log.info("latest_checked", moved=move.moved, reason=move.reason)
     if move.names_this_run:
         link_newest(output, blood_type, manifest["run_id"])

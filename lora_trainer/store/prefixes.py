@@ -25,6 +25,16 @@ def latest_key(blood_type: BloodType) -> str:
     return f"adapters/{blood_type}/latest.json"
 
 
+def starts_key(blood_type: BloodType) -> str:
+    """Return the key of the counter that numbers the starts of the persona's runs."""
+    return f"runs/{blood_type}/starts.json"
+
+
+def start_key(blood_type: BloodType, run_id: str) -> str:
+    """Return the key of the record of the run's start."""
+    return run_prefix(blood_type, run_id) + "start.json"
+
+
 def evaluation_prefix(prefix: str, gate_id: str) -> str:
     """Return the prefix of a later evaluation of the bundle at `prefix`."""
     return f"{prefix}evaluations/{gate_id}/"

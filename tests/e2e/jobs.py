@@ -15,6 +15,7 @@ import pytest
 from conftest import REPOSITORY
 
 from lora_trainer.config import GatesConfig
+from lora_trainer.store.interface import Storage
 
 Log = list[dict[str, Any]]
 Until = Callable[[dict[str, Any]], bool]
@@ -61,6 +62,11 @@ def events(done: subprocess.CompletedProcess[str]) -> dict[str, dict[str, Any]]:
     """Return the log's events by name. Fails on a line that is not JSON."""
     lines = [json.loads(line) for line in done.stderr.splitlines()]
     return {line["event"]: line for line in lines}
+
+
+def left_over(storage: Storage) -> list[str]:
+    """Return what runs left in `runs/`, except the counter of starts, which stays."""
+    return [item.key for item in storage.list("runs/") if not item.key.endswith("/starts.json")]
 
 
 def watched_job(*arguments: str, until: Until | None = None, kill: int = signal.SIGTERM) -> tuple[int, list[str], Log]:

@@ -8,10 +8,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import boto3
 import pytest
 from conftest import load_tool
-from jobs import require_training_stack
+from jobs import left_over, require_training_stack
 
 from lora_trainer.store.interface import Storage
 from lora_trainer.store.manifest import verify_files
@@ -75,7 +74,7 @@ def test_the_second_one_waits_and_finds_the_work_done(start: Start, bucket: str)
     assert ended(second) == 0
     assert second.event("already_done")
     assert not second.event("training_step")
-    assert not any(name.startswith("runs/") for name in objects(open_storage(f"s3://{bucket}/lora/")))
+    assert left_over(open_storage(f"s3://{bucket}/lora/")) == []
 
 
 def test_a_paused_one_finds_itself_replaced_and_writes_nothing_more(start: Start, bucket: str) -> None:
@@ -95,7 +94,7 @@ def test_a_paused_one_finds_itself_replaced_and_writes_nothing_more(start: Start
     assert "has lost its lease: it was deleted" in until(first, "run_finished")["problems"][0]
     assert not first.event("bundle_published")
     assert objects(storage) == before
-    assert not any(name.startswith("runs/") for name in before)
+    assert left_over(storage) == []
     run_id = until(second, "run_finished")["run_id"]
     assert verify_files(storage, f"adapters/A/{run_id}/") == []
 
@@ -118,4 +117,4 @@ def test_a_killed_one_is_not_waited_for_and_a_signal_ends_the_wait(start: Start,
     taken = until(third, "lease_taken")
     assert (taken["because"], taken["attempt"]) == ("its process is gone", 2)
     assert until(third, "resumed")["step"] >= 1
-    assert boto3.client("s3").list_objects_v2(Bucket=bucket, Prefix="lora/runs/")["KeyCount"] == 0
+    assert left_over(open_storage(f"s3://{bucket}/lora/")) == []

@@ -67,7 +67,7 @@ def checkpoints(output: Storage) -> dict[str, list[str]]:
     """Return the file names of each checkpoint folder."""
     found: dict[str, list[str]] = {}
     for item in output.list("runs/"):
-        if item.key.endswith("/lease.json"):
+        if item.key.endswith(("/lease.json", "/start.json", "/starts.json")):
             continue
         _, _, _, _, folder, name = item.key.split("/")
         found.setdefault(folder, []).append(name)

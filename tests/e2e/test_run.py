@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from conftest import REPOSITORY
 from fault_proxy import FaultProxy
-from jobs import SHORT, events, job, require_training_stack
+from jobs import SHORT, events, job, left_over, require_training_stack
 
 from lora_trainer.persona.prompt import prompt_messages
 from lora_trainer.persona.specs import persona_spec
@@ -154,7 +154,7 @@ def test_a_store_that_fails_a_fifth_of_all_requests(s3_server: Any, bucket: str,
     assert proxy.faults.total() > proxy.requests / 20
     run_id = events(done)["run_finished"]["run_id"]
     assert verify_files(open_storage(output_uri), bundle_prefix(BloodType.O, run_id)) == []
-    assert list(open_storage(output_uri).list("runs/")) == []
+    assert left_over(open_storage(output_uri)) == []
 
 
 @pytest.mark.slow  # test_resume.py and test_several_personas.py also compare the bytes of two runs

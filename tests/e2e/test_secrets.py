@@ -294,7 +294,7 @@ def test_a_run_that_is_interrupted_and_goes_on(data: Path, bucket: str, s3_serve
         # The checkpoint exists, so the search below covers it.
         kept = [item.key for item in open_storage(output).list("runs/")]
         assert {Path(key).name for key in kept} == {
-            "adapter.safetensors", "optimizer.safetensors", "state.json", "manifest.json", "lease.json"
+            "adapter.safetensors", "optimizer.safetensors", "state.json", "manifest.json", "lease.json", "start.json", "starts.json"
         }  # fmt: skip
         assert ended.leaks(output) == []
 

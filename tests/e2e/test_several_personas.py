@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from conftest import REPOSITORY
-from jobs import DEMO, NO_GATES, Log, Until, few_questions, require_training_stack, watched_job
+from jobs import DEMO, NO_GATES, Log, Until, few_questions, left_over, require_training_stack, watched_job
 
 from lora_trainer.persona.vocabulary import BloodType
 from lora_trainer.store.interface import Storage
@@ -102,7 +102,7 @@ def test_each_gets_what_it_gets_alone_from_a_base_that_is_loaded_once(
     for name, run_id in run_ids.items():
         progress = json.loads((tmp_path / "work" / "runs" / name / run_id / "progress.json").read_text())
         assert (progress["blood_type"], progress["step"], progress["stage"]) == (name, STEPS, "done")
-    assert list(output.list("runs/")) == []
+    assert left_over(output) == []
 
     # With other questions, the job evaluates again without training and loads the base once, too.
     code, printed_again, log = job("A,B", data, uri, tmp_path / "asked", "--set", "evaluation.intensities=0.5")

@@ -26,7 +26,7 @@ from lora_trainer.report.model_card import vllm_lora_rank
 from lora_trainer.run.bundle_files import read_published, read_verdict, write_documents, write_evaluation
 from lora_trainer.store.bundle import check_complete, publish_bundle
 from lora_trainer.store.interface import Storage
-from lora_trainer.store.latest import link_newest, move_latest, promote_latest
+from lora_trainer.store.latest import count_start, forget_start, link_newest, move_latest, promote_latest, take_count
 from lora_trainer.store.local import fresh_folder
 from lora_trainer.store.manifest import read_manifest, verify_files, write_manifest
 from lora_trainer.store.opening import open_storage
@@ -152,6 +152,10 @@ def test_a_manifest_that_is_none(storage: Storage, data: bytes) -> None:
 # -- latest.json ----------------------------------------------------------------------------------------
 
 
+def counted(run_id: str, counter: int, started_at: str = "2026-01-01T00:00:00+00:00") -> dict[str, Any]:
+    return {**facts(run_id, started_at), "counter": counter}
+
+
 def pointed_at(storage: Storage) -> dict[str, str]:
     found = storage.read_bytes("adapters/A/latest.json")
     assert found is not None
@@ -187,7 +191,7 @@ def test_only_a_run_that_did_not_start_earlier_takes_over(storage: Storage, star
     assert (move.moved, move.names_this_run) == (moved, moved)
     assert pointed_at(storage)["run_id"] == ("second" if moved else "first")
     if not moved:
-        assert move.reason == "it names run first, which started later"
+        assert move.reason.startswith("it names run first, which started later; 'lora-trainer promote' moves it")
 
 
 def test_the_same_run_again_writes_nothing(storage: Storage) -> None:
@@ -212,6 +216,10 @@ def test_the_same_run_again_writes_nothing(storage: Storage) -> None:
         b'{"run_id": "x", "started_at": "2026-01-01T00:00:00"}',
         b'{"run_id": "x", "started_at": "2026-01-01T00:00:00+00:00", "promoted_at": "today"}',
         b'{"started_at": "2026-01-01T00:00:00+00:00"}',
+        b'{"run_id": "x", "started_at": "2026-01-01T00:00:00+00:00", "counter": "7"}',
+        b'{"run_id": "x", "started_at": "2026-01-01T00:00:00+00:00", "counter": -1}',
+        b'{"run_id": ["x"], "started_at": "2026-01-01T00:00:00+00:00"}',
+        b'{"run_id": "x", "started_at": "2026-01-01T00:00:00+00:00", "counter": 1' + b"0" * 5000 + b"}",
         b"\xff\xfe",
     ],
 )
@@ -254,6 +262,8 @@ class Contended:
 
     def read_bytes(self, key: str) -> Any:
         found = self._storage.read_bytes(key)
+        if not key.endswith("latest.json"):
+            return found
         self.reads += 1
         other = {"run_id": f"other-{self.reads}", "started_at": "2025-01-01T00:00:00+00:00"}
         self._storage.write_bytes(key, json.dumps(other).encode())
@@ -270,6 +280,7 @@ def test_a_swap_that_is_always_lost_ends(storage: Storage) -> None:
 
 def test_promotion_moves_whatever_is_newer_and_those_that_started_before_it_leave_it(storage: Storage) -> None:
     move_latest(storage, A, facts("newer", "2026-06-01T00:00:00+00:00"))
+    running = count_start(storage, A, "running")
     before = datetime.now(UTC)
     assert promote_latest(storage, A, facts("older", "2026-01-01T00:00:00+00:00")) == "newer"
     pointer = pointed_at(storage)
@@ -277,16 +288,16 @@ def test_promotion_moves_whatever_is_newer_and_those_that_started_before_it_leav
     promoted_at = datetime.fromisoformat(pointer["promoted_at"])
     assert before - timedelta(seconds=1) <= promoted_at <= datetime.now(UTC)
     # this run started long after the promoted one, but before the promotion
-    move = move_latest(storage, A, facts("running", (promoted_at - timedelta(seconds=1)).isoformat()))
+    move = move_latest(storage, A, counted("running", running))
     assert (move.moved, move.names_this_run) == (False, False)
-    assert move.reason == "it names run older, which was promoted after this run started"
+    assert move.reason.startswith("it names run older")
     assert move_latest(storage, A, facts("newer", "2026-06-01T00:00:00+00:00")).moved is False
     assert pointed_at(storage) == pointer
     # the pointer already names the promoted run
     move = move_latest(storage, A, facts("older", "2026-01-01T00:00:00+00:00"))
     assert (move.moved, move.names_this_run) == (False, True)
     # a run that starts now takes over as usual
-    assert move_latest(storage, A, facts("next", (promoted_at + timedelta(seconds=1)).isoformat())).moved
+    assert move_latest(storage, A, counted("next", count_start(storage, A, "next"))).moved
     assert pointed_at(storage)["run_id"] == "next"
     assert "promoted_at" not in pointed_at(storage)
 
@@ -303,8 +314,101 @@ def test_a_promotion_does_not_replace_what_is_no_pointer(storage: Storage) -> No
         promote_latest(storage, A, facts())
     contended: Any = Contended(storage)
     storage.write_bytes("adapters/A/latest.json", json.dumps(facts()).encode())
-    with pytest.raises(StorageError, match="other writers changed it 8 times in a row"):
+    with pytest.raises(StorageError, match=r"latest\.json: other writers changed it 8 times in a row"):
         promote_latest(contended, A, facts("mine"))
+
+
+# -- the counter ----------------------------------------------------------------------------------------
+
+
+AHEAD, BEHIND = "2099-01-01T00:00:00+00:00", "2001-01-01T00:00:00+00:00"
+
+
+@pytest.mark.parametrize("clocks", [(AHEAD, BEHIND), (BEHIND, AHEAD)], ids=["first-ahead", "first-behind"])
+@pytest.mark.parametrize("finished", [(0, 1), (1, 0)], ids=["in-order", "reversed"])
+def test_the_run_that_started_last_is_named_whatever_the_clocks_say(
+    storage: Storage, clocks: tuple[str, str], finished: tuple[int, int]
+) -> None:
+    runs = [counted(name, count_start(storage, A, name), clock) for name, clock in zip(("first", "second"), clocks, strict=True)]
+    moves = [move_latest(storage, A, runs[index]) for index in finished]
+    assert pointed_at(storage)["run_id"] == "second"
+    assert [move.moved for move in moves] == ([True, True] if finished == (0, 1) else [True, False])
+    if finished == (1, 0):
+        assert moves[1].reason.startswith(
+            "it names run second, which started later (counter 2, this run's is 1); 'lora-trainer promote'"
+        )
+
+
+@pytest.mark.parametrize("promoted", [False, True])
+def test_a_pointer_from_the_future_is_said_and_does_not_stop_later_runs(storage: Storage, promoted: bool) -> None:
+    """An earlier version wrote it, with a clock that was ahead."""
+    pointer = {**facts("future", AHEAD), **({"promoted_at": AHEAD} if promoted else {})}
+    storage.write_bytes("adapters/A/latest.json", json.dumps(pointer).encode())
+    # a run of that version stays behind it, but no longer silently
+    old = move_latest(storage, A, facts("old", "2026-01-01T00:00:00+00:00"))
+    assert not old.moved
+    assert "'lora-trainer promote' moves it by hand" in old.reason
+    move = move_latest(storage, A, counted("now", count_start(storage, A, "now")))
+    assert move.moved
+    for said in (old.warning, move.warning):
+        assert f"latest.json: got a time in the future, {AHEAD}" in said
+        assert "check both (NTP)" in said
+    assert (pointed_at(storage)["run_id"], pointed_at(storage)["counter"]) == ("now", 1)
+    assert move_latest(storage, A, counted("next", count_start(storage, A, "next"))).warning == ""
+
+
+def test_a_promotion_takes_its_place_in_the_order(storage: Storage) -> None:
+    before = counted("before", count_start(storage, A, "before"), AHEAD)
+    promote_latest(storage, A, facts("promoted", BEHIND))
+    after = counted("after", count_start(storage, A, "after"), BEHIND)
+    move = move_latest(storage, A, before)
+    assert (move.moved, move.reason.partition(" (")[0]) == (
+        False,
+        "it names run promoted, which was promoted after this run started",
+    )
+    assert move_latest(storage, A, after).moved
+    assert not move_latest(storage, A, before).moved
+
+
+def test_a_later_attempt_keeps_the_place_of_its_run_unless_it_starts_anew(storage: Storage) -> None:
+    assert [count_start(storage, A, name) for name in ("one", "two", "one")] == [1, 2, 1]
+    assert count_start(storage, A, "one", anew=True) == 3
+    assert count_start(storage, A, "one") == 3
+    # personas are counted apart
+    assert count_start(storage, BloodType.AB, "one") == 1
+    for name in ("one", "two"):
+        forget_start(storage, A, name)
+    assert {item.key for item in storage.list("runs/A/")} == {"runs/A/starts.json"}
+
+
+@pytest.mark.parametrize(
+    "left", [None, b"", b"{", b'{"counter": "x"}', b'{"counter": -1}', b'{"counter": 1e400}', b"[[[[", b"\xff"]
+)
+def test_a_counter_that_is_lost_or_damaged_goes_on_from_the_pointer(storage: Storage, left: bytes | None) -> None:
+    for _ in range(3):
+        take_count(storage, A)
+    assert move_latest(storage, A, counted("named", take_count(storage, A))).moved
+    storage.delete("runs/A/starts.json")
+    if left is not None:
+        storage.write_bytes("runs/A/starts.json", left)
+    assert take_count(storage, A) == 5
+
+
+def test_concurrent_starts_and_promotions_take_different_places(tmp_path: Path) -> None:
+    uri, movers = f"file://{tmp_path}/out/", 8
+    barrier = threading.Barrier(movers)
+
+    def start(number: int) -> int:
+        storage = open_storage(uri)
+        barrier.wait()
+        counter = count_start(storage, A, f"run-{number}")
+        move_latest(storage, A, counted(f"run-{number}", counter, AHEAD if number % 2 else BEHIND))
+        return counter
+
+    with ThreadPoolExecutor(movers) as pool:
+        counters = list(pool.map(start, range(movers)))
+    assert sorted(counters) == list(range(1, movers + 1))
+    assert pointed_at(open_storage(uri))["run_id"] == f"run-{counters.index(movers)}"
 
 
 # -- the local link -------------------------------------------------------------------------------------
