@@ -17,6 +17,7 @@ from entrypoint.options import adapter_option, config_option, given_settings, se
 from entrypoint.run_end import RunEnd
 from lora_trainer import logs
 from lora_trainer.errors import ConfigError, GateError, Interrupted, StorageError
+from lora_trainer.escaping import escaped, one_line
 from lora_trainer.signals import Interruption
 
 
@@ -85,7 +86,7 @@ def evaluate(
         verdict = found.metrics.verdict
         end.facts.update(run_id=opened.run_id, report=str(found.folder / "report.html"), passed=verdict.passed)
         if as_json:
-            click.echo(json.dumps(found.metrics.as_json(), indent=2, ensure_ascii=False))
+            click.echo(escaped(json.dumps(found.metrics.as_json(), indent=2, ensure_ascii=False)))
         else:
             from rich.console import Console
 
@@ -243,7 +244,7 @@ def promote(adapter: str) -> None:
         raise StorageError([*problems, f"{opened.storage.uri}: not promoted: the bundle differs from its manifest"])
     before = promote_latest(output, blood_type, opened.manifest)
     link_newest(output, blood_type, opened.run_id)
-    click.echo(f"{output.uri}{latest_key(blood_type)}: names run {opened.run_id} now; before: {before or 'none'}")
+    click.echo(f"{output.uri}{latest_key(blood_type)}: names run {opened.run_id} now; before: {one_line(before or 'none')}")
 
 
 @click.command()
@@ -275,7 +276,7 @@ def compare(runs: Sequence[str], html: str | None, as_json: bool) -> None:
     retry_budget = budget_from_environment()
     found = compare_runs(runs, retry_budget)
     if as_json:
-        click.echo(json.dumps(found.as_json(), indent=2, ensure_ascii=False))
+        click.echo(escaped(json.dumps(found.as_json(), indent=2, ensure_ascii=False)))
     else:
         Console().print(comparison_table(found))
     if html:

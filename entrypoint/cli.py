@@ -12,6 +12,7 @@ from entrypoint.data_commands import generate, validate
 from entrypoint.run_commands import check_storage, run, show_config
 from lora_trainer import __version__
 from lora_trainer.errors import ExitCode, Interrupted, LoraTrainerError
+from lora_trainer.escaping import escaped
 from lora_trainer.redaction import redacted
 from lora_trainer.run.failure_report import FailureReport, failure_report
 from lora_trainer.signals import Interruption
@@ -63,11 +64,11 @@ def run_cli(arguments: Sequence[str], interruption: Interruption | None = None) 
         shown = io.StringIO()
         error.show(shown)
         # Click's message quotes the arguments, which may contain credentials
-        click.echo(redacted(shown.getvalue()), err=True, nl=False)
+        click.echo(escaped(redacted(shown.getvalue())), err=True, nl=False)
         return error.exit_code
     except LoraTrainerError as error:
         for problem in error.problems:
-            click.echo(f"error: {redacted(problem)}", err=True)
+            click.echo(f"error: {escaped(redacted(problem))}", err=True)
         return error.exit_code
     except SystemExit:
         # Click and Rich exit with 1 on a closed pipe, but a reader such as `head` that stops early is not a failure
@@ -79,6 +80,6 @@ def run_cli(arguments: Sequence[str], interruption: Interruption | None = None) 
         if report.exit_code is ExitCode.INTERRUPTED:
             return ExitCode.INTERRUPTED
         for line in (*(f"error: a bug, please report it: {said}" for said in report.problems), *report.frames):
-            click.echo(line, err=True)
+            click.echo(escaped(line), err=True)
         return ExitCode.BUG
     return result if isinstance(result, int) else ExitCode.DONE

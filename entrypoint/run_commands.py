@@ -17,6 +17,7 @@ from lora_trainer import logs
 from lora_trainer.config import config_table
 from lora_trainer.config_sources import settle_each
 from lora_trainer.errors import ExitCode, worst
+from lora_trainer.escaping import escaped
 from lora_trainer.redaction import redacted
 from lora_trainer.signals import Interruption
 
@@ -106,7 +107,7 @@ def check_storage(config_file: Path | None, overrides: Sequence[str], **options:
             continue
         codes.append(finding.error.exit_code)
         for problem in finding.error.problems:
-            click.echo(f"error: {finding.what}: {redacted(problem)}", err=True)
+            click.echo(f"error: {finding.what}: {escaped(redacted(problem))}", err=True)
     if (code := worst(codes)) is not ExitCode.DONE:
         raise click.exceptions.Exit(code)
 

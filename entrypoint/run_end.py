@@ -13,6 +13,7 @@ import structlog
 
 from lora_trainer import logs
 from lora_trainer.errors import ExitCode
+from lora_trainer.escaping import escaped
 from lora_trainer.run.failure_report import failure_report
 from lora_trainer.signals import Interruption
 
@@ -88,7 +89,7 @@ class RunEnd:
     def _print(self, problems: Sequence[str], prefix: str = "") -> None:
         if self._is_terminal:
             for problem in problems:
-                click.secho(f"error: {prefix}{problem}", file=self._stderr, fg="red")
+                click.secho(f"error: {prefix}{escaped(problem)}", file=self._stderr, fg="red")
 
     @property
     def bundles(self) -> list[str]:

@@ -9,10 +9,11 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
-from typing import Final, Literal, cast
+from typing import Any, Final, Literal, cast
 
 import structlog
 
+from lora_trainer.escaping import escaped, escaped_value
 from lora_trainer.redaction import redacted_value
 
 TERMINATION_LOG: Final = Path("/dev/termination-log")
@@ -41,7 +42,7 @@ def configure(level: str, log_format: Literal["auto", "json", "console"]) -> Non
         _event_first,
     ]
     renderer: structlog.typing.Processor = (
-        structlog.processors.JSONRenderer(ensure_ascii=False)
+        structlog.processors.JSONRenderer(serializer=_escaped_json, ensure_ascii=False)
         if as_json
         else structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), pad_event_to=24)
     )
@@ -55,7 +56,7 @@ def configure(level: str, log_format: Literal["auto", "json", "console"]) -> Non
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=[*shared[:-2], _library_event, _redact, _event_first],
-            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, renderer],
+            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *([] if as_json else [_escape]), renderer],
         )
     )
     root = logging.getLogger()
@@ -104,6 +105,15 @@ def libraries_print_to_the_log() -> Iterator[None]:
 def _redact(logger: object, method: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
     # skip structlog's own keys, which start with an underscore
     return {key: value if key.startswith("_") else redacted_value(value) for key, value in event.items()}
+
+
+def _escape(logger: object, method: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
+    """Escape what a terminal would obey, before the renderer adds its colours."""
+    return {key: escaped_value(value) for key, value in event.items()}
+
+
+def _escaped_json(event: object, **options: Any) -> str:
+    return escaped(json.dumps(event, **options))
 
 
 def _event_first(logger: object, method: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:

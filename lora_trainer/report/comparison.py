@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any, Final
 from pydantic import ValidationError
 
 from lora_trainer.errors import ConfigError, LoraTrainerError, StorageError
+from lora_trainer.escaping import one_line
 from lora_trainer.evaluate.metrics import METRICS_SCHEMA, Estimate, RunMetrics
 from lora_trainer.persona.specs import persona_spec
 from lora_trainer.persona.vocabulary import BloodType
-from lora_trainer.report.formatting import LABELS, duration, flattened, number_text, percent, value_text
+from lora_trainer.report.formatting import LABELS, MAX_CHARACTERS, duration, flattened, number_text, percent, value_text
 from lora_trainer.report.html import render_page
 from lora_trainer.report.run_page import taken_for_row
 from lora_trainer.store.manifest import read_manifest
@@ -55,7 +56,7 @@ class ComparedRun:
     @property
     def name(self) -> str:
         """Column heading: persona and the first half of the run id."""
-        return f"{self.metrics.blood_type} {self.metrics.run_id[:8]}"
+        return f"{self.metrics.blood_type} {one_line(self.metrics.run_id[:8])}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,7 +187,11 @@ def _sections(runs: Sequence[ComparedRun]) -> Iterator[tuple[str, tuple[Row, ...
 
     held_out = [metrics.held_out for metrics in all_metrics]
     all_missed = [
-        [f"{LABELS.get(gate.name, gate.name)} by {gate.missed_by:.3f}" for gate in metrics.verdict.gates if not gate.passed]
+        [
+            f"{LABELS.get(gate.name, one_line(gate.name, MAX_CHARACTERS))} by {gate.missed_by:.3f}"
+            for gate in metrics.verdict.gates
+            if not gate.passed
+        ]
         for metrics in all_metrics
     ]
     yield (
@@ -204,9 +209,13 @@ def _sections(runs: Sequence[ComparedRun]) -> Iterator[tuple[str, tuple[Row, ...
         "Run",
         (
             row("persona", [f"{metrics.blood_type} {persona_spec(metrics.blood_type).name}" for metrics in all_metrics]),
-            row("run", [metrics.run_id for metrics in all_metrics]),
-            row("started", [str(run.manifest["started_at"])[:16].replace("T", " ") for run in runs]),
-            *([row("base model", [str(run.manifest["base"]["id"]) for run in runs])] if _bases(runs) > 1 else []),
+            row("run", [one_line(metrics.run_id, MAX_CHARACTERS) for metrics in all_metrics]),
+            row("started", [one_line(str(run.manifest["started_at"])[:16].replace("T", " ")) for run in runs]),
+            *(
+                [row("base model", [one_line(str(run.manifest["base"]["id"]), MAX_CHARACTERS) for run in runs])]
+                if _bases(runs) > 1
+                else []
+            ),
         ),
     )
     yield (
@@ -256,7 +265,7 @@ def _cell(name: str, estimate: Estimate) -> str:
 def setting_rows(comparison: Comparison) -> list[Row]:
     """Return a row per setting that differs."""
     return [
-        Row(name, tuple(_MISSING if value is None else value_text(value) for value in values))
+        Row(one_line(name, MAX_CHARACTERS), tuple(_MISSING if value is None else value_text(value) for value in values))
         for name, values in comparison.settings.items()
     ]
 

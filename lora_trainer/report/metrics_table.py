@@ -8,6 +8,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from lora_trainer.escaping import one_line
 from lora_trainer.evaluate.metrics import Estimate, RunMetrics
 
 _RATES: Final = (
@@ -33,7 +34,7 @@ _MEANS: Final = (
 def metrics_table(metrics: RunMetrics) -> Group:
     """Return a table of the gates, and one that compares the greedy replies of adapter and base."""
     verdict = metrics.verdict
-    headline = Text(f"{metrics.blood_type}, run {metrics.run_id}: ", style="bold")
+    headline = Text(f"{metrics.blood_type}, run {one_line(metrics.run_id)}: ", style="bold")
     headline.append("gates passed" if verdict.passed else "gates NOT passed", style="green" if verdict.passed else "red")
     gates = Table(title=None)
     gates.add_column("gate")
@@ -42,7 +43,9 @@ def metrics_table(metrics: RunMetrics) -> Group:
     gates.add_column("")
     for gate in verdict.gates:
         result = Text("ok", style="green") if gate.passed else Text(f"missed by {gate.missed_by:.3f}", style="red")
-        gates.add_row(gate.name, f"{gate.value:.3f}", f"{gate.compared:.3f}", f"{gate.relation} {gate.threshold:g}", result)
+        gates.add_row(
+            one_line(gate.name), f"{gate.value:.3f}", f"{gate.compared:.3f}", f"{gate.relation} {gate.threshold:g}", result
+        )
     measures = Table(title=None)
     measures.add_column(f"{metrics.evaluation.replies} greedy replies")
     for column in ("adapter", "95 % bounds", "base"):

@@ -14,6 +14,7 @@ from lora_trainer.base_model import fetch_base
 from lora_trainer.config import RunConfig
 from lora_trainer.data.records import Reply
 from lora_trainer.errors import ConfigError, DataError
+from lora_trainer.escaping import escaped
 from lora_trainer.evaluate.decoding import Decoding
 from lora_trainer.persona.prompt import Message, prompt_messages, reply_json
 from lora_trainer.persona.reply_schema import response_schema
@@ -105,7 +106,7 @@ def chat_loop(model: ChatModel, state: ChatState, lines: Iterator[str], console:
                 if not run_command(said, state, console):
                     return
             except ConfigError as error:
-                console.print(Text(str(error), style="red"), soft_wrap=True)
+                console.print(Text(escaped(str(error)), style="red"), soft_wrap=True)
             if said == "/new":
                 base_turns.clear()
             continue
@@ -120,7 +121,7 @@ def chat_loop(model: ChatModel, state: ChatState, lines: Iterator[str], console:
                 base_turns.append((said, reply))
                 print_reply(console, "base", text, reply, raw=raw)
         except DataError as error:
-            console.print(Text(str(error), style="red"), soft_wrap=True)
+            console.print(Text(escaped(str(error)), style="red"), soft_wrap=True)
 
 
 def read_reply(text: str) -> Reply:
@@ -135,13 +136,13 @@ def read_reply(text: str) -> Reply:
 
 
 def print_reply(console: Console, who: str, text: str, reply: Reply, *, raw: bool) -> None:
-    """Print a reply, as generated if `raw`, else as a line of dialogue."""
+    """Print a reply, as generated if `raw`, else as a line of dialogue. Escape what a terminal would obey, as JSON allows."""
     if raw:
         # print nothing else, so that the reply can be piped into other programs
-        console.print(Text(text), soft_wrap=True)
+        console.print(Text(escaped(text)), soft_wrap=True)
         return
     line = Text(f"{who}  ", style="bold cyan")
-    line.append(reply.text, style="not bold default")
+    line.append(escaped(reply.text), style="not bold default")
     line.append(f"  ({reply.emotion})", style="not bold dim")
     console.print(line, soft_wrap=True)
 
@@ -170,7 +171,7 @@ def run_command(line: str, state: ChatState, console: Console) -> bool:
         setattr(state, name[1:], found)
     else:
         raise ConfigError(f"{name}: no such command; /help lists them")
-    console.print(Text(status(state), style="dim"), soft_wrap=True)
+    console.print(Text(escaped(status(state)), style="dim"), soft_wrap=True)
     return True
 
 
