@@ -6,12 +6,14 @@ import os
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import click
 from pydantic import SecretStr
 
+from entrypoint.data_inputs import local_input
 from entrypoint.options import config_option, given_settings, set_option
 from lora_trainer import logs
 from lora_trainer.config_sources import settle_each
@@ -49,8 +51,9 @@ def validate(
     """Check training data: schema, lint, coverage, and what the prompts cost.
 
     \b
-    FILE is a JSONL file (.jsonl, .jsonl.gz, .jsonl.zst): a local path, file:// or s3://. A file named
-    eval_prompts.jsonl holds evaluation prompts, which have neither instruction nor reply.
+    FILE is a JSONL file (.jsonl or .ndjson, plain, .gz or .zst): a local path, file://, s3://, a pipe, or
+    - for standard input. A file named eval_prompts.jsonl holds evaluation prompts, which have neither
+    instruction nor reply. A file in another format gets one diagnosis; 'convert' turns many into JSONL.
     Two severities:
       error     'run' refuses the file: not JSON, a missing field, an unknown emotion, ...
       warning   'run' refuses the file only under --strict: three sentences, 존댓말, too many
@@ -61,16 +64,16 @@ def validate(
     Examples:
       lora-trainer validate data/*.jsonl
       lora-trainer validate --strict --json s3://bucket/personas/train_data_type_A.jsonl
+      zcat data.jsonl.gz | lora-trainer validate --blood-type A -
 
     Exits with 3 if there are errors, or warnings under --strict.
     """
     from lora_trainer.base_model import tokenizer_folder
+    from lora_trainer.data.compression import SUFFIXES
     from lora_trainer.data.evaluation_prompts import FILE_NAME
     from lora_trainer.data.prompt_cost import TokenCounter, chatml_overhead_tokens
     from lora_trainer.data.validation import FileReport, OnProblem, check_file, check_prompts, write_json
     from lora_trainer.report.validation_table import validation_table
-    from lora_trainer.store.keys import split_uri
-    from lora_trainer.store.opening import open_storage
     from lora_trainer.store.retry import RetryBudget
 
     options["blood_type"] = blood_type
@@ -89,30 +92,28 @@ def validate(
                 f"tokens not counted: {error}\n(--no-tokens, or --base-model with a folder that holds tokenizer.json)", err=True
             )
     with tempfile.TemporaryDirectory() as scratch:
-        paths = []
+        paths: list[Path] = []
+        names: dict[Path, str] = {}
         for number, name in enumerate(files):
-            path = Path(name)
-            if "://" in name:
-                folder, key = split_uri(name)
-                # keep the name: the persona is inferred from it
-                path = Path(scratch) / str(number) / Path(key).name
-                open_storage(folder, retry_budget).download(key, path)
-            elif not path.is_file():
-                raise ConfigError(f"{name}: {'a folder' if path.is_dir() else 'no such file'}; expected a JSONL file")
+            path = local_input(name, Path(scratch) / str(number), retry_budget, max_bytes=config.limits.decompressed_bytes)
             paths.append(path)
+            names[path] = "standard input" if name == "-" else name
 
         def check(path: Path, on_problem: OnProblem | None = None) -> FileReport:
-            if path.name in (FILE_NAME, f"{FILE_NAME}.gz", f"{FILE_NAME}.zst"):
-                return check_prompts(path, limits=config.limits, on_problem=on_problem)
-            return check_file(
-                path,
-                persona,
-                counter,
-                max_length_tokens=config.training.max_length_tokens,
-                template_overhead_tokens=overhead_tokens,
-                limits=config.limits,
-                on_problem=on_problem,
-            )
+            if path.name.lower() in {FILE_NAME + suffix for suffix in SUFFIXES}:
+                report = check_prompts(path, limits=config.limits, on_problem=on_problem)
+            else:
+                report = check_file(
+                    path,
+                    persona,
+                    counter,
+                    max_length_tokens=config.training.max_length_tokens,
+                    template_overhead_tokens=overhead_tokens,
+                    limits=config.limits,
+                    on_problem=on_problem,
+                )
+            # report the user's name, not our local copy's
+            return replace(report, file=names[path])
 
         if as_json:
             reports = write_json(sys.stdout, paths, check)

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 SUFFIXES: Final = ("", ".gz", ".zst")
 """Suffixes allowed after `.jsonl` in the name of a data file."""
+NAMES: Final = tuple(name + suffix for name in (".jsonl", ".ndjson") for suffix in SUFFIXES)
+"""Endings of the names of data files, in lower case."""
 
 _BUFFER_BYTES: Final = 64 * 1024
 # the ratio limit ignores output up to this size: a small file of repeated records compresses well and does no harm
@@ -23,13 +25,7 @@ _HARMLESS_BYTES: Final = 16 * 2**20
 # 128 MiB, the largest window of `zstd` without --long; files written with --long could make us allocate 2 GiB
 _WINDOW_LOG_MAX: Final = 27
 
-_MAGIC: Final = {
-    b"\x1f\x8b": "gzip",
-    b"\x28\xb5\x2f\xfd": "zstd",
-    b"PK\x03\x04": "zip",
-    b"BZh": "bzip2",
-    b"\xfd7zXZ\x00": "xz",
-}
+_MAGIC: Final = {".gz": b"\x1f\x8b", ".zst": b"\x28\xb5\x2f\xfd"}
 
 
 class CorruptStreamError(ValueError):
@@ -45,30 +41,37 @@ class DecompressedTooLargeError(ValueError):
 
 
 def is_jsonl(name: str) -> bool:
-    """Return whether a path or URI ends in `.jsonl`, `.jsonl.gz` or `.jsonl.zst`."""
-    return name.endswith(tuple(".jsonl" + suffix for suffix in SUFFIXES))
+    """Return whether a path or URI ends in `.jsonl` or `.ndjson`, compressed or not, in upper or lower case."""
+    return name.lower().endswith(NAMES)
 
 
-def detect_compression(first_bytes: bytes) -> str | None:
-    """Return the name of the compression format that `first_bytes` identify, or None."""
-    return next((name for magic, name in _MAGIC.items() if first_bytes.startswith(magic)), None)
+def compression_suffix(path: Path) -> str:
+    """Return `.gz` or `.zst` if the name ends in it, in upper or lower case, and an empty string otherwise."""
+    suffix = path.suffix.lower()
+    return suffix if suffix in SUFFIXES else ""
 
 
-def open_data(path: Path, max_bytes: int, max_ratio: float) -> BinaryIO:
-    """Open `path` for reading and decompress it if it ends in `.gz` or `.zst`.
+def detect_compression(first_bytes: bytes) -> str:
+    """Return the suffix, `.gz` or `.zst`, of the stream that `first_bytes` begin, or an empty string."""
+    return next((suffix for suffix, magic in _MAGIC.items() if first_bytes.startswith(magic)), "")
+
+
+def open_data(path: Path, max_bytes: int, max_ratio: float, suffix: str | None = None) -> BinaryIO:
+    """Open `path` for reading and decompress it if it ends in `.gz` or `.zst`; `suffix` replaces the name's.
 
     A compressed file yields at most `max_bytes`, and at most `max_ratio` times its own size or 16 MiB, whichever is larger. A
     plain file has no limit. Memory use is constant. Raises `OSError`, or `ValueError` for a NUL in the path. Reading may also
     raise `CorruptStreamError` or `DecompressedTooLargeError`.
     """
     file = path.open("rb")
-    if path.suffix not in SUFFIXES[1:]:
+    suffix = compression_suffix(path) if suffix is None else suffix
+    if not suffix:
         return file
     try:
         size_bytes = os.fstat(file.fileno()).st_size
         stream: Any = (
             gzip.GzipFile(fileobj=file)
-            if path.suffix == ".gz"
+            if suffix == ".gz"
             else ZstdFile(file, options={DecompressionParameter.window_log_max: _WINDOW_LOG_MAX})
         )
     except BaseException:

@@ -12,7 +12,14 @@ from typing import Any, BinaryIO, Final, Generic, NamedTuple, TypeVar, overload
 from pydantic import ValidationError
 
 from lora_trainer.config import DEFAULT_LIMITS, LimitsConfig
-from lora_trainer.data.compression import CorruptStreamError, DecompressedTooLargeError, detect_compression, open_data
+from lora_trainer.data.compression import (
+    CorruptStreamError,
+    DecompressedTooLargeError,
+    compression_suffix,
+    detect_compression,
+    open_data,
+)
+from lora_trainer.data.file_kinds import HEAD_BYTES, diagnosis, text_encoding
 from lora_trainer.data.problems import IncompleteJsonError, Problem, RecordError, Severity
 from lora_trainer.data.record_errors import described, error_problem, schema_problems
 from lora_trainer.data.records import (
@@ -25,7 +32,6 @@ from lora_trainer.persona.prompt import spells_control_token
 
 _SKIP_CHUNK_BYTES: Final = 64 * 1024
 _BOM: Final = b"\xef\xbb\xbf"
-_UTF16_BOMS: Final = (b"\xff\xfe", b"\xfe\xff")
 Record = TypeVar("Record", bound=StrictModel)
 
 
@@ -58,6 +64,9 @@ class JsonlReader(Generic[Record]):
 
     def __iter__(self) -> Iterator[Line[Record]]:
         try:
+            if problem := diagnose(self.path, self._limits, is_prompts=self._schema is EvaluationPrompt):
+                yield Line(0, None, (problem,))
+                return
             file = open_data(self.path, self._limits.decompressed_bytes, self._limits.compression_ratio)
         # ValueError: a NUL in the path
         except (OSError, ValueError) as error:
@@ -96,20 +105,6 @@ class JsonlReader(Generic[Record]):
             self.lines_read += 1
             number = self.lines_read
             start, offset = offset, offset + len(raw)
-            if number == 1 and raw.startswith(_UTF16_BOMS):
-                # stop here: a UTF-16 line break has two bytes, so splitting at b"\n" would garble every line
-                yield _bad_file(RecordError("utf16", "a UTF-16 byte-order mark", "UTF-8", "save the file as UTF-8"))
-                return
-            if number == 1 and (compression := detect_compression(raw)):
-                yield _bad_file(
-                    RecordError(
-                        "compressed",
-                        f"{compression} data under a name without its suffix",
-                        "plain JSONL, or a name that ends in .jsonl.gz or .jsonl.zst",
-                        "rename it to .jsonl.gz or .jsonl.zst" if compression in ("gzip", "zstd") else "unpack it",
-                    )
-                )
-                return
             if len(raw) > max_bytes and not raw.endswith(b"\n"):
                 while not raw.endswith(b"\n") and (raw := file.readline(_SKIP_CHUNK_BYTES)):
                     offset += len(raw)
@@ -150,6 +145,52 @@ class JsonlReader(Generic[Record]):
             yield _bad_file(
                 RecordError("empty_file", got, "one record a line", "check that it is the right file and was copied completely")
             )
+
+
+def diagnose(path: Path, limits: LimitsConfig = DEFAULT_LIMITS, *, is_prompts: bool = False) -> Problem | None:
+    """Return what is wrong with the file as a whole, judged by its first `HEAD_BYTES`, or None.
+
+    Raises `OSError`, or `ValueError` for a NUL in the path.
+    """
+    with path.open("rb") as file:
+        raw = file.read(HEAD_BYTES)
+    suffix = compression_suffix(path)
+    is_misnamed = suffix and len(raw) >= 4 and detect_compression(raw) != suffix
+    if is_misnamed and (fault := _wrongly_called_compressed(raw, suffix)):
+        return _file_problem(fault)
+    head, is_whole = read_head(path, limits)
+    fault = diagnosis(head, is_whole=is_whole, is_prompts=is_prompts)
+    return _file_problem(fault) if fault else None
+
+
+def read_head(path: Path, limits: LimitsConfig, suffix: str | None = None) -> tuple[bytes, bool]:
+    """Return the first `HEAD_BYTES` of a file, decompressed as `open_data` does, and whether that is all of it.
+
+    A damaged stream yields what comes before the damage.
+    """
+    head, is_whole = b"", False
+    with open_data(path, limits.decompressed_bytes, limits.compression_ratio, suffix) as file:
+        try:
+            while len(head) <= HEAD_BYTES and not is_whole:
+                chunk = file.read(16 * 1024)
+                head, is_whole = head + chunk, not chunk
+        except (CorruptStreamError, DecompressedTooLargeError):
+            pass
+    return head[:HEAD_BYTES], is_whole
+
+
+def _wrongly_called_compressed(raw: bytes, suffix: str) -> RecordError | None:
+    """Describe a file whose name ends in `suffix` and which begins another format; None for a damaged stream."""
+    expected = {".gz": "gzip data", ".zst": "zstd data"}[suffix]
+    if actual := detect_compression(raw):
+        return RecordError(
+            "compressed", f"{actual[1:]} data under a name that ends in {suffix}", expected, f"rename it to end in {actual}"
+        )
+    if fault := diagnosis(raw, is_whole=len(raw) < HEAD_BYTES):
+        return fault if fault.got != "binary data" else None
+    if text_encoding(raw, is_whole=len(raw) < HEAD_BYTES) is None:
+        return None
+    return RecordError("compressed", f"plain text under a name that ends in {suffix}", expected, f"remove {suffix} from the name")
 
 
 def parse_record(text: str, number: int = 1) -> Line[TrainingRecord]:
@@ -245,7 +286,11 @@ def _bad_line(number: int, fault: RecordError) -> Line[Any]:
 
 
 def _bad_file(fault: RecordError) -> Line[Any]:
-    return Line(0, None, (Problem(None, "", Severity.ERROR, fault.code, fault.got, fault.expected, fault.fix),))
+    return Line(0, None, (_file_problem(fault),))
+
+
+def _file_problem(fault: RecordError) -> Problem:
+    return Problem(None, "", Severity.ERROR, fault.code, fault.got, fault.expected, fault.fix)
 
 
 def _unreadable(error: OSError | ValueError) -> Line[Any]:

@@ -28,7 +28,7 @@ SHOWN_PROBLEMS: Final = 50
 """Maximum number of problems that a report lists. Counts include all of them."""
 OnProblem = Callable[[Problem], None]
 
-_NAMED_FILE: Final = re.compile(r"train_data_type_(AB|A|B|O)\.jsonl(\.gz|\.zst)?")
+_NAMED_FILE: Final = re.compile(r"train_data_type_(AB|A|B|O)(\.\w+)*", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,7 +172,7 @@ def check_file(
     tally = _Tally(on_problem)
     duplicates = DuplicateFinder()
     meter = CostMeter(tokenizer, max_length_tokens, template_overhead_tokens) if tokenizer else None
-    known_type = blood_type or _type_in_name(path)
+    known_type = blood_type or type_in_name(path)
     for number, record, problems in reader:
         for problem in problems:
             tally.add_problem(problem)
@@ -296,9 +296,10 @@ def _duplicate(line: int, first_line: int, is_exact: bool) -> Problem:
     )
 
 
-def _type_in_name(path: Path) -> BloodType | None:
+def type_in_name(path: Path) -> BloodType | None:
+    """Return the persona that a name such as `train_data_type_A.jsonl` tells, in upper or lower case and with any suffix."""
     found = _NAMED_FILE.fullmatch(path.name)
-    return BloodType(found[1]) if found else None
+    return BloodType(found[1].upper()) if found else None
 
 
 def _single(named: frozenset[BloodType]) -> BloodType | None:

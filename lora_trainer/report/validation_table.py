@@ -28,6 +28,9 @@ def validation_table(report: FileReport) -> RenderableType:
         for severity, code, count in codes:
             table.add_row(str(severity), code, f"{count:,}")
         parts.append(table)
+    if not report.lines:
+        # the problem concerns the whole file, of which no line was read
+        return Group(*parts)
     parts.append(
         Text(
             f"{plural(report.records, what)} in {plural(report.lines, 'line')} ({report.blank_lines:,} blank)"

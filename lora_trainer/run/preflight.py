@@ -13,7 +13,8 @@ from typing import Final
 
 from lora_trainer.base_model import require_base
 from lora_trainer.config import RunConfig
-from lora_trainer.errors import LoraTrainerError, StorageError
+from lora_trainer.data.jsonl import diagnose
+from lora_trainer.errors import DataError, LoraTrainerError, StorageError
 from lora_trainer.run.inputs import locate_data, require_data_folder
 from lora_trainer.store.interface import PreconditionFailed, Storage
 from lora_trainer.store.opening import open_storage
@@ -68,8 +69,11 @@ def _find_base(config: RunConfig, retry_budget: RetryBudget) -> str:
 def _read_data(config: RunConfig, retry_budget: RetryBudget) -> str:
     storage, key = locate_data(config, retry_budget)
     with tempfile.TemporaryDirectory() as scratch:
-        # download the file: a store may allow HEAD and refuse GET
-        fetched = storage.download(key, Path(scratch) / "data")
+        # download the file: a store may allow HEAD and refuse GET. Keep the name: its suffix selects the decompression
+        path = Path(scratch) / Path(key).name
+        fetched = storage.download(key, path)
+        if problem := diagnose(path, config.limits):
+            raise DataError(problem.render(storage.uri + key))
     return f"{storage.uri}{key}: {fetched.size_bytes:,} bytes read"
 
 

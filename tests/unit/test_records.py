@@ -310,7 +310,7 @@ def test_a_file_without_records(tmp_path: Path, content: bytes, got: str) -> Non
 
 def test_utf16_is_one_problem_and_not_one_a_line(tmp_path: Path) -> None:
     lines, _ = read(tmp_path, f"{SAMPLE}\n{SAMPLE}\n".encode("utf-16"))
-    assert [only_problem(line).code for line in lines] == ["utf16"]
+    assert [only_problem(line).code for line in lines] == ["wrong_encoding"]
 
 
 def test_a_huge_line_is_skipped_and_the_next_one_read(tmp_path: Path) -> None:
