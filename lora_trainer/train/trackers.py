@@ -4,6 +4,8 @@ transformers' own callbacks log the metrics. They would also open a run, but wit
 folder. Therefore this module opens the run, and the callback logs to it. Nothing leaves the machine unless the library's own
 variable asks for it: `MLFLOW_TRACKING_URI`, `WANDB_MODE` or `TENSORBOARD_LOGGING_DIR`.
 
+A tracker's server that is down costs the record, never the run: one warning, and training goes on without it.
+
 Trackers record the metrics of each step, all of `SFTConfig` and the model's configuration. MLflow adds the names of the user and
 the program, the others add the host name. None of them records the environment, the command line or any record's text.
 """
@@ -20,13 +22,17 @@ from typing import TYPE_CHECKING, Final
 
 from lora_trainer.config import Tracker
 from lora_trainer.errors import ConfigError, Interrupted
-from lora_trainer.logs import adopt_library_loggers
+from lora_trainer.logs import adopt_library_loggers, get_logger
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
 
 PROJECT: Final = "lora-trainer"
 """Default name of the MLflow experiment and the W&B project. `MLFLOW_EXPERIMENT_NAME` and `WANDB_PROJECT` override it."""
+
+# MLflow's own defaults, 7 retries and 120 s a request, would keep a GPU waiting for minutes
+_MLFLOW_PATIENCE: Final[Mapping[str, str]] = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
+_REFUSED: Final = (401, 403)
 
 # modules that each tracker imports; without a server, MLflow stores runs in SQLite
 _MODULES: Final[Mapping[Tracker, tuple[str, ...]]] = {
@@ -56,9 +62,13 @@ def _is_installed(module: str) -> bool:
 
 @contextmanager
 def tracking(trackers: Sequence[Tracker], folder: Path, run_name: str) -> Iterator[list[TrainerCallback]]:
-    """Open a run named `run_name` with each of `trackers`, in `folder/<tracker>`. Yield the callbacks that log to the runs."""
+    """Open a run named `run_name` with each of `trackers`, in `folder/<tracker>`. Yield the callbacks that log to the runs.
+
+    A tracker that cannot be reached has no callback. Raise `ConfigError` if one refuses the credentials.
+    """
     with ExitStack() as stack:
-        yield [stack.enter_context(_OPEN[tracker](folder.absolute() / tracker, run_name)) for tracker in trackers]
+        opened = [stack.enter_context(_OPEN[tracker](folder.absolute() / tracker, run_name)) for tracker in trackers]
+        yield [callback for callback in opened if callback is not None]
 
 
 @contextmanager
@@ -79,46 +89,69 @@ def _tensorboard(folder: Path, run_name: str) -> Iterator[TrainerCallback]:
 
 
 @contextmanager
-def _mlflow(folder: Path, run_name: str) -> Iterator[TrainerCallback]:
+def _mlflow(folder: Path, run_name: str) -> Iterator[TrainerCallback | None]:
     # opt out of MLflow's telemetry; the variable is read at import
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     # without git installed, GitPython prints a long warning
     os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
     import mlflow
+    from mlflow.exceptions import MlflowException
     from transformers.integrations import MLflowCallback
 
     adopt_library_loggers()
     logging.getLogger("mlflow").setLevel(logging.WARNING)
     # MLflow writes its settings to the environment, where the next run would read them as the user's
-    with _restored_environment("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_ID", "MLFLOW_RUN_ID"):
-        experiment_id = None
+    with _restored_environment("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_ID", "MLFLOW_RUN_ID", *_MLFLOW_PATIENCE):
+        for name, value in _MLFLOW_PATIENCE.items():
+            os.environ.setdefault(name, value)
         offline = not os.environ.get("MLFLOW_TRACKING_URI")
-        if offline:
-            folder.mkdir(parents=True, exist_ok=True)
-            mlflow.set_tracking_uri(f"sqlite:///{folder / 'mlflow.db'}")
-            name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or PROJECT
-            found = mlflow.get_experiment_by_name(name)
-            # the default artifact location is the current folder
-            experiment_id = (
-                found.experiment_id if found else mlflow.create_experiment(name, artifact_location=(folder / "artifacts").as_uri())
-            )
-        mlflow.start_run(run_name=run_name, experiment_id=experiment_id)
+        try:
+            _start_mlflow_run(folder if offline else None, run_name)
+        except MlflowException as error:
+            if error.get_http_status_code() in _REFUSED:
+                raise ConfigError(
+                    f"logging.report_to: mlflow: {error}; check MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, "
+                    "or MLFLOW_TRACKING_TOKEN"
+                ) from None
+            _warn("tracker_unavailable", "mlflow", error)
+            yield None
+            return
         status = "FAILED"
         try:
-            yield MLflowCallback()
+            yield _guarded(MLflowCallback(), "mlflow", MlflowException)
             status = "FINISHED"
         except Interrupted:
             status = "KILLED"
             raise
         finally:
-            mlflow.flush_async_logging()
-            mlflow.end_run(status)
+            try:
+                mlflow.flush_async_logging()
+                mlflow.end_run(status)
+            except MlflowException as error:
+                _warn("tracker_lost", "mlflow", error)
             if offline:
                 mlflow.set_tracking_uri(None)
 
 
+def _start_mlflow_run(folder: Path | None, run_name: str) -> None:
+    """Start a run on the user's server, or in a database in `folder`."""
+    import mlflow
+
+    experiment_id = None
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        mlflow.set_tracking_uri(f"sqlite:///{folder / 'mlflow.db'}")
+        name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or PROJECT
+        found = mlflow.get_experiment_by_name(name)
+        # the default artifact location is the current folder
+        experiment_id = (
+            found.experiment_id if found else mlflow.create_experiment(name, artifact_location=(folder / "artifacts").as_uri())
+        )
+    mlflow.start_run(run_name=run_name, experiment_id=experiment_id)
+
+
 @contextmanager
-def _wandb(folder: Path, run_name: str) -> Iterator[TrainerCallback]:
+def _wandb(folder: Path, run_name: str) -> Iterator[TrainerCallback | None]:
     # opt out of W&B's error reports; the variable is read when its service starts
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     import wandb
@@ -152,14 +185,47 @@ def _wandb(folder: Path, run_name: str) -> Iterator[TrainerCallback]:
             )
         except (wandb.errors.UsageError, wandb.errors.AuthenticationError) as error:
             raise ConfigError(f"logging.report_to: wandb: {error}") from None
+        except wandb.errors.CommError as error:
+            _warn("tracker_unavailable", "wandb", error)
+            wandb.teardown(exit_code=1)
+            yield None
+            return
         exit_code = 1
         try:
-            yield WandbCallback()
+            yield _guarded(WandbCallback(), "wandb", wandb.errors.Error)
             exit_code = 0
         finally:
             wandb.finish(exit_code=exit_code)
             # stop W&B's service process, which would keep the first run's environment
             wandb.teardown(exit_code=exit_code)
+
+
+def _guarded(callback: TrainerCallback, tracker: Tracker, *failures: type[Exception]) -> TrainerCallback:
+    """Make the callback's first failure a warning and the end of its record."""
+    lost = False
+
+    def guard(handle: Callable[..., object]) -> Callable[..., object]:
+        def handled(*arguments: object, **named: object) -> object:
+            nonlocal lost
+            if lost:
+                return None
+            try:
+                return handle(*arguments, **named)
+            except failures as error:
+                lost = True
+                _warn("tracker_lost", tracker, error)
+                return None
+
+        return handled
+
+    for name in dir(callback):
+        if name.startswith("on_"):
+            setattr(callback, name, guard(getattr(callback, name)))
+    return callback
+
+
+def _warn(event: str, tracker: Tracker, error: Exception) -> None:
+    get_logger().warning(event, tracker=tracker, problem=str(error)[:500], consequence="training goes on without this tracker")
 
 
 @contextmanager
@@ -176,7 +242,7 @@ def _restored_environment(*names: str) -> Iterator[None]:
                 os.environ[name] = value
 
 
-_OPEN: Final[Mapping[Tracker, Callable[[Path, str], AbstractContextManager[TrainerCallback]]]] = {
+_OPEN: Final[Mapping[Tracker, Callable[[Path, str], AbstractContextManager[TrainerCallback | None]]]] = {
     "tensorboard": _tensorboard,
     "mlflow": _mlflow,
     "wandb": _wandb,

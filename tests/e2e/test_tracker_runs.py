@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import structlog
 from conftest import REPOSITORY
 from jobs import BASE, require_training_stack
 
@@ -337,3 +338,38 @@ def test_online_without_a_key_is_a_mistake_of_the_settings(environment: pytest.M
     environment.delenv("WANDB_API_KEY")
     with pytest.raises(ConfigError, match="report_to: wandb: No API key"):
         train(tmp_path / "run", "A", "wandb")
+
+
+def test_a_server_that_is_down_costs_the_record_and_not_the_run(environment: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    environment.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
+    environment.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with structlog.testing.capture_logs() as said:
+        log = train(tmp_path / "run", "A", "mlflow")
+    assert len(log.steps) == STEPS
+    assert [(event["event"], event["tracker"]) for event in said if event["log_level"] == "warning"] == [
+        ("tracker_unavailable", "mlflow")
+    ]
+
+
+def test_a_store_that_is_lost_during_training_costs_the_record_and_not_the_run(
+    environment: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import sqlite3
+
+    database = tmp_path / "users.db"
+    environment.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{database}")
+
+    def lose(step: StepLog, of: int) -> None:
+        if step.step == 2:
+            with sqlite3.connect(database) as connection:
+                # a migration of the server, or somebody's clean-up
+                connection.executescript(
+                    "PRAGMA foreign_keys = OFF; DROP TABLE runs; DROP TABLE metrics; DROP TABLE latest_metrics;"
+                )
+
+    with structlog.testing.capture_logs() as said:
+        log = train(tmp_path / "run", "A", "mlflow", lose)
+    assert len(log.steps) == STEPS
+    assert "tracker_lost" in [event["event"] for event in said]
