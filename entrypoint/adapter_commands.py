@@ -13,7 +13,7 @@ from typing import Any
 import click
 import structlog
 
-from entrypoint.options import adapter_option, config_option, given_settings, set_option
+from entrypoint.options import adapter_option, check_credentials, config_option, given_settings, set_option
 from entrypoint.run_end import RunEnd
 from lora_trainer import logs
 from lora_trainer.errors import ConfigError, GateError, Interrupted, StorageError
@@ -80,6 +80,8 @@ def evaluate(
         config = settle_for(opened, given_settings(options, overrides), config_file=config_file)
         logs.configure(config.logging.level, config.logging.format)
         end.work_dir = config.work_dir
+        asked = config.evaluation
+        check_credentials((config.data, asked.prompts), base=config.base.model, judge_model=asked.judge_model)
         structlog.contextvars.bind_contextvars(blood_type=str(config.blood_type))
         with logs.libraries_print_to_the_log():
             found = evaluate_adapter(opened, config, report_dir, ProcessContext(interruption, RetryBudget(config.storage)))
@@ -160,6 +162,7 @@ def chat(
         raise ConfigError(f"--feeling: got {feeling!r}, expected one of {', '.join(Feeling)}")
     opened = open_adapter(adapter, budget_from_environment())
     config = settle_for(opened, given_settings(options, overrides), config_file=config_file)
+    check_credentials((), base=config.base.model)
     # bind the real stream now: sys.stdout is about to be redirected to the log
     out, is_terminal = Console(file=sys.stdout, highlight=False), sys.stdin.isatty()
     if is_terminal:

@@ -13,7 +13,7 @@ from entrypoint.run_commands import check_storage, run, show_config
 from lora_trainer import __version__
 from lora_trainer.errors import ExitCode, Interrupted, LoraTrainerError
 from lora_trainer.escaping import escaped
-from lora_trainer.redaction import redacted
+from lora_trainer.redaction import redacted, remember_user_info
 from lora_trainer.run.failure_report import FailureReport, failure_report
 from lora_trainer.signals import Interruption
 
@@ -56,6 +56,7 @@ for command in (run, evaluate, chat, publish, promote, compare, show_config, val
 def run_cli(arguments: Sequence[str], interruption: Interruption | None = None) -> int:
     """Run the command line and return its exit code. User errors print a message, never a traceback."""
     interruption = interruption or Interruption()
+    remember_user_info(*arguments)
     try:
         result = cli.main(args=list(arguments), prog_name="lora-trainer", standalone_mode=False, obj=interruption)
     except click.exceptions.Abort:

@@ -14,7 +14,7 @@ import click
 from pydantic import SecretStr
 
 from entrypoint.data_inputs import local_input
-from entrypoint.options import config_option, given_settings, set_option
+from entrypoint.options import check_credentials, config_option, given_settings, set_option
 from lora_trainer import logs
 from lora_trainer.config_sources import settle_each
 from lora_trainer.errors import ConfigError, ExitCode, Interrupted, LoraTrainerError
@@ -80,6 +80,7 @@ def validate(
     config, *more = settle_each(given_settings(options, overrides), config_file=config_file, fallback={"blood_type": "A"})
     if blood_type and more:
         raise ConfigError(f"--blood-type: got {blood_type!r}, expected one persona, which the files belong to")
+    check_credentials(files, base="" if no_tokens else config.base.model)
     persona = config.blood_type if blood_type else None
     retry_budget = RetryBudget(config.storage)
     counter, overhead_tokens = None, 0
@@ -262,6 +263,7 @@ def generate(
     logs.configure("warning", "auto")
     # the report prints the URL
     refuse_credentials(base_url)
+    check_credentials((output, *against), judge_model=model if engine == "teacher" else None)
     settings = command.GenerateSettings(
         blood_types=_named_blood_types(blood_types),
         count=count,

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
 import click
 
+from lora_trainer.config import RunConfig, Tracker
 from lora_trainer.config_sources import parse_override
+from lora_trainer.credentials import Service, check
 from lora_trainer.errors import ConfigError
+
+_TRACKER_SERVICES: Final[Mapping[Tracker, Service]] = {"mlflow": Service.MLFLOW, "wandb": Service.WANDB}
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -78,6 +82,30 @@ def run_options(command: _F) -> _F:
     for decorator in reversed(decorators):
         command = decorator(command)
     return command
+
+
+def check_credentials(
+    uris: Iterable[str | None], *, base: str = "", judge_model: str | None = None, trackers: Iterable[Tracker] = ()
+) -> None:
+    """Raise `ConfigError` for every malformed credential of the services that a command is about to use.
+
+    Call it before everything that takes time. Credentials of other services may look as they like: a run on local files
+    does not fail because of a variable of AWS.
+    """
+    services = [_TRACKER_SERVICES[tracker] for tracker in trackers if tracker in _TRACKER_SERVICES]
+    if any(uri.startswith("s3://") for uri in (*uris, base) if uri):
+        services.insert(0, Service.S3)
+    if base and "://" not in base and not base.startswith(("/", "./", "../", "~")):
+        services.append(Service.HUB)
+    if judge_model:
+        services.append(Service.OPENAI)
+    check(services)
+
+
+def check_run_credentials(config: RunConfig) -> None:
+    """Call `check_credentials` for everything that `run` uses with these settings."""
+    uris = (config.data, config.output, config.evaluation.prompts)
+    check_credentials(uris, base=config.base.model, judge_model=config.evaluation.judge_model, trackers=config.logging.report_to)
 
 
 def given_settings(options: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any, cast
 import click
 import yaml
 
-from entrypoint.options import given_settings, run_options
+from entrypoint.options import check_run_credentials, given_settings, run_options
 from entrypoint.run_end import RunEnd
 from lora_trainer import logs
 from lora_trainer.config import config_table
@@ -66,6 +66,7 @@ def run(interruption: Interruption, /, config_file: Path | None, overrides: Sequ
         first = configs[0]
         logs.configure(first.logging.level, first.logging.format)
         end.work_dir = first.work_dir
+        check_run_credentials(first)
         # bind the real stream now: sys.stderr is about to be redirected to the log
         console = Console(file=sys.stderr) if sys.stderr.isatty() and first.logging.format != "json" else None
         process = ProcessContext(interruption, RetryBudget(first.storage), console, fresh)
@@ -100,8 +101,10 @@ def check_storage(config_file: Path | None, overrides: Sequence[str], **options:
     from lora_trainer.run import preflight
 
     logs.configure("warning", "auto")
+    configs = settle_each(given_settings(options, overrides), config_file=config_file)
+    check_run_credentials(configs[0])
     codes = [ExitCode.DONE]
-    for finding in preflight.check_storage(settle_each(given_settings(options, overrides), config_file=config_file)):
+    for finding in preflight.check_storage(configs):
         if finding.error is None:
             click.echo(f"ok: {finding.what}: {finding.said}")
             continue

@@ -5,16 +5,17 @@ from __future__ import annotations
 import io
 import json
 import logging
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
-from typing import Any, Final, Literal, cast
+from typing import Any, Final, Literal, TextIO, cast
 
 import structlog
 
 from lora_trainer.escaping import escaped, escaped_value
-from lora_trainer.redaction import redacted_value
+from lora_trainer.redaction import redacted, redacted_value
 
 TERMINATION_LOG: Final = Path("/dev/termination-log")
 """The file that Kubernetes reports as the container's termination message; it keeps at most 4,096 bytes."""
@@ -24,6 +25,11 @@ TERMINATION_LOG_BYTES: Final = 4096
 def get_logger() -> structlog.stdlib.BoundLogger:
     """Return the project's logger. Context variables bind `run_id` and `blood_type` to it."""
     return cast("structlog.stdlib.BoundLogger", structlog.get_logger())
+
+
+def shows_colors(stream: TextIO) -> bool:
+    """Return whether to write colours to `stream`: to a terminal, unless NO_COLOR or TERM=dumb says that it can't show them."""
+    return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
 def configure(level: str, log_format: Literal["auto", "json", "console"]) -> None:
@@ -44,7 +50,7 @@ def configure(level: str, log_format: Literal["auto", "json", "console"]) -> Non
     renderer: structlog.typing.Processor = (
         structlog.processors.JSONRenderer(serializer=_escaped_json, ensure_ascii=False)
         if as_json
-        else structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), pad_event_to=24)
+        else structlog.dev.ConsoleRenderer(colors=shows_colors(sys.stderr), pad_event_to=24)
     )
     structlog.configure(
         processors=[structlog.stdlib.filter_by_level, *shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
@@ -56,7 +62,12 @@ def configure(level: str, log_format: Literal["auto", "json", "console"]) -> Non
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=[*shared[:-2], _library_event, _redact, _event_first],
-            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *([] if as_json else [_escape]), renderer],
+            processors=[
+                structlog.stdlib.ProcessorFormatter.remove_processors_meta,
+                *([] if as_json else [_escape]),
+                renderer,
+                _redact_line,
+            ],
         )
     )
     root = logging.getLogger()
@@ -116,6 +127,11 @@ def _escaped_json(event: object, **options: Any) -> str:
     return escaped(json.dumps(event, **options))
 
 
+def _redact_line(logger: object, method: str, line: str) -> str:
+    """Redact what only became text when the line was rendered, such as paths and exceptions."""
+    return redacted(line)
+
+
 def _event_first(logger: object, method: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
     """Put timestamp, level and event first, and keep the order of the rest."""
     leading = {key: event.pop(key) for key in ("timestamp", "level", "event") if key in event}
@@ -139,13 +155,17 @@ def _library_event(logger: object, method: str, event: structlog.typing.EventDic
 def last_word(summary: dict[str, object], path: Path = TERMINATION_LOG) -> None:
     """Write `summary` to the termination log, if it exists. A failure to write must not change the exit code."""
     summary = {key: redacted_value(value) for key, value in summary.items()}
-    # escape surrogates, which stand for invalid UTF-8 in file names
-    text = json.dumps(summary, ensure_ascii=False).encode(errors="backslashreplace")
+    text = _as_json(summary)
     if len(text) > TERMINATION_LOG_BYTES:
         kept = {key: value for key, value in summary.items() if key != "problems"}
-        text = json.dumps({**kept, "problems": ["too many to show here: see the log"]}).encode()
+        text = _as_json({**kept, "problems": ["too many to show here: see the log"]})
     try:
         if path.exists():
             path.write_bytes(text[:TERMINATION_LOG_BYTES])
     except OSError as error:
         get_logger().warning("termination_log_not_written", reason=error.strerror)
+
+
+def _as_json(summary: dict[str, object]) -> bytes:
+    # escape surrogates, which stand for invalid UTF-8 in file names
+    return redacted(json.dumps(summary, ensure_ascii=False, default=str)).encode(errors="backslashreplace")

@@ -60,7 +60,8 @@ def failure_report(error: BaseException | None, interruption: Interruption, fold
 
 def _safe_message(error: BaseException, folder: Path | None) -> str:
     """Return the message's first line if it cannot quote data. Otherwise write the traceback to a file and return its name."""
-    first_line = str(error).partition("\n")[0]
+    # redact before cutting: half of a credential would not be recognised
+    first_line = redacted(str(error)).partition("\n")[0]
     if _SAFE_MESSAGE.fullmatch(first_line) or isinstance(error, MemoryError):
         return f": {first_line[:1000]}"
     if isinstance(error, OSError) and error.strerror:
