@@ -57,6 +57,7 @@ def run(interruption: Interruption, /, config_file: Path | None, overrides: Sequ
     from lora_trainer.run.job import ProcessContext
     from lora_trainer.run.pipeline import persona_runs
     from lora_trainer.run.pipeline import run as run_personas
+    from lora_trainer.store.contacts import Contacts
     from lora_trainer.store.retry import RetryBudget
 
     logs.configure("info", "auto")
@@ -69,7 +70,9 @@ def run(interruption: Interruption, /, config_file: Path | None, overrides: Sequ
         check_run_credentials(first)
         # bind the real stream now: sys.stderr is about to be redirected to the log
         console = Console(file=sys.stderr) if sys.stderr.isatty() and first.logging.format != "json" else None
-        process = ProcessContext(interruption, RetryBudget(first.storage), console, fresh)
+        # an interrupted attempt with this work_dir may have reached the store, which then gets time to restart
+        contacts = Contacts(first.work_dir / "stores")
+        process = ProcessContext(interruption, RetryBudget(first.storage, contacts), console, fresh)
         end.personas = persona_runs(configs, process, end.end_persona)
         for persona in end.personas:
             persona.log.info("run_settled", data=first.data, output=first.output, backend=first.resolved_backend)

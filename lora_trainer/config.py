@@ -267,7 +267,7 @@ class CheckpointConfig(_Section):
 
 
 class StorageConfig(_Section):
-    """Retry budgets for a failing object store. Not part of `run_id`."""
+    """Retry budgets for a failing object store, and encryption in it. Not part of `run_id`."""
 
     object_budget_s: float = Field(
         default=120.0,
@@ -285,6 +285,25 @@ class StorageConfig(_Section):
     stall_timeout_s: float = Field(
         default=20.0, ge=0.1, le=600, description="Seconds without data after which a connection to the store times out."
     )
+    server_side_encryption: Literal["none", "AES256", "aws:kms"] = Field(
+        default="none",
+        description="Encryption that uploads ask for: `AES256` (SSE-S3), `aws:kms` (SSE-KMS), or `none` for the bucket's own.",
+    )
+    kms_key_id: str | None = Field(
+        default=None,
+        min_length=1,
+        max_length=2048,
+        pattern=r"^[!-~]+$",
+        description="Id, ARN or alias of the key for `aws:kms`. Default: the store's own key.",
+    )
+
+    @field_validator("kms_key_id")
+    @classmethod
+    def _has_a_use(cls, value: str | None, info: ValidationInfo) -> str | None:
+        encryption = info.data.get("server_side_encryption", "aws:kms")
+        if value is not None and encryption != "aws:kms":
+            raise ValueError(f"expected a key only with storage.server_side_encryption=aws:kms, which is {encryption}")
+        return value
 
 
 class LeaseConfig(_Section):

@@ -1,10 +1,12 @@
 """Retry requests to an object store, with jittered pauses, a time budget per object and a shared one per run.
 
-Only a `TransientError` is retried. Refused access, missing buckets and full disks do not go away by themselves.
+Only a `TransientError` is retried. Refused access, missing buckets and full disks do not go away by themselves. A store that has
+never answered is given up within seconds (`lora_trainer.store.contacts`).
 """
 
 from __future__ import annotations
 
+import math
 import os
 import secrets
 import threading
@@ -16,7 +18,8 @@ import structlog
 
 from lora_trainer.config import ENVIRONMENT_PREFIX, StorageConfig
 from lora_trainer.config_sources import settle
-from lora_trainer.errors import StorageError
+from lora_trainer.errors import LoraTrainerError, StorageError
+from lora_trainer.store.contacts import Contact, Contacts
 
 _log = structlog.get_logger(__name__)
 _T = TypeVar("_T")
@@ -31,11 +34,17 @@ class TransientError(StorageError):
     """A fault that may not recur: throttling, a lost connection, a truncated or corrupted transfer."""
 
 
+class UnreachableError(TransientError):
+    """The store did not answer, or something else answered in its place."""
+
+
 class RetryBudget:
     """The time that one run may spend on retries, shared by all of its storages. Thread-safe."""
 
-    def __init__(self, settings: StorageConfig = _DEFAULT_SETTINGS) -> None:
+    def __init__(self, settings: StorageConfig = _DEFAULT_SETTINGS, contacts: Contacts | None = None) -> None:
+        """`contacts` are the stores that have answered; by default none has."""
         self.settings: Final = settings
+        self.contacts: Final = contacts or Contacts()
         self._lock = threading.Lock()
         self._spent_s = 0.0
 
@@ -61,15 +70,20 @@ def retry(
     budget: RetryBudget,
     where: str,
     *,
-    permanent: Callable[[TransientError, TransientError | None], StorageError | None],
+    permanent: Callable[[TransientError, TransientError | None], LoraTrainerError | None],
+    contact: Contact,
     kept: str = "",
 ) -> _T:
     """Return the result of `attempt`, repeating it after transient faults while the budgets last.
 
     The argument of `attempt` is True for a repetition. `permanent` gets a fault and the one before, and returns the error to end
-    with if another attempt can't help. `where` names the object in the log, `kept` what a failure leaves intact.
+    with if another attempt can't help. `where` names the object in the log, `kept` what a failure leaves intact. Until the store of
+    `contact` has answered, the first contact bounds the attempts as well, and only once per store.
     """
-    with Retries(budget) as retries:
+    if contact.given_up:
+        raise StorageError(f"{where}: {contact.given_up}")
+    contact.first_contact_left_s()
+    with Retries(budget, contact) as retries:
         while True:
             try:
                 return attempt(retries.failures > 0)
@@ -79,6 +93,8 @@ def retry(
                 raise final from fault
             pause_s = retries.pause_s_after(fault)
             if pause_s is None:
+                if isinstance(fault, UnreachableError) and not contact.answered:
+                    contact.given_up = "; ".join((str(fault).removeprefix(f"{where}: "), "not asked again"))
                 raise StorageError("; ".join(filter(None, (str(fault), retries.summary, kept)))) from fault
             _log.warning("storage_retry", uri=where, problem=str(fault), failures=retries.failures, pause_s=round(pause_s, 1))
             time.sleep(pause_s)
@@ -90,8 +106,9 @@ class Retries:
     On exit, the context manager charges the time since the first failure to the budget.
     """
 
-    def __init__(self, budget: RetryBudget) -> None:
+    def __init__(self, budget: RetryBudget, contact: Contact | None = None) -> None:
         self._budget = budget
+        self._contact = contact
         self._started_s = time.monotonic()
         self._first_failure_s: float | None = None
         self._charged_until_s = 0.0
@@ -124,8 +141,13 @@ class Retries:
         if total_left_s <= 0:
             self._exhausted = "storage.total_budget_s, shared by all objects"
             return None
+        contact_left_s = self._contact.first_contact_left_s() if self._contact and isinstance(fault, UnreachableError) else None
+        if contact_left_s is not None and contact_left_s <= 0:
+            self._exhausted = "it has never answered; after an answer, storage.object_budget_s applies"
+            return None
         longest_s = min(_LONGEST_PAUSE_S, _FIRST_PAUSE_S * 2 ** min(self.failures - 1, 10))
-        return min(secrets.SystemRandom().uniform(0, longest_s), object_left_s, total_left_s)
+        pause_s = secrets.SystemRandom().uniform(0, longest_s)
+        return min(pause_s, object_left_s, total_left_s, math.inf if contact_left_s is None else contact_left_s)
 
     @property
     def summary(self) -> str:

@@ -9,10 +9,11 @@ It is configured by the standard AWS variables and files, through boto3's own ch
   custom endpoint, set `s3 = addressing_style = virtual` in the profile: botocore reads that from the file only.
 - region: `AWS_REGION`, then `AWS_DEFAULT_REGION`, then the profile's, then `us-east-1`.
 - `AWS_MAX_ATTEMPTS` (4 by default), `AWS_RETRY_MODE`, `AWS_CA_BUNDLE`.
-- `AWS_REQUEST_CHECKSUM_CALCULATION=when_required` omits the CRC-32 of uploads, for an old store that refuses the header.
+- `AWS_REQUEST_CHECKSUM_CALCULATION=when_required` omits the CRC-32 of uploads, for a store that refuses the header.
 
-Checksums: the store verifies a CRC-32 of every upload (botocore's default). Every upload records the object's SHA-256 in its
-metadata, and every download is verified against it.
+Checksums: the store verifies a CRC-32 of every upload (botocore's default). If it refuses the header, as Google's and Backblaze's
+do, uploads carry an MD5 instead. Every upload records the object's SHA-256 in its metadata, and every download is verified
+against it.
 
 Retries have two levels. botocore repeats single requests that were throttled, failed with 5xx or lost their connection, so a
 large transfer does not start over. After any other transient fault (a stalled, truncated or corrupted body, expired
@@ -38,6 +39,7 @@ import structlog
 
 from lora_trainer.errors import ConfigError, LoraTrainerError, StorageError
 from lora_trainer.redaction import redacted, remember
+from lora_trainer.store.contacts import Contact
 from lora_trainer.store.interface import (
     MAX_DOCUMENT_BYTES,
     Fetched,
@@ -52,7 +54,9 @@ from lora_trainer.store.interface import (
 )
 from lora_trainer.store.keys import checked_prefix, safe_key, unsafe_reason
 from lora_trainer.store.local import local_errors, replacing, sha256_of
-from lora_trainer.store.retry import RetryBudget, TransientError, retry
+from lora_trainer.store.retry import RetryBudget, TransientError, UnreachableError, retry
+from lora_trainer.store.s3_answers import GATEWAY_STATUSES, NotS3Error
+from lora_trainer.store.s3_client import CONNECTIONS, endpoint_variable, new_client, new_session
 from lora_trainer.store.s3_errors import (
     TRANSIENT_CODES,
     CorruptedError,
@@ -61,7 +65,9 @@ from lora_trainer.store.s3_errors import (
     error_code,
     http_status,
     is_missing_key,
+    refuses_checksums,
 )
+from lora_trainer.store.s3_network import scheme_of_port
 
 if TYPE_CHECKING:
     from boto3.session import Session
@@ -77,16 +83,10 @@ _T = TypeVar("_T")
 
 _PART_BYTES: Final = 16 * 2**20
 """Allows objects of 156 GiB, because S3 limits an upload to 10,000 parts."""
-_CONNECTIONS: Final = 8
-_CONNECT_TIMEOUT_S: Final = 10
-_ATTEMPTS: Final = 4
-"""botocore's attempts per request. A failing part rarely exhausts them, so large transfers rarely start over."""
 _STOP_WAIT_S: Final = 3.0
 """How long a failed transfer waits for its threads. Threads blocked by an unresponsive store end later, in the background."""
 _SHA256_METADATA: Final = "lora-trainer-sha256"
 _BUCKET: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,254}")
-_WRITES: Final = ("PutObject", "CreateMultipartUpload", "UploadPart", "CompleteMultipartUpload", "DeleteObject")
-"""Operations that the guard checks. Aborting a multipart upload is always allowed."""
 
 
 class S3Storage:
@@ -102,10 +102,12 @@ class S3Storage:
         self._bucket = bucket
         self._prefix = prefix
         self._bucket_seen = False
-        self._conditional_writes = True
+        self._scheme_asked = False
         self._guard: Callable[[], None] = no_guard
         self._retry_budget = retry_budget
-        self._stall_timeout_s = retry_budget.settings.stall_timeout_s
+        # a copy with another retry budget talks to the same store, with the same settings
+        self._contacts = retry_budget.contacts
+        self._settings = retry_budget.settings
         # copies share a boto3 session, which must not create two clients at once
         self._client_lock = threading.Lock()
 
@@ -119,12 +121,12 @@ class S3Storage:
 
     @property
     def conditional_writes(self) -> bool:
-        return self._conditional_writes
+        return self._contact.conditional_writes
 
     def adapted(self, *, guard: Callable[[], None] | None = None, retry_budget: RetryBudget | None = None) -> Self:
         other = copy(self)
         # the copy needs its own client, whose event handlers call its guard
-        other.__dict__.pop("_client", None)
+        other.__dict__.pop("_made_client", None)
         other._guard, other._retry_budget = guard or self._guard, retry_budget or self._retry_budget
         return other
 
@@ -142,7 +144,7 @@ class S3Storage:
                 # an earlier attempt may have succeeded and only lost its response
                 if not (again and self._holds(name, size_bytes, digest)):
                     with self._transfers() as manager:
-                        manager.upload(str(path), self._bucket, name, extra_args=_upload_headers(key, digest)).result()
+                        manager.upload(str(path), self._bucket, name, extra_args=self._upload_headers(key, digest)).result()
 
             self._with_retries(key, send, kept=f"{path} is kept")
 
@@ -152,7 +154,7 @@ class S3Storage:
         # try all files once without our retries; then upload() repeats the failed ones and reports their errors
         with suppress(Exception), self._transfers() as manager:
             sent = {
-                name: manager.upload(str(folder / name), self._bucket, target, extra_args=_upload_headers(name, sha256[name]))
+                name: manager.upload(str(folder / name), self._bucket, target, extra_args=self._upload_headers(name, sha256[name]))
                 for name, target in targets.items()
             }
             for name, future in sent.items():
@@ -183,7 +185,7 @@ class S3Storage:
         name = self._name(key)
         check_one_condition(if_match, if_absent)
         condition = {"IfMatch": if_match} if if_match is not None else {"IfNoneMatch": "*"} if if_absent else {}
-        if not self._conditional_writes and condition:
+        if not self.conditional_writes and condition:
             self._check_then_write(key, data, if_match)
             return
         maybe_written = False
@@ -238,23 +240,64 @@ class S3Storage:
 
         def translated(again: bool) -> _T:
             with self._translated_errors(key, operation_key=operation_key):
-                return attempt(again)
+                return self._with_or_without_checksums(attempt, again)
 
-        return retry(translated, self._retry_budget, self._where(key), permanent=self._permanent, kept=kept)
+        where, contact = self._where(key), self._contact
+        return retry(translated, self._retry_budget, where, permanent=self._permanent, contact=contact, kept=kept)
 
-    def _permanent(self, fault: TransientError, before: TransientError | None) -> StorageError | None:
+    def _with_or_without_checksums(self, attempt: Callable[[bool], _T], again: bool) -> _T:
+        """Return the result of `attempt`, tried again without checksum headers if the store seems to refuse them."""
+        from botocore.exceptions import ClientError
+
+        contact = self._contact
+        had_checksums = contact.checksums
+        try:
+            return attempt(again)
+        except ClientError as error:
+            if not had_checksums or not refuses_checksums(error, again=again):
+                raise
+            refused = error
+        contact.checksums = False
+        try:
+            result = attempt(again)
+        except ClientError as error:
+            if refuses_checksums(error, again=again):
+                # the checksums were not the reason
+                contact.checksums = True
+                raise refused from error
+            raise
+        _log.warning(
+            "storage_checksums_unsupported",
+            endpoint=self._endpoint,
+            refused=f"{error_code(refused)}: {redacted(refused.response['Error'].get('Message') or '')}",
+            hint="uploads carry an MD5 instead; AWS_REQUEST_CHECKSUM_CALCULATION=when_required saves this attempt",
+        )
+        return result
+
+    def _permanent(self, fault: TransientError, before: TransientError | None) -> LoraTrainerError | None:
         """Return the error to end with if another attempt can't help, given the fault `before` this one."""
         if isinstance(fault, CredentialsRefusedError) and not self._renew_credentials(fault):
             return StorageError(fault.problems)
         if isinstance(fault, CorruptedError) and isinstance(before, CorruptedError) and before.got == fault.got:
             # a faulty network would not corrupt the same bytes twice
             return StorageError(f"{fault}; got the same wrong bytes twice, so the object itself is damaged")
+        if isinstance(fault, UnreachableError) and isinstance(before, UnreachableError) and not self._contact.answered:
+            return self._wrong_scheme()
         return None
+
+    def _wrong_scheme(self) -> ConfigError | None:
+        """Ask a port that ended our connections whether it expects HTTP or HTTPS, once. Return the error if it is the other one."""
+        named = endpoint_variable()
+        if self._scheme_asked or named is None:
+            return None
+        self._scheme_asked = True
+        scheme = scheme_of_port(named[1])
+        return self._errors.other_scheme(scheme, "") if scheme else None
 
     def _renew_credentials(self, refused: CredentialsRefusedError) -> bool:
         """Load the credentials again, as a new process would. Return whether another attempt may succeed."""
         before, _ = self._credentials()
-        for made in ("_client", "_session"):
+        for made in ("_made_client", "_session"):
             self.__dict__.pop(made, None)
         try:
             with self._translated_errors(""):
@@ -283,40 +326,30 @@ class S3Storage:
     # -- requests
 
     @cached_property
-    def _session(self) -> Session:
-        import boto3.session
-        import botocore.session
-
-        core = botocore.session.Session()
-        # botocore ignores AWS_REGION, which every other AWS SDK reads and IRSA sets
-        region = os.environ.get("AWS_REGION") or core.get_config_variable("region") or "us-east-1"
-        return boto3.session.Session(botocore_session=core, region_name=region)
+    def _contact(self) -> Contact:
+        return self._contacts.current()
 
     @cached_property
-    def _client(self) -> S3Client:
-        from botocore.config import Config
+    def _session(self) -> Session:
+        return new_session()
 
-        # only boto3's private botocore session exposes these variables
-        core = self._session._session
-        config = Config(
-            connect_timeout=min(_CONNECT_TIMEOUT_S, self._stall_timeout_s),
-            read_timeout=self._stall_timeout_s,
-            retries={
-                "mode": core.get_config_variable("retry_mode") or "standard",
-                "total_max_attempts": core.get_config_variable("max_attempts") or _ATTEMPTS,
-            },
-            tcp_keepalive=True,
-            max_pool_connections=2 * _CONNECTIONS,
-            user_agent_extra="lora-trainer",
-        )
-        with self._client_lock:
-            # load them now: during a request, a missing token file could be mistaken for a missing data file
-            self._credentials()
-            client = self._session.client("s3", config=config)
-        for operation in _WRITES:
-            # runs before each attempt, botocore's repetitions included
-            client.meta.events.register(f"before-send.s3.{operation}", lambda **_: self._guard())
+    @property
+    def _client(self) -> S3Client:
+        """The client for what is known about the store by now."""
+        contact = self._contact
+        known = (contact.answered, contact.checksums)
+        made = self.__dict__.get("_made_client")
+        if made is None or made[0] != known:
+            with self._client_lock:
+                # load them now: during a request, a missing token file could be mistaken for a missing data file
+                self._credentials()
+                made = (known, new_client(self._session, self._bucket, contact, self._settings.stall_timeout_s, self._guarded))
+            self.__dict__["_made_client"] = made
+        client: S3Client = made[1]
         return client
+
+    def _guarded(self) -> None:
+        self._guard()
 
     @contextmanager
     def _transfers(self) -> Iterator[TransferManager]:
@@ -325,7 +358,7 @@ class S3Storage:
         config = TransferConfig(
             multipart_threshold=_PART_BYTES,
             multipart_chunksize=_PART_BYTES,
-            max_concurrency=_CONNECTIONS,
+            max_concurrency=CONNECTIONS,
             # chunks of 256 KiB: if the disk is slower than the network, 32 MiB wait in memory instead of 250
             max_io_queue=128,
             # the CRT client, if installed, ignores most of these settings
@@ -376,8 +409,23 @@ class S3Storage:
         return (head["ContentLength"], head["Metadata"].get(_SHA256_METADATA)) == (size_bytes, sha256)
 
     def _put(self, key: str, name: str, data: bytes, condition: dict[str, str]) -> None:
-        arguments: dict[str, Any] = {**_upload_headers(key, hashlib.sha256(data).hexdigest()), **condition}
-        self._client.put_object(Bucket=self._bucket, Key=name, Body=data, ContentLength=len(data), **arguments)
+        arguments: dict[str, Any] = {**self._upload_headers(key, hashlib.sha256(data).hexdigest()), **condition}
+        answer = self._client.put_object(Bucket=self._bucket, Key=name, Body=data, ContentLength=len(data), **arguments)
+        wanted, got = self._settings.server_side_encryption, answer.get("ServerSideEncryption", "none")
+        if wanted not in ("none", got):
+            raise self._errors.not_encrypted(got, key)
+
+    def _upload_headers(self, key: str, sha256: str) -> dict[str, Any]:
+        """Return the headers of an upload. With the content type, a browser can show `report.html` from the store."""
+        headers: dict[str, Any] = {
+            "ContentType": mimetypes.guess_type(key)[0] or "application/octet-stream",
+            "Metadata": {_SHA256_METADATA: sha256},
+        }
+        if self._settings.server_side_encryption != "none":
+            headers["ServerSideEncryption"] = self._settings.server_side_encryption
+        if self._settings.kms_key_id is not None:
+            headers["SSEKMSKeyId"] = self._settings.kms_key_id
+        return headers
 
     def _read_whole(self, key: str, name: str, max_bytes: int) -> ReadResult:
         response = self._client.get_object(Bucket=self._bucket, Key=name)
@@ -418,6 +466,8 @@ class S3Storage:
             self._client.head_bucket(Bucket=self._bucket)
         except ClientError as error:
             if http_status(error) == 404:
+                # a listing states the reason: no bucket, or an endpoint that is not S3's
+                self._client.list_objects_v2(Bucket=self._bucket, MaxKeys=1)
                 raise self._errors.no_bucket() from error
             # without permission for HeadBucket, trust the 404 for the key
         self._bucket_seen = True
@@ -438,7 +488,7 @@ class S3Storage:
         raise PreconditionFailed(f"{self._where(key)}: changed since it was last read")
 
     def _without_conditional_writes(self, reason: str) -> None:
-        self._conditional_writes = False
+        self._contact.conditional_writes = False
         _log.warning("storage_conditional_writes_unsupported", uri=self.uri, reason=reason)
 
     def _check_then_write(self, key: str, data: bytes, if_match: str | None) -> None:
@@ -459,13 +509,13 @@ class S3Storage:
     @property
     def _endpoint(self) -> str:
         """Endpoint for messages. Works without a client, because creating it may have failed."""
-        named = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-        client = self.__dict__.get("_client")
-        return redacted(client.meta.endpoint_url if client else named or "the AWS endpoint")
+        named = endpoint_variable()
+        made = self.__dict__.get("_made_client")
+        return redacted(made[1].meta.endpoint_url if made else named[1] if named else "the AWS endpoint")
 
     @property
     def _errors(self) -> S3Errors:
-        return S3Errors(self._bucket, self._prefix, self._endpoint)
+        return S3Errors(self._bucket, self._prefix, self._endpoint, self._contact.answered, self._settings.server_side_encryption)
 
     @contextmanager
     def _translated_errors(self, key: str, *, operation_key: bool = True) -> Iterator[None]:
@@ -473,16 +523,20 @@ class S3Storage:
         from botocore.exceptions import BotoCoreError, ClientError
         from botocore.parsers import ResponseParserError
         from s3transfer.exceptions import RetriesExceededError, S3DownloadFailedError
+        from urllib3.exceptions import HTTPError
 
         try:
             yield
+        except NotS3Error as error:
+            raise self._errors.not_s3(error, key) from error
         except ClientError as error:
             if operation_key:
                 self._raise_reason(error, key)
             raise (self._missing(key) if is_missing_key(error) else self._errors.of_response(error, key)) from error
         except BotoCoreError as error:
             raise self._errors.of_client(error, key) from error
-        except ResponseParserError as error:
+        except (ResponseParserError, HTTPError) as error:
+            # botocore leaves urllib3's errors about a body as they are
             raise self._errors.truncated_response(key) from error
         except RetriesExceededError as error:
             raise self._errors.interrupted_transfer(error.last_exception, key) from error
@@ -496,7 +550,7 @@ class S3Storage:
 
     def _raise_reason(self, error: ClientError, key: str) -> None:
         """After a failed HEAD, whose response has no body, GET one byte and raise the error that states the reason."""
-        if error.operation_name != "HeadObject" or http_status(error) in (404, 500, 502, 503, 504):
+        if error.operation_name != "HeadObject" or http_status(error) in (404, *GATEWAY_STATUSES):
             return
         with self._translated_errors(key, operation_key=False):
             self._client.get_object(Bucket=self._bucket, Key=self._name(key), Range="bytes=0-0")["Body"].close()
@@ -520,11 +574,6 @@ class S3Storage:
             found = [item["Key"] for item in page.get("Contents", [])] + [item["Prefix"] for item in page.get("CommonPrefixes", [])]
             names = [name.removeprefix(prefix) for name in found if name != prefix]
         return not_found(self._where(key), key, f"s3://{self._bucket}/{prefix}", names)
-
-
-def _upload_headers(key: str, sha256: str) -> dict[str, Any]:
-    """Return the headers of an upload. With the content type, a browser can show `report.html` from the store."""
-    return {"ContentType": mimetypes.guess_type(key)[0] or "application/octet-stream", "Metadata": {_SHA256_METADATA: sha256}}
 
 
 def _pinned_to(size_bytes: int, etag: str) -> Any:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, Final, Literal, cast
+from urllib.parse import urlsplit
 
 from lora_trainer.errors import ConfigError, DataError, LoraTrainerError, StorageError
 from lora_trainer.redaction import redacted
-from lora_trainer.store.retry import TransientError
+from lora_trainer.store.retry import TransientError, UnreachableError
+from lora_trainer.store.s3_answers import NotS3Error
+from lora_trainer.store.s3_network import Cause, cause_of
+from lora_trainer.store.s3_refusals import Refusal, explain
 
 if TYPE_CHECKING:
     from botocore.exceptions import BotoCoreError, ClientError
@@ -28,11 +32,23 @@ TRANSIENT_CODES: Final = frozenset(
 )
 _EXPIRED_CODES: Final = frozenset({"ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "RequestExpired"})
 _REJECTED_CREDENTIALS_CODES: Final = frozenset(
-    {"InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidToken", "InvalidSecurity", "NotSignedUp"}
+    {
+        "InvalidAccessKeyId",
+        "SignatureDoesNotMatch",
+        "InvalidToken",
+        "InvalidSecurity",
+        "NotSignedUp",
+        "AuthorizationHeaderMalformed",
+    }
 )
-_OTHER_REGION_CODES: Final = frozenset(
-    {"PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException", "301"}
-)
+_UPLOADS: Final = ("PutObject", "CreateMultipartUpload", "UploadPart", "CompleteMultipartUpload")
+_CHECKSUM_SIGNS: Final = ("checksum", "x-amz-trailer", "aws-chunked", "streaming-unsigned-payload", "x-amz-content-sha256")
+_WRONG_PAIR: Final = "check that AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY belong together and to this endpoint"
+_CREDENTIALS_ADVICE: Final = {
+    "InvalidAccessKeyId": "it does not know AWS_ACCESS_KEY_ID: check that the key exists and belongs to this endpoint",
+    "SignatureDoesNotMatch": f"AWS_SECRET_ACCESS_KEY is not this key's: {_WRONG_PAIR}",
+    "InvalidToken": "AWS_SESSION_TOKEN is not this key's; unset it for a permanent key",
+}
 _ACTIONS: Final = {
     "HeadObject": "s3:GetObject",
     "HeadBucket": "s3:ListBucket",
@@ -72,6 +88,21 @@ def http_status(error: ClientError) -> int:
     return error.response["ResponseMetadata"]["HTTPStatusCode"]
 
 
+def refuses_checksums(error: ClientError, *, again: bool) -> bool:
+    """Return whether the error may mean that the store does not take checksum headers.
+
+    Google's XML API calls them a wrong signature, Backblaze an unsupported header, others do not implement
+    them, or hash the trailer.
+    """
+    code, message = error_code(error), (error.response["Error"].get("Message") or "").lower()
+    if code == "SignatureDoesNotMatch":
+        return error.operation_name in _UPLOADS
+    if code in TRANSIENT_CODES:
+        # bytes that were damaged once are the network's fault, but a store that can't read the trailer says so each time
+        return again and code == "XAmzContentSHA256Mismatch"
+    return http_status(error) in (400, 403, 501) and any(sign in message for sign in _CHECKSUM_SIGNS)
+
+
 def is_missing_key(error: ClientError) -> bool:
     """Return whether the store says that the key does not exist."""
     return error_code(error) in ("NoSuchKey", "404") and not _is_about_role(error)
@@ -85,6 +116,10 @@ class S3Errors:
     prefix: str
     endpoint: str
     """For messages, without credentials."""
+    answered: bool
+    """Whether the store has answered as S3 does, in this attempt or an earlier one."""
+    encryption: str
+    """The requested server-side encryption, `none` included."""
 
     def uri_of(self, key: str) -> str:
         """Return the URI of the object `key`."""
@@ -92,9 +127,11 @@ class S3Errors:
 
     def no_bucket(self) -> ConfigError:
         """Return the error for a missing bucket."""
+        path = urlsplit(self.endpoint).path.strip("/")
+        hint = f"; the endpoint has the path '/{path}', which the store may take for the bucket: remove it" if path else ""
         return ConfigError(
             f"{self.uri_of('')}: no bucket called '{self.bucket}' at {self.endpoint}; check the name, the endpoint "
-            "(AWS_ENDPOINT_URL) and the account (AWS_PROFILE), or create the bucket first"
+            f"(AWS_ENDPOINT_URL) and the account (AWS_PROFILE), or create the bucket first{hint}"
         )
 
     def of_response(self, error: ClientError, key: str) -> LoraTrainerError:
@@ -118,22 +155,16 @@ class S3Errors:
                 "a role's credentials renew themselves, so for a role check this machine's clock",
                 "expired",
             )
+        if explanation := explain(self._refusal_of(error)):
+            kind_of = {"config": ConfigError, "storage": StorageError, "data": DataError}[explanation.kind]
+            return kind_of(f"{where}: {explanation.cause}: {self.endpoint} answered {got}; {explanation.advice}")
         if code in _REJECTED_CREDENTIALS_CODES:
             return CredentialsRefusedError(
-                f"{where}: {self.endpoint} does not accept the credentials: {got}; check that AWS_ACCESS_KEY_ID and "
-                "AWS_SECRET_ACCESS_KEY belong together and to this endpoint",
+                f"{where}: {self.endpoint} does not accept the credentials: {got}; {_CREDENTIALS_ADVICE.get(code, _WRONG_PAIR)}",
                 "wrong",
             )
-        if code == "RequestTimeTooSkewed":
-            return StorageError(f"{where}: this machine's clock is wrong: {got}; set it, then run it again")
-        if code in _OTHER_REGION_CODES:
-            return ConfigError(f"{where}: the bucket is in another region: {got}; set AWS_REGION to the bucket's region")
-        if code == "InvalidBucketName":
-            return ConfigError(f"{where}: {got}; expected s3://bucket/prefix/ with an existing bucket")
-        if code == "InvalidObjectState":
-            return DataError(f"{where}: the object is archived: {got}; restore it to a readable storage class first")
         if status == 403:
-            return self._refusal(error.operation_name, key, got)
+            return self._no_right(error.operation_name, key, got)
         attempts = error.response["ResponseMetadata"].get("RetryAttempts", 0) + 1
         times = "once" if attempts == 1 else f"{attempts} times"
         return kind(
@@ -141,14 +172,38 @@ class S3Errors:
             "check the store's health, then run it again"
         )
 
-    def _refusal(self, operation: str, key: str, got: str) -> StorageError:
+    def _refusal_of(self, error: ClientError) -> Refusal:
+        headers = error.response["ResponseMetadata"].get("HTTPHeaders", {})
+        described = cast("dict[str, str]", error.response["Error"])
+        return Refusal(
+            error_code(error),
+            http_status(error),
+            redacted(described.get("Message") or ""),
+            error.operation_name,
+            headers,
+            described.get("Region") or headers.get("x-amz-bucket-region", ""),
+            self.endpoint,
+            self.encryption,
+        )
+
+    def _no_right(self, operation: str, key: str, got: str) -> StorageError:
         action = _ACTIONS.get(operation, f"s3:{operation}")
+        if action == "s3:PutObject" and self.encryption == "none":
+            got += "; if the bucket's policy demands encryption, set storage.server_side_encryption"
         hint = {
-            "s3:GetObject": "; without s3:ListBucket a missing key is refused the same way, so check its name as well",
+            "s3:GetObject": "; without s3:ListBucket a missing key is refused the same way, so check its name as well; "
+            "a bucket whose requester pays refuses like this, too",
             "s3:ListBucket": "; checkpoints and a base's files are found by listing; only training data can do without",
         }.get(action, "")
         resource = f"arn:aws:s3:::{self.bucket}" + ("" if action == "s3:ListBucket" else f"/{self.prefix}{key}")
         return StorageError(f"{self.uri_of(key)}: {action} refused: {got}; expected it to be allowed on {resource}{hint}")
+
+    def not_encrypted(self, got: str, key: str) -> ConfigError:
+        """Return the error for an upload that the store accepted without the encryption that was asked for."""
+        return ConfigError(
+            f"{self.uri_of(key)}: the store does not know server-side encryption '{self.encryption}': got '{got}' in its answer; "
+            "set storage.server_side_encryption=none, or use a store that encrypts"
+        )
 
     def of_client(self, error: BotoCoreError, key: str) -> LoraTrainerError:
         """Return the error for a request about `key` that failed in botocore: settings, credentials, connection, checksum."""
@@ -182,15 +237,10 @@ class S3Errors:
                     "object again if the error persists",
                     message,
                 )
-            case raised.SSLError():
-                kind = StorageError if "CERTIFICATE_VERIFY_FAILED" in message else TransientError
-                return kind(
-                    f"{where}: no trusted TLS connection to {self.endpoint}: {message}; set AWS_CA_BUNDLE to a private CA's file"
-                )
-            case raised.ConnectionError() | raised.HTTPClientError() | raised.IncompleteReadError():
-                return TransientError(
-                    f"{where}: {self.endpoint} cannot be reached: {message}; check AWS_ENDPOINT_URL, the network and the proxy"
-                )
+            case raised.SSLError() | raised.ConnectionError() | raised.HTTPClientError():
+                return self._of_cause(cause_of(error), message, key)
+            case raised.IncompleteReadError():
+                return self._of_cause(Cause("the answer broke off", "check the network and the proxy"), message, key)
             case (
                 raised.InvalidConfigError()
                 | raised.InvalidRetryConfigurationError()
@@ -213,9 +263,29 @@ class S3Errors:
         """Return the error for an endpoint or an AWS setting that botocore refuses."""
         return ConfigError(f"{self.uri_of(key)}: {redacted(str(error))}; check the AWS_* variables and the profile")
 
+    def _of_cause(self, cause: Cause, message: str, key: str) -> LoraTrainerError:
+        said = f"{self.uri_of(key)}: {self.endpoint} cannot be reached: {cause.got}: {message}; {cause.advice}"
+        if self.answered and cause.is_setting:
+            # the settings worked before
+            return UnreachableError(said)
+        return UnreachableError(said) if cause.may_pass else ConfigError(said) if cause.is_setting else StorageError(said)
+
+    def not_s3(self, error: NotS3Error, key: str) -> LoraTrainerError:
+        """Return the error for an answer that is not S3's: a wrong setting, unless the store has answered before."""
+        said = f"{self.uri_of(key)}: {self.endpoint} answered {error}"
+        may_pass = error.kind == "outage" or (error.kind == "other" and self.answered)
+        return UnreachableError(said) if may_pass else ConfigError(said)
+
+    def other_scheme(self, scheme: str, key: str) -> ConfigError:
+        """Return the error for a port that speaks `scheme` instead of the endpoint's."""
+        url = f"{scheme}://{self.endpoint.partition('://')[2]}"
+        return ConfigError(
+            f"{self.uri_of(key)}: {self.endpoint} cannot be reached: this port speaks {scheme.upper()}; set AWS_ENDPOINT_URL={url}"
+        )
+
     def truncated_response(self, key: str) -> TransientError:
         """Return the error for a response about `key` that botocore cannot parse."""
-        return TransientError(
+        return UnreachableError(
             f"{self.uri_of(key)}: {self.endpoint} sent a truncated or non-S3 response; "
             "check AWS_ENDPOINT_URL and the store's health, then run it again"
         )
@@ -229,7 +299,7 @@ class S3Errors:
 
     def lost_connection(self, error: OSError, key: str) -> TransientError:
         """Return the error for a connection that was lost outside botocore's own retries."""
-        return TransientError(f"{self.uri_of(key)}: lost the connection to {self.endpoint}: {error}; run it again")
+        return UnreachableError(f"{self.uri_of(key)}: lost the connection to {self.endpoint}: {error}; run it again")
 
 
 def _is_about_role(error: ClientError) -> bool:

@@ -130,7 +130,7 @@ class TestS3Storage(StorageContract):
     @pytest.mark.parametrize(
         ("variable", "value", "said"),
         [
-            ("AWS_ENDPOINT_URL", "minio:9000", "Invalid endpoint"),
+            ("AWS_ENDPOINT_URL", "minio:9000", "'minio:9000': it has no http"),
             ("AWS_PROFILE", "nobody", r"nobody.*check AWS_PROFILE"),
             ("AWS_MAX_ATTEMPTS", "many", "many"),
             ("AWS_RETRY_MODE", "sometimes", "sometimes"),
