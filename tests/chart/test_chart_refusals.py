@@ -30,6 +30,8 @@ BY_THE_SCHEMA: Final[tuple[tuple[str, Any], ...]] = (
     ("output", ""),
     ("s3.endpoint", "minio:9000"),
     ("s3.endpoint", "https://user:password@minio:9000"),
+    ("s3.serverSideEncryption", "SSE-S3"),
+    ("s3.kmsKeyId", "my key"),
     ("s3.existingSecret", "Not_A_Name"),
     ("s3.secretKeys.accessKeyId", ""),
     ("caBundle.scope", "hub"),
@@ -133,6 +135,7 @@ def test_a_typing_error(helm: Helm, dotted: str, helm_version: Any) -> None:
         ),
         ({"baseModel": {"path": "x"}}, ["baseModel.path: ", "expected baseModel.existingClaim"]),
         ({"caBundle": {"configMap": "a", "secret": "b"}}, ["caBundle.configMap: ", "caBundle.secret"]),
+        ({"s3": {"kmsKeyId": "k", "serverSideEncryption": "AES256"}}, ["s3.kmsKeyId: ", "s3.serverSideEncryption=aws:kms"]),
         ({"modelCache": {"createClaim": True, "existingClaim": "a"}}, ["modelCache.existingClaim: ", "createClaim"]),
         (
             {"config": {"checkpoints": {"grace_s": 120}}},

@@ -65,6 +65,10 @@ CHANGES: Final[dict[str, Change]] = {
     "output": Change("s3://mine/out/", "--output=s3://mine/out/"),
     "s3.endpoint": Change("http://minio:9000", "name: AWS_ENDPOINT_URL value: http://minio:9000"),
     "s3.region": Change("ap-northeast-2", "name: AWS_REGION value: ap-northeast-2"),
+    "s3.serverSideEncryption": Change("AES256", "--set=storage.server_side_encryption=AES256"),
+    "s3.kmsKeyId": Change(
+        "alias/personas", "--set=storage.kms_key_id=alias/personas", given={"s3": {"serverSideEncryption": "aws:kms"}}
+    ),
     "s3.existingSecret": Change("keys", "secretKeyRef: key: AWS_SECRET_ACCESS_KEY name: keys"),
     "s3.secretKeys.accessKeyId": Change("user", "name: AWS_ACCESS_KEY_ID valueFrom: secretKeyRef: key: user", given=IN_SECRET),
     "s3.secretKeys.secretAccessKey": Change("pw", "name: AWS_SECRET_ACCESS_KEY valueFrom: secretKeyRef: key: pw", given=IN_SECRET),

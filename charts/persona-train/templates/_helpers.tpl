@@ -92,6 +92,12 @@ true
 - {{ printf "--base-model=%s" .baseModel.id | quote }}
 - {{ printf "--base-revision=%s" .baseModel.revision | quote }}
 {{- end }}
+{{- with .s3.serverSideEncryption }}
+- {{ printf "--set=storage.server_side_encryption=%s" . | quote }}
+{{- end }}
+{{- with .s3.kmsKeyId }}
+- {{ printf "--set=storage.kms_key_id=%s" . | quote }}
+{{- end }}
 {{- end -}}
 {{- end -}}
 
@@ -430,6 +436,9 @@ Job. The name has at most 43 + 1 + 8 + 1 + 10 characters, the limit of the pods'
 {{- end -}}
 {{- if and .caBundle.configMap .caBundle.secret -}}
 {{- $problems = append $problems "caBundle.configMap: set together with caBundle.secret, expected only one of them" -}}
+{{- end -}}
+{{- if and .s3.kmsKeyId (ne .s3.serverSideEncryption "aws:kms") -}}
+{{- $problems = append $problems "s3.kmsKeyId: expected s3.serverSideEncryption=aws:kms as well, the only one with a key" -}}
 {{- end -}}
 {{- $values := . -}}
 {{- range list "workVolume" "modelCache" "compileCache" -}}
