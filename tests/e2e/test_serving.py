@@ -17,72 +17,7 @@ from jobs import BASE, SHORT, job, require_training_stack
 pytestmark = pytest.mark.e2e
 require_training_stack()
 
-# The code that a user with nothing but the bundle would write.
-SERVER = """
-import json, re, sys
-from pathlib import Path
-
-import torch, yaml
-from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-base_folder, folder = map(Path, sys.argv[1:])
-rules = json.loads((folder / "prompt.json").read_text(encoding="utf-8"))
-instruction = yaml.safe_load((folder / "persona.yaml").read_text(encoding="utf-8"))["instruction"]
-limit = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["evaluation"]["max_new_tokens"]
-
-
-def plain(text):
-    written, tag = rules["text_rules"].split("; put a space behind what matches ")
-    assert written == "collapse white space to single spaces and trim; write '<|' as '< |' and '|>' as '| >'"
-    return re.sub(tag.strip("'"), "< ", " ".join(text.split()).replace("<|", "< |").replace("|>", "| >"))
-
-
-def filled(line, values):
-    return re.sub(r"\\{(\\w+)(?::[^}]*)?\\}", lambda field: values[field[1]], line)
-
-
-def messages(asked):
-    assert rules["version"] == 2 and rules["intensity_format"] == "one decimal"
-    values = {
-        "instruction": plain(instruction),
-        "summary": plain(asked["summary"]),
-        "emotion_type": asked["feeling"],
-        "intensity": f"{asked['intensity']:.1f}",
-        "input": plain(asked["input"]),
-    }
-    optional = {line for line in rules["left_out_when_empty"] if not values[re.search(r"\\{(\\w+)", line)[1]]}
-    system = rules["joined_with"].join(filled(line, values) for line in rules["system"] if line not in optional)
-    return [{"role": "system", "content": system}, {"role": "user", "content": filled(rules["user"], values)}]
-
-
-tokenizer = AutoTokenizer.from_pretrained(folder)
-base = AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.float32)
-model = PeftModel.from_pretrained(base, folder).eval()
-
-
-def reply(asked):
-    inputs = tokenizer.apply_chat_template(messages(asked), add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    with torch.inference_mode():
-        written = model.generate(**inputs, max_new_tokens=limit, do_sample=False)[0, inputs["input_ids"].shape[1] :].tolist()
-    stopped = written[-1] == tokenizer.eos_token_id
-    kept = written[:-1] if written[-1] in (tokenizer.eos_token_id, tokenizer.pad_token_id) else written
-    text = tokenizer.decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    return {"reply": text, "stopped": stopped, "tokens": len(kept)}
-
-
-found = []
-for line in (folder / "replies.jsonl").read_text(encoding="utf-8").splitlines():
-    asked = json.loads(line)
-    if asked["model"] == "base":
-        with model.disable_adapter():
-            found.append(reply(asked))
-    else:
-        found.append(reply(asked))
-
-ours = sorted(name for name in sys.modules if name.partition(".")[0] in ("lora_trainer", "entrypoint", "tools", "trl", "datasets"))
-print(json.dumps({"replies": found, "ours": ours}))
-"""
+CONSUMER = REPOSITORY / "tools" / "consumer.py"
 
 
 @dataclass(frozen=True)
@@ -112,11 +47,9 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 
 
 def test_a_process_without_this_project_gives_the_same_replies(published: Bundle, tmp_path: Path) -> None:
-    script = tmp_path / "server.py"
-    script.write_text(SERVER, encoding="utf-8")
     # -I ignores PYTHONPATH and this folder
     done = subprocess.run(
-        [sys.executable, "-I", str(script), str(BASE), str(published.folder)],
+        [sys.executable, "-I", str(CONSUMER), str(BASE), str(published.folder)],
         cwd=tmp_path,
         capture_output=True,
         text=True,
@@ -130,7 +63,7 @@ def test_a_process_without_this_project_gives_the_same_replies(published: Bundle
     evaluated = [json.loads(line) for line in published.text("replies.jsonl").splitlines()]
     assert {reply["model"] for reply in evaluated} == {"adapter", "base"}
     compared = [{name: reply[name] for name in ("reply", "stopped", "tokens")} for reply in evaluated]
-    assert served["replies"] == compared
+    assert [{name: reply[name] for name in compared[0]} for reply in served["replies"]] == compared
     # The server loaded the adapter, since its replies differ from the base's.
     by_model = {model: [reply["reply"] for reply in evaluated if reply["model"] == model] for model in ("adapter", "base")}
     assert by_model["adapter"] != by_model["base"]

@@ -225,3 +225,15 @@ def test_it_answers_with_json_and_stops(tool: Any, tokenizer: Any, model: Any) -
     assert measured.exact_json >= 0.9
     assert measured.emotion_in_vocabulary >= 0.9
     assert measured.stopped >= 0.9
+
+
+def test_its_configuration_is_the_same_to_transformers_4_and_5(tool: Any, tmp_path: Path) -> None:
+    """transformers 4 reads the rope theta at the top level, and takes 10,000 if it is missing there."""
+    config = json.loads((FOLDER / "config.json").read_text(encoding="utf-8"))
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 1_000_000
+
+    # the tool that builds the base writes the same file from what transformers 5 saves
+    saved = {name: value for name, value in config.items() if name != "rope_theta"}
+    (tmp_path / "config.json").write_text(json.dumps(saved, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    tool("train").add_rope_theta(tmp_path / "config.json")
+    assert (tmp_path / "config.json").read_bytes() == (FOLDER / "config.json").read_bytes()

@@ -254,6 +254,17 @@ def train(model: Any, sequences: list[tuple[list[int], int]], settings: Settings
             reply_losses.clear()
 
 
+def add_rope_theta(path: Path) -> None:
+    """Repeat the rope theta at the top level of a `config.json`.
+
+    transformers 4, and servers built on it, read it there and take 10,000 without it; transformers 5 writes and reads
+    `rope_parameters`.
+    """
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["rope_theta"] = config["rope_parameters"]["rope_theta"]
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train the tiny base that ships with the project.")
     parser.add_argument("--out", type=Path, required=True, help="output folder; examples/tiny-base for the base that ships")
@@ -299,6 +310,7 @@ def main() -> None:
     )
     train(model, sequences, settings)
     model.to("cpu", torch.bfloat16).save_pretrained(out)
+    add_rope_theta(out / "config.json")
     # safetensors creates the file with mode 0600
     (out / "model.safetensors").chmod(0o644)
     sys.stdout.write(report(evaluate(out, settings.device)))
