@@ -21,8 +21,9 @@ def normalized(text: str) -> str:
 
     A text that consists of nothing else, such as `ㅋㅋ!`, only loses its case and width.
     """
-    plain = unicodedata.normalize("NFKC", _DECORATION.sub("", text)).casefold()
-    return plain or unicodedata.normalize("NFKC", text).casefold()
+    composed = unicodedata.normalize("NFC", text)
+    plain = unicodedata.normalize("NFKC", _DECORATION.sub("", composed)).casefold()
+    return plain or unicodedata.normalize("NFKC", composed).casefold()
 
 
 def near_fingerprint(record: TrainingRecord) -> int:
@@ -31,21 +32,18 @@ def near_fingerprint(record: TrainingRecord) -> int:
 
 
 def exact_fingerprint(record: TrainingRecord) -> int:
-    """Return a 64-bit hash of all fields."""
+    """Return a 64-bit hash of all fields, with their texts in NFC."""
     emotion = record.context.current_emotion
-    return _hash64(
-        "\0".join(
-            (
-                record.instruction,
-                record.context.summary,
-                emotion.type,
-                repr(emotion.intensity),
-                record.input,
-                record.reply.text,
-                record.reply.emotion,
-            )
-        )
+    fields = (
+        record.instruction,
+        record.context.summary,
+        emotion.type,
+        repr(emotion.intensity),
+        record.input,
+        record.reply.text,
+        record.reply.emotion,
     )
+    return _hash64(unicodedata.normalize("NFC", "\0".join(fields)))
 
 
 def _hash64(text: str) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, Final, Generic, NamedTuple, TypeVar, overload
+from unicodedata import normalize
 
 from pydantic import ValidationError
 
@@ -21,13 +22,10 @@ from lora_trainer.data.compression import (
 )
 from lora_trainer.data.file_kinds import HEAD_BYTES, diagnosis, text_encoding
 from lora_trainer.data.problems import IncompleteJsonError, Problem, RecordError, Severity
-from lora_trainer.data.record_errors import described, error_problem, schema_problems
-from lora_trainer.data.records import (
-    EvaluationPrompt,
-    StrictModel,
-    TrainingRecord,
-)
+from lora_trainer.data.record_errors import described, error_problem, record_problems
+from lora_trainer.data.records import StrictModel, TrainingRecord, texts_of
 from lora_trainer.data.strict_json import RECORD_SHAPE, decode_json
+from lora_trainer.data.text_damage import text_problems
 from lora_trainer.persona.prompt import spells_control_token
 
 _SKIP_CHUNK_BYTES: Final = 64 * 1024
@@ -233,29 +231,26 @@ def _read_text(text: str, number: int, schema: type[Record], limits: LimitsConfi
         # by alias only: a file must call the field `output`, never `reply`
         record = schema.model_validate(data, by_alias=True, by_name=False, context=limits)
     except ValidationError as error:
-        return Line(number, None, tuple(schema_problems(error, number, schema)))
-    texts = list(_texts(record))
-    if too_long := [_text_too_long(number, field, said, limits) for field, said in texts if len(said) > limits.text_characters]:
-        return Line(number, None, tuple(too_long))
-    return Line(number, record, tuple(_control_token(number, field) for field, said in texts if spells_control_token(said)))
-
-
-def _texts(record: StrictModel) -> Iterator[tuple[str, str]]:
-    """Yield the dotted name and value of each free-text field of a record."""
-    if isinstance(record, TrainingRecord):
-        yield "instruction", record.instruction
-        yield "output.text", record.reply.text
-    if isinstance(record, TrainingRecord | EvaluationPrompt):
-        yield "context.summary", record.context.summary
-        yield "input", record.input
+        return Line(number, None, tuple(record_problems(error, number, schema, data, limits)))
+    problems: list[Problem] = []
+    for field, text in texts_of(record):
+        # a decomposed syllable has up to three code points, a composed one has one
+        if len(text) > limits.text_characters and len(normalize("NFC", text)) > limits.text_characters:
+            problems.append(_text_too_long(number, field, text, limits))
+            continue
+        problems += text_problems(number, field, text)
+        if spells_control_token(text):
+            problems.append(_control_token(number, field))
+    is_refused = any(problem.severity is Severity.ERROR for problem in problems)
+    return Line(number, None if is_refused else record, tuple(problems))
 
 
 def _text_too_long(number: int, field: str, text: str, limits: LimitsConfig) -> Problem:
     fault = RecordError(
         "text_too_long",
-        f"text of {len(text):,} characters",
+        f"text of {len(normalize('NFC', text)):,} characters",
         f"at most {limits.text_characters:,} (limits.text_characters)",
-        "shorten it",
+        "shorten it, or raise limits.text_characters",
     )
     return error_problem(number, field, fault)
 

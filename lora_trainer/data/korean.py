@@ -79,14 +79,14 @@ def sentences(text: str) -> list[str]:
     Kiwi splits the text, with four corrections. No sentence ends at a comma (`할 거야, 말 거야?` is one) or at a connective ending
     without punctuation (`땀이 얼만데 너무하네`). A choice is one question (`앞면이야 뒷면이야?`). Every line break ends a sentence.
     """
-    return list(_sentences(text[:MAX_ANALYSED_CHARACTERS]))
+    return list(_sentences(unicodedata.normalize("NFC", text)[:MAX_ANALYSED_CHARACTERS]))
 
 
 # cached, because the linter asks twice per reply: for the number of sentences and for a question
 @lru_cache(maxsize=64)
 def _sentences(text: str) -> tuple[str, ...]:
     found: list[str] = []
-    for line in unicodedata.normalize("NFC", text).splitlines():
+    for line in text.splitlines():
         pending = ""
         pieces = list(_pieces(line))
         for piece, following in zip_longest(pieces, pieces[1:]):
@@ -169,7 +169,7 @@ def formal_endings(text: str) -> list[str]:
 
     Words that only look polite (필요, 가요 as a song, 그러니까, 아니다) and quotations ("감사합니다"라고 해) don't count.
     """
-    composed = unicodedata.normalize("NFC", text[:MAX_ANALYSED_CHARACTERS])
+    composed = unicodedata.normalize("NFC", text)[:MAX_ANALYSED_CHARACTERS]
     if not _PERHAPS_FORMAL.search(composed):
         return []
     # the two options strip letters that chat appends to the last syllable: laughter (했어욬ㅋㅋ) and a playful ㅇ (했어용)

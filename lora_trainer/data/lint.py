@@ -166,6 +166,7 @@ RULES: Final[Mapping[str, Rule]] = {
 
 def lint_reply(text: str, intensity: float, line: int | None = None, blood_type: BloodType | None = None) -> Iterator[Problem]:
     """Yield the warnings about one reply. `intensity` is in [0, 1]; `blood_type` selects the persona's emoji rule."""
+    text = unicodedata.normalize("NFC", text)
     if (count := sentence_count(text)) > MAX_SENTENCES:
         yield _warning(line, "too_many_sentences", f"{count} sentences")
     if endings := formal_endings(text):

@@ -5,21 +5,80 @@ Messages never quote training text: values are described by their kind and size,
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Container, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 
 from pydantic import BaseModel, ValidationError
 
+from lora_trainer.config import LimitsConfig
 from lora_trainer.data.problems import Problem, RecordError, Severity
-from lora_trainer.data.records import EXPECTED_BY_FIELD, VOCABULARIES, EvaluationPrompt, lone_surrogate_error
-from lora_trainer.data.strict_json import MAX_QUOTED_CHARACTERS, is_quotable, quoted_key
+from lora_trainer.data.records import (
+    EXPECTED_BY_FIELD,
+    TEXT_FIELDS,
+    VOCABULARIES,
+    EvaluationPrompt,
+    is_blank,
+    lone_surrogate_error,
+)
+from lora_trainer.data.strict_json import MAX_QUOTED_CHARACTERS, decode_json, is_quotable, non_finite_numbers, quoted_key
+from lora_trainer.data.text_damage import text_problems
 
 
-def schema_problems(error: ValidationError, number: int, schema: type[BaseModel]) -> Iterator[Problem]:
-    """Yield a problem for each schema error of the record on line `number`."""
+def record_problems(
+    error: ValidationError, number: int, schema: type[BaseModel], data: Mapping[str, object], limits: LimitsConfig
+) -> Iterator[Problem]:
+    """Yield everything that is wrong with the invalid record `data` on line `number`: schema errors, NaN and damaged text."""
+    data = {**data, "output": _parsed(data["output"], limits)} if "output" in data else data
+    non_finite = list(non_finite_numbers(data))
+    for path, value in non_finite:
+        yield error_problem(number, _shown_path(path), _not_finite(path, value))
+    yield from _schema_problems(error, number, schema, {path for path, _ in non_finite})
+    for field in TEXT_FIELDS:
+        text = _value_at(data, field)
+        # blank text is an error of its own
+        if isinstance(text, str) and not is_blank(text):
+            yield from text_problems(number, field, text)
+
+
+def _parsed(output: object, limits: LimitsConfig) -> object:
+    """Return the reply in `output` if that is a JSON string, else `output` as it is."""
+    if not isinstance(output, str):
+        return output
+    try:
+        return decode_json(output, limits)
+    except RecordError:
+        return output
+
+
+def _value_at(data: Mapping[str, object], field: str) -> object:
+    value: object = data
+    for key in field.split("."):
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value
+
+
+def _not_finite(path: Sequence[str], value: float) -> RecordError:
+    fields = (".".join(path[:length]) for length in range(len(path), 0, -1))
+    field = next((field for field in fields if field in EXPECTED_BY_FIELD), "")
+    if field == "context.summary":
+        fix = 'write it, or ""'
+    elif field == "context.current_emotion.intensity":
+        fix = "write a number from 0 to 1"
+    else:
+        fix = "write the value; pandas writes NaN for an empty cell"
+    return RecordError("not_finite", described(value), EXPECTED_BY_FIELD[field] if field else "a value that JSON has", fix)
+
+
+def _schema_problems(
+    error: ValidationError, number: int, schema: type[BaseModel], reported: Container[tuple[str, ...]]
+) -> Iterator[Problem]:
+    """Yield a problem for each schema error of the record on line `number`, except in the `reported` places."""
     for detail in error.errors(include_url=False):
         path = [str(part) for part in detail["loc"]]
         field = ".".join(path)
+        if tuple(path) in reported and detail["type"] != "extra_forbidden":
+            continue
         if detail["type"] == "extra_forbidden":
             yield _unknown_field(path, number, schema)
             continue
@@ -54,12 +113,16 @@ def _unknown_field(path: list[str], number: int, schema: type[BaseModel]) -> Pro
     siblings = [name.rsplit(".", 1)[-1] for name in EXPECTED_BY_FIELD if name and name.split(".")[:-1] == parents]
     if not parents and schema is EvaluationPrompt:
         siblings = list(EvaluationPrompt.model_fields)
-    # a key that does not look like a name is probably training text with misplaced quotes
-    field = ".".join([*parents, key if is_quotable(key) else "?"])
+    field = _shown_path(path)
     fault = RecordError(
         "unknown_field", f"the key {quoted_key(key)}", "only " + ", ".join(siblings), _nearest(key, siblings, "remove it")
     )
     return error_problem(number, field, fault)
+
+
+def _shown_path(path: Sequence[str]) -> str:
+    """Return the dotted path for a message, with `?` for a key that does not look like a name: it may be training text."""
+    return ".".join(key if is_quotable(key) else "?" for key in path)
 
 
 def _nearest(value: object, names: Sequence[str], otherwise: str) -> str:
@@ -79,7 +142,7 @@ def described(value: object) -> str:
     if isinstance(value, int):
         return str(value) if abs(value) < 10**MAX_QUOTED_CHARACTERS else "a very large number"
     if isinstance(value, float):
-        return repr(value)
+        return repr(value) if math.isfinite(value) else "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
     if isinstance(value, str):
         return f"text of {len(value)} character{'' if len(value) == 1 else 's'}"
     return "a list" if isinstance(value, list) else "an object"

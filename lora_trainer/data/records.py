@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Final
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, Strict, ValidationInfo, field_validator
@@ -32,6 +32,8 @@ EXPECTED_BY_FIELD: Final[Mapping[str, str]] = {
     "output.emotion": "one of " + ", ".join(Expression),
 }
 """The "expected ..." text of messages, by the field's dotted path in the file."""
+TEXT_FIELDS: Final = ("instruction", "context.summary", "input", "output.text")
+"""The fields that hold free text."""
 VOCABULARIES: Final[Mapping[str, tuple[str, ...]]] = {
     "context.current_emotion.type": tuple(Feeling),
     "output.emotion": tuple(Expression),
@@ -39,9 +41,9 @@ VOCABULARIES: Final[Mapping[str, tuple[str, ...]]] = {
 """Allowed values of the fields with a closed vocabulary, by dotted path."""
 
 # lone surrogates, which UTF-8 cannot encode, and control characters other than white space
-_UNWRITABLE = re.compile("[\x00-\x08\x0e-\x1b\x7f\ud800-\udfff]")
+_UNWRITABLE = re.compile("[\x00-\x08\x0e-\x1f\x7f\ud800-\udfff]")
 # the same, plus C1 and bidirectional controls, which data files must not contain either
-_UNWANTED = re.compile("[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+_UNWANTED = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 # Unicode's Bidi_Control: people would see the text in another order than the model (Boucher and Anderson, "Trojan Source", 2021)
 _BIDI: Final = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 # white space, and characters that look like it: zero-width ones and Hangul fillers
@@ -63,19 +65,24 @@ def _writable(text: str, pattern: re.Pattern[str] = _UNWANTED) -> str:
                 "bidi_control",
                 f"bidirectional control U+{point:04X} at character {found.start() + 1}",
                 "text without bidirectional controls",
-                "remove it; Korean needs none",
+                "remove the character; Korean needs none",
             )
         raise RecordError(
             "control_character",
             f"control character U+{point:04X} at character {found.start() + 1}",
             "text without control characters",
-            "remove it",
+            "read the source as UTF-16, which writes zero bytes between letters" if not point else "remove the character",
         )
     return text
 
 
+def is_blank(text: str) -> bool:
+    """Return whether `text` has no visible character."""
+    return _INVISIBLE.fullmatch(text) is not None
+
+
 def _visible(text: str) -> str:
-    if _INVISIBLE.fullmatch(text):
+    if is_blank(text):
         raise RecordError("blank", "blank text" if text else "empty text", "text", "write it, or remove the record")
     return _writable(text)
 
@@ -85,7 +92,7 @@ def _visible_reply(text: str, info: ValidationInfo) -> str:
 
     The validation context is set only for files. Servers' grammars forbid only C0 controls.
     """
-    if _INVISIBLE.fullmatch(text):
+    if is_blank(text):
         return _visible(text)
     return _writable(text, _UNWRITABLE if info.context is None else _UNWANTED)
 
@@ -137,7 +144,7 @@ class TrainingRecord(StrictModel):
     def _parse_output(cls, value: object, info: ValidationInfo) -> object:
         if not isinstance(value, str):
             return value
-        if _INVISIBLE.fullmatch(value):
+        if is_blank(value):
             raise RecordError("blank", "empty text", EXPECTED_BY_FIELD["output"], "write the reply, or remove the record")
         try:
             return decode_json(value, info.context or DEFAULT_LIMITS)
@@ -175,3 +182,13 @@ class EvaluationPrompt(StrictModel):
 
     context: Context
     input: _Text
+
+
+def texts_of(record: StrictModel) -> Iterator[tuple[str, str]]:
+    """Yield the dotted name and value of each free-text field of a record."""
+    if isinstance(record, TrainingRecord):
+        yield "instruction", record.instruction
+        yield "output.text", record.reply.text
+    if isinstance(record, TrainingRecord | EvaluationPrompt):
+        yield "context.summary", record.context.summary
+        yield "input", record.input

@@ -1,10 +1,12 @@
-"""Decode JSON from untrusted lines: limited depth and size, no NaN, no duplicate keys."""
+"""Decode JSON from untrusted lines: limited depth and size, no duplicate keys, and NaN only with its place."""
 
 from __future__ import annotations
 
 import json
+import math
 import re
-from typing import Any, Final, NoReturn
+from collections.abc import Iterator
+from typing import Any, Final
 
 from lora_trainer.config import LimitsConfig
 from lora_trainer.data.problems import IncompleteJsonError, RecordError
@@ -21,7 +23,10 @@ _STRUCTURE: Final = re.compile(r'"(?:[^"\\]++|\\.)*+"|["\[\]{}]', re.DOTALL)
 
 
 def decode_json(text: str, limits: LimitsConfig) -> object:
-    """Decode `text` like `json.loads`, but refuse NaN, duplicate keys and deep nesting. Raises only `RecordError`."""
+    """Decode `text` like `json.loads`, but refuse duplicate keys and deep nesting. Raises only `RecordError`.
+
+    `NaN` and `Infinity` become floats that are not finite, because only the caller knows what its fields expect.
+    """
     _check_depth(text, limits.nesting_depth)
     try:
         return _DECODER.decode(text)
@@ -40,7 +45,7 @@ def decode_json(text: str, limits: LimitsConfig) -> object:
         raise kind("not_json", got, RECORD_SHAPE, fix) from None
     except ValueError:
         # the only other cause: int() refuses very long numbers
-        raise RecordError("not_json", "a number with too many digits", RECORD_SHAPE, "write a number from 0 to 1") from None
+        raise RecordError("not_json", "a number with too many digits", RECORD_SHAPE, "write it with fewer digits") from None
 
 
 def is_quotable(text: str) -> bool:
@@ -92,8 +97,16 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _not_a_number(constant: str) -> NoReturn:
-    raise RecordError("not_finite", constant, "a finite number", "write a number from 0 to 1")
+def non_finite_numbers(value: object, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], float]]:
+    """Yield the path and value of each number in `value` that is not finite. List items are numbered from 1."""
+    if isinstance(value, float) and not math.isfinite(value):
+        yield path, value
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            yield from non_finite_numbers(inner, (*path, key))
+    elif isinstance(value, list):
+        for number, inner in enumerate(value, 1):
+            yield from non_finite_numbers(inner, (*path, str(number)))
 
 
-_DECODER: Final = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_not_a_number)
+_DECODER: Final = json.JSONDecoder(object_pairs_hook=_object)

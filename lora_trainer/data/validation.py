@@ -19,7 +19,8 @@ from lora_trainer.data.jsonl import JsonlReader
 from lora_trainer.data.lint import MIN_QUESTION_RATE, MIN_RECORDS_FOR_RATES, blood_types_named, has_question, lint_reply
 from lora_trainer.data.problems import Problem, Severity
 from lora_trainer.data.prompt_cost import SHOWN_LINES, CostMeter, CountsTokens, PromptCost
-from lora_trainer.data.records import EvaluationPrompt, TrainingRecord
+from lora_trainer.data.records import EvaluationPrompt, StrictModel, TrainingRecord, texts_of
+from lora_trainer.data.text_damage import LostText
 from lora_trainer.errors import DataError
 from lora_trainer.persona.emoji import emoji_count
 from lora_trainer.persona.vocabulary import BloodType, Feeling, IntensityThird
@@ -121,6 +122,7 @@ class _Tally:
     by_type: Counter[BloodType] = field(default_factory=Counter)
     named_elsewhere: Counter[frozenset[BloodType]] = field(default_factory=Counter)
     lines_naming: dict[frozenset[BloodType], list[int]] = field(default_factory=dict)
+    lost_text: LostText = field(default_factory=LostText)
 
     def add_problem(self, problem: Problem) -> None:
         self.counts[problem.severity][problem.code] += 1
@@ -129,6 +131,10 @@ class _Tally:
             first.append(problem)
         if self.on_problem:
             self.on_problem(problem)
+
+    def add_texts(self, line: int, record: StrictModel) -> None:
+        for name, text in texts_of(record):
+            self.lost_text.add(line, name, text)
 
     def add_record(self, line: int, record: TrainingRecord) -> None:
         text, emotion = record.reply.text, record.context.current_emotion
@@ -179,6 +185,7 @@ def check_file(
         if record is None:
             continue
         tally.add_record(number, record)
+        tally.add_texts(number, record)
         persona = known_type or _single(blood_types_named(record.instruction))
         for problem in lint_reply(record.reply.text, record.context.current_emotion.intensity, number, persona):
             tally.add_problem(problem)
@@ -189,7 +196,7 @@ def check_file(
         if on_record:
             on_record(record)
     expected_type = known_type or _most_named(tally.by_type)
-    for problem in _file_problems(tally, expected_type):
+    for problem in (*tally.lost_text.problems(), *_file_problems(tally, expected_type)):
         tally.add_problem(problem)
     per_third = {third: sum(tally.coverage[feeling, third] for feeling in Feeling) for third in IntensityThird}
     return FileReport(
@@ -207,8 +214,14 @@ def check_file(
     )
 
 
-def check_prompts(path: Path, *, limits: LimitsConfig = DEFAULT_LIMITS, on_problem: OnProblem | None = None) -> FileReport:
-    """Read a file of evaluation prompts once and report on its schema, coverage and repeated inputs."""
+def check_prompts(
+    path: Path,
+    *,
+    limits: LimitsConfig = DEFAULT_LIMITS,
+    on_problem: OnProblem | None = None,
+    on_prompt: Callable[[EvaluationPrompt], None] | None = None,
+) -> FileReport:
+    """Read a file of evaluation prompts once and report on its schema, texts, coverage and repeated inputs."""
     reader = JsonlReader(path, EvaluationPrompt, limits=limits)
     tally = _Tally(on_problem)
     seen: dict[str, int] = {}
@@ -223,6 +236,11 @@ def check_prompts(path: Path, *, limits: LimitsConfig = DEFAULT_LIMITS, on_probl
         first = seen.setdefault(normalized(prompt.input), number)
         if first != number:
             tally.add_problem(_duplicate(number, first, is_exact=False))
+        tally.add_texts(number, prompt)
+        if on_prompt:
+            on_prompt(prompt)
+    for problem in tally.lost_text.problems():
+        tally.add_problem(problem)
     return FileReport(
         file=str(path),
         blood_type=None,
@@ -258,6 +276,17 @@ def read_records(
         # without `strict`, warnings don't stop the run, and listing them would bury the errors
         raise DataError(report.problem_lines(tuple(Severity) if strict else (Severity.ERROR,), name))
     return records, report
+
+
+def read_prompts(
+    path: Path, *, limits: LimitsConfig = DEFAULT_LIMITS, strict: bool = False, name: str = ""
+) -> tuple[tuple[EvaluationPrompt, ...], FileReport]:
+    """Return all evaluation prompts of `path`, in file order, and the report on it. Raises `DataError` as `read_records` does."""
+    prompts: list[EvaluationPrompt] = []
+    report = check_prompts(path, limits=limits, on_prompt=prompts.append)
+    if not report.is_accepted(strict=strict):
+        raise DataError(report.problem_lines(tuple(Severity) if strict else (Severity.ERROR,), name))
+    return tuple(prompts), report
 
 
 def write_json(out: TextIO, paths: Iterable[Path], check: Callable[[Path, OnProblem], FileReport]) -> list[FileReport]:

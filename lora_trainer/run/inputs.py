@@ -9,11 +9,10 @@ from pathlib import Path
 from lora_trainer.config import RunConfig
 from lora_trainer.data.compression import SUFFIXES, is_jsonl
 from lora_trainer.data.evaluation_prompts import evaluation_prompts
-from lora_trainer.data.jsonl import JsonlReader
 from lora_trainer.data.problems import Severity
 from lora_trainer.data.records import EvaluationPrompt, TrainingRecord
-from lora_trainer.data.validation import read_records
-from lora_trainer.errors import ConfigError, DataError, StorageError
+from lora_trainer.data.validation import read_prompts, read_records
+from lora_trainer.errors import ConfigError, StorageError
 from lora_trainer.persona.vocabulary import BloodType
 from lora_trainer.run.job import Job
 from lora_trainer.store.interface import Fetched, Storage
@@ -104,10 +103,6 @@ def fetch_prompts(job: Job) -> tuple[EvaluationPrompt, ...]:
     storage = job.process.storage(folder)
     path = job.config.work_dir / "data" / key
     fetched = storage.download(key, path)
-    lines = list(JsonlReader(path, EvaluationPrompt, limits=job.config.limits))
-    problems = [problem for line in lines for problem in line.problems if problem.severity is Severity.ERROR]
-    if problems:
-        raise DataError([problem.render(storage.uri + key) for problem in problems])
-    prompts = tuple(line.record for line in lines if line.record)
+    prompts, _ = read_prompts(path, limits=job.config.limits, name=storage.uri + key)
     job.log.info("prompts_fetched", uri=storage.uri + key, prompts=len(prompts), sha256=fetched.sha256)
     return prompts

@@ -82,7 +82,15 @@ def record(instruction: str = "a", summary: str = "", said: str = "b", reply: st
 
 
 def _is_forbidden(text: str) -> bool:
-    return any(0xD800 <= ord(c) <= 0xDFFF or c in BIDI or (ord(c) < 0xA0 and not c.isprintable() and not c.isspace()) for c in text)
+    return any(
+        0xD800 <= ord(c) <= 0xDFFF
+        or c in BIDI
+        or (ord(c) < 0xA0 and not c.isprintable() and c not in "\t\n\v\f\r")
+        or c in "\ufffc\ufffd"
+        or 0xFDD0 <= ord(c) <= 0xFDEF
+        or ord(c) & 0xFFFE == 0xFFFE
+        for c in text
+    )
 
 
 def _with_texts(fields: tuple[str, str, str, str]) -> HostileLine:

@@ -125,7 +125,6 @@ REPLY = 'an object {"text": ..., "emotion": ...}, as a JSON string'
         ),
         ("output", '{"text": "a", "text": "b"}', "output", "duplicate_key", "the key 'text' more than once"),
         ("output", "[" * 5000, "output", "too_deep", "lists or objects nested more than 16 deep (limits.nesting_depth)"),
-        ("output", '{"text": NaN}', "output", "not_finite", "NaN"),
         ("context.current_emotion.intensity", True, "context.current_emotion.intensity", "wrong_type", "true"),
         ("context.current_emotion.intensity", "0.8", "context.current_emotion.intensity", "wrong_type", "text of 3 characters"),
         ("context.current_emotion.intensity", 1.01, "context.current_emotion.intensity", "out_of_range", "1.01"),
@@ -200,7 +199,7 @@ def test_all_problems_of_a_line_are_named() -> None:
         ("{} {}", "not_json", "something that is not JSON (extra data at character 4)"),
         ('{"a": "\t"}', "not_json", "something that is not JSON (invalid control character at character 8)"),
         ('{"a": ' + "9" * 5000 + "}", "not_json", "a number with too many digits"),
-        ('{"a": -Infinity}', "not_finite", "-Infinity"),
+        ("NaN", "not_an_object", "NaN"),
         ('{"a": 1, "a": 2}', "duplicate_key", "the key 'a' more than once"),
         ('{"' + "a" * 30 + '": 1, "' + "a" * 30 + '": 2}', "duplicate_key", "the key of 30 characters more than once"),
         ("[" * 5000, "too_deep", "lists or objects nested more than 16 deep (limits.nesting_depth)"),
@@ -210,6 +209,43 @@ def test_all_problems_of_a_line_are_named() -> None:
 def test_lines_that_are_no_record(text: str, code: str, got: str) -> None:
     problem = only_problem(parse_record(text))
     assert (problem.code, problem.field, problem.got) == (code, "", got)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "field", "got", "expected", "fix"),
+    [
+        ("context.summary", "NaN", "context.summary", "NaN", "text, which may be empty", 'write it, or ""'),
+        ("context.current_emotion.intensity", "NaN", None, "NaN", "a number from 0 to 1", "write a number from 0 to 1"),
+        ("context.current_emotion.intensity", "1e999", None, "Infinity", "a number from 0 to 1", "write a number from 0 to 1"),
+        ("input", "-Infinity", "input", "-Infinity", "what the user says, as text", "write the value"),
+        ("input", '["a", NaN]', "input.2", "NaN", "what the user says, as text", "write the value"),
+        ("context", "NaN", "context", "NaN", 'an object {"summary": ..., "current_emotion": ...}', "write the value"),
+        ("output", "NaN", "output", "NaN", REPLY, "write the value"),
+        ("output", '{"text": NaN, "emotion": "smile"}', "output.text", "NaN", "what the friend says, as text", "write the value"),
+        ("output", '{"text": "a", "emotion": NaN}', "output.emotion", "NaN", None, "write the value"),
+        ("output", json.dumps('{"text": NaN, "emotion": "smile"}'), "output.text", "NaN", None, "write the value"),
+        ("score", "NaN", "score", "NaN", "a value that JSON has", "write the value"),
+        ("scores", '{"a": [1, Infinity]}', "scores.a.2", "Infinity", "a value that JSON has", "write the value"),
+    ],
+)
+def test_nan_names_its_field(path: str, value: str, field: str | None, got: str, expected: str | None, fix: str) -> None:
+    line = changed(path, "THERE").replace('"THERE"', value)
+    assert value in line
+    problem = parse_record(line).problems[0]
+    assert (problem.field, problem.code, problem.got) == (field or path, "not_finite", got)
+    assert problem.expected == expected or expected is None
+    assert problem.fix.startswith(fix)
+    # an unknown field and a list where text belongs have an error of their own
+    others = [other.code for other in parse_record(line).problems[1:]]
+    assert others == (["unknown_field"] if path.startswith("score") else ["wrong_type"] if value.startswith("[") else [])
+
+
+def test_every_nan_of_a_line_is_named() -> None:
+    line = changed("context.summary", "THERE").replace('"THERE"', "NaN").replace("0.8", "NaN")
+    assert [(problem.field, problem.code) for problem in parse_record(line).problems] == [
+        ("context.summary", "not_finite"),
+        ("context.current_emotion.intensity", "not_finite"),
+    ]
 
 
 def test_problems_do_not_quote_the_authors_text() -> None:

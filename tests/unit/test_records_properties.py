@@ -19,7 +19,10 @@ from lora_trainer.persona.emoji import emoji_count
 from lora_trainer.persona.vocabulary import Expression, Feeling
 from lora_trainer.report.validation_table import validation_table
 
-writable = st.text(st.characters(exclude_categories=("Cs", "Cc")))
+# no controls, noncharacters, private-use or invisible characters, nor what replaces lost ones: they are findings
+writable = st.text(
+    st.characters(exclude_categories=("Cs", "Cc", "Cf", "Cn", "Co", "Lo", "Mn"), exclude_characters="\ufffc\ufffd\\&%=<_")
+)
 # append a visible character, so that the text is not blank
 words = writable.map(lambda text: text + "말")
 

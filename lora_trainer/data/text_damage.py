@@ -1,0 +1,271 @@
+"""Find damage in the texts of a record: lost or misread characters, escapes that nobody decoded, and characters that nobody sees.
+
+Lost text is an error, and so is text that is proved to be misread. What only looks odd is a warning. How people write is neither:
+`???`, `ㅋㅋ`, emoji with joiners and variation selectors, accents, hanja. No message quotes the text.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Final
+
+from lora_trainer.data.mojibake import common_syllables, find_mojibake
+from lora_trainer.data.problems import Problem, RecordError, Severity
+
+_REPLACED: Final = re.compile("[\ufffc\ufffd]")
+_NONCHARACTER: Final = re.compile(
+    "[\ufdd0-\ufdef\ufffe\uffff" + "".join(chr(plane * 0x10000 + end) for plane in range(1, 17) for end in (0xFFFE, 0xFFFF)) + "]"
+)
+_PRIVATE: Final = re.compile("[\ue000-\uf8ff\U000f0000-\U000ffffd\U00100000-\U0010fffd]")
+# conjoining jamo that NFC leaves over, and half-width ones
+_STRAY_JAMO: Final = re.compile("[\u1100-\u115e\u1161-\u11ff\ua960-\ua97c\ud7b0-\ud7fb\uffa1-\uffdc]")
+_INVISIBLE: Final = re.compile(
+    "[\u00ad\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200d\u2060-\u2065\u206a-\u206f\u2800\u3164\ufe00-\ufe0f\ufeff\uffa0"
+    "\ufff0-\ufffb\U0001d173-\U0001d17a\U000e0000-\U000e0fff]"
+)
+_PICTURE: Final = (
+    "[\u00a9\u00ae\u203c\u2049\u2122\u2139\u2190-\u21ff\u231a-\u23ff\u24c2\u25a0-\u27bf\u2934\u2935\u2b05-\u2b55"
+    "\u3030\u303d\u3297\u3299\U0001f000-\U0001faff]"
+)
+# emoji may hold joiners (families), variation selectors (hearts, keycaps) and tags (the flags of England, Scotland and Wales)
+_EMOJI: Final = re.compile(
+    f"\U0001f3f4[\U000e0020-\U000e007e]+\U000e007f|{_PICTURE}[\ufe0e\ufe0f]*(?:\u200d{_PICTURE}[\ufe0e\ufe0f]*)*|[0-9#*]\ufe0f\u20e3"
+)
+
+# the ways in which programs write a character in ASCII: JSON, JavaScript, Python, R on Windows, HTML
+_CODE_POINT: Final = re.compile(
+    r"\\u([0-9A-Fa-f]{4})|\\u\{([0-9A-Fa-f]{1,6})\}|\\U([0-9A-Fa-f]{8})|<U\+([0-9A-Fa-f]{4,6})>|%u([0-9A-Fa-f]{4})"
+    r"|&#[xX]([0-9A-Fa-f]{1,6});|&#([0-9]{1,7});"
+)
+_BYTES: Final = re.compile(r"(?:(?:\\x|%|=)[0-9A-Fa-f]{2}|\\[0-3][0-7]{2}){2,}")
+_ONE_BYTE: Final = re.compile(r"(?:\\x|%|=)([0-9A-Fa-f]{2})|\\([0-3][0-7]{2})")
+_LEFTOVER: Final = re.compile(
+    r"\\[nrt](?![A-Za-z0-9_])|\\\"|\\u[0-9A-Fa-f]{4}|(?:\\x[0-9A-Fa-f]{2}){2}|&(?:amp|lt|gt|quot|apos|nbsp);|&#(?:[0-9]{1,7}|x[0-9A-Fa-f]{1,6});"
+    r"|(?:%[0-9A-F]{2}){2}|%20|_x000[0-9A-F]_|</?(?:br|p|div|span) ?/?>",
+    re.IGNORECASE,
+)
+_KOREAN_OR_EMOJI: Final = re.compile("[가-힣ㄱ-ㆎ\U0001f000-\U0001faff]")
+
+
+@cache
+def _ordinary() -> frozenset[str]:
+    """Return the characters of which nearly all texts consist, and that no kind of damage is made of alone."""
+    # without the first characters of escapes
+    plain = {chr(point) for point in range(0x20, 0x7F)} - set("\\%&<=_") | set("\t\n\r")
+    jamo = {chr(point) for point in range(0x3131, 0x3164)}
+    pictures = {chr(point) for first, end in ((0x2600, 0x27C0), (0x1F300, 0x1FB00)) for point in range(first, end)}
+    return common_syllables() | plain | jamo | pictures | set("…‘’“”·~♡〜！？～")
+
+
+def text_problems(line: int | None, name: str, text: str) -> tuple[Problem, ...]:
+    """Return the problems of `text`, the value of the field `name` on line `line`, errors first."""
+    # nearly every text takes this way, which costs a few microseconds
+    if _ordinary().issuperset(text):
+        return ()
+    composed = unicodedata.normalize("NFC", text)
+    if _ordinary().issuperset(_EMOJI.sub("", composed)):
+        return ()
+    errors = (Problem(line, name, Severity.ERROR, fault.code, fault.got, fault.expected, fault.fix) for fault in _faults(composed))
+    return (*errors, *_suspicions(line, name, composed))
+
+
+def _faults(text: str) -> Iterator[RecordError]:
+    if found := _REPLACED.findall(text):
+        yield RecordError(
+            "replacement_character",
+            f"{_counted(found)} in place of lost characters, the first at character {text.index(found[0]) + 1}",
+            "the characters themselves",
+            "read the source again in its own encoding, often UTF-8 or CP949; this file no longer has them",
+        )
+    if misread := find_mojibake(text):
+        recoded = f", or mend it with text.encode('{misread.wrong}').decode('{misread.right}')"
+        mending = recoded if misread.is_reversible(text) else ""
+        yield RecordError("mojibake", str(misread), "Korean text", f"read the source again as {misread.encoding}{mending}")
+    if match := _NONCHARACTER.search(text):
+        yield RecordError(
+            "noncharacter",
+            f"the noncharacter U+{ord(match.group()):04X} at character {match.start() + 1}",
+            "text",
+            "read the source again: it holds other data than text, or has another encoding",
+        )
+    if at := _escaped_korean(text):
+        yield RecordError(
+            "escaped_text",
+            f"Korean as literal escapes (such as \\uXXXX) from character {at}",
+            "the characters themselves",
+            "decode the text once more: it was encoded twice, for example by json.dumps of a text that already was JSON",
+        )
+
+
+def _suspicions(line: int | None, name: str, text: str) -> Iterator[Problem]:
+    if not _escaped_korean(text) and (match := _LEFTOVER.search(text)):
+        yield Problem(
+            line,
+            name,
+            Severity.WARNING,
+            "escape_sequence",
+            f"an escape sequence of JSON, HTML or a URL as text at character {match.start() + 1}",
+            "the character that it stands for",
+            "decode the text once more before it is written",
+        )
+    without_emoji = _EMOJI.sub(lambda emoji: " " * len(emoji.group()), text)
+    if found := _INVISIBLE.findall(without_emoji):
+        yield Problem(
+            line,
+            name,
+            Severity.WARNING,
+            "invisible_character",
+            f"the invisible {_counted(found)}, the first at character {without_emoji.index(found[0]) + 1}",
+            "visible characters",
+            "remove this character, not the words around it; people don't see it, but the model learns it",
+        )
+    if match := _PRIVATE.search(text):
+        yield Problem(
+            line,
+            name,
+            Severity.WARNING,
+            "private_use_character",
+            f"the private-use character U+{ord(match.group()):04X} at character {match.start() + 1}",
+            "characters that mean the same everywhere",
+            "write what it showed in the font of its source (an icon, an old syllable)",
+        )
+    if match := _STRAY_JAMO.search(text):
+        yield Problem(
+            line,
+            name,
+            Severity.WARNING,
+            "stray_jamo",
+            f"the conjoining or half-width jamo U+{ord(match.group()):04X} at character {match.start() + 1}",
+            "whole syllables, or compatibility jamo (ㅋㅋ)",
+            "write the whole syllables; unicodedata.normalize('NFC', text) does not compose these",
+        )
+
+
+def _counted(found: list[str]) -> str:
+    names = ", ".join(f"U+{ord(sign):04X}" for sign in sorted(set(found))[:5])
+    return f"{names} {len(found):,} time{'' if len(found) == 1 else 's'}"
+
+
+def _escaped_korean(text: str) -> int:
+    """Return the number, from 1, of the character where escapes for Korean or emoji begin, or 0."""
+    points = list(_CODE_POINT.finditer(text))
+    values = [int(next(filter(None, match.groups())), 10 if match[7] else 16) for match in points]
+    # a pair of surrogates is one character
+    units = "".join(chr(value) for value in values if value <= 0x10FFFF).encode("utf-16-le", "surrogatepass")
+    if _KOREAN_OR_EMOJI.search(units.decode("utf-16-le", "replace")):
+        return points[0].start() + 1
+    for match in _BYTES.finditer(text):
+        raw = bytes(int(code, 16) if code else int(octal, 8) & 0xFF for code, octal in _ONE_BYTE.findall(match.group()))
+        for encoding in ("utf-8", "cp949"):
+            if _KOREAN_OR_EMOJI.search(raw.decode(encoding, "ignore")):
+                return match.start() + 1
+    return 0
+
+
+# --- Hangul that became question marks -----------------------------------------------------------------
+
+SHOWN_LINES: Final = 5
+# a word of question marks, with the punctuation and the laughter that the conversion left: "??", (????), ??!ㅋㅋ
+_LOST_WORD: Final = re.compile(r"[\"'“‘(\[]*(\?+)[.,!~…\"'”’)\]ㅋㅎㅠㅜ^;:]*")
+_HANGUL: Final = re.compile("[가-힣]")
+_LOST_SYLLABLE: Final = re.compile(r"(?<![?\S])\?{1,3}[가-힣]|[가-힣]\?[가-힣]")
+
+
+@dataclass(slots=True)
+class _Field:
+    texts: int = 0
+    lost: int = 0
+    """Texts that look as if their words had become question marks."""
+    lines: list[int] = field(default_factory=list)
+    uneven_lines: list[int] = field(default_factory=list)
+    """Lines of those with words of uneven length."""
+    suspicious: int = 0
+    """Texts with question marks where syllables belong."""
+    suspicious_lines: list[int] = field(default_factory=list)
+
+
+class LostText:
+    """Judge over a whole file whether question marks replaced its Hangul, as a lossy encoding does.
+
+    People write `???`, `뭐???` and `?!?!`. Lost text is words of question marks: `?? ???? ??`. One such text may be a joke, so the
+    file decides: a text is lost if it has four such words of uneven length, or if a twentieth of its field's texts look like it.
+    """
+
+    MIN_SHARE: Final = 0.05
+    MIN_SUSPICIOUS_SHARE: Final = 0.2
+
+    def __init__(self) -> None:
+        self._fields: dict[str, _Field] = {}
+        self._is_certain = False
+
+    def add(self, line: int, name: str, text: str) -> None:
+        """Count `text`, the value of the field `name` on line `line`."""
+        counts = self._fields.setdefault(name, _Field())
+        counts.texts += 1
+        if "?" not in text:
+            return
+        lengths, words_with_hangul = [], 0
+        for word in text.split():
+            if match := _LOST_WORD.fullmatch(word):
+                lengths.append(len(match[1]))
+            elif _HANGUL.search(word):
+                words_with_hangul += 1
+        is_even = len(set(lengths)) < 2
+        if len(lengths) >= 2 and len(lengths) > words_with_hangul and not (is_even and len(lengths) < 4):
+            counts.lost += 1
+            _remember(counts.lines, line)
+            # escalations such as "? ?? ???" are how people write
+            is_uneven = lengths not in (sorted(lengths), sorted(lengths, reverse=True))
+            if is_uneven:
+                _remember(counts.uneven_lines, line)
+                self._is_certain |= len(lengths) >= 4
+        elif _LOST_SYLLABLE.search(text):
+            counts.suspicious += 1
+            _remember(counts.suspicious_lines, line)
+
+    def problems(self) -> Iterator[Problem]:
+        """Yield one problem for each field that lost text, or may have."""
+        for name, counts in self._fields.items():
+            is_share = counts.lost >= self.MIN_SHARE * counts.texts and (counts.lost >= 3 or counts.lost >= 0.5 * counts.texts)
+            if counts.lost and (is_share or self._is_certain):
+                fault = RecordError(
+                    "lost_text",
+                    f"words of question marks in {counts.lost:,} of {counts.texts:,} texts ({_lines(counts.lines, counts.lost)})",
+                    "Korean text",
+                    "export the source again as UTF-8; this file has lost its Hangul, and nothing can bring it back from here",
+                )
+                yield Problem(None, name, Severity.ERROR, fault.code, fault.got, fault.expected, fault.fix)
+            elif counts.uneven_lines:
+                yield Problem(
+                    None,
+                    name,
+                    Severity.WARNING,
+                    "question_marks",
+                    f"words of question marks ({_lines(counts.uneven_lines, len(counts.uneven_lines))})",
+                    "Korean text",
+                    "compare with the source: an encoding without Hangul writes ? for it",
+                )
+            elif counts.suspicious >= 3 and counts.suspicious >= self.MIN_SUSPICIOUS_SHARE * counts.texts:
+                yield Problem(
+                    None,
+                    name,
+                    Severity.WARNING,
+                    "question_marks",
+                    f"question marks inside or before words in {counts.suspicious:,} of {counts.texts:,} texts "
+                    f"({_lines(counts.suspicious_lines, counts.suspicious)})",
+                    "whole words",
+                    "compare with the source: an encoding that lacks a syllable writes ? for it; export it as UTF-8",
+                )
+
+
+def _remember(lines: list[int], line: int) -> None:
+    if len(lines) < SHOWN_LINES:
+        lines.append(line)
+
+
+def _lines(lines: list[int], count: int) -> str:
+    return f"line {', '.join(map(str, lines))}{', …' if count > len(lines) else ''}"
