@@ -23,7 +23,7 @@ _LATIN: Final = "cp1252"
 """CP1252, where the five bytes that it leaves undefined are Latin-1's, as browsers read them."""
 _LATIN_SCRIPT: Final = (_LATIN, "mac_roman", "cp1250", "cp1254", "iso8859_15")
 _SINGLE_BYTE: Final = (*_LATIN_SCRIPT, "cp437", "cp850", "cp1251", "koi8_r")
-_DOUBLE_BYTE: Final = ("cp949", "gbk", "cp932", "big5hkscs", "euc_jp")
+_DOUBLE_BYTE: Final = ("cp949", "gbk", "cp932", "cp950", "euc_jp")
 _UTF16: Final = ("utf_16_le", "utf_16_be")
 _NAMES: Final = {
     _LATIN: "CP1252 or Latin-1",
