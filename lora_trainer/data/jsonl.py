@@ -23,7 +23,7 @@ from lora_trainer.data.compression import (
 from lora_trainer.data.file_kinds import HEAD_BYTES, diagnosis, text_encoding
 from lora_trainer.data.problems import IncompleteJsonError, Problem, RecordError, Severity
 from lora_trainer.data.record_errors import described, error_problem, record_problems
-from lora_trainer.data.records import StrictModel, TrainingRecord, texts_of
+from lora_trainer.data.records import EvaluationPrompt, StrictModel, TrainingRecord, texts_of
 from lora_trainer.data.strict_json import RECORD_SHAPE, decode_json
 from lora_trainer.data.text_damage import text_problems
 from lora_trainer.persona.prompt import spells_control_token
