@@ -13,7 +13,7 @@ from typing import Any
 import click
 import structlog
 
-from entrypoint.options import adapter_option, check_credentials, config_option, given_settings, set_option
+from entrypoint.options import LocalPath, adapter_option, check_credentials, config_option, given_settings, set_option
 from entrypoint.run_end import RunEnd
 from lora_trainer import logs
 from lora_trainer.errors import ConfigError, GateError, Interrupted, StorageError
@@ -25,7 +25,7 @@ from lora_trainer.signals import Interruption
 @adapter_option
 @click.option(
     "--report-dir",
-    type=click.Path(path_type=Path, file_okay=False),
+    type=LocalPath(file_okay=False),
     metavar="FOLDER",
     help="Where metrics.json, replies.jsonl and report.html go. Default: under the work folder.",
 )
@@ -193,7 +193,7 @@ def _typed_lines(console: Any) -> Iterator[str]:
 
 
 @click.command()
-@click.argument("folder", type=click.Path(path_type=Path), metavar="FOLDER")
+@click.argument("folder", type=LocalPath(), metavar="FOLDER")
 @click.option(
     "--output",
     metavar="URI",

@@ -14,11 +14,12 @@ import click
 from pydantic import SecretStr
 
 from entrypoint.data_inputs import local_input
-from entrypoint.options import check_credentials, config_option, given_settings, set_option
+from entrypoint.options import LocalPath, check_credentials, config_option, given_settings, set_option
 from lora_trainer import logs
 from lora_trainer.config_sources import settle_each
 from lora_trainer.errors import ConfigError, ExitCode, Interrupted, LoraTrainerError
 from lora_trainer.persona.vocabulary import BloodType, parse_blood_types
+from lora_trainer.uris import check_server_url, shown
 
 
 @click.command()
@@ -160,14 +161,14 @@ def validate(
 )
 @click.option(
     "--report",
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=LocalPath(dir_okay=False),
     metavar="FILE",
     help="Write counts, plots and samples as one HTML page.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace an existing file that has other content.")
 @click.option(
     "--work-dir",
-    type=click.Path(path_type=Path, file_okay=False),
+    type=LocalPath(file_okay=False),
     default=".lora-trainer",
     show_default=True,
     metavar="FOLDER",
@@ -257,12 +258,13 @@ def generate(
 
     from lora_trainer.generator import dataset_summary, teacher
     from lora_trainer.generator import generate as command
-    from lora_trainer.store.keys import refuse_credentials
     from lora_trainer.store.retry import budget_from_environment
 
     logs.configure("warning", "auto")
-    # the report prints the URL
-    refuse_credentials(base_url)
+    try:
+        check_server_url(base_url)
+    except ValueError as error:
+        raise ConfigError(f"--base-url: got '{shown(base_url)}'; {error}") from None
     check_credentials((output, *against), judge_model=model if engine == "teacher" else None)
     settings = command.GenerateSettings(
         blood_types=_named_blood_types(blood_types),

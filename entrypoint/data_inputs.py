@@ -7,7 +7,7 @@ from typing import BinaryIO, Final
 
 from lora_trainer.data.compression import detect_compression, is_jsonl
 from lora_trainer.errors import ConfigError, DataError
-from lora_trainer.store.keys import split_uri
+from lora_trainer.store.keys import local_file, split_uri
 from lora_trainer.store.opening import open_storage
 from lora_trainer.store.retry import RetryBudget
 
@@ -20,13 +20,13 @@ def local_input(name: str, folder: Path, retry_budget: RetryBudget, *, max_bytes
     Objects and pipes are copied to `folder`. Raises `ConfigError` for a folder or a missing file, and `DataError` for a pipe
     that yields more than `max_bytes`.
     """
-    if "://" in name:
+    path = Path("/dev/stdin") if name == "-" else local_file(name)
+    if path is None:
         uri, key = split_uri(name)
         # keep the name: the persona is inferred from it
         path = folder / Path(key).name
         open_storage(uri, retry_budget).download(key, path)
         return path
-    path = Path("/dev/stdin" if name == "-" else name)
     try:
         if path.is_file() and not str(path).startswith(("/dev/", "/proc/")):
             return path

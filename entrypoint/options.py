@@ -12,10 +12,28 @@ from lora_trainer.config import RunConfig, Tracker
 from lora_trainer.config_sources import parse_override
 from lora_trainer.credentials import Service, check
 from lora_trainer.errors import ConfigError
+from lora_trainer.uris import local_path, shown
 
 _TRACKER_SERVICES: Final[Mapping[Tracker, Service]] = {"mlflow": Service.MLFLOW, "wandb": Service.WANDB}
 
 _F = TypeVar("_F", bound=Callable[..., Any])
+
+
+class LocalPath(click.Path):
+    """A path on this machine, with `~` expanded. Refuses `s3://` and mistyped URIs, which would become local folders."""
+
+    def __init__(self, *, file_okay: bool = True, dir_okay: bool = True) -> None:
+        """Refuse an existing folder unless `dir_okay`, an existing file unless `file_okay`."""
+        super().__init__(file_okay=file_okay, dir_okay=dir_okay, path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the path. Fail as Click does for one that is not local."""
+        try:
+            path = local_path(str(value))
+        except ValueError as error:
+            self.fail(f"got '{shown(str(value))}'; {error}", param, ctx)
+        return super().convert(path, param, ctx)
+
 
 # (option, setting, metavar, help) of the settings that people change from run to run; `--set` covers the rest
 _RUN_OPTIONS: Final = (
@@ -49,9 +67,7 @@ def adapter_option(command: _F) -> _F:
 
 def config_option(command: _F) -> _F:
     """Add `--config`."""
-    return click.option(
-        "--config", "config_file", type=click.Path(path_type=Path), metavar="FILE", help="YAML file with settings."
-    )(command)
+    return click.option("--config", "config_file", type=LocalPath(), metavar="FILE", help="YAML file with settings.")(command)
 
 
 def set_option(example: str) -> Callable[[_F], _F]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -20,12 +19,12 @@ from lora_trainer.store.interface import ReadResult
 from lora_trainer.store.local import FileStorage, sha256_of
 from lora_trainer.store.opening import open_storage
 from lora_trainer.store.retry import RetryBudget
+from lora_trainer.uris import expand_home
 
 MODEL_FILES: Final = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model")
 """Configuration, tokenizer, chat template and weights. Weights must be safetensors, because other formats can run code."""
 _PICKLED: Final = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".npy")
 _MIRROR_RECORD: Final = ".mirror.json"
-_HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,16 +49,12 @@ def identify_base(config: BaseModelConfig, retry_budget: RetryBudget | None = No
     """
     model = config.model
     if model.startswith("s3://"):
-        folder = _mirror(model, config.cache_dir.expanduser(), retry_budget)
+        folder = _mirror(model, _cache_dir(config), retry_budget)
         name = PurePosixPath(model.rstrip("/")).name
     elif _is_folder(model):
         folder = _local_folder(model)
         name = Path(os.path.normpath(folder.absolute())).name
     else:
-        if not _HUB_ID.fullmatch(model):
-            raise ConfigError(
-                f"base.model: got '{model}', expected a hub id such as Qwen/Qwen2.5-7B-Instruct, a folder, or s3://bucket/prefix/"
-            )
         if config.revision is None:
             raise ConfigError(
                 f"base.revision: not given for the hub id {model}; expected the full commit hash, so that the base cannot change"
@@ -133,8 +128,8 @@ def _download(config: BaseModelConfig, patterns: Sequence[str]) -> Path:
 def tokenizer_folder(config: BaseModelConfig, retry_budget: RetryBudget | None = None) -> Path:
     """Return a folder with the base's `tokenizer.json`, fetched without the weights. Raises as `fetch_base` does."""
     if config.model.startswith("s3://"):
-        storage = open_storage(config.model.rstrip("/") + "/", retry_budget)
-        folder = config.cache_dir.expanduser() / "tokenizers" / hashlib.sha256(storage.uri.encode()).hexdigest()[:16]
+        storage = open_storage(config.model, retry_budget)
+        folder = _cache_dir(config) / "tokenizers" / hashlib.sha256(storage.uri.encode()).hexdigest()[:16]
         storage.download("tokenizer.json", folder / "tokenizer.json")
         return folder
     if _is_folder(config.model):
@@ -152,7 +147,8 @@ def require_base(config: BaseModelConfig, retry_budget: RetryBudget | None = Non
     the files cannot be listed or read.
     """
     if config.model.startswith("s3://"):
-        storage = open_storage(config.model.rstrip("/") + "/", retry_budget)
+        _cache_dir(config)
+        storage = open_storage(config.model, retry_budget)
         names = [item.key for item in storage.list("") if "/" not in item.key and _is_model_file(item.key)]
         _check_complete(storage.uri, names)
         # permission to list does not imply permission to read
@@ -162,6 +158,14 @@ def require_base(config: BaseModelConfig, retry_budget: RetryBudget | None = Non
     else:
         return "a hub id, which is not checked"
     return f"{len(names)} model files"
+
+
+def _cache_dir(config: BaseModelConfig) -> Path:
+    """Return the cache's folder with `~` expanded. Raise `ConfigError` if the user has no home folder."""
+    try:
+        return expand_home(config.cache_dir)
+    except ValueError as error:
+        raise ConfigError(f"base.cache_dir: got '{config.cache_dir}'; {error} (--set base.cache_dir=/folder/)") from None
 
 
 def _is_folder(model: str) -> bool:
@@ -209,7 +213,7 @@ def _hash_files(files: list[Path]) -> str:
 
 def _mirror(uri: str, cache_dir: Path, retry_budget: RetryBudget | None) -> Path:
     """Update the local copy of an `s3://` prefix under `cache_dir`, downloading only changed objects, and return its folder."""
-    storage = open_storage(uri if uri.endswith("/") else uri + "/", retry_budget)
+    storage = open_storage(uri, retry_budget)
     folder = cache_dir / "bases" / hashlib.sha256(storage.uri.encode()).hexdigest()[:16]
     wanted = {item.key: item for item in storage.list("") if "/" not in item.key and _is_model_file(item.key)}
     _check_complete(storage.uri, wanted)

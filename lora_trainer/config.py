@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, TypeVar, get_args
+from typing import Annotated, Any, Final, Literal, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
 from pydantic.fields import FieldInfo
 
+from lora_trainer.lists import listed
 from lora_trainer.persona.vocabulary import BloodType
-from lora_trainer.redaction import has_user_info
+from lora_trainer.uris import check_base_model, check_location, check_server_url, local_path
 
 ENVIRONMENT_PREFIX: Final = "LORA_TRAINER_"
 
@@ -29,30 +29,27 @@ ALL_LINEAR: Final[tuple[TargetModule, ...]] = get_args(TargetModule)
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-
-_PathOrText = TypeVar("_PathOrText", bound=str | Path)
-
-
-def _no_control_characters(value: _PathOrText) -> _PathOrText:
-    """Return `value`, or raise `ValueError` if it cannot name a file or an object."""
-    text = str(value)
-    if any(ord(character) < 32 or ord(character) == 127 for character in text):
-        raise ValueError("expected a name without control characters")
-    try:
-        # Python decodes invalid UTF-8 in arguments to surrogates, which fsencode accepts; other surrogates fail
-        os.fsencode(text)
-    except UnicodeEncodeError:
-        raise ValueError("expected a name that can be written as UTF-8") from None
-    return value
+    @field_validator("*", mode="before")
+    @classmethod
+    def _as_written(cls, value: object, info: ValidationInfo) -> object:
+        """Read a list from text, and refuse a boolean where pydantic would take it for 0 or 1."""
+        annotation = cls.model_fields[str(info.field_name)].annotation
+        if get_origin(annotation) is tuple:
+            if isinstance(value, str):
+                return listed(value)
+            return [value] if isinstance(value, int | float) and not isinstance(value, bool) else value
+        if isinstance(value, bool) and annotation is not bool:
+            expected = "a number" if {int, float} & {annotation, *get_args(annotation)} else "text; put it in quotes"
+            raise ValueError(f"expected {expected}")
+        return value
 
 
-def _no_credentials(uri: str) -> str:
-    """Return `uri`, or raise `ValueError` if it contains credentials: manifests and logs show it."""
-    if has_user_info(uri):
-        raise ValueError(
-            "expected a URI without user and password: manifests and logs show it; set credentials in their own variables"
-        )
-    return uri
+def _local_path(value: object) -> object:
+    return local_path(str(value)) if isinstance(value, str | Path) else value
+
+
+LocalPath = Annotated[Path, BeforeValidator(_local_path)]
+"""A path on this machine, with `~` expanded."""
 
 
 class BaseModelConfig(_Section):
@@ -77,15 +74,24 @@ class BaseModelConfig(_Section):
         description="Folder that caches a verified mirror of a base from `s3://`.",
     )
 
-    @field_validator("model", "canonical_id", "cache_dir")
-    @classmethod
-    def _writable_name(cls, value: str | Path | None) -> str | Path | None:
-        return value if value is None else _no_control_characters(value)
-
     @field_validator("model")
     @classmethod
-    def _without_credentials(cls, value: str) -> str:
-        return _no_credentials(value)
+    def _hub_id_or_location(cls, value: str) -> str:
+        check_base_model(value)
+        return value
+
+    @field_validator("cache_dir", mode="before")
+    @classmethod
+    def _local(cls, value: object) -> object:
+        # `~` is expanded when the cache is used: without a home folder, a hub id needs none
+        return value if str(value).startswith("~/") else _local_path(value)
+
+    @field_validator("canonical_id")
+    @classmethod
+    def _printable(cls, value: str | None) -> str | None:
+        if value is not None and not value.isprintable():
+            raise ValueError("expected a name without control characters")
+        return value
 
     @field_validator("revision")
     @classmethod
@@ -179,13 +185,16 @@ class EvaluationConfig(_Section):
 
     @field_validator("prompts")
     @classmethod
-    def _writable_name(cls, value: str | None) -> str | None:
-        return value if value is None else _no_control_characters(value)
+    def _location(cls, value: str | None) -> str | None:
+        if value is not None:
+            check_location(value)
+        return value
 
-    @field_validator("prompts", "judge_base_url")
+    @field_validator("judge_base_url")
     @classmethod
-    def _without_credentials(cls, value: str | None) -> str | None:
-        return value if value is None else _no_credentials(value)
+    def _server(cls, value: str) -> str:
+        check_server_url(value)
+        return value
 
     @field_validator("intensities")
     @classmethod
@@ -378,8 +387,8 @@ class LoggingConfig(_Section):
 
     @field_validator("report_to", mode="before")
     @classmethod
-    def _comma_separated(cls, value: object) -> object:
-        names = [name.strip() for name in value.split(",")] if isinstance(value, str) else value
+    def _none(cls, value: object) -> object:
+        names = listed(value) if isinstance(value, str) else value
         return () if names in (None, [""], ["none"]) else names
 
     @field_validator("report_to")
@@ -402,7 +411,7 @@ class RunConfig(_Section):
     output: Annotated[str, LOCATION] = Field(
         default="outputs/", description="Folder to publish adapters under: `s3://` or `file://`."
     )
-    work_dir: Path = Field(
+    work_dir: LocalPath = Field(
         default=Path(".lora-trainer"),
         description="Local scratch folder: fetched data, `progress.json`, the bundle until it is published.",
     )
@@ -425,27 +434,10 @@ class RunConfig(_Section):
     limits: LimitsConfig = LimitsConfig()
     logging: LoggingConfig = LoggingConfig()
 
-    @field_validator("work_dir")
-    @classmethod
-    def _home(cls, value: Path) -> Path:
-        try:
-            return value.expanduser()
-        except RuntimeError:
-            raise ValueError("expected a folder: '~' has no meaning here, since this user has no home folder") from None
-
-    @field_validator("data", "output", "work_dir")
-    @classmethod
-    def _writable_name(cls, value: str | Path) -> str | Path:
-        return _no_control_characters(value)
-
     @field_validator("data", "output")
     @classmethod
-    def _known_scheme(cls, value: str) -> str:
-        scheme, separator, rest = _no_credentials(value).partition("://")
-        if separator and scheme not in ("s3", "file"):
-            raise ValueError(f"unknown scheme '{scheme}://'; expected s3://bucket/prefix/ or file:///folder/")
-        if not (rest if separator else value).strip("/ ") and scheme != "file":
-            raise ValueError("expected s3://bucket/prefix/, file:///folder/ or a folder")
+    def _location(cls, value: str) -> str:
+        check_location(value)
         return value
 
     @property

@@ -6,30 +6,27 @@ unknown `LORA_TRAINER_*` variable (docs/adr/0003-configuration-sources.md).
 
 from __future__ import annotations
 
-import json
 import os
+import re
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType
 from typing import Any, Final, get_args, get_origin
 
-import yaml
 from pydantic import ValidationError
-from pydantic.fields import FieldInfo
 
-from lora_trainer.config import ENVIRONMENT_PREFIX, Location, RunConfig, environment_name, setting_fields, setting_names
+from lora_trainer.config import ENVIRONMENT_PREFIX, RunConfig, environment_name, setting_fields, setting_names
+from lora_trainer.config_file import config_path, read_config_file
 from lora_trainer.errors import ConfigError
 from lora_trainer.persona.vocabulary import BloodType, parse_blood_types
 from lora_trainer.redaction import redacted
+from lora_trainer.uris import shown
 
 CONFIG_FILE_VARIABLE: Final = "LORA_TRAINER_CONFIG"
-_MAX_FILE_BYTES: Final = 2**20
-"""Generous: a configuration file with every setting and its comment takes 10 KB."""
-_MAX_NODES: Final = 10_000
 _SHOWN_CHARACTERS: Final = 200
 _SHOWN_PROBLEMS: Final = 50
+_QUOTES: Final = "\"'"
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,12 +72,12 @@ def settle_each(
     environment = os.environ if environment is None else environment
     problems: list[str] = []
     sources: list[Source] = []
-    named_file = config_file or (Path(environment[CONFIG_FILE_VARIABLE]) if environment.get(CONFIG_FILE_VARIABLE) else None)
-    if named_file is not None:
+    if named := config_file or environment.get(CONFIG_FILE_VARIABLE):
         try:
+            path = config_path(named)
             # the file's name may contain braces
-            escaped = str(named_file).replace("{", "{{").replace("}", "}}")
-            sources.append(Source(_read_file(named_file), f"{escaped}: {{key}}"))
+            escaped = str(path).replace("{", "{{").replace("}", "}}")
+            sources.append(Source(read_config_file(path), f"{escaped}: {{key}}"))
         except ConfigError as error:
             problems.extend(error.problems)
     from_environment, unknown = _read_environment(environment)
@@ -110,98 +107,6 @@ def settle_each(
     return tuple(config.model_copy(update={"blood_type": blood_type}) for blood_type in blood_types)
 
 
-def _read_file(path: Path) -> dict[str, Any]:
-    """Read the YAML mapping in `path`. Resolve relative paths against the file's folder."""
-    try:
-        with path.open("rb") as file:
-            raw = file.read(_MAX_FILE_BYTES + 1)
-    except (OSError, ValueError) as error:
-        # ValueError: the path contains a NUL
-        said = (error.strerror if isinstance(error, OSError) else None) or str(error)
-        raise ConfigError(f"{path}: cannot read the configuration file: {said}; check the path given to --config") from None
-    if len(raw) > _MAX_FILE_BYTES:
-        raise ConfigError(f"{path}: got more than {_MAX_FILE_BYTES:,} bytes, expected a file of settings; check the path")
-    try:
-        loaded = _load_plain_yaml(raw.decode("utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"{path}:{mark.line + 1}" if mark else str(path)
-        kinds = {UnicodeDecodeError: "not UTF-8", RecursionError: "nested too deeply"}
-        said = getattr(error, "problem", None) or kinds.get(type(error)) or "a character that YAML does not allow"
-        raise ConfigError(f"{where}: not plain YAML: {said}; only mappings, lists and scalars are accepted") from None
-    if loaded is None:
-        return {}
-    if not isinstance(loaded, dict) or not all(isinstance(key, str) for key in loaded):
-        raise ConfigError(
-            f"{path}: got a {type(loaded).__name__}, expected a mapping of settings, such as 'training: {{epochs: 3}}'"
-        )
-    for dotted in (name for name, field in setting_fields() if _is_location(field)):
-        section: Any = loaded
-        *parents, leaf = dotted.split(".")
-        for parent in parents:
-            section = section.get(parent) if isinstance(section, dict) else None
-        if isinstance(section, dict) and isinstance(value := section.get(leaf), str) and _is_relative_path(dotted, value):
-            trailing = "/" if value.endswith("/") else ""
-            section[leaf] = os.path.normpath(path.absolute().parent / value) + trailing
-    return loaded
-
-
-class _PlainLoader(yaml.SafeLoader):
-    """Loads plain values only. A value that does not match its tag raises an error with its line."""
-
-    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
-        try:
-            return super().construct_object(node, deep)
-        except yaml.YAMLError:
-            raise
-        # PyYAML's own constructors fail on `2026-13-01`, a number of 5,000 digits, `!!bool maybe`
-        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
-            raise yaml.constructor.ConstructorError(None, None, "a value that does not match its type", node.start_mark) from None
-
-
-def _load_plain_yaml(text: str) -> Any:
-    """Return the one document in `text`. Raise `YAMLError`, or `RecursionError` if it is nested too deeply."""
-    loader = _PlainLoader(text)
-    try:
-        root = loader.get_single_node()
-        if root is None:
-            return None
-        _check_nodes(root)
-        return loader.construct_document(root)
-    finally:
-        loader.dispose()
-
-
-def _check_nodes(root: yaml.Node) -> None:
-    """Refuse duplicate keys, and aliases that would expand the document many times over or without end."""
-    waiting, seen = [root], 0
-    while waiting:
-        node = waiting.pop()
-        seen += 1
-        if seen > _MAX_NODES:
-            # PyYAML expands an alias to the same node, so this counts each use and stops at recursive aliases
-            problem = f"more than {_MAX_NODES:,} values with its aliases expanded"
-            raise yaml.constructor.ConstructorError(None, None, problem, root.start_mark)
-        if isinstance(node, yaml.MappingNode):
-            keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-            if len(set(keys)) != len(keys):
-                raise yaml.constructor.ConstructorError(None, None, "a duplicate key", node.start_mark)
-            waiting.extend(part for pair in node.value for part in pair)
-        elif isinstance(node, yaml.SequenceNode):
-            waiting.extend(node.value)
-
-
-def _is_location(field: FieldInfo) -> bool:
-    return field.annotation is Path or any(isinstance(mark, Location) for mark in field.metadata)
-
-
-def _is_relative_path(dotted: str, value: str) -> bool:
-    if not value or "://" in value or value.startswith(("/", "~")):
-        return False
-    # a bare "org/name" is a hub id
-    return dotted != "base.model" or value.startswith(("./", "../"))
-
-
 def _read_environment(environment: Mapping[str, str]) -> tuple[dict[str, Any], list[str]]:
     known = {environment_name(dotted): dotted for dotted in setting_names()}
     values: dict[str, Any] = {}
@@ -211,8 +116,13 @@ def _read_environment(environment: Mapping[str, str]) -> tuple[dict[str, Any], l
             continue
         if variable not in known:
             problems.append(f"{variable}: no such setting; {_nearest(variable, list(known), ENVIRONMENT_PREFIX)}")
+        elif len(text) > 1 and text[0] == text[-1] and text[0] in _QUOTES and not _is_list(known[variable]):
+            problems.append(
+                f"{variable}: got {_shortened(text)}; the quotes are part of the value, because docker's --env-file and Kubernetes "
+                f"do not remove them; write {variable}=value"
+            )
         elif text != "":
-            values[known[variable]] = _list_or_text(known[variable], text)
+            values[known[variable]] = _text_or_none(known[variable], text)
     return _nest(values), problems
 
 
@@ -223,19 +133,16 @@ def parse_override(text: str) -> tuple[str, Any]:
         # leave the value out: someone may have passed a secret by mistake
         shown = f"{dotted}=…" if equals else dotted
         raise ConfigError(f"--set {shown}: expected SETTING=VALUE; {_nearest(dotted, list(setting_names()))}")
-    return dotted, _list_or_text(dotted, value)
+    return dotted, _text_or_none(dotted, value)
 
 
-def _list_or_text(dotted: str, text: str) -> Any:
-    """Convert text for pydantic: a list from JSON or commas, `none` to None where the setting allows it."""
-    annotation = dict(setting_fields())[dotted].annotation
-    if get_origin(annotation) is tuple:
-        if text.lstrip().startswith("["):
-            # leave invalid JSON as text: validation refuses it and names its source
-            with suppress(json.JSONDecodeError):
-                return json.loads(text)
-        return [part.strip() for part in text.split(",")]
-    if text.lower() in ("none", "null") and NoneType in get_args(annotation):
+def _is_list(dotted: str) -> bool:
+    return dotted == "blood_type" or get_origin(dict(setting_fields())[dotted].annotation) is tuple
+
+
+def _text_or_none(dotted: str, text: str) -> str | None:
+    """Return None for `none` where the setting allows it, otherwise `text`, which validation converts."""
+    if text.lower() in ("none", "null") and NoneType in get_args(dict(setting_fields())[dotted].annotation):
         return None
     return text
 
@@ -278,8 +185,18 @@ def _explain(error: ValidationError, sources: list[Source]) -> Iterator[str]:
         elif problem["type"] == "missing":
             option = "--" + dotted.replace("_", "-")
             yield f"{dotted}: not given; pass {option}, or set {environment_name(dotted)}, or '{dotted}:' in the configuration file"
+        elif problem["type"] in ("model_type", "model_attributes_type"):
+            example = next(name for name in names if name.startswith(f"{dotted}."))
+            yield (
+                f"{place}: got {_shortened(problem['input'])}; expected settings below '{dotted}:', each on a line of its own and "
+                f"with a space after its colon, such as '{example.removeprefix(dotted + '.')}: ...'"
+            )
+        elif problem["input"] is None:
+            yield f"{place}: got nothing; expected a value, or no such line"
         else:
             said = problem["msg"].removeprefix("Value error, ")
+            if problem["type"] == "string_type" and isinstance(problem["input"], bool | int | float):
+                said += "; put it in quotes"
             yield f"{place}: got {_shortened(problem['input'])}; {said[0].lower()}{said[1:]}"
 
 
@@ -290,7 +207,7 @@ def _place(sources: list[Source], location: list[str]) -> str:
 
 
 def _shortened(value: object) -> str:
-    text = redacted(repr(value))
+    text = redacted(repr(shown(value) if isinstance(value, str) else value))
     return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}…"
 
 
@@ -307,5 +224,9 @@ def _nearest(name: str, names: list[str], shared: str = "") -> str:
     import difflib
 
     bare = [known.removeprefix(shared) for known in names]
-    close = [shared + found for found in difflib.get_close_matches(name.removeprefix(shared), bare, n=2, cutoff=0.6)]
+    own = name.removeprefix(shared)
+    # `epochs` and `train.epochs` have the right last part
+    close = [shared + found for found in bare if re.split(r"\.|__", found)[-1] == re.split(r"\.|__", own)[-1]]
+    close += [shared + found for found in difflib.get_close_matches(own, bare, n=2, cutoff=0.6)]
+    close = list(dict.fromkeys(close))[:2]
     return f"did you mean {' or '.join(close)}?" if close else "see 'lora-trainer show-config' for all of them"

@@ -25,7 +25,7 @@ from lora_trainer.generator.html_report import PersonaSection, dataset_page, eve
 from lora_trainer.generator.teacher import Checkpoint, Teacher, TeacherSettings
 from lora_trainer.persona.vocabulary import BloodType
 from lora_trainer.store.interface import Storage
-from lora_trainer.store.keys import split_uri
+from lora_trainer.store.keys import local_file, split_uri
 from lora_trainer.store.local import sha256_of
 from lora_trainer.store.opening import open_storage
 from lora_trainer.store.retry import RetryBudget
@@ -147,9 +147,9 @@ def _fill(
 def _target(settings: GenerateSettings, blood_type: BloodType, retry_budget: RetryBudget | None) -> tuple[Storage, str, str]:
     output = settings.output
     if output.endswith(".jsonl"):
+        folder, key = split_uri(output)
         if len(settings.blood_types) > 1:
             raise ConfigError(f"--output: got one file ({output}) for {len(settings.blood_types)} personas, expected a folder")
-        folder, key = split_uri(output)
     else:
         folder, key = output, f"train_data_type_{blood_type}.jsonl"
     storage = open_storage(folder, retry_budget)
@@ -177,8 +177,8 @@ def _already_exists(uri: str) -> ConfigError:
 
 def _read(uri: str, retry_budget: RetryBudget | None) -> list[TrainingRecord]:
     with tempfile.TemporaryDirectory() as scratch:
-        path = Path(uri)
-        if "://" in uri:
+        path = local_file(uri)
+        if path is None:
             folder, key = split_uri(uri)
             # keep the name: its suffix selects the decompression
             path = Path(scratch) / Path(key).name

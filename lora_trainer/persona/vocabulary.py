@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import re
+import unicodedata
 from enum import StrEnum
 from typing import Final
+
+from lora_trainer.lists import listed
 
 
 class BloodType(StrEnum):
@@ -16,6 +20,9 @@ class BloodType(StrEnum):
 
 
 _EXPECTED: Final = "expected A, B, O or AB, several as A,B, or all"
+# Cyrillic and Greek letters, zero, and the circle that Korean input methods offer
+_LOOK_ALIKES: Final = str.maketrans("АаВОоΑαΒΟο0〇○Ａ", "AABOOAABOOOOOA")
+_KOREAN_NAMES: Final = {"에이": "A", "비": "B", "오": "O", "에이비": "AB", "다정": "A", "솔직": "B", "활기": "O", "엉뚱": "AB"}
 
 
 def parse_blood_types(value: object) -> tuple[BloodType, ...]:
@@ -23,7 +30,7 @@ def parse_blood_types(value: object) -> tuple[BloodType, ...]:
 
     `value` is `A`, `A,B`, `all` or a list of names, in upper or lower case. Raises `ValueError` for anything else.
     """
-    names = value.split(",") if isinstance(value, str) else value
+    names = listed(value) if isinstance(value, str) else value
     if not isinstance(names, list | tuple) or not names:
         raise ValueError(f"got {value!r:.100}; {_EXPECTED}")
     known: dict[str, tuple[BloodType, ...]] = {str(blood_type): (blood_type,) for blood_type in BloodType}
@@ -31,8 +38,24 @@ def parse_blood_types(value: object) -> tuple[BloodType, ...]:
         known["ALL"] = tuple(BloodType)
     found = [known.get(name.strip().upper(), ()) if isinstance(name, str) else () for name in names]
     if unknown := [name for name, blood_types in zip(names, found, strict=True) if not blood_types]:
-        raise ValueError(f"got {', '.join(f'{name!r:.50}' for name in unknown[:5])}; {_EXPECTED}")
+        raise ValueError(f"got {', '.join(map(_described, unknown[:5]))}; {_EXPECTED}")
     return tuple(dict.fromkeys(blood_type for blood_types in found for blood_type in blood_types))
+
+
+def _described(name: object) -> str:
+    """Quote `name`, name its characters that look like letters of the alphabet, and suggest the blood type that it means."""
+    described = f"{name!r:.50}"
+    if not isinstance(name, str):
+        return described
+    # NFKC turns full-width letters into the usual ones
+    letters = unicodedata.normalize("NFKC", name.strip().translate(_LOOK_ALIKES)).upper()
+    letters = re.sub(r"[^A-Z가-힣]|TYPE", "", letters).removesuffix("형")
+    meant = _KOREAN_NAMES.get(letters, letters)
+    foreign = [f"U+{ord(character):04X} {unicodedata.name(character, '')}" for character in name if not character.isascii()]
+    notes = [", ".join(foreign[:3])] if foreign else []
+    if meant in tuple(BloodType):
+        notes.append(f"did you mean {meant}?")
+    return f"{described} ({'; '.join(notes)})" if notes else described
 
 
 class Feeling(StrEnum):

@@ -107,7 +107,7 @@ def read_run(uri: str, retry_budget: RetryBudget | None = None) -> ComparedRun:
 
     Raises `ConfigError` if there is no bundle and `StorageError` if it is damaged.
     """
-    storage = open_storage(uri if uri.endswith("/") else f"{uri}/", retry_budget)
+    storage = open_storage(uri, retry_budget)
     manifest = read_manifest(storage, "")
     if manifest is None:
         raise ConfigError(

@@ -60,7 +60,7 @@ def open_adapter(uri: str, retry_budget: RetryBudget | None = None) -> Adapter:
     Raise `ConfigError` if there is none or it is unsafe: its run id becomes the name of a local folder, its files are
     downloaded to it, and pickled weights would run code on load.
     """
-    storage = open_storage(uri if uri.endswith("/") else uri + "/", retry_budget)
+    storage = open_storage(uri, retry_budget)
     manifest = read_manifest(storage, "")
     if manifest is None or any(name not in manifest for name in _REQUIRED_FACTS):
         raise ConfigError(

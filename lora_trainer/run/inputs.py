@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import Final
 
 from lora_trainer.config import RunConfig
 from lora_trainer.data.compression import SUFFIXES, is_jsonl
@@ -16,9 +17,16 @@ from lora_trainer.errors import ConfigError, StorageError
 from lora_trainer.persona.vocabulary import BloodType
 from lora_trainer.run.job import Job
 from lora_trainer.store.interface import Fetched, Storage
-from lora_trainer.store.keys import split_uri
+from lora_trainer.store.keys import local_file, split_uri
 from lora_trainer.store.opening import open_storage
 from lora_trainer.store.retry import RetryBudget
+from lora_trainer.uris import local_path
+
+# names that are files, not folders: what people export, and what they call JSONL
+_OTHER_FORMATS: Final = frozenset({
+    *(".json", ".csv", ".tsv", ".txt", ".xlsx", ".xls", ".ods", ".parquet", ".arrow", ".feather", ".xml", ".html", ".yaml", ".yml"),
+    *(".zip", ".tar", ".tgz", ".gz", ".zst", ".bz2", ".xz", ".7z", ".db", ".sqlite", ".hwp", ".hwpx", ".docx", ".pdf", ".md"),
+})  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,12 +49,31 @@ def require_data_folder(configs: Sequence[RunConfig]) -> None:
 
 
 def locate_data(config: RunConfig, retry_budget: RetryBudget) -> tuple[Storage, str]:
-    """Return the storage and the key of the persona's file. The file may be missing."""
+    """Return the storage and the key of the persona's file. The file may be missing.
+
+    Raise `ConfigError` if `data` names a file that is not JSONL, or several files fit.
+    """
     if is_jsonl(config.data):
         folder, key = split_uri(config.data)
         return open_storage(folder, retry_budget), key
+    _refuse_other_files(config.data)
     storage = open_storage(config.data, retry_budget)
     return storage, data_key(storage, config.blood_type)
+
+
+def _refuse_other_files(data: str) -> None:
+    """Raise `ConfigError` if `data`, which does not end in `.jsonl` or `.ndjson`, is a file."""
+    path = local_file(data)
+    if path is None and data.startswith("file://"):
+        path = local_path(data)
+    suffix = PurePosixPath(data).suffix.lower()
+    is_file = path.exists() and not path.is_dir() if path else not data.endswith("/") and suffix in _OTHER_FORMATS
+    # a missing local `data.csv` is a file as well, but a missing `data.v2` may be a folder
+    if is_file or (path and not path.exists() and not data.endswith("/") and suffix in _OTHER_FORMATS):
+        known = "a folder, or a file that ends in .jsonl or .ndjson (also .gz or .zst after it)"
+        hint = "turn it into JSONL with 'lora-trainer convert'; rename it if it is JSONL"
+        folder = "" if path and path.exists() else f"; if it is a folder, write {data}/"
+        raise ConfigError(f"data: {data}: got a file of another name, expected {known}; {hint}{folder}")
 
 
 def fetch(job: Job) -> DataFile:

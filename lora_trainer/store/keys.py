@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from urllib.parse import unquote
 
 from lora_trainer.errors import ConfigError
-from lora_trainer.redaction import has_user_info, redacted
+from lora_trainer.uris import expand_home, parse_uri, shown
 
 
 def safe_key(key: str) -> str:
@@ -50,9 +51,12 @@ def checked_prefix(prefix: str) -> str:
 def split_uri(uri: str) -> tuple[str, str]:
     """Split the URI of an object, such as `s3://bucket/prefix/train.jsonl`, into the folder's URI and the key.
 
-    Raises `ConfigError` for the URI of a folder or a bucket, and for one that contains credentials.
+    Raises `ConfigError` for the URI of a folder or a bucket, and for one that is mistyped or contains credentials.
     """
-    refuse_credentials(uri)
+    try:
+        parse_uri(uri)
+    except ValueError as error:
+        raise ConfigError(f"{shown(uri)}: {error}") from None
     scheme, separator, rest = uri.rpartition("://")
     folder, slash, key = rest.rpartition("/")
     if not key or (separator and not slash):
@@ -66,10 +70,13 @@ def split_uri(uri: str) -> tuple[str, str]:
     return f"{scheme}{separator}{folder}{slash}" or "./", key
 
 
-def refuse_credentials(uri: str) -> None:
-    """Raise `ConfigError` for a URI with a user or a password, which manifests and logs would record."""
-    if has_user_info(uri):
-        raise ConfigError(
-            f"{redacted(uri)}: got a user or a password in a URI, expected none: manifests and logs record URIs; "
-            "put credentials in environment variables (AWS_*, OPENAI_API_KEY) or a profile"
-        )
+def local_file(uri: str) -> Path | None:
+    """Return the local path that `uri` is, with `~` expanded, or None for an `s3://` or `file://` URI.
+
+    Raises `ConfigError` for a URI that is mistyped or contains credentials.
+    """
+    try:
+        parsed = parse_uri(uri)
+        return None if parsed.scheme else expand_home(parsed.path)
+    except ValueError as error:
+        raise ConfigError(f"{shown(uri)}: {error}") from None

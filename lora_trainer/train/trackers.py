@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Final
 from lora_trainer.config import Tracker
 from lora_trainer.errors import ConfigError, Interrupted
 from lora_trainer.logs import adopt_library_loggers, get_logger
+from lora_trainer.uris import expand_home
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
@@ -79,7 +80,11 @@ def _tensorboard(folder: Path, run_name: str) -> Iterator[TrainerCallback]:
     target = str(folder)
     if users := os.environ.get("TENSORBOARD_LOGGING_DIR"):
         # TensorBoard names a run after its folder, so add one below the user's, which may be a URI
-        target = f"{os.path.expanduser(users).rstrip('/')}/{run_name}"  # noqa: PTH111
+        try:
+            users = users if "://" in users else str(expand_home(users))
+        except ValueError as error:
+            raise ConfigError(f"TENSORBOARD_LOGGING_DIR: got '{users}'; {error}") from None
+        target = f"{users.rstrip('/')}/{run_name}"
     # hide the steps of an interrupted attempt, because this one logs from the first step again
     writer = SummaryWriter(log_dir=target, purge_step=0)
     try:

@@ -12,6 +12,7 @@ import pytest
 
 from lora_trainer.base_model import Base, fetch_base, identify_base, tokenizer_folder
 from lora_trainer.config import BaseModelConfig
+from lora_trainer.config_sources import settle
 from lora_trainer.errors import ConfigError, StorageError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -153,7 +154,7 @@ def test_a_hub_id_without_a_commit() -> None:
 @pytest.mark.parametrize("model", ["a/b/c", "gs://bucket/x/", "Qwen Qwen", "-x/y", "models\\qwen", "a/"])
 def test_what_is_no_base_at_all(model: str) -> None:
     with pytest.raises(ConfigError, match=r"base\.model: got '"):
-        identify_base(BaseModelConfig(model=model))
+        settle({"blood_type": "A", "base.model": model}, {})
 
 
 def test_an_id_that_only_the_hub_library_refuses() -> None:

@@ -179,7 +179,7 @@ def test_strict_is_unset_unless_given(monkeypatch: pytest.MonkeyPatch) -> None:
         (["show-config", "--data", "ftp://x/y/"], "unknown scheme 'ftp://'"),
         (["validate", "nowhere.jsonl", "--no-tokens"], "error: nowhere.jsonl: no such file; expected a JSONL file"),
         (["validate", "..", "--no-tokens"], "error: ..: a folder; expected a JSONL file"),
-        (["validate", "ftp://x/y.jsonl", "--no-tokens"], "error: ftp://x/: unknown scheme"),
+        (["validate", "ftp://x/y.jsonl", "--no-tokens"], "error: ftp://x/y.jsonl: unknown scheme"),
         (["validate", "s3://bucket", "--no-tokens"], "error: s3://bucket: names no object"),
     ],
 )

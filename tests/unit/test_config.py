@@ -98,22 +98,22 @@ def test_what_may_be_unset_can_be_unset_again(text: str, tmp_path: Path) -> None
 
 
 def test_all_problems_at_once_each_with_its_place(tmp_path: Path) -> None:
-    file = write(tmp_path, "training:\n  epochs: 0\n  epoch: 3\nlora: {r: 9999}\ndata: 2026-01-01\n")
+    file = write(tmp_path, "training:\n  epochs: 0\n  epoch: 3\nlora: {r: 9999}\ndata: 2026\n")
     environment = {
         "LORA_TRAINER_TRAINING__SEED": "many",
         "LORA_TRAINER_MEMORY__MICRO_BATCH_TOKENS": "lots",
         "LORA_TRAINER_BLOODTYPE": "A",
         "LORA_TRAINER_XYZZY": "1",
     }
-    said = problems({"training.learning_rate": "2", "output": "gs://bucket/x/"}, environment, file)
+    said = problems({"training.learning_rate": "2", "output": "ftp://bucket/x/"}, environment, file)
     no_integer = "input should be a valid integer, unable to parse string as an integer"
     assert sorted(said) == sorted(
         [
             "LORA_TRAINER_XYZZY: no such setting; see 'lora-trainer show-config' for all of them",
             "LORA_TRAINER_BLOODTYPE: no such setting; did you mean LORA_TRAINER_BLOOD_TYPE?",
             "blood_type: not given; pass --blood-type, or set LORA_TRAINER_BLOOD_TYPE, or 'blood_type:' in the configuration file",
-            f"{file}: data: got datetime.date(2026, 1, 1); input should be a valid string",
-            "command line: output: got 'gs://bucket/x/'; unknown scheme 'gs://'; expected s3://bucket/prefix/ or file:///folder/",
+            f"{file}: data: got 2026; input should be a valid string; put it in quotes",
+            "command line: output: got 'ftp://bucket/x/'; unknown scheme 'ftp://'; expected s3://bucket/prefix/ or file:///folder/",
             f"{file}: lora.r: got 9999; input should be less than or equal to 512",
             f"{file}: training.epochs: got 0; input should be greater than 0",
             f"{file}: training.epoch: no such setting; did you mean training.epochs or training.seed?",
@@ -205,8 +205,8 @@ def test_home_in_work_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         ("a: 1\nb: !custom x", r"run.yaml:2: not plain YAML"),
         ("training: {epochs: 3", r"run.yaml:1: not plain YAML"),
         ("- a\n- b", r"run.yaml: got a list, expected a mapping of settings"),
-        ("just words", r"run.yaml: got a str, expected a mapping"),
-        ("1: 2", r"run.yaml: got a dict, expected a mapping"),
+        ("just words", r"run.yaml: got text, expected a mapping"),
+        ("1: 2", r"run.yaml: got the key 1, expected the name of a setting"),
     ],
 )
 def test_files_that_are_no_settings(text: str, said: str, tmp_path: Path) -> None:
@@ -217,7 +217,7 @@ def test_files_that_are_no_settings(text: str, said: str, tmp_path: Path) -> Non
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "latin.yaml").write_bytes("data: caf\xe9".encode("latin-1"))
     assert problems(A, {}, tmp_path / "latin.yaml") == [
-        f"{tmp_path}/latin.yaml: not plain YAML: not UTF-8; only mappings, lists and scalars are accepted"
+        f"{tmp_path}/latin.yaml:1: not UTF-8; expected a UTF-8 file: save it again in that encoding"
     ]
     for path, reason in ((tmp_path / "nowhere.yaml", "No such file or directory"), (tmp_path, "Is a directory")):
         assert problems(A, {}, path) == [f"{path}: cannot read the configuration file: {reason}; check the path given to --config"]

@@ -64,10 +64,10 @@ def test_a_hostile_configuration_is_settings_or_one_message_each_and_exit_2(cont
     ("content", "said"),
     [
         ("training: !!python/object/apply:os.system ['true']", "run.yaml:1: not plain YAML: could not determine a constructor"),
-        ("data: x\ndata: y", "run.yaml:1: not plain YAML: a duplicate key"),
+        ("data: x\ndata: y", "run.yaml:2: not plain YAML: a duplicate key, 'data'"),
         ("strict: !!bool maybe", "run.yaml:1: not plain YAML: a value that does not match its type"),
         ("strict: true\nlora: {r: " + "9" * 5000 + "}", "run.yaml:2: not plain YAML: a value that does not match its type"),
-        ("data: 2026-13-01", "run.yaml:1: not plain YAML: a value that does not match its type"),
+        ("data: !!timestamp 2026-13-01", "run.yaml:1: not plain YAML: a value that does not match its type"),
         ("a: &a [*a]", "run.yaml:1: not plain YAML: more than 10,000 values with its aliases expanded"),
         ("[" * 20_000, "run.yaml: not plain YAML: nested too deeply"),
         ("".join(f"k{n}: 0\n" for n in range(4000)), "and 3,950 more problems: is this a file of settings?"),

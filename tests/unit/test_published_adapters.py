@@ -64,7 +64,7 @@ TOLD: dict[str, Any] = {
 
 
 # one value for each setting that is a location
-PLACES: dict[str, Any] = {"data": "s3://b/d/", "evaluation.prompts": "s3://b/p.jsonl", "base.model": "s3://b/m/"}
+PLACES: dict[str, Any] = {"data": "s3://bucket/d/", "evaluation.prompts": "s3://bucket/p.jsonl", "base.model": "s3://bucket/m/"}
 
 
 def leaf(config: RunConfig, name: str) -> Any:
