@@ -316,7 +316,7 @@ def test_run_with_a_wrong_setting(capsys: pytest.CaptureFixture[str], terminatio
         ("nowhere/", 3, "train_data_type_A.jsonl: not found; no files in "),
         ("nowhere/mine.jsonl", 3, "mine.jsonl: not found"),
         ("folder.jsonl", 3, "folder.jsonl: not found"),
-        ("taken/", 2, "taken: got a file, expected a folder"),
+        ("taken/", 2, "got a file of another name, expected a folder"),
     ],
 )
 def test_run_without_data(
