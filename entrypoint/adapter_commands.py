@@ -16,7 +16,7 @@ import structlog
 from entrypoint.options import LocalPath, adapter_option, check_credentials, config_option, given_settings, set_option
 from entrypoint.run_end import RunEnd
 from lora_trainer import logs
-from lora_trainer.errors import ConfigError, GateError, Interrupted, StorageError
+from lora_trainer.errors import ConfigError, GateError, Interrupted
 from lora_trainer.escaping import escaped, one_line
 from lora_trainer.signals import Interruption
 
@@ -199,17 +199,40 @@ def _typed_lines(console: Any) -> Iterator[str]:
     metavar="URI",
     help="Output to use instead of the run's own; required if FOLDER was moved or copied. s3:// or file://.",
 )
+@click.option(
+    "--base-model",
+    metavar="MODEL",
+    help="Also compare the adapter with this base: hub id, folder or s3:// prefix. Shapes are compared for a folder or a prefix.",
+)
+@click.option(
+    "--accept",
+    is_flag=True,
+    help="Trust the bundle: move latest.json although its run id or verdict can't be computed again, and record that.",
+)
 @click.pass_obj
-def publish(interruption: Interruption, /, folder: Path, output: str | None) -> None:
+def publish(interruption: Interruption, /, folder: Path, output: str | None, base_model: str | None, accept: bool) -> None:
     """Publish the finished bundle in FOLDER that its run could not publish.
 
     A run whose storage fails at the end (exit 6) keeps its bundle and prints FOLDER. Training and evaluation are not
-    repeated; latest.json moves if the gates passed, and the exit code is the one that the run would have had.
+    repeated, and the exit code is the one that the run would have had.
+
+    Checks first that FOLDER holds a run's bundle and nothing else: only the files that a run writes (no pickle, no
+    link, no subfolder), each as manifest.json lists it, every document of its form, weights that fit
+    adapter_config.json and hold no NaN. Runs nothing from FOLDER, and opens nothing that its files name. Then copies
+    the files to OUTPUT/adapters/<TYPE>/<run id>/, manifest.json last; a bundle that is already there stays as it is.
+
+    latest.json moves if the gates passed, no later run holds it, the run id is the hash of the manifest's
+    ingredients, and the verdict follows from replies.jsonl. Otherwise the log says why it stays. --accept moves it to
+    a bundle that can't prove these two, as 'promote' would. A missed gate needs 'promote'.
+
+    FOLDER is deleted after that only if it is its run's own, <work_dir>/runs/<TYPE>/<run id>/bundle. Any other folder
+    is kept.
 
     \b
     Examples:
       lora-trainer publish .lora-trainer/runs/A/0123456789abcdef/bundle
       lora-trainer publish .lora-trainer/runs/A/0123456789abcdef/bundle --output s3://another-bucket/lora/
+      lora-trainer publish downloads/bundle --output s3://bucket/lora/ --base-model s3://bucket/bases/qwen/ --accept
     """
     from lora_trainer.evaluate.gates import missed_gate_messages
     from lora_trainer.run.job import ProcessContext
@@ -217,7 +240,9 @@ def publish(interruption: Interruption, /, folder: Path, output: str | None) -> 
     from lora_trainer.store.retry import budget_from_environment
 
     logs.configure("info", "auto")
-    outcome = publish_folder(folder, output, ProcessContext(interruption, budget_from_environment()))
+    outcome = publish_folder(
+        folder, output, ProcessContext(interruption, budget_from_environment()), base_model=base_model, accepted=accept
+    )
     click.echo(outcome.bundle_uri)
     if not outcome.verdict.passed:
         raise GateError(missed_gate_messages(outcome.verdict))
@@ -236,15 +261,14 @@ def promote(adapter: str) -> None:
       lora-trainer promote s3://bucket/lora/adapters/A/0123456789abcdef/
     """
     from lora_trainer.run.adapter import open_adapter, output_of
+    from lora_trainer.run.bundle_files import check_promotable
     from lora_trainer.store.latest import link_newest, promote_latest
-    from lora_trainer.store.manifest import verify_files
-    from lora_trainer.store.prefixes import bundle_prefix, latest_key
+    from lora_trainer.store.prefixes import latest_key
     from lora_trainer.store.retry import budget_from_environment
 
     opened = open_adapter(adapter, budget_from_environment())
     blood_type, output = opened.blood_type, output_of(opened)
-    if problems := verify_files(output, bundle_prefix(blood_type, opened.run_id)):
-        raise StorageError([*problems, f"{opened.storage.uri}: not promoted: the bundle differs from its manifest"])
+    check_promotable(opened.storage, opened.manifest)
     before = promote_latest(output, blood_type, opened.manifest)
     link_newest(output, blood_type, opened.run_id)
     click.echo(f"{output.uri}{latest_key(blood_type)}: names run {opened.run_id} now; before: {one_line(before or 'none')}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import shutil
 import tempfile
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -17,8 +18,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from conftest import REPOSITORY
 
+from lora_trainer.base_model import Base
 from lora_trainer.config import RunConfig
 from lora_trainer.config_sources import settle
 from lora_trainer.data.evaluation_prompts import evaluation_prompts
@@ -32,7 +35,7 @@ from lora_trainer.evaluate.questions import Question, questions
 from lora_trainer.evaluate.rules import ScoredReply, TrainingData, score_by_rules
 from lora_trainer.persona.specs import persona_spec
 from lora_trainer.persona.vocabulary import BloodType, IntensityThird
-from lora_trainer.run.bundle_files import write_evaluation
+from lora_trainer.run.bundle_files import write_documents, write_evaluation
 from lora_trainer.store.manifest import write_manifest
 from lora_trainer.train.schedule import learning_rate_factor
 from lora_trainer.train.step_log import StepLog
@@ -300,3 +303,46 @@ def write_bundle(made: MadeRun, folder: Path) -> Path:
         file.writelines(reply.model_dump_json() + "\n" for reply in made.replies)
     write_manifest(folder, made.facts)
     return folder
+
+
+_TINY_SHAPES: Mapping[str, tuple[str, int, int]] = {
+    "q_proj": ("self_attn", 192, 192), "k_proj": ("self_attn", 64, 192), "v_proj": ("self_attn", 64, 192),
+    "o_proj": ("self_attn", 192, 192), "gate_proj": ("mlp", 512, 192), "up_proj": ("mlp", 512, 192), "down_proj": ("mlp", 192, 512),
+}  # fmt: skip
+
+
+def write_made_adapter(folder: Path, r: int = 8, target_modules: Sequence[str] = ("q_proj", "v_proj"), alpha: float = 32.0) -> None:
+    """Write an adapter of random weights that fits the tiny base, as PEFT saves it."""
+    settings = {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": r, "lora_alpha": alpha, "lora_dropout": 0.0, "bias": "none",
+        "target_modules": sorted(target_modules), "base_model_name_or_path": "tiny-base", "revision": None, "inference_mode": True,
+        "rank_pattern": {}, "alpha_pattern": {}, "auto_mapping": None, "modules_to_save": None, "use_dora": False,
+    }  # fmt: skip
+    (folder / "adapter_config.json").write_text(json.dumps(settings, indent=2))
+    rng = np.random.default_rng(20)
+    weights = {}
+    for layer in range(4):
+        for module in target_modules:
+            block, out_size, in_size = _TINY_SHAPES[module]
+            name = f"base_model.model.model.layers.{layer}.{block}.{module}"
+            weights[f"{name}.lora_A.weight"] = rng.normal(size=(r, in_size)).astype(np.float32)
+            weights[f"{name}.lora_B.weight"] = rng.normal(size=(out_size, r)).astype(np.float32)
+    write_safetensors(folder / "adapter_model.safetensors", weights)
+
+
+def write_safetensors(path: Path, weights: Mapping[str, Any], dtype: str = "F32") -> None:
+    """Write arrays as a safetensors file, without the library, which only the training stack needs."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    data = b""
+    for name, values in weights.items():
+        header[name] = {"dtype": dtype, "shape": list(values.shape), "data_offsets": [len(data), len(data) + values.nbytes]}
+        data += values.tobytes()
+    encoded = json.dumps(header).encode()
+    path.write_bytes(len(encoded).to_bytes(8, "little") + encoded + data)
+
+
+def write_made_documents(folder: Path, config: RunConfig, metrics: RunMetrics, base: Base) -> None:
+    """Write the files of a bundle that are neither weights nor measurements."""
+    write_documents(folder, config, base, metrics)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(REPOSITORY / "examples" / "tiny-base" / name, folder / name)

@@ -9,10 +9,11 @@ import json
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from lora_trainer.data.korean import MAX_ANALYSED_CHARACTERS, is_formal, sentence_count
 from lora_trainer.data.lint import MAX_SENTENCES, has_question, lint_reply
@@ -40,19 +41,22 @@ _REPETITION_NGRAM_CHARACTERS: Final = 4
 _WORD: Final = re.compile(r"\w+")
 
 
+_Share = Annotated[float, Field(ge=0, le=1)]
+
+
 class ScoredReply(BaseModel):
     """One line of `replies.jsonl`: a raw reply and the results of the rules.
 
     Fields that may be None are None unless the reply is exact JSON.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     model: Literal["adapter", "base"]
     decoding: Literal["greedy", "sampled"]
     prompt: int
     feeling: str
-    intensity: float
+    intensity: _Share
     summary: str
     input: str
     reply: str
@@ -69,15 +73,15 @@ class ScoredReply(BaseModel):
     question: bool | None
     emoji: int | None
     taken_for: BloodType | None
-    persona_probability: float
-    emotion_appropriateness: float | None
+    persona_probability: _Share
+    emotion_appropriateness: _Share | None
     """See `TrainingData.appropriateness`; also None if the data has no comparable record."""
     repetition: float | None
     copied_words: int | None
     words: int | None
     verbatim: bool | None
     warnings: tuple[str, ...]
-    score: float
+    score: _Share
     """Points earned under `RULES`, as a share of the maximum, in [0, 1]."""
 
 
@@ -208,49 +212,101 @@ def score_by_rules(
     copied = iter(longest_common_runs(texts, data.texts))
     scored = []
     for question, generation, reply in zip(asked, generations, read, strict=True):
-        personas = next(probabilities) if reply else None
+        feeling = question.source.context.current_emotion.type
         scored.append(
             _score_one(
-                question,
-                generation,
+                _Asked(question.prompt, str(feeling), question.intensity, question.source.context.summary, question.source.input),
+                generation.text,
                 reply,
+                stopped=generation.stopped,
+                tokens=len(generation.token_ids),
                 model=model,
                 decoding=decoding,
                 blood_type=blood_type,
-                data=data,
-                personas=personas,
-                copied_words=next(copied) if reply else None,
+                against_data=_AgainstData(
+                    data.appropriateness(feeling, question.intensity, reply.emotion), next(copied), data.is_verbatim(reply.text)
+                )
+                if reply
+                else _AgainstData(None, None, None),
+                personas=next(probabilities) if reply else None,
             )
         )
     return scored
 
 
+def score_again(replies: Sequence[ScoredReply], blood_type: BloodType) -> list[ScoredReply]:
+    """Score recorded replies again, from what the model said.
+
+    Copy what the reply's text does not show: whether the model stopped, the number of tokens, and the comparison with the training
+    data.
+    """
+    read = [read_exact(scored.reply) for scored in replies]
+    probabilities = iter(bundled_classifier().probabilities([reply.text for reply in read if reply]))
+    return [
+        _score_one(
+            _Asked(scored.prompt, scored.feeling, scored.intensity, scored.summary, scored.input),
+            scored.reply,
+            reply,
+            stopped=scored.stopped,
+            tokens=scored.tokens,
+            model=scored.model,
+            decoding=scored.decoding,
+            blood_type=blood_type,
+            against_data=_AgainstData(scored.emotion_appropriateness, scored.copied_words, scored.verbatim)
+            if reply
+            else _AgainstData(None, None, None),
+            personas=next(probabilities) if reply else None,
+        )
+        for scored, reply in zip(replies, read, strict=True)
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """The question of a reply."""
+
+    prompt: int
+    feeling: str
+    intensity: float
+    summary: str
+    input: str
+
+
+@dataclass(frozen=True, slots=True)
+class _AgainstData:
+    """What only a comparison with the training data shows; None for a reply that is not exact JSON."""
+
+    appropriateness: float | None
+    copied_words: int | None
+    verbatim: bool | None
+
+
 def _score_one(
-    question: Question,
-    generation: Generation,
+    asked: _Asked,
+    raw: str,
     reply: Reply | None,
     *,
+    stopped: bool,
+    tokens: int,
     model: Literal["adapter", "base"],
     decoding: Literal["greedy", "sampled"],
     blood_type: BloodType,
-    data: TrainingData,
+    against_data: _AgainstData,
     personas: Mapping[BloodType, float] | None,
-    copied_words: int | None,
 ) -> ScoredReply:
-    source, text = question.source, reply.text if reply else None
-    feeling = source.context.current_emotion.type
+    text = reply.text if reply else None
     warnings: tuple[str, ...] = ()
     if text is not None:
-        warnings = tuple(problem.code for problem in lint_reply(text, question.intensity, None, blood_type))
+        warnings = tuple(problem.code for problem in lint_reply(text, asked.intensity, None, blood_type))
     sentences_fit = text is not None and sentence_count(text) <= MAX_SENTENCES
     informal = text is not None and not is_formal(text)
     probability = personas[blood_type] if personas else 0.0
-    appropriate = data.appropriateness(feeling, question.intensity, reply.emotion) if reply else None
+    appropriate = against_data.appropriateness
     repeated = repetition(text) if text is not None else None
     other_warnings = set(warnings) - {"too_many_sentences", "formal_speech"}
     shares = {
         "exact_json": float(reply is not None),
-        "stop": float(generation.stopped),
+        "stop": float(stopped),
         "one_or_two_sentences": float(sentences_fit),
         "informal_speech": float(informal),
         "clean": float(reply is not None and not other_warnings),
@@ -262,16 +318,16 @@ def _score_one(
     return ScoredReply(
         model=model,
         decoding=decoding,
-        prompt=question.prompt,
-        feeling=str(feeling),
-        intensity=question.intensity,
-        summary=source.context.summary,
-        input=source.input,
-        reply=generation.text,
-        stopped=generation.stopped,
-        tokens=len(generation.token_ids),
+        prompt=asked.prompt,
+        feeling=asked.feeling,
+        intensity=asked.intensity,
+        summary=asked.summary,
+        input=asked.input,
+        reply=raw,
+        stopped=stopped,
+        tokens=tokens,
         exact_json=reply is not None,
-        emotion_in_vocabulary=reply is not None or _has_known_emotion(generation.text),
+        emotion_in_vocabulary=reply is not None or _has_known_emotion(raw),
         text=text,
         emotion=str(reply.emotion) if reply else None,
         one_or_two_sentences=sentences_fit,
@@ -282,9 +338,9 @@ def _score_one(
         persona_probability=round(probability, 4),
         emotion_appropriateness=appropriate,
         repetition=repeated,
-        copied_words=copied_words,
+        copied_words=against_data.copied_words,
         words=len(_words(text)) if text is not None else None,
-        verbatim=data.is_verbatim(text) if text is not None else None,
+        verbatim=against_data.verbatim,
         warnings=warnings,
         score=round(sum(RULES[name] * share for name, share in shares.items()) / sum(RULES.values()), 6),
     )

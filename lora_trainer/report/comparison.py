@@ -6,9 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-from pydantic import ValidationError
-
-from lora_trainer.errors import ConfigError, LoraTrainerError, StorageError
+from lora_trainer.errors import ConfigError, LoraTrainerError
 from lora_trainer.escaping import one_line
 from lora_trainer.evaluate.metrics import METRICS_SCHEMA, Estimate, RunMetrics
 from lora_trainer.persona.specs import persona_spec
@@ -16,9 +14,11 @@ from lora_trainer.persona.vocabulary import BloodType
 from lora_trainer.report.formatting import LABELS, MAX_CHARACTERS, duration, flattened, number_text, percent, value_text
 from lora_trainer.report.html import render_page
 from lora_trainer.report.run_page import taken_for_row
-from lora_trainer.store.manifest import read_manifest
+from lora_trainer.store.documents import parse_object, validated
+from lora_trainer.store.manifest import MANIFEST_NAME, check_run_manifest, read_manifest
 from lora_trainer.store.opening import open_storage
 from lora_trainer.store.retry import RetryBudget
+from lora_trainer.train.adapter_format import check_published_adapter
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -105,7 +105,7 @@ class Comparison:
 def read_run(uri: str, retry_budget: RetryBudget | None = None) -> ComparedRun:
     """Read the bundle or re-evaluation at `uri`, an `s3://` or `file://` URI or a folder.
 
-    Raises `ConfigError` if there is no bundle and `StorageError` if it is damaged.
+    Raises `ConfigError` if there is no bundle, or a damaged one, and `StorageError` if it cannot be read.
     """
     storage = open_storage(uri, retry_budget)
     manifest = read_manifest(storage, "")
@@ -114,24 +114,23 @@ def read_run(uri: str, retry_budget: RetryBudget | None = None) -> ComparedRun:
             f"{storage.uri}: got no manifest.json, expected a finished bundle, such as <output>/adapters/A/<run id>/; "
             "check the path"
         )
-    if missing := [name for name in ("base", "data", "config", "started_at") if name not in manifest]:
-        raise StorageError(
-            f"{storage.uri}manifest.json: got no {', '.join(missing)}; the file was modified or written by another version: "
-            "run again"
-        )
+    check_run_manifest(manifest, f"{storage.uri}{MANIFEST_NAME}", required=("base", "data", "config"))
+    check_published_adapter(storage, manifest)
     where = f"{storage.uri}metrics.json"
     found = storage.read_bytes("metrics.json")
     if found is None:
-        raise StorageError(f"{where}: missing, although manifest.json exists; the bundle is damaged: move it away and run again")
+        raise ConfigError(f"{where}: missing, although manifest.json exists; the bundle is damaged: move it away and run again")
     try:
-        metrics = RunMetrics.model_validate_json(found.data)
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        place = ".".join(map(str, first["loc"]))
-        problem = f"{first['msg'][:1].lower()}{first['msg'][1:]}"
-        raise StorageError(
-            f"{where}: expected metrics of schema {METRICS_SCHEMA}, got {f'{place}: ' if place else ''}{problem}; the file was "
-            "modified or written by another version: evaluate that run again"
+        metrics = validated(RunMetrics, parse_object(found.data, where), where)
+    except ConfigError as error:
+        raise ConfigError(
+            [
+                *error.problems,
+                (
+                    f"{where}: expected metrics of schema {METRICS_SCHEMA}; the file was modified or written by another version: "
+                    "evaluate that run again"
+                ),
+            ]
         ) from None
     return ComparedRun(storage.uri, manifest, metrics)
 
@@ -212,7 +211,7 @@ def _sections(runs: Sequence[ComparedRun]) -> Iterator[tuple[str, tuple[Row, ...
             row("run", [one_line(metrics.run_id, MAX_CHARACTERS) for metrics in all_metrics]),
             row("started", [one_line(str(run.manifest["started_at"])[:16].replace("T", " ")) for run in runs]),
             *(
-                [row("base model", [one_line(str(run.manifest["base"]["id"]), MAX_CHARACTERS) for run in runs])]
+                [row("base model", [one_line(str(run.manifest["base"].get("id")), MAX_CHARACTERS) for run in runs])]
                 if _bases(runs) > 1
                 else []
             ),

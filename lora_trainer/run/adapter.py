@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from lora_trainer.base_model import Base, pickled
+from lora_trainer.base_model import Base
 from lora_trainer.config import RunConfig, setting_names
 from lora_trainer.config_sources import settle_each
 from lora_trainer.errors import ConfigError, DataError
@@ -16,18 +15,17 @@ from lora_trainer.persona.vocabulary import BloodType
 from lora_trainer.run.inputs import DataFile, fetch
 from lora_trainer.run.job import Job, ProcessContext
 from lora_trainer.store.interface import NotFound, Storage
-from lora_trainer.store.keys import safe_key
-from lora_trainer.store.manifest import MANIFEST_NAME, read_manifest
+from lora_trainer.store.manifest import MANIFEST_NAME, check_run_manifest, read_manifest
 from lora_trainer.store.opening import open_storage
 from lora_trainer.store.prefixes import bundle_prefix
 from lora_trainer.store.retry import RetryBudget
+from lora_trainer.train.adapter_format import WEIGHTS_NAME, check_adapter_folder, check_against_base, check_published_adapter
 
 # Settings to inherit from a manifest: how the adapter was trained and evaluated. Paths and URLs are not among them, because an
 # untrusted manifest must not choose what this machine reads or where it sends its keys.
 _INHERITED: Final = ("backend", "device", "lora", "training", "evaluation", "gates")
 _NEVER_INHERITED: Final = ("evaluation.prompts", "evaluation.judge_model", "evaluation.judge_base_url")
 _SHOWN_CHARACTERS: Final = 200
-_RUN_ID: Final = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _REQUIRED_FACTS: Final = ("run_id", "blood_type", "started_at")
 
 
@@ -67,32 +65,9 @@ def open_adapter(uri: str, retry_budget: RetryBudget | None = None) -> Adapter:
             f"{storage.uri}: no manifest.json of a run there; expected a bundle, such as <output>/adapters/A/<run id>/ "
             "(a bundle whose manifest is not there yet is not published)"
         )
-    if problems := list(_untrusted(storage.uri, manifest)):
-        raise ConfigError(problems)
+    check_run_manifest(manifest, f"{storage.uri}{MANIFEST_NAME}", required=("base", "data"))
+    check_published_adapter(storage, manifest)
     return Adapter(storage, manifest)
-
-
-def _untrusted(uri: str, manifest: Mapping[str, Any]) -> Iterator[str]:
-    where = f"{uri}{MANIFEST_NAME}"
-    foreign = "this is not a run's manifest"
-    if not isinstance(manifest["run_id"], str) or not _RUN_ID.fullmatch(manifest["run_id"]):
-        yield f"{where}: run_id: got {manifest['run_id']!r:.100}, expected letters, digits, '-' and '_'; {foreign}"
-    if manifest["blood_type"] not in tuple(BloodType):
-        yield f"{where}: blood_type: got {manifest['blood_type']!r:.100}, expected A, B, O or AB; {foreign}"
-    for section, key in (("data", "uri"), ("data", "sha256"), ("base", "identity")):
-        value = manifest.get(section)
-        if not isinstance(value, dict) or not isinstance(value.get(key), str):
-            yield f"{where}: {section}.{key}: got no text, expected one; {foreign}"
-    if not isinstance(manifest.get("config", {}), dict):
-        yield f"{where}: config: got a {type(manifest['config']).__name__}, expected settings; {foreign}"
-    for name, facts in manifest["files"].items():
-        try:
-            safe_key(name)
-        except ValueError as error:
-            yield f"{where}: files: {error}"
-        if not isinstance(facts, dict) or not {"size_bytes", "sha256"} <= set(facts):
-            yield f"{where}: files: got no size and SHA-256 of {name!r:.100}, expected both; {foreign}"
-    yield from pickled(uri, manifest["files"])
 
 
 def output_of(adapter: Adapter) -> Storage:
@@ -141,6 +116,16 @@ def base_of(adapter: Adapter, config: RunConfig, process: ProcessContext) -> Bas
             f"{quoted(adapter.manifest['base']['identity'])}: pass that one with --base-model{adapter.setting('base.model')}"
         )
     return base
+
+
+def check_adapter(adapter: Adapter, folder: Path, base: Base) -> None:
+    """Check the adapter's downloaded files, and against its base if that is here, before anything imports torch.
+
+    Raise `ConfigError` for settings or weights that this project does not load, and for weights of another shape than the base's.
+    """
+    tensors = check_adapter_folder(folder, adapter.storage.uri)
+    if base.folder is not None:
+        check_against_base(tensors, base.folder, f"{adapter.storage.uri}{WEIGHTS_NAME}")
 
 
 def training_data_of(adapter: Adapter, job: Job) -> DataFile:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import BaseModel, ConfigDict
 
 from lora_trainer.base_model import Base
 from lora_trainer.config import RunConfig
-from lora_trainer.errors import ConfigError, StorageError
+from lora_trainer.errors import ConfigError
 from lora_trainer.evaluate.metrics import (
     EvaluationMetrics,
     HeldOutMetrics,
@@ -26,21 +27,18 @@ from lora_trainer.evaluate.rules import ScoredReply
 from lora_trainer.persona.prompt import prompt_template
 from lora_trainer.persona.reply_schema import response_schema
 from lora_trainer.persona.specs import persona_spec
-from lora_trainer.persona.vocabulary import BloodType
 from lora_trainer.report.model_card import model_card
+from lora_trainer.store.documents import parse_object, validated
 from lora_trainer.store.interface import Storage
-from lora_trainer.store.keys import safe_key
-from lora_trainer.store.local import sha256_of
 from lora_trainer.store.manifest import (
     MANIFEST_NAME,
-    MANIFEST_SCHEMA,
-    DamagedError,
     download_files,
-    read_local_manifest,
     read_manifest,
+    verify_files,
     write_json,
 )
 from lora_trainer.store.prefixes import evaluation_prefix
+from lora_trainer.train.adapter_format import SETTINGS_NAME, WEIGHTS_NAME, check_adapter_folder
 from lora_trainer.train.step_log import StepLog
 
 
@@ -87,31 +85,66 @@ class Published:
 
 
 def read_published(storage: Storage, prefix: str, manifest: Mapping[str, Any], folder: Path) -> Published:
-    """Download and verify the bundle under `prefix`, and parse its measurements. Raise `StorageError` if that fails."""
+    """Download and verify the bundle under `prefix`, and parse its measurements.
+
+    Raise `ConfigError` if it is broken, `StorageError` if it cannot be read.
+    """
     download_files(storage, prefix, manifest, folder)
     try:
-        metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+        metrics = parse_object((folder / "metrics.json").read_bytes(), f"{storage.uri}{prefix}metrics.json")
+        measured = validated(_Measured, metrics, f"{storage.uri}{prefix}metrics.json")
         steps = tuple(
-            StepLog(**json.loads(line)) for line in (folder / "train_log.jsonl").read_text(encoding="utf-8").splitlines() if line
+            validated(StepLog, line, f"{storage.uri}{prefix}train_log.jsonl:{number}")
+            for number, line in read_lines(folder / "train_log.jsonl", f"{storage.uri}{prefix}train_log.jsonl")
         )
-        training = TrainingMetrics.model_validate(metrics["training"])
-        held_out = HeldOutMetrics.model_validate(metrics["held_out"])
-        peak_memory_gib = float(metrics["peak_memory_gib"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        raise StorageError(
-            f"{storage.uri}{prefix}: this version can't read metrics.json or train_log.jsonl; another version wrote them: "
-            "move that prefix away and run again"
+    except FileNotFoundError as error:
+        raise ConfigError(f"{storage.uri}{prefix}: got no {Path(error.filename).name}; the bundle is not whole") from None
+    except ConfigError as error:
+        raise ConfigError(
+            [
+                *error.problems,
+                (
+                    f"{storage.uri}{prefix}: this version can't read metrics.json or train_log.jsonl; another version wrote them: "
+                    "move that prefix away and run again"
+                ),
+            ]
         ) from None
-    return Published(folder, training, held_out, peak_memory_gib, steps, *_evaluation_of(metrics, folder))
+    evaluation, replies = _evaluation_of(metrics, folder)
+    return Published(folder, measured.training, measured.held_out, measured.peak_memory_gib, steps, evaluation, replies)
+
+
+class _Measured(BaseModel):
+    """The part of `metrics.json` that a new verdict copies. The rest may be another version's."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
+
+    training: TrainingMetrics
+    held_out: HeldOutMetrics
+    peak_memory_gib: float
 
 
 def _evaluation_of(metrics: Mapping[str, Any], folder: Path) -> tuple[EvaluationMetrics | None, list[ScoredReply]]:
     try:
-        evaluation = RunMetrics.model_validate(metrics).evaluation
-        lines = (folder / "replies.jsonl").read_text(encoding="utf-8").split("\n")
-        return evaluation, [ScoredReply.model_validate_json(line) for line in lines if line]
-    except (OSError, ValueError):
+        return validated(RunMetrics, metrics, "metrics.json").evaluation, read_replies(folder, "replies.jsonl")
+    except (OSError, ConfigError):
+        # another version's: measure again
         return None, []
+
+
+def read_lines(path: Path, where: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield number and content of each line of a JSONL file. Raise `ConfigError` for a line that is no object."""
+    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
+        if line:
+            yield number, parse_object(line, f"{where}:{number}")
+
+
+def read_replies(folder: Path, where: str) -> list[ScoredReply]:
+    """Return the replies of a bundle. Raise `ConfigError` for a line of another form, and `OSError`."""
+    # replies may repeat training text, so messages don't quote them
+    return [
+        validated(ScoredReply, line, f"{where}:{number}", quote=False)
+        for number, line in read_lines(folder / "replies.jsonl", where)
+    ]
 
 
 def read_verdict(storage: Storage, prefix: str, manifest: Mapping[str, Any], gate_id: str) -> tuple[Verdict, str] | None:
@@ -125,34 +158,23 @@ def read_verdict(storage: Storage, prefix: str, manifest: Mapping[str, Any], gat
 
 def _verdict_of(manifest: Mapping[str, Any], where: str) -> Verdict:
     try:
-        return Verdict.model_validate(manifest["verdict"])
-    except (KeyError, ValueError):
-        raise StorageError(
-            f"{where}{MANIFEST_NAME}: holds no valid verdict; the file was changed: move that prefix away and run again"
-        ) from None
-
-
-def open_local(folder: Path) -> dict[str, Any]:
-    """Return the manifest of the finished bundle in `folder`.
-
-    Raise `ConfigError` if there is no manifest, `DamagedError` if a file differs from it.
-    """
-    try:
-        manifest = read_local_manifest(folder)
-        has_all = "adapter_model.safetensors" in manifest["files"] and "verdict" in manifest
-        # validate both: they become part of keys in the output
-        names_fit = re.fullmatch("[0-9a-f]{16}", manifest["run_id"]) and manifest["blood_type"] in tuple(BloodType)
-        if manifest["schema"] != MANIFEST_SCHEMA or not has_all or not names_fit:
-            raise ValueError("another manifest")
-        hashes = {safe_key(name): file["sha256"] for name, file in manifest["files"].items()}
-        Verdict.model_validate(manifest["verdict"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return validated(Verdict, manifest.get("verdict"), f"{where}{MANIFEST_NAME}: verdict")
+    except ConfigError as error:
         raise ConfigError(
-            f"{folder}: got no finished bundle of this version, expected a folder with the manifest.json that a run writes last: "
-            "<work_dir>/runs/<TYPE>/<run id>/bundle"
+            [
+                f"{where}{MANIFEST_NAME}: holds no valid verdict; the file was changed: move that prefix away and run again",
+                *error.problems,
+            ]
         ) from None
-    for name, sha256 in hashes.items():
-        path = folder / name
-        if not path.is_file() or sha256_of(path) != sha256:
-            raise DamagedError(f"{path}: differs from the bundle's manifest; run the same 'lora-trainer run' again instead")
-    return manifest
+
+
+def check_promotable(storage: Storage, manifest: Mapping[str, Any]) -> None:
+    """Raise `ConfigError` unless the bundle is whole and PEFT can load its adapter, `StorageError` if it cannot be read."""
+    if problems := verify_files(storage, ""):
+        raise ConfigError([*problems, f"{storage.uri}: not promoted: the bundle differs from its manifest"])
+    with tempfile.TemporaryDirectory() as scratch:
+        for name in (SETTINGS_NAME, WEIGHTS_NAME):
+            if name not in manifest["files"]:
+                raise ConfigError(f"{storage.uri}: not promoted: got no {name}, expected a bundle")
+            storage.download(name, Path(scratch) / name)
+        check_adapter_folder(Path(scratch), storage.uri)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -15,11 +16,13 @@ import structlog
 
 from lora_trainer import __version__
 from lora_trainer.config import LeaseConfig
+from lora_trainer.config_sources import settle
 from lora_trainer.errors import ConfigError, LoraTrainerError, StorageError
 from lora_trainer.evaluate.metrics import RunMetrics, TrainingMetrics, Verdict
 from lora_trainer.logs import get_logger
 from lora_trainer.persona.vocabulary import BloodType
-from lora_trainer.run.bundle_files import open_local, read_verdict, write_documents, write_evaluation
+from lora_trainer.run.bundle_checks import CheckedBundle, check_base, check_bundle, unproven
+from lora_trainer.run.bundle_files import read_verdict, write_documents, write_evaluation
 from lora_trainer.run.evaluation import Evaluated, held_out_metrics
 from lora_trainer.run.identity import Identity
 from lora_trainer.run.inputs import DataFile
@@ -28,9 +31,10 @@ from lora_trainer.run.progress import RunProgress
 from lora_trainer.run.training import Trained, TrainingPlan, open_checkpoints
 from lora_trainer.store.bundle import publish_bundle
 from lora_trainer.store.interface import Storage
-from lora_trainer.store.latest import forget_start, link_newest, move_latest
+from lora_trainer.store.latest import forget_start, link_newest, move_latest, promote_latest
 from lora_trainer.store.lease import Lease, LeaseLostError, hold, is_left_over
-from lora_trainer.store.manifest import read_manifest, write_manifest
+from lora_trainer.store.manifest import MANIFEST_NAME, check_run_manifest, read_manifest, write_manifest
+from lora_trainer.store.opening import open_storage
 from lora_trainer.store.prefixes import bundle_prefix, lease_key, run_prefix
 from lora_trainer.train.backends import Backend
 
@@ -69,9 +73,14 @@ def find_finished(job: Job, identity: Identity, lease: Lease | None = None) -> O
     if not manifest or not found:
         return None
     verdict, folder = found
+    check_run_manifest(manifest, f"{output.uri}{prefix}{MANIFEST_NAME}")
     moved = accept(job.config.blood_type, output, manifest, verdict)
     job.log.info(
-        "already_done", bundle=output.uri + prefix, finished_at=manifest["finished_at"], passed=verdict.passed, latest_moved=moved
+        "already_done",
+        bundle=output.uri + prefix,
+        finished_at=manifest.get("finished_at"),
+        passed=verdict.passed,
+        latest_moved=moved,
     )
     remove_leftovers(job, identity.run_id, lease)
     return Outcome(
@@ -204,35 +213,98 @@ def publish(job: Job, run_id: str, folder: Path, verdict: Verdict, progress: Run
     return Outcome(run_id, output.uri + prefix, f"{output.uri}{prefix}report.html", verdict, already_done=False, moved_latest=moved)
 
 
-def publish_folder(folder: Path, output_uri: str | None, process: ProcessContext) -> Outcome:
-    """Publish the finished bundle that a run left in `folder`, and move `latest.json` if the gates passed.
+def publish_folder(
+    folder: Path, output_uri: str | None, process: ProcessContext, *, base_model: str | None = None, accepted: bool = False
+) -> Outcome:
+    """Check and publish the finished bundle in `folder`, and move `latest.json` if it passed its gates and can prove it.
 
-    `output_uri` overrides the run's own output. Raise `ConfigError` if the folder has no finished bundle, `DamagedError` if
-    its files differ from its manifest, `StorageError` if the upload fails.
+    `output_uri` overrides the run's own output. With `base_model`, compare the adapter with that base. `accepted` says that the
+    user trusts a bundle whose run id or verdict cannot be computed again. Delete the folder only if it is the run's own.
+
+    Raise `ConfigError` if the folder holds something else than a run's bundle, `StorageError` if the upload fails.
     """
-    manifest = open_local(folder)
-    blood_type, run_id = BloodType(manifest["blood_type"]), str(manifest["run_id"])
+    bundle = check_bundle(folder)
+    manifest, blood_type, run_id = bundle.manifest, bundle.blood_type, bundle.metrics.run_id
     structlog.contextvars.bind_contextvars(run_id=run_id, blood_type=str(blood_type))
-    if output_uri is None and folder.resolve().parts[-4:] != ("runs", str(blood_type), run_id, "bundle"):
+    if base_model is not None:
+        config = settle({"blood_type": str(blood_type), "base.model": base_model})
+        check_base(bundle, process.models.base(config.base, process.retry_budget), base_model)
+    is_own = _is_left_over(folder, manifest)
+    if output_uri is None and not is_own:
         # do not let a bundle of unknown origin choose the output or the pointer to move
         raise ConfigError(
             f"{folder}: got a bundle outside its run's folder, <work_dir>/runs/{blood_type}/{run_id}/bundle; "
             "expected --output: a copied bundle does not decide where it is published"
         )
-    output = process.storage(output_uri or manifest["config"]["output"])
+    named = str(manifest["config"].get("output", ""))
+    output = process.storage(output_uri or named)
+    if not is_own or output.uri != _uri_of(named):
+        # its place in the order is of another output, or anybody's claim
+        manifest = {name: value for name, value in manifest.items() if name != "counter"}
     prefix = bundle_prefix(blood_type, run_id)
-    verdict = Verdict.model_validate(manifest["verdict"])
-    already_done = read_manifest(output, prefix) is not None
+    already_done = _is_published(output, prefix, folder)
     if not already_done:
         with hold(LeaseConfig(), output, lease_key(blood_type, run_id)) as lease:
             # another attempt may have published during the wait for the lease, and bundles are never rewritten
-            already_done = read_manifest(output, prefix) is not None
+            already_done = _is_published(output, prefix, folder)
             if not already_done:
                 publish_bundle(folder, output, prefix, lease)
-    moved = accept(blood_type, output, manifest, verdict)
-    shutil.rmtree(folder)
-    get_logger().info("bundle_published", bundle=output.uri + prefix, passed=verdict.passed, latest_moved=moved)
-    return Outcome(run_id, output.uri + prefix, f"{output.uri}{prefix}report.html", verdict, already_done, moved)
+    moved = _accept_folder(output, bundle, manifest, accepted=accepted)
+    if is_own:
+        shutil.rmtree(folder)
+    get_logger().info(
+        "bundle_published", bundle=output.uri + prefix, passed=bundle.verdict.passed, latest_moved=moved, folder_deleted=is_own
+    )
+    return Outcome(run_id, output.uri + prefix, f"{output.uri}{prefix}report.html", bundle.verdict, already_done, moved)
+
+
+def _accept_folder(output: Storage, bundle: CheckedBundle, manifest: dict[str, Any], *, accepted: bool) -> bool:
+    """Move `latest.json` to a bundle that passed its gates, if it can prove that or the user trusts it. Return whether it moved."""
+    if not bundle.verdict.passed:
+        return accept(bundle.blood_type, output, manifest, bundle.verdict)
+    doubts = unproven(bundle)
+    if not doubts:
+        return accept(bundle.blood_type, output, manifest, bundle.verdict)
+    if not accepted:
+        get_logger().warning(
+            "latest_not_moved",
+            problems=doubts,
+            advice="the bundle is published; if you trust it, 'publish --accept' or 'promote' moves latest.json",
+        )
+        return False
+    before = promote_latest(output, bundle.blood_type, manifest, accepted_by_hand=True)
+    link_newest(output, bundle.blood_type, manifest["run_id"])
+    get_logger().warning("latest_checked", moved=True, reason="accepted by hand (--accept)", before=before, problems=doubts)
+    return True
+
+
+def _is_left_over(folder: Path, manifest: Mapping[str, Any]) -> bool:
+    """Return whether `folder` is where the manifest's run, on this machine, leaves a bundle that it could not publish."""
+    work_dir = manifest["config"].get("work_dir")
+    if not isinstance(work_dir, str) or "\0" in work_dir:
+        return False
+    own = Path(work_dir).expanduser() / "runs" / str(manifest["blood_type"]) / str(manifest["run_id"]) / "bundle"
+    return folder.resolve() == own.resolve()
+
+
+def _uri_of(named: str) -> str | None:
+    try:
+        return open_storage(named).uri
+    except LoraTrainerError:
+        return None
+
+
+def _is_published(output: Storage, prefix: str, folder: Path) -> bool:
+    """Return whether the run's bundle is already there. Raise `ConfigError` if that one is another than the one in `folder`."""
+    published = output.read_bytes(prefix + MANIFEST_NAME)
+    if published is None:
+        return False
+    if published.data != (folder / MANIFEST_NAME).read_bytes():
+        raise ConfigError(
+            f"{folder}: got another bundle than the one that is published at {output.uri}{prefix}; a published bundle stays as it "
+            "is: name another output, or remove the folder"
+        )
+    return True
 
 
 def accept(blood_type: BloodType, output: Storage, manifest: dict[str, Any], verdict: Verdict) -> bool:

@@ -25,7 +25,7 @@ from lora_trainer.evaluate.gates import gate_id
 from lora_trainer.evaluate.llm_judge import check_judge
 from lora_trainer.evaluate.metrics import HeldOutMetrics, RunMetrics
 from lora_trainer.evaluate.questions import evaluation_id, prompts_digest
-from lora_trainer.run.adapter import Adapter, base_of, training_data_of
+from lora_trainer.run.adapter import Adapter, base_of, check_adapter, training_data_of
 from lora_trainer.run.bundle_files import Published, read_published, write_evaluation
 from lora_trainer.run.evaluation import Evaluated, decide, evaluate, held_out_metrics
 from lora_trainer.run.identity import Identity
@@ -114,8 +114,6 @@ def evaluate_adapter(adapter: Adapter, config: RunConfig, folder: Path | None, p
     job = Job(config, process)
     structlog.contextvars.bind_contextvars(run_id=adapter.run_id)
     data = training_data_of(adapter, job)
-    records = read(job, data)
-    prompts = fetch_prompts(job)
     if config.evaluation.judge_model is None and adapter.setting("evaluation.judge_model"):
         job.log.warning("judge_left_out", reason="the run had one: a judge is asked only where one is named here")
     check_judge(config.evaluation)
@@ -123,6 +121,9 @@ def evaluate_adapter(adapter: Adapter, config: RunConfig, folder: Path | None, p
     scratch = config.work_dir / "evaluations" / str(config.blood_type) / adapter.run_id
     progress = job.progress(scratch, adapter.run_id)
     published = read_published(adapter.storage, "", adapter.manifest, fresh_folder(scratch / "published"))
+    check_adapter(adapter, published.folder, base)
+    records = read(job, data)
+    prompts = fetch_prompts(job)
     measured = _measure(job, published.folder, base, records, prompts, progress)
     asked = evaluation_id(config.evaluation, prompts_digest(prompts))
     target = folder or scratch / gate_id(asked, config.gates)

@@ -20,7 +20,7 @@ from lora_trainer.persona.prompt import Message, prompt_messages, reply_json
 from lora_trainer.persona.reply_schema import response_schema
 from lora_trainer.persona.specs import persona_spec
 from lora_trainer.persona.vocabulary import BloodType, Feeling
-from lora_trainer.run.adapter import Adapter, base_of
+from lora_trainer.run.adapter import Adapter, base_of, check_adapter
 from lora_trainer.run.job import ProcessContext
 from lora_trainer.store.local import fresh_folder
 from lora_trainer.store.manifest import download_files
@@ -85,6 +85,7 @@ def load_chat_model(adapter: Adapter, config: RunConfig, temperature: float, pro
     base = base_of(adapter, config, process)
     folder = fresh_folder(config.work_dir / "chat" / str(config.blood_type) / adapter.run_id)
     download_files(adapter.storage, "", adapter.manifest, folder)
+    check_adapter(adapter, folder, base)
     backend, _ = process.models.start(open_reference_backend, config, process.interruption)
     base_folder = fetch_base(base, config.base)
     backend.load_tokenizer(base_folder)

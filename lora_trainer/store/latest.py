@@ -14,14 +14,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Any, Final
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lora_trainer.errors import StorageError
 from lora_trainer.logs import get_logger
 from lora_trainer.persona.vocabulary import BloodType
 from lora_trainer.store.interface import PreconditionFailed, ReadResult, Storage
+from lora_trainer.store.manifest import Time
 from lora_trainer.store.prefixes import bundle_prefix, latest_key, start_key, starts_key
 
 _SWAP_ATTEMPTS: Final = 8
@@ -33,15 +34,6 @@ _CLOCK_SLACK: Final = timedelta(minutes=5)
 """Difference between the clocks of two healthy machines that deserves no warning."""
 
 
-def _with_time_zone(text: str) -> str:
-    if datetime.fromisoformat(text).tzinfo is None:
-        raise ValueError("expected a time zone")
-    return text
-
-
-_Time = Annotated[str, Field(max_length=64), AfterValidator(_with_time_zone)]
-
-
 class Pointer(BaseModel):
     """The content of `latest.json`. Earlier versions wrote no `counter`."""
 
@@ -49,8 +41,10 @@ class Pointer(BaseModel):
 
     run_id: str = Field(min_length=1, max_length=64)
     bundle: str = Field(default="", max_length=1024)
-    started_at: _Time
-    promoted_at: _Time | None = None
+    started_at: Time
+    promoted_at: Time | None = None
+    accepted_by_hand: bool | None = None
+    """True if nobody could compute the run id or the verdict again, and `publish --accept` moved the pointer."""
     counter: int | None = Field(default=None, ge=0, lt=_MOST_COUNTED)
 
     @property
@@ -190,7 +184,9 @@ def _clock_warning(pointer: Pointer, where: str) -> str:
     )
 
 
-def promote_latest(storage: Storage, blood_type: BloodType, manifest: Mapping[str, Any]) -> str | None:
+def promote_latest(
+    storage: Storage, blood_type: BloodType, manifest: Mapping[str, Any], *, accepted_by_hand: bool = False
+) -> str | None:
     """Point `latest.json` at the manifest's run unconditionally, and return the id of the run that it named before.
 
     Runs that have already started will not move it back. Raises `StorageError` as `move_latest` does.
@@ -202,6 +198,7 @@ def promote_latest(storage: Storage, blood_type: BloodType, manifest: Mapping[st
             bundle=bundle_prefix(blood_type, manifest["run_id"]),
             started_at=manifest["started_at"],
             promoted_at=datetime.now(UTC).isoformat(timespec="seconds"),
+            accepted_by_hand=accepted_by_hand or None,
             # taken after reading, so that it is greater than that of every run that has moved the pointer
             counter=take_count(storage, blood_type),
         )

@@ -28,7 +28,7 @@ from lora_trainer.store.bundle import check_complete, publish_bundle
 from lora_trainer.store.interface import Storage
 from lora_trainer.store.latest import count_start, forget_start, link_newest, move_latest, promote_latest, take_count
 from lora_trainer.store.local import fresh_folder
-from lora_trainer.store.manifest import read_manifest, verify_files, write_manifest
+from lora_trainer.store.manifest import DamagedError, read_manifest, verify_files, write_manifest
 from lora_trainer.store.opening import open_storage
 from lora_trainer.store.prefixes import evaluation_prefix
 from lora_trainer.train.step_log import StepLog
@@ -112,10 +112,10 @@ def test_verify_names_what_differs(folder: Path, storage: Storage) -> None:
 def test_verify_does_not_follow_a_name_out_of_the_bundle(folder: Path, storage: Storage) -> None:
     manifest = write_manifest(folder, facts())
     publish_bundle(folder, storage, PREFIX)
-    manifest["files"]["../../../../etc/passwd"] = {"size_bytes": 1, "sha256": "0"}
+    manifest["files"]["../../../../etc/passwd"] = {"size_bytes": 1, "sha256": "0" * 64}
     storage.write_bytes(f"{PREFIX}manifest.json", json.dumps(manifest).encode())
-    (problem,) = verify_files(storage, PREFIX)
-    assert problem.startswith(f"{storage.uri}{PREFIX}manifest.json: unsafe key '../../../../etc/passwd'")
+    _, problem = verify_files(storage, PREFIX)
+    assert problem.startswith(f"{storage.uri}{PREFIX}manifest.json: files: got an object; unsafe key '../../../../etc/passwd'")
 
 
 @pytest.mark.parametrize("hindered", ["adapter_config.json", "adapter_model.safetensors", "tokenizer_config.json"])
@@ -145,7 +145,7 @@ def test_a_file_that_vanished_before_its_upload_is_no_bundle(folder: Path, stora
 @pytest.mark.parametrize("data", [b"", b"{", b"[]", b"{}", b'{"schema": 2, "files": {}}', b'{"schema": 1, "files": []}', b"\xff"])
 def test_a_manifest_that_is_none(storage: Storage, data: bytes) -> None:
     storage.write_bytes(f"{PREFIX}manifest.json", data)
-    with pytest.raises(StorageError, match=r"manifest\.json: not a manifest of schema 1; .*move that prefix away and run again"):
+    with pytest.raises(DamagedError, match=r"manifest\.json: not a manifest of schema 1; .*move that prefix away and run again"):
         read_manifest(storage, PREFIX)
 
 
@@ -589,14 +589,14 @@ def test_a_bundle_that_is_damaged_does_not_come_back(
     else:
         path.write_bytes(path.read_bytes()[:-1] + b"X")
     expected = "cannot be downloaded .*move that prefix away" if missing else "was changed: move that prefix away"
-    with pytest.raises(StorageError, match=f"{re.escape(name)}: .*{expected}"):
+    with pytest.raises(DamagedError, match=f"{re.escape(name)}: .*{expected}"):
         read_published(storage, PREFIX, manifest, tmp_path / "back")
 
 
 def test_a_manifest_cannot_put_files_elsewhere(folder: Path, made: MadeRun, storage: Storage, tmp_path: Path) -> None:
     manifest = publish_made(folder, made, storage)
     manifest["files"] = {"../../outside": {"size_bytes": 1, "sha256": "0"}}
-    with pytest.raises(StorageError, match=r"unsafe key '\.\./\.\./outside'"):
+    with pytest.raises(DamagedError, match=r"unsafe key '\.\./\.\./outside'"):
         read_published(storage, PREFIX, manifest, tmp_path / "a" / "b")
     assert not (tmp_path / "outside").exists()
 
@@ -624,7 +624,7 @@ def test_metrics_that_are_none(folder: Path, made: MadeRun, storage: Storage, tm
     (folder / "metrics.json").write_text(metrics)
     manifest = write_manifest(folder, facts())
     publish_bundle(folder, storage, PREFIX)
-    with pytest.raises(StorageError, match=r"this version can't read metrics\.json"):
+    with pytest.raises(ConfigError, match=r"this version can't read metrics\.json"):
         read_published(storage, PREFIX, manifest, tmp_path / "back")
 
 
@@ -644,7 +644,7 @@ def test_the_verdict_of_a_bundle_and_those_beneath_it(folder: Path, made: MadeRu
 
 @pytest.mark.parametrize("verdict", [None, {}, [], {"gate_id": "x", "passed": "perhaps", "gates": []}])
 def test_a_verdict_that_is_none(storage: Storage, verdict: object) -> None:
-    with pytest.raises(StorageError, match=r"manifest\.json: holds no valid verdict"):
+    with pytest.raises(ConfigError, match=r"manifest\.json: holds no valid verdict"):
         read_verdict(storage, PREFIX, {"gate_id": "x", "verdict": verdict}, "x")
 
 

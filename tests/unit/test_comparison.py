@@ -173,17 +173,17 @@ def test_no_bundle_there(bundles: Path, tmp_path: Path, capsys: pytest.CaptureFi
         (
             "metrics.json",
             lambda d: d.update(schema=1),
-            f"{EXPECTED}, got schema: input should be 2",
+            "schema: got 1; expected 2",
         ),
         (
             "metrics.json",
             lambda d: d.update(new=1),
-            f"{EXPECTED}, got new: extra inputs are not permitted",
+            "new: got 1; extra inputs are not permitted",
         ),
-        ("metrics.json", lambda d: d.pop("verdict"), f"{EXPECTED}, got verdict: field required"),
-        ("metrics.json", None, f"{EXPECTED}, got invalid JSON"),
+        ("metrics.json", lambda d: d.pop("verdict"), "verdict: got nothing; field required"),
+        ("metrics.json", None, "not JSON"),
         ("manifest.json", lambda d: d.update(schema=99), "not a manifest of schema 1"),
-        ("manifest.json", lambda d: (d.pop("base"), d.pop("config")), "got no base, config; the file was modified"),
+        ("manifest.json", lambda d: (d.pop("base"), d.pop("config")), "got no base, config; expected the manifest of a run"),
     ],
 )
 def test_a_bundle_that_cannot_be_read(
@@ -199,20 +199,21 @@ def test_a_bundle_that_cannot_be_read(
         (folder / name).write_text("not json", encoding="utf-8")
     else:
         edited(folder, name, edit)
-    assert run_cli(["compare", str(folder), str(bundles / "second")]) == ExitCode.STORAGE
-    (line,) = capsys.readouterr().err.splitlines()
+    assert run_cli(["compare", str(folder), str(bundles / "second")]) == ExitCode.CONFIG
+    line, *more = capsys.readouterr().err.splitlines()
+    assert not more or (name == "manifest.json") or EXPECTED in more[0]
     assert line.startswith(f"error: file://{folder}/{name}: {said}")
 
 
 def test_metrics_that_are_gone(bundles: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = shutil.copytree(bundles / "first", tmp_path / "broken")
     (folder / "metrics.json").unlink()
-    assert run_cli(["compare", str(folder), str(bundles / "second")]) == ExitCode.STORAGE
+    assert run_cli(["compare", str(folder), str(bundles / "second")]) == ExitCode.CONFIG
     assert capsys.readouterr().err == (
         f"error: file://{folder}/metrics.json: missing, although manifest.json exists; the bundle is damaged: "
         "move it away and run again\n"
     )
-    # a mistake in the command outranks a broken store, and both are reported
+    # both problems are reported
     assert run_cli(["compare", str(folder), str(tmp_path / "nowhere")]) == ExitCode.CONFIG
     assert len(capsys.readouterr().err.splitlines()) == 2
 

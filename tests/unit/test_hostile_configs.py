@@ -21,7 +21,7 @@ from lora_trainer.base_model import require_safetensors
 from lora_trainer.config import RunConfig
 from lora_trainer.config_sources import settle
 from lora_trainer.data.compression import is_jsonl
-from lora_trainer.errors import ConfigError, ExitCode, StorageError
+from lora_trainer.errors import ConfigError, ExitCode
 from lora_trainer.persona.vocabulary import BloodType
 from lora_trainer.run.adapter import open_adapter
 from lora_trainer.run.inputs import data_key
@@ -209,15 +209,15 @@ def test_a_folder_whose_weights_are_pickled_is_not_given_to_peft(tmp_path: Path)
         ({"run_id": "../../precious"}, {}, "run_id: got '../../precious'"),
         ({"run_id": "/precious"}, {}, "run_id: got '/precious'"),
         ({"run_id": ""}, {}, "run_id: got ''"),
-        ({"run_id": 5}, {}, "run_id: got 5"),
+        ({"run_id": 5}, {}, "run_id: got 5; expected a string"),
         ({"blood_type": "../A"}, {}, "blood_type: got '../A'"),
-        ({"blood_type": ["A"]}, {}, "blood_type: got "),
+        ({"blood_type": ["A"]}, {}, "blood_type: got a list"),
         ({}, {"../../x": FACTS}, "unsafe key '../../x'"),
         ({}, {"/x": FACTS}, "unsafe key '/x'"),
         ({}, {"a\\b": FACTS}, "unsafe key"),
-        ({}, {"x": 5}, "got no size and SHA-256 of 'x'"),
-        ({"data": "x"}, {}, "data.uri: got no text"),
-        ({"base": {"identity": 5}}, {}, "base.identity: got no text"),
+        ({}, {"x": 5}, "files.x: got 5; expected an object"),
+        ({"data": "x"}, {}, "data: got 'x'; expected an object"),
+        ({"base": {"identity": 5}}, {}, "base.identity: got 5; expected a string"),
         ({"config": []}, {}, "config: got a list"),
     ],
 )
@@ -229,5 +229,5 @@ def test_a_manifest_names_nothing_outside(tmp_path: Path, facts: dict[str, Any],
 
 def test_a_manifest_that_is_nested_without_end_is_none(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text('{"schema": ' + "[" * 100_000)
-    with pytest.raises(StorageError, match="not a manifest of schema 1"):
+    with pytest.raises(ConfigError, match="not a manifest of schema 1"):
         open_adapter(str(tmp_path))

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import structlog
 from conftest import REPOSITORY
-from made_metrics import MadeRun, made_run
+from made_metrics import MadeRun, made_run, write_made_adapter, write_made_documents
 from structlog.testing import capture_logs
 
 from lora_trainer.config import GatesConfig, RunConfig
@@ -425,13 +425,16 @@ class Finished:
             "evaluation_id": self.identity.evaluation_id,
             "gate_id": verdict.gate_id,
             "verdict": verdict.model_dump(mode="json"),
+            "ingredients": self.identity.ingredients,
+            "base": {"id": "tiny-base", "revision": None, "identity": self.identity.base.identity},
+            "data": {**made.facts["data"], "sha256": sha256_of(data)},
             "config": job.config.model_dump(mode="json"),
         }
         self.kept = tmp_path / "work" / "runs" / "A" / self.identity.run_id / "bundle"
         """The folder in which a run keeps a bundle that it could not publish."""
         folder = fresh_folder(self.kept)
-        (folder / "adapter_config.json").write_text("{}")
-        (folder / "adapter_model.safetensors").write_bytes(b"weights")
+        write_made_adapter(folder, job.config.lora.r, job.config.lora.target_modules, job.config.lora.alpha)
+        write_made_documents(folder, job.config, metrics, self.identity.base)
         write_evaluation(folder, metrics, made.steps, made.replies, facts)
         write_manifest(folder, facts)
         self.prefix = bundle_prefix(job.config.blood_type, self.identity.run_id)
@@ -604,7 +607,7 @@ def test_what_is_no_finished_bundle_is_not_published(tmp_path: Path, made: MadeR
     shutil.rmtree(finished.output)
     (finished.kept / "adapter_model.safetensors").write_bytes(b"weight!")
     done = published_by_hand(str(finished.kept))
-    assert done.returncode == 6
+    assert done.returncode == 2
     assert "adapter_model.safetensors: differs from the bundle's manifest" in done.stderr
     assert not finished.output.exists()
 
@@ -616,7 +619,7 @@ def test_a_bundle_that_was_changed_is_not_judged_again(tmp_path: Path, made: Mad
         file.write(b"\n")
     code, out, events = finished.run(0.9)
     last = events["run_finished"]
-    assert (code, out, last["outcome"]) == (6, "", "DamagedError")
+    assert (code, out, last["outcome"]) == (2, "", "DamagedError")
     (problem,) = last["problems"]
     assert problem.startswith(f"file://{finished.bundle}/{name}: got ")
     assert problem.endswith("the file was changed: move that prefix away and run again")

@@ -17,23 +17,23 @@ from typing import Any
 import pytest
 import structlog
 from conftest import REPOSITORY
-from made_metrics import MadeRun, made_run, write_made_evaluation
+from made_metrics import MadeRun, made_run, write_made_adapter, write_made_evaluation
 from structlog.testing import capture_logs
 
 from entrypoint.cli import run_cli
 from lora_trainer.base_model import identify_base
 from lora_trainer.config import RunConfig, setting_names
 from lora_trainer.config_sources import settle
-from lora_trainer.errors import ConfigError, DataError, StorageError
+from lora_trainer.errors import ConfigError, DataError
 from lora_trainer.persona.vocabulary import BloodType
 from lora_trainer.run.adapter import Adapter, base_of, open_adapter, output_of, settle_for
 from lora_trainer.run.job import ProcessContext
 from lora_trainer.run.reevaluation import evaluate_adapter
 from lora_trainer.store.bundle import publish_bundle
 from lora_trainer.store.interface import NotFound, Storage
-from lora_trainer.store.latest import link_newest, move_latest
+from lora_trainer.store.latest import link_newest, move_latest, take_count
 from lora_trainer.store.local import fresh_folder, sha256_of
-from lora_trainer.store.manifest import verify_files, write_manifest
+from lora_trainer.store.manifest import DamagedError, verify_files, write_manifest
 from lora_trainer.store.opening import open_storage
 from lora_trainer.store.prefixes import bundle_prefix, evaluation_prefix
 
@@ -95,8 +95,7 @@ def output(tmp_path: Path) -> Storage:
 def publish(output: Storage, made: MadeRun, scratch: Path, run_id: str = RUN_ID, started_at: str = STARTED_AT, **facts: Any) -> str:
     """Publish a bundle as a run does, and return its URI."""
     folder = fresh_folder(scratch / "bundle")
-    (folder / "adapter_config.json").write_text("{}")
-    (folder / "adapter_model.safetensors").write_bytes(b"weights")
+    write_made_adapter(folder)
     write_made_evaluation(made, folder)
     config = settle(TOLD, {})
     whole = {
@@ -161,7 +160,7 @@ def test_a_manifest_of_something_else(adapter: Adapter) -> None:
     with pytest.raises(ConfigError, match=r"no manifest\.json of a run there"):
         open_adapter(adapter.storage.uri)
     path.write_text('{"name": "My app", "icons": []}')
-    with pytest.raises(StorageError, match="not a manifest of schema 1"):
+    with pytest.raises(ConfigError, match="not a manifest of schema 1"):
         open_adapter(adapter.storage.uri)
 
 
@@ -397,7 +396,7 @@ def test_a_foreign_manifest_does_not_get_the_key_sent_to_its_server(
         foreign = open_adapter(publish(output, made, tmp_path, config=config))
         # end the evaluation after it has settled everything and before it imports torch
         (local(foreign) / "adapter_model.safetensors").write_bytes(b"WEIGHTS")
-        with capture_logs() as said, pytest.raises(StorageError, match="the file was changed"):
+        with capture_logs() as said, pytest.raises(DamagedError, match="the file was changed"):
             evaluate_adapter(foreign, settled(foreign, tmp_path), None, ProcessContext())
         assert got == []
         assert [line["event"] for line in said if line["log_level"] == "warning"] == ["judge_left_out"]
@@ -428,7 +427,7 @@ def test_bad_prompts_are_refused_before_anything_is_loaded(adapter: Adapter, tmp
 
 def test_a_changed_bundle_is_refused(adapter: Adapter, tmp_path: Path) -> None:
     (local(adapter) / "adapter_model.safetensors").write_bytes(b"WEIGHTS")
-    with pytest.raises(StorageError, match=r"adapter_model\.safetensors: got 7 bytes, .*; the file was changed"):
+    with pytest.raises(DamagedError, match=r"adapter_model\.safetensors: got 7 bytes, .*; the file was changed"):
         evaluate_adapter(adapter, settled(adapter, tmp_path), None, ProcessContext())
 
 
@@ -505,6 +504,7 @@ def test_promote_moves_whatever_is_newer(
     newer = publish(output, made, tmp_path, "f" * 16, "2026-06-01T00:00:00+00:00")
     move_latest(output, BloodType.A, open_adapter(newer).manifest)
     assert pointed_at(output)["run_id"] == "f" * 16
+    during = {**open_adapter(newer).manifest, "run_id": "during", "counter": take_count(output, BloodType.A)}
     assert run_cli(["promote", older]) == 0
     assert capsys.readouterr().out == f"{output.uri}adapters/A/latest.json: names run {RUN_ID} now; before: {'f' * 16}\n"
     assert (pointed_at(output)["run_id"], pointed_at(output)["bundle"]) == (RUN_ID, f"adapters/A/{RUN_ID}/")
@@ -514,11 +514,12 @@ def test_promote_moves_whatever_is_newer(
     # neither the newer run nor a run that was training during the promotion replaces the promoted one
     assert not move_latest(output, BloodType.A, open_adapter(newer).manifest).moved
     an_hour = timedelta(hours=1)
-    during = {**open_adapter(newer).manifest, "run_id": "during", "started_at": (datetime.now(UTC) - an_hour).isoformat()}
+    during |= {"started_at": (datetime.now(UTC) + an_hour).isoformat()}
     assert not move_latest(output, BloodType.A, during).moved
     assert pointed_at(output)["run_id"] == RUN_ID
-    # a run that starts afterwards takes over as usual
-    after = {**during, "run_id": "after", "started_at": (datetime.now(UTC) + an_hour).isoformat()}
+    # a run that starts afterwards takes over as usual, whatever its clock says
+    after = {**during, "run_id": "after", "counter": take_count(output, BloodType.A)}
+    after |= {"started_at": (datetime.now(UTC) - an_hour).isoformat()}
     assert move_latest(output, BloodType.A, after).moved
     assert pointed_at(output)["run_id"] == "after"
     # promoting by the link's path works, too
@@ -533,7 +534,7 @@ def test_promote_refuses_a_bundle_that_is_not_whole(
     uri = publish(output, made, tmp_path)
     assert output.local_folder is not None
     (output.local_folder / "adapters" / "A" / RUN_ID / file).unlink()
-    assert run_cli(["promote", uri]) == 6
+    assert run_cli(["promote", uri]) == 2
     out, err = capsys.readouterr()
     assert out == ""
     first, second = err.splitlines()
