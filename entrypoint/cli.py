@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import click
 
 from entrypoint.adapter_commands import chat, compare, evaluate, promote, publish
+from entrypoint.convert_command import convert
 from entrypoint.data_commands import generate, validate
 from entrypoint.run_commands import check_storage, run, show_config
 from lora_trainer import __version__
@@ -49,7 +50,7 @@ def cli() -> None:
     """
 
 
-for command in (run, evaluate, chat, publish, promote, compare, show_config, validate, check_storage, generate):
+for command in (run, evaluate, chat, publish, promote, compare, show_config, validate, convert, check_storage, generate):
     cli.add_command(command)
 
 

@@ -10,7 +10,7 @@ import codecs
 import csv
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from enum import StrEnum
 from typing import Any, Final, NamedTuple
 
@@ -137,17 +137,20 @@ def diagnosis(head: bytes, *, is_whole: bool, is_prompts: bool = False) -> Recor
     """
     if not head.strip():
         return None
-    if fault := _binary_format(head):
+    if fault := no_text(head, is_whole=is_whole):
         return fault
-    encoding = text_encoding(head, is_whole=is_whole)
-    if encoding is None:
-        return _undecodable(head)
+    encoding = text_encoding(head, is_whole=is_whole) or "utf-8"
     if encoding not in ("utf-8", "utf-8-sig"):
         return RecordError(
             "wrong_encoding", f"text in {_ENCODING_NAMES[encoding[:6]]}", "UTF-8", f"save the file as UTF-8, or {CONVERT}"
         )
     text = decoded(head, encoding, is_whole=is_whole)
-    return _not_the_data(text) or _structure(text, is_whole=is_whole, is_prompts=is_prompts)
+    return not_the_data(text) or _structure(text, is_whole=is_whole, is_prompts=is_prompts)
+
+
+def no_text(head: bytes, *, is_whole: bool) -> RecordError | None:
+    """Return what the file is if it is no text in a known encoding, or None."""
+    return _binary_format(head) or (None if text_encoding(head, is_whole=is_whole) else _undecodable(head))
 
 
 def stream_format(head: bytes) -> str | None:
@@ -164,12 +167,12 @@ def _binary_format(head: bytes) -> RecordError | None:
     for magic, name, fix in _SIGNATURES:
         if head.startswith(magic):
             return RecordError("wrong_format", name, _FORMAT, fix)
-    if name := stream_format(head):
+    if stream := stream_format(head):
         return RecordError(
             "compressed",
-            f"{name} data under a name without its suffix, or compressed twice",
+            f"{stream} data under a name without its suffix, or compressed twice",
             "plain JSONL, or a name that ends in .jsonl.gz or .jsonl.zst",
-            "rename it to .jsonl.gz or .jsonl.zst" if not head.startswith(b"PK") else "unpack it",
+            "rename it to .jsonl.gz or .jsonl.zst",
         )
     archive = next((name for magic, name in _ARCHIVES if head.startswith(magic)), None)
     if archive == "zip":
@@ -195,8 +198,8 @@ def _binary_format(head: bytes) -> RecordError | None:
     return None
 
 
-def _undecodable(head: bytes) -> RecordError | None:
-    """Describe bytes that are no text in a known encoding; None if only a few lines are affected."""
+def _undecodable(head: bytes) -> RecordError:
+    """Describe bytes that are no text in a known encoding."""
     if not head.strip(b"\0"):
         return RecordError(
             "wrong_format", "only zero bytes", _FORMAT, "copy the file again; an interrupted copy or a full disk leaves such files"
@@ -300,7 +303,7 @@ def _has_many_controls(head: bytes) -> bool:
 # --- text that is something else -------------------------------------------------------------------------
 
 
-def _not_the_data(text: str) -> RecordError | None:
+def not_the_data(text: str) -> RecordError | None:
     """Recognize what a store, a host or Git left in place of the file."""
     start = text.lstrip()[:4096]
     if start.startswith("version https://git-lfs.github.com/spec/"):
@@ -350,7 +353,7 @@ def _structure(text: str, *, is_whole: bool, is_prompts: bool) -> RecordError | 
         of = f", in {shape}" if shape and shape is not Shape.OTHER else ""
         fix = CONVERT if shape is None or shape in CONVERTIBLE else "write one object a line"
         return RecordError("wrong_layout", f"{layout}{of}", _ONE_OBJECT_A_LINE, fix)
-    return _plain_text(text, is_whole=is_whole)
+    return plain_text(text, is_whole=is_whole)
 
 
 def _wrong_shape(shape: Shape | None, items: Sequence[Mapping[str, Any]], *, is_prompts: bool) -> RecordError | None:
@@ -373,7 +376,8 @@ def _wrong_shape(shape: Shape | None, items: Sequence[Mapping[str, Any]], *, is_
     return RecordError("wrong_schema", got, expected, fix)
 
 
-def _plain_text(text: str, *, is_whole: bool) -> RecordError | None:
+def plain_text(text: str, *, is_whole: bool) -> RecordError | None:
+    """Recognize YAML and prose."""
     if re.match(r"(---\s*\n|%YAML|- *[\w가-힣]+:(\s|$))", text) or (
         re.match(r"[\w가-힣]+:(\s|$)", text) and len(re.findall(r"^ *(- )?[\w가-힣]+:(?:\s|$)", text, re.MULTILINE)) >= 3
     ):
@@ -475,7 +479,8 @@ def _value(text: str) -> object:
 
 def _objects_after(text: str, at: int) -> list[dict[str, Any]]:
     """Return the first objects in `text` from `at` on, up to 20, as far as they are complete; commas may separate them."""
-    decoder, found = json.JSONDecoder(), []
+    decoder = json.JSONDecoder()
+    found: list[dict[str, Any]] = []
     gap = re.compile(r"[\s,]*")
     while len(found) < 20:
         at = gap.match(text, at).end()  # type: ignore[union-attr]  # matches everywhere
@@ -565,8 +570,3 @@ def item_shape(item: Mapping[str, Any]) -> Shape | None:
     if "error" in keys or {"message", "status"} <= keys:
         return Shape.ERROR
     return Shape.OTHER if keys and not keys & {"instruction", "context", "input", "output"} else None
-
-
-def known_columns(names: Iterable[object]) -> int:
-    """Return how many different columns `names` contains."""
-    return len({column for name in names if (column := column_of(name))})

@@ -191,10 +191,10 @@ def _wrongly_called_compressed(raw: bytes, suffix: str) -> RecordError | None:
     return RecordError("compressed", f"plain text under a name that ends in {suffix}", expected, f"remove {suffix} from the name")
 
 
-def parse_record(text: str, number: int = 1) -> Line[TrainingRecord]:
+def parse_record(text: str, number: int = 1, limits: LimitsConfig = DEFAULT_LIMITS) -> Line[TrainingRecord]:
     """Parse one line of JSON into a record or its problems, which refer to line `number`. Never raises."""
     try:
-        return _read_text(text, number, TrainingRecord, DEFAULT_LIMITS)
+        return _read_text(text, number, TrainingRecord, limits)
     except RecordError as fault:
         return _bad_line(number, fault)
 

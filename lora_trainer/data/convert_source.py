@@ -1,0 +1,331 @@
+"""Read the records of a file in another format as JSON objects, each with the line or row that it begins on."""
+
+from __future__ import annotations
+
+import ast
+import csv
+import io
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+from lora_trainer.config import LimitsConfig
+from lora_trainer.data.compression import CorruptStreamError, DecompressedTooLargeError, detect_compression, open_data
+from lora_trainer.data.convert_columns import Column, columns_of
+from lora_trainer.data.convert_workbook import Cell, read_sheet
+from lora_trainer.data.file_kinds import (
+    HEAD_BYTES,
+    Layout,
+    Table,
+    decoded,
+    is_workbook,
+    layout_of,
+    no_text,
+    not_the_data,
+    plain_text,
+    table_of,
+    text_encoding,
+    without_trailing_commas,
+)
+from lora_trainer.data.problems import RecordError
+from lora_trainer.data.record_errors import described
+from lora_trainer.data.strict_json import RECORD_SHAPE, decode_json, is_quotable
+
+MAX_BYTES: Final = 256 * 2**20
+"""Largest file that `convert` reads, decompressed: it holds the whole file in memory."""
+# the tree that Python builds for a literal is fifty times as large as its text
+_MAX_PYTHON_CHARACTERS: Final = 4 * 2**20
+_HEADER_ROWS: Final = 20
+_MAX_NAMED: Final = 10
+# a JSON string, an unmatched quote, or a bracket
+_TOKEN: Final = re.compile(r'"(?:[^"\\]++|\\.)*+"|["\[\]{}]', re.DOTALL)
+_BETWEEN: Final = " \t\r\n,[]"
+_TEXT_COLUMNS: Final = frozenset((Column.INSTRUCTION, Column.SUMMARY, Column.INPUT, Column.TEXT))
+
+
+class Item(NamedTuple):
+    """One object of the file, or what is wrong with it."""
+
+    line: int
+    """Line, or row of a sheet, from 1."""
+    value: Mapping[str, Any] | RecordError
+
+
+@dataclass(slots=True)
+class Source:
+    """The objects of a file in its order, and remarks for its author."""
+
+    items: list[Item] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def read_source(path: Path, limits: LimitsConfig, sheet: str | None) -> Source:
+    """Return the objects of `path`. Raises `RecordError` for a file that holds none, and `OSError`."""
+    data = _content(path, limits)
+    head, is_whole = data[:HEAD_BYTES], len(data) <= HEAD_BYTES
+    if not head.strip():
+        raise RecordError("empty_file", "an empty file", "records", "check that it is the right file and was copied completely")
+    if is_workbook(head):
+        found = read_sheet(data, limits, sheet)
+        source = _of_rows(found.rows, None)
+        source.notes = [*found.notes, *source.notes]
+        return source
+    if sheet is not None:
+        raise RecordError("no_sheets", "a file without sheets", "an XLSX file for --sheet", "remove --sheet")
+    if fault := no_text(head, is_whole=is_whole):
+        raise fault
+    text = decoded(data, text_encoding(head, is_whole=is_whole) or "utf-8", is_whole=True)
+    beginning = text if is_whole else decoded(head, text_encoding(head, is_whole=False) or "utf-8", is_whole=False)
+    if fault := not_the_data(beginning):
+        raise fault
+    return _of_text(text, beginning, is_whole=is_whole, limits=limits)
+
+
+def _content(path: Path, limits: LimitsConfig) -> bytes:
+    with path.open("rb") as file:
+        suffix = detect_compression(file.read(4))
+    max_bytes = min(MAX_BYTES, limits.decompressed_bytes)
+    too_large = RecordError(
+        "too_large",
+        f"more than {max_bytes:,} bytes of content",
+        f"at most {max_bytes:,}",
+        "split the file, or raise limits.decompressed_bytes",
+    )
+    try:
+        # by content and not by name: this command is for files that are not what their name says
+        with open_data(path, max_bytes, limits.compression_ratio, suffix) as file:
+            data = file.read(max_bytes + 1)
+    except CorruptStreamError as error:
+        raise RecordError("corrupt_stream", str(error), "a whole compressed file", "copy or compress the file again") from None
+    except DecompressedTooLargeError:
+        raise too_large from None
+    if len(data) > max_bytes:
+        raise too_large
+    return data
+
+
+# --- JSON ------------------------------------------------------------------------------------------------
+
+
+def _of_text(text: str, beginning: str, *, is_whole: bool, limits: LimitsConfig) -> Source:
+    layout, _ = layout_of(beginning, is_whole=is_whole)
+    if layout is Layout.TABLE and (table := table_of(beginning)):
+        return _of_csv(text, table)
+    if layout is None and (fault := plain_text(beginning, is_whole=is_whole)):
+        raise fault
+    if layout is Layout.COLUMNS:
+        return Source(list(_of_columns(text, limits)))
+    if layout is Layout.WRAPPER:
+        items = list(_scanned(text, 2, limits, is_wrapped=True)) or list(_scanned(text, 1, limits, is_wrapped=True))
+        return Source(items, ["left out what stands around the list of records"])
+    if layout is Layout.PYTHON:
+        return Source(list(_of_python(text, limits)))
+    if layout in (Layout.ARRAY, Layout.PRETTY, Layout.CONCATENATED, Layout.SEPARATED, Layout.TRAILING):
+        return Source(list(_scanned(text, int(layout is Layout.ARRAY), limits)))
+    return Source(
+        [item for line, piece in enumerate(text.split("\n"), 1) if piece.strip() for item in _of_line(line, piece, limits)]
+    )
+
+
+def _of_line(line: int, text: str, limits: LimitsConfig) -> Iterator[Item]:
+    try:
+        value = _decoded_object(text, limits)
+        if isinstance(value, str):
+            value = decode_json(value, limits)
+    except RecordError as fault:
+        yield Item(line, fault)
+        return
+    for one in value if isinstance(value, list) else [value]:
+        yield Item(line, one if isinstance(one, dict) else _not_an_object(one))
+
+
+def _decoded_object(text: str, limits: LimitsConfig) -> object:
+    try:
+        return decode_json(text, limits)
+    except RecordError as fault:
+        mended = without_trailing_commas(re.sub(r",\s*$", "", text))
+        if fault.code != "not_json" or mended == text:
+            raise
+        return decode_json(mended, limits)
+
+
+def _not_an_object(value: object) -> RecordError:
+    return RecordError("not_an_object", described(value), RECORD_SHAPE, "write one object for each record")
+
+
+def _scanned(text: str, depth: int, limits: LimitsConfig, *, is_wrapped: bool = False) -> Iterator[Item]:
+    """Yield each object that `depth` brackets enclose: 0 for objects in a row, 1 for an array, 2 for a list in an object.
+
+    Other content between the objects is an error, except inside the object that wraps them.
+    """
+    open_brackets: list[str] = []
+    start, line, counted, gap = -1, 1, 0, 0
+    for token in _TOKEN.finditer(text):
+        first, at = text[token.start()], token.start()
+        if first in "[{":
+            if len(open_brackets) == depth and first == "{" and start < 0 and (depth < 2 or open_brackets[-1] == "["):
+                start = at
+                line, counted = line + text.count("\n", counted, at), at
+                if not is_wrapped and (between := text[gap:at].strip(_BETWEEN)):
+                    yield Item(line, _leftover(between))
+            open_brackets.append(first)
+        elif first in "]}":
+            del open_brackets[-1:]
+            if start >= 0 and len(open_brackets) == depth:
+                yield from _of_line(line, text[start : token.end()], limits)
+                start, gap = -1, token.end()
+        elif token.end() - at == 1:
+            # a string without its end: everything after it is lost
+            break
+    if start >= 0:
+        broken = RecordError(
+            "truncated",
+            "an object without its end",
+            "a whole object",
+            "mend the quotes or brackets from there on, or copy the file again",
+        )
+        yield Item(line, broken)
+    elif not is_wrapped and (rest := text[gap:].strip(_BETWEEN)):
+        yield Item(line + text.count("\n", counted, gap), _leftover(rest))
+
+
+def _leftover(text: str) -> RecordError:
+    return RecordError(
+        "not_an_object", f"{len(text):,} characters outside the objects", RECORD_SHAPE, "remove them, or write them as an object"
+    )
+
+
+def _of_columns(text: str, limits: LimitsConfig) -> Iterator[Item]:
+    try:
+        whole: dict[str, Any] = json.loads(text)
+    except (ValueError, RecursionError):
+        raise RecordError("not_json", "something that is not JSON", RECORD_SHAPE, "write it with a JSON library") from None
+    columns = {name: list(value.values()) if isinstance(value, dict) else value for name, value in whole.items()}
+    lists = {name: value for name, value in columns.items() if isinstance(value, list)}
+    lengths = {len(value) for value in lists.values()}
+    if len(lengths) != 1:
+        raise RecordError(
+            "uneven_columns", "columns of different lengths", "a value for each record in each column", "export it as rows"
+        )
+    for number in range(lengths.pop()):
+        row = {name: value[number] for name, value in lists.items()}
+        yield from (Item(number + 1, item.value) for item in _of_line(1, json.dumps(row), limits))
+
+
+def _of_python(text: str, limits: LimitsConfig) -> Iterator[Item]:
+    lines = text.split("\n")
+    is_by_line = all(line.lstrip()[:1] in ("{", "") for line in lines) and all(
+        line.rstrip()[-1:] in ("}", ",", "") for line in lines
+    )
+    pieces = enumerate(lines, 1) if is_by_line else [(1, text)]
+    for line, piece in pieces:
+        if piece.strip():
+            try:
+                value = _python_value(piece.strip().rstrip(","))
+            except RecordError as fault:
+                yield Item(line, fault)
+                continue
+            yield from _of_line(line, value, limits)
+
+
+def _python_value(text: str) -> str:
+    """Return the JSON of a Python literal. Nothing in it runs."""
+    if len(text) > _MAX_PYTHON_CHARACTERS:
+        raise RecordError(
+            "too_large",
+            f"a Python literal of {len(text):,} characters",
+            f"at most {_MAX_PYTHON_CHARACTERS:,}",
+            "write it with json.dumps",
+        )
+    try:
+        return json.dumps(ast.literal_eval(text))
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        raise RecordError("not_json", "a Python value that is not a literal", RECORD_SHAPE, "write it with json.dumps") from None
+
+
+# --- tables ----------------------------------------------------------------------------------------------
+
+
+def _of_csv(text: str, table: Table) -> Source:
+    rows: list[tuple[int, Sequence[Cell]]] = []
+    # a quote that is not closed makes one huge cell, which is reported as too long; the module's own limit would end the reading
+    before = csv.field_size_limit(max(len(text), 1))
+    try:
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=table.delimiter)
+        start = 1
+        for row in reader:
+            rows.append((start, row))
+            start = reader.line_num + 1
+    except csv.Error:
+        raise RecordError("not_csv", "a table that cannot be read", "CSV", "save it as CSV in UTF-8 again") from None
+    finally:
+        csv.field_size_limit(before)
+    return _of_rows(rows, table.header)
+
+
+def _of_rows(rows: Sequence[tuple[int, Sequence[Cell]]], header: int | None) -> Source:
+    """Return the rows below the header as objects with the names of `Column`."""
+    if header is None:
+        header = next(
+            (index for index, (_, row) in enumerate(rows[:_HEADER_ROWS]) if len(set(columns_of(row)) - {None}) >= 2), None
+        )
+    if header is None:
+        raise RecordError(
+            "no_header",
+            f"no column names that are known in the first {_HEADER_ROWS} rows",
+            "a row with instruction, summary, feeling, intensity, input, reply and face, or their Korean names",
+            "name the columns; docs/data-format.md lists the names",
+        )
+    line, names = rows[header]
+    columns = columns_of(names)
+    source = Source()
+    for column in Column:
+        if columns.count(column) > 1:
+            same = ", ".join(f"'{name}'" for name, found in zip(names, columns, strict=True) if found is column)
+            raise RecordError(
+                "same_column",
+                f"the columns {same}, which all mean {column}",
+                f"one column for {column}",
+                "rename or remove the others",
+            )
+    if header:
+        source.notes.append(f"took row {line} as the column names and left out what is above it")
+    # a header that a damaged file lacks may be training text, so only plain names are quoted
+    unknown = [
+        f"'{name}'" if isinstance(name, str) and is_quotable(name) else f"number {number}"
+        for number, (name, column) in enumerate(zip(names, columns, strict=True), 1)
+        if column is None and not _is_empty(name)
+    ]
+    if unknown:
+        more = ", …" if len(unknown) > _MAX_NAMED else ""
+        source.notes.append(f"left out columns that no record has: {', '.join(unknown[:_MAX_NAMED])}{more}")
+    for line, row in rows[header + 1 :]:
+        if any(not _is_empty(cell) for cell in row):
+            source.items.append(Item(line, _of_row(row, columns)))
+    return source
+
+
+def _of_row(row: Sequence[Cell], columns: Sequence[Column | None]) -> Mapping[str, Any] | RecordError:
+    if any(not _is_empty(cell) for cell in row[len(columns) :]):
+        return RecordError(
+            "too_many_cells",
+            f"{len(row)} cells",
+            f"{len(columns)}, as in the row of names",
+            "quote cells that contain the separator",
+        )
+    found: dict[str, Any] = {}
+    for cell, column in zip(row, columns, strict=False):
+        if column is None or _is_empty(cell):
+            continue
+        if isinstance(cell, RecordError):
+            return RecordError(cell.code, f"{cell.got} in the column {column}", cell.expected, cell.fix)
+        is_number = isinstance(cell, int | float) and not isinstance(cell, bool)
+        found[column] = f"{cell:.15g}" if column in _TEXT_COLUMNS and is_number else cell
+    return found
+
+
+def _is_empty(cell: Cell) -> bool:
+    return cell is None or (isinstance(cell, str) and not cell.strip())
