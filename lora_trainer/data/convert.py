@@ -27,7 +27,7 @@ from lora_trainer.data.convert_columns import (
 from lora_trainer.data.convert_source import Item, read_source
 from lora_trainer.data.file_kinds import Shape, item_shape
 from lora_trainer.data.jsonl import parse_record
-from lora_trainer.data.problems import Problem, RecordError, Severity
+from lora_trainer.data.problems import ConversionError, Problem, RecordError, Severity
 from lora_trainer.data.record_errors import described
 from lora_trainer.data.records import EXPECTED_BY_FIELD, TrainingRecord
 from lora_trainer.data.strict_json import decode_json, is_quotable
@@ -199,7 +199,7 @@ def _drafts(item: Item, value: Mapping[str, Any], defaults: Defaults, limits: Li
     elif shape in (None, Shape.FLAT, Shape.PAIRS):
         yield _of_columns(item.line, value, limits)
     else:
-        raise RecordError(
+        raise ConversionError(
             "not_convertible",
             str(shape),
             "a question and its answer",
@@ -226,7 +226,7 @@ def _of_columns(line: int, value: Mapping[str, Any], limits: LimitsConfig) -> _D
     columns = columns_of(names)
     for column in set(columns) - {None}:
         if columns.count(column) > 1:
-            raise RecordError(
+            raise ConversionError(
                 "same_column",
                 f"{columns.count(column)} keys that mean {column}",
                 f"one key for {column}",
@@ -239,7 +239,7 @@ def _of_columns(line: int, value: Mapping[str, Any], limits: LimitsConfig) -> _D
 
 def _of_alpaca(value: Mapping[str, Any]) -> dict[Column, Any]:
     if value.get("history"):
-        raise RecordError(
+        raise ConversionError(
             "several_turns",
             "earlier turns in `history`",
             "one question and one answer",
@@ -284,14 +284,14 @@ def _of_chat(line: int, value: Mapping[str, Any], defaults: Defaults, limits: Li
     roles = [role for role, _ in talk]
     pairs = len(talk) // 2
     if not talk or roles != [_USER, _ASSISTANT] * pairs:
-        raise RecordError(
+        raise ConversionError(
             "turns",
             f"{len(talk)} turns that do not alternate",
             "a user's turn and an answer, by turns",
             "remove what has no counterpart",
         )
     if pairs > 1 and not defaults.split_turns:
-        raise RecordError(
+        raise ConversionError(
             "several_turns",
             "a conversation of several answers",
             "one question and one answer",
@@ -307,13 +307,13 @@ def _turns(value: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     turns = next((body[key] for key in ("messages", "conversations", "conversation", "contents") if key in body), None)
     for turn in turns if isinstance(turns, list) else [None]:
         if not isinstance(turn, dict):
-            raise RecordError(
+            raise ConversionError(
                 "turns", described(turn) + " as a turn", "an object with role and content", "write each turn as an object"
             )
         role = turn.get("role", turn.get("from", turn.get("speaker")))
         known = _ROLES.get(role.strip().lower()) if isinstance(role, str) else None
         if known is None or turn.get("tool_calls") or turn.get("function_call"):
-            raise RecordError(
+            raise ConversionError(
                 "turns", "a turn of a tool or an unknown role", "system, user and assistant", "remove it, or name its role"
             )
         yield known, _turn_text(turn.get("content", turn.get("value", turn.get("parts", turn.get("text")))))
@@ -330,7 +330,7 @@ def _turn_text(content: object) -> str:
         else []
     )
     if not texts or not all(isinstance(text, str) for text in texts):
-        raise RecordError("turns", "a turn whose content is not only text", "text", "remove images and other parts")
+        raise ConversionError("turns", "a turn whose content is not only text", "text", "remove images and other parts")
     return "\n".join(str(text) for text in texts)
 
 
@@ -344,15 +344,17 @@ def _with_reply(values: dict[Column, Any], limits: LimitsConfig) -> dict[Column,
         try:
             reply = decode_json(inner, limits)
         except RecordError as fault:
-            raise RecordError("output_not_json", fault.got, EXPECTED_BY_FIELD["output"], "write it with json.dumps") from None
+            raise ConversionError("output_not_json", fault.got, EXPECTED_BY_FIELD["output"], "write it with json.dumps") from None
     if not isinstance(reply, dict):
         return values
     if unknown := [key for key in reply if key not in ("text", "emotion")]:
-        raise RecordError(
+        raise ConversionError(
             "unknown_field", f"a reply with {len(unknown)} other keys", EXPECTED_BY_FIELD["output"], "remove or rename them"
         )
     if reply.get("text") is None:
-        raise RecordError("missing_field", "a reply without text", EXPECTED_BY_FIELD["output"], "write it, or remove the record")
+        raise ConversionError(
+            "missing_field", "a reply without text", EXPECTED_BY_FIELD["output"], "write it, or remove the record"
+        )
     return values | _given({Column.TEXT: reply["text"], Column.FACE: reply.get("emotion")})
 
 
@@ -373,7 +375,7 @@ def _persona(value: object) -> BloodType | None:
         return None
     if isinstance(value, str) and (found := blood_type_of(value)):
         return found
-    raise RecordError("unknown_value", described(value), "A, B, O or AB", "write the blood type as one of them")
+    raise ConversionError("unknown_value", described(value), "A, B, O or AB", "write the blood type as one of them")
 
 
 def _assembled(
@@ -399,7 +401,7 @@ def _assembled(
     for column, name in _FIELDS.items():
         if column is not Column.SUMMARY and values.get(column) is None:
             fix = _OPTIONS.get(column, f"add '{column}'")
-            problems.append(_problem(draft.line, name, RecordError("missing_field", "nothing", EXPECTED_BY_FIELD[name], fix)))
+            problems.append(_problem(draft.line, name, ConversionError("missing_field", "nothing", EXPECTED_BY_FIELD[name], fix)))
     if problems:
         return problems, {}
     feeling, face = values[Column.FEELING], values[Column.FACE]
@@ -438,7 +440,7 @@ class _Intensities:
             if (found := intensity_word(value)) is not None:
                 self._words[value.strip(), found] += 1
                 return found
-            raise RecordError(
+            raise ConversionError(
                 "out_of_range", described(value), "a number from 0 to 1, a percentage, or 강함, 보통 or 약함", "write a number"
             )
         return value
@@ -447,14 +449,14 @@ class _Intensities:
         if self._scale:
             return round(number / self._scale, 4)
         if number < 0 or number > 100:
-            raise RecordError(
+            raise ConversionError(
                 "out_of_range", f"{number:g}", EXPECTED_BY_FIELD["context.current_emotion.intensity"], "use 0 (barely) to 1 (fully)"
             )
         if number > 10 or (number >= 1 and self._is_percent):
             self._percentages += 1
             return round(number / 100, 4)
         if number > 1:
-            raise RecordError(
+            raise ConversionError(
                 "unclear_scale",
                 "a number from 1 to 10",
                 "a number from 0 to 1",

@@ -30,7 +30,7 @@ from lora_trainer.data.file_kinds import (
     text_encoding,
     without_trailing_commas,
 )
-from lora_trainer.data.problems import RecordError
+from lora_trainer.data.problems import ConversionError, RecordError
 from lora_trainer.data.record_errors import described
 from lora_trainer.data.strict_json import RECORD_SHAPE, decode_json, is_quotable
 
@@ -67,14 +67,14 @@ def read_source(path: Path, limits: LimitsConfig, sheet: str | None) -> Source:
     data = _content(path, limits)
     head, is_whole = data[:HEAD_BYTES], len(data) <= HEAD_BYTES
     if not head.strip():
-        raise RecordError("empty_file", "an empty file", "records", "check that it is the right file and was copied completely")
+        raise ConversionError("empty_file", "an empty file", "records", "check that it is the right file and was copied completely")
     if is_workbook(head):
         found = read_sheet(data, limits, sheet)
         source = _of_rows(found.rows, None)
         source.notes = [*found.notes, *source.notes]
         return source
     if sheet is not None:
-        raise RecordError("no_sheets", "a file without sheets", "an XLSX file for --sheet", "remove --sheet")
+        raise ConversionError("no_sheets", "a file without sheets", "an XLSX file for --sheet", "remove --sheet")
     if fault := no_text(head, is_whole=is_whole):
         raise fault
     text = decoded(data, text_encoding(head, is_whole=is_whole) or "utf-8", is_whole=True)
@@ -88,7 +88,7 @@ def _content(path: Path, limits: LimitsConfig) -> bytes:
     with path.open("rb") as file:
         suffix = detect_compression(file.read(4))
     max_bytes = min(MAX_BYTES, limits.decompressed_bytes)
-    too_large = RecordError(
+    too_large = ConversionError(
         "too_large",
         f"more than {max_bytes:,} bytes of content",
         f"at most {max_bytes:,}",
@@ -99,7 +99,7 @@ def _content(path: Path, limits: LimitsConfig) -> bytes:
         with open_data(path, max_bytes, limits.compression_ratio, suffix) as file:
             data = file.read(max_bytes + 1)
     except CorruptStreamError as error:
-        raise RecordError("corrupt_stream", str(error), "a whole compressed file", "copy or compress the file again") from None
+        raise ConversionError("corrupt_stream", str(error), "a whole compressed file", "copy or compress the file again") from None
     except DecompressedTooLargeError:
         raise too_large from None
     if len(data) > max_bytes:
@@ -153,7 +153,7 @@ def _decoded_object(text: str, limits: LimitsConfig) -> object:
 
 
 def _not_an_object(value: object) -> RecordError:
-    return RecordError("not_an_object", described(value), RECORD_SHAPE, "write one object for each record")
+    return ConversionError("not_an_object", described(value), RECORD_SHAPE, "write one object for each record")
 
 
 def _scanned(text: str, depth: int, limits: LimitsConfig, *, is_wrapped: bool = False) -> Iterator[Item]:
@@ -181,7 +181,7 @@ def _scanned(text: str, depth: int, limits: LimitsConfig, *, is_wrapped: bool = 
             # a string without its end: everything after it is lost
             break
     if start >= 0:
-        broken = RecordError(
+        broken = ConversionError(
             "truncated",
             "an object without its end",
             "a whole object",
@@ -193,7 +193,7 @@ def _scanned(text: str, depth: int, limits: LimitsConfig, *, is_wrapped: bool = 
 
 
 def _leftover(text: str) -> RecordError:
-    return RecordError(
+    return ConversionError(
         "not_an_object", f"{len(text):,} characters outside the objects", RECORD_SHAPE, "remove them, or write them as an object"
     )
 
@@ -202,12 +202,12 @@ def _of_columns(text: str, limits: LimitsConfig) -> Iterator[Item]:
     try:
         whole: dict[str, Any] = json.loads(text)
     except (ValueError, RecursionError):
-        raise RecordError("not_json", "something that is not JSON", RECORD_SHAPE, "write it with a JSON library") from None
+        raise ConversionError("not_json", "something that is not JSON", RECORD_SHAPE, "write it with a JSON library") from None
     columns = {name: list(value.values()) if isinstance(value, dict) else value for name, value in whole.items()}
     lists = {name: value for name, value in columns.items() if isinstance(value, list)}
     lengths = {len(value) for value in lists.values()}
     if len(lengths) != 1:
-        raise RecordError(
+        raise ConversionError(
             "uneven_columns", "columns of different lengths", "a value for each record in each column", "export it as rows"
         )
     for number in range(lengths.pop()):
@@ -234,7 +234,7 @@ def _of_python(text: str, limits: LimitsConfig) -> Iterator[Item]:
 def _python_value(text: str) -> str:
     """Return the JSON of a Python literal. Nothing in it runs."""
     if len(text) > _MAX_PYTHON_CHARACTERS:
-        raise RecordError(
+        raise ConversionError(
             "too_large",
             f"a Python literal of {len(text):,} characters",
             f"at most {_MAX_PYTHON_CHARACTERS:,}",
@@ -243,7 +243,9 @@ def _python_value(text: str) -> str:
     try:
         return json.dumps(ast.literal_eval(text))
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-        raise RecordError("not_json", "a Python value that is not a literal", RECORD_SHAPE, "write it with json.dumps") from None
+        raise ConversionError(
+            "not_json", "a Python value that is not a literal", RECORD_SHAPE, "write it with json.dumps"
+        ) from None
 
 
 # --- tables ----------------------------------------------------------------------------------------------
@@ -260,7 +262,7 @@ def _of_csv(text: str, table: Table) -> Source:
             rows.append((start, row))
             start = reader.line_num + 1
     except csv.Error:
-        raise RecordError("not_csv", "a table that cannot be read", "CSV", "save it as CSV in UTF-8 again") from None
+        raise ConversionError("not_csv", "a table that cannot be read", "CSV", "save it as CSV in UTF-8 again") from None
     finally:
         csv.field_size_limit(before)
     return _of_rows(rows, table.header)
@@ -273,7 +275,7 @@ def _of_rows(rows: Sequence[tuple[int, Sequence[Cell]]], header: int | None) -> 
             (index for index, (_, row) in enumerate(rows[:_HEADER_ROWS]) if len(set(columns_of(row)) - {None}) >= 2), None
         )
     if header is None:
-        raise RecordError(
+        raise ConversionError(
             "no_header",
             f"no column names that are known in the first {_HEADER_ROWS} rows",
             "a row with instruction, summary, feeling, intensity, input, reply and face, or their Korean names",
@@ -285,7 +287,7 @@ def _of_rows(rows: Sequence[tuple[int, Sequence[Cell]]], header: int | None) -> 
     for column in Column:
         if columns.count(column) > 1:
             same = ", ".join(f"'{name}'" for name, found in zip(names, columns, strict=True) if found is column)
-            raise RecordError(
+            raise ConversionError(
                 "same_column",
                 f"the columns {same}, which all mean {column}",
                 f"one column for {column}",
@@ -310,7 +312,7 @@ def _of_rows(rows: Sequence[tuple[int, Sequence[Cell]]], header: int | None) -> 
 
 def _of_row(row: Sequence[Cell], columns: Sequence[Column | None]) -> Mapping[str, Any] | RecordError:
     if any(not _is_empty(cell) for cell in row[len(columns) :]):
-        return RecordError(
+        return ConversionError(
             "too_many_cells",
             f"{len(row)} cells",
             f"{len(columns)}, as in the row of names",
@@ -321,7 +323,7 @@ def _of_row(row: Sequence[Cell], columns: Sequence[Column | None]) -> Mapping[st
         if column is None or _is_empty(cell):
             continue
         if isinstance(cell, RecordError):
-            return RecordError(cell.code, f"{cell.got} in the column {column}", cell.expected, cell.fix)
+            return ConversionError(cell.code, f"{cell.got} in the column {column}", cell.expected, cell.fix)
         is_number = isinstance(cell, int | float) and not isinstance(cell, bool)
         found[column] = f"{cell:.15g}" if column in _TEXT_COLUMNS and is_number else cell
     return found

@@ -17,7 +17,7 @@ from typing import Any, Final
 from xml.parsers import expat
 
 from lora_trainer.config import LimitsConfig
-from lora_trainer.data.problems import RecordError
+from lora_trainer.data.problems import ConversionError, RecordError
 
 Cell = str | int | float | bool | None | RecordError
 """A value, None for an empty cell, or why a cell has none."""
@@ -28,7 +28,7 @@ _MAX_MERGES: Final = 2000
 _REFERENCE: Final = re.compile(r"([A-Z]{1,3})(\d{1,7})")
 # numbers of the built-in formats that show dates and times (ECMA-376, part 1, 18.8.30)
 _DATE_FORMATS: Final = frozenset((*range(14, 23), *range(27, 37), *range(45, 48), *range(50, 59)))
-_DAMAGED: Final = RecordError(
+_DAMAGED: Final = ConversionError(
     "damaged_workbook", "a damaged XLSX file", "an XLSX file", "open it and save it again, or save it as CSV in UTF-8"
 )
 
@@ -62,7 +62,7 @@ def read_sheet(data: bytes, limits: LimitsConfig, name: str | None) -> Sheet:
         raise _DAMAGED from None
     except RuntimeError:
         # zipfile's error for an encrypted part
-        raise RecordError(
+        raise ConversionError(
             "encrypted", "an encrypted XLSX file", "one without a password", "open it and save it without a password"
         ) from None
 
@@ -91,7 +91,7 @@ class _Parts:
             while chunk := file.read(64 * 1024):
                 self._left_bytes -= len(chunk)
                 if self._left_bytes < 0:
-                    raise RecordError(
+                    raise ConversionError(
                         "decompressed_too_large",
                         "an XLSX file that decompresses to more than the limits allow",
                         "no more than limits.decompressed_bytes and limits.compression_ratio allow",
@@ -108,7 +108,7 @@ class _Parts:
 
 
 def _refuse_doctype(*_: object) -> None:
-    raise RecordError("damaged_workbook", "an XLSX file with a document type", "XML without one", "open it and save it again")
+    raise ConversionError("damaged_workbook", "an XLSX file with a document type", "XML without one", "open it and save it again")
 
 
 def _ignore(_: object) -> None:
@@ -141,7 +141,7 @@ def _sheet_part(parts: _Parts, name: str | None, notes: list[str]) -> str:
     wanted = [one for one in sheets if one.get("name") == name] if name is not None else visible
     if len(wanted) != 1:
         got = f"no sheet called '{name}'" if name is not None else f"{len(visible)} visible sheets"
-        raise RecordError("sheets", got, f"one of {names}" if names else "a visible sheet", "name the sheet with --sheet")
+        raise ConversionError("sheets", got, f"one of {names}" if names else "a visible sheet", "name the sheet with --sheet")
     if hidden := len(sheets) - len(visible):
         notes.append(f"left out {hidden} hidden {'sheet' if hidden == 1 else 'sheets'}; --sheet NAME reads one")
     relation = next((value for key, value in wanted[0].items() if key.rpartition(":")[2] == "id"), "")
@@ -243,7 +243,7 @@ class _SheetReader:
     def _cell_value(self) -> Cell:
         value, kind = "".join(self._value), self._cell.get("t", "n")
         if self._has_formula and not self._has_value:
-            return RecordError(
+            return ConversionError(
                 "formula", "a formula without a saved result", "a value", "open the file in a spreadsheet program and save it"
             )
         if not self._has_value:
@@ -251,11 +251,11 @@ class _SheetReader:
         if kind == "s":
             return self._strings[int(value)] if value.isdecimal() and int(value[:9]) < len(self._strings) else None
         if kind == "e":
-            return RecordError("cell_error", "an error value such as #N/A", "a value", "mend the cell")
+            return ConversionError("cell_error", "an error value such as #N/A", "a value", "mend the cell")
         if kind == "b":
             return value == "1"
         if kind == "d" or (kind == "n" and self._is_date()):
-            return RecordError("date_cell", "a date", "text or a number", "format the cell as text and write what is meant")
+            return ConversionError("date_cell", "a date", "text or a number", "format the cell as text and write what is meant")
         if kind == "n":
             number = float(value) if value else 0.0
             return int(number) if number.is_integer() and abs(number) < 1e15 else number
@@ -275,7 +275,7 @@ def _column(letters: str) -> int:
 
 def _mark_merged(rows: list[tuple[int, list[Cell]]], merges: list[tuple[int, int, int, int]]) -> None:
     """Replace the empty cells of merged ranges by the reason why they are empty."""
-    fault = RecordError(
+    fault = ConversionError(
         "merged_cell", "a cell merged with another", "a value in each row", "split the merged cells and fill each row"
     )
     for number, row in rows:

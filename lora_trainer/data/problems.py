@@ -58,3 +58,7 @@ class RecordError(ValueError):
 
 class IncompleteJsonError(RecordError):
     """JSON that ends too early. On a file's last line, the file is probably truncated."""
+
+
+class ConversionError(RecordError):
+    """A problem that only `convert` reports."""

@@ -629,3 +629,23 @@ def test_an_object_of_a_store(bucket: str, capsys: pytest.CaptureFixture[str], t
     assert run_cli(["convert", f"s3://{bucket}/in/train_data_type_A.xlsx", "-o", str(tmp_path / "a.jsonl")]) == 0
     assert [line.record for line in JsonlReader(tmp_path / "a.jsonl")] == RECORDS
     assert "20 records written" in capsys.readouterr().err
+
+
+def documented_commands() -> list[list[str]]:
+    text = (REPOSITORY / "docs" / "data-format.md").read_text(encoding="utf-8").split("## From another format")[1]
+    block = text.split("```bash\n")[1].split("```")[0]
+    return [line.split()[1:] for line in block.splitlines()]
+
+
+def test_the_commands_of_the_documents_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("records.json").write_text(str(FORMS["array"]), encoding="utf-8")
+    Path("dialogues.xlsx").write_bytes((REPOSITORY / "tests" / "assets" / "dialogues.xlsx").read_bytes())
+    Path("chats.jsonl").write_text(json_lines([PLAIN_CHAT]), encoding="utf-8")
+    *conversions, check = documented_commands()
+    for command in conversions:
+        assert run_cli(command) == 0, capsys.readouterr().err
+    assert check == ["validate", "new/*.jsonl"]
+    assert run_cli(["validate", "--no-tokens", *map(str, Path("new").glob("*.jsonl"))]) == 0

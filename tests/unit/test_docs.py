@@ -255,7 +255,7 @@ def test_every_command_and_option_is_documented() -> None:
     for command_name, command in cli.commands.items():
         line = by_command[command_name]
         inherited = run_options - {"--fresh"} if "the settings options of `run`" in line else set()
-        assert set(re.findall(r"`(--[a-z_-]+)`", line)) | inherited == option_names(command), command_name
+        assert set(re.findall(r"`(--?[a-z_-]+)`", line)) | inherited == option_names(command), command_name
 
 
 def option_names(command: click.Command) -> set[str]:
