@@ -13,6 +13,7 @@ from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 from typing import Final
 
+from lora_trainer.base_files.check import BaseFiles, check_base
 from lora_trainer.config import BaseModelConfig
 from lora_trainer.errors import ConfigError, StorageError
 from lora_trainer.store.interface import ReadResult
@@ -84,11 +85,17 @@ def require_safetensors(folder: Path) -> None:
 
 
 def fetch_base(base: Base, config: BaseModelConfig) -> Path:
-    """Return the folder with the base's files, downloading a hub model to the hub's own cache.
+    """Return the folder with the base's files, downloading a hub model to the hub's own cache and checking it.
 
-    Raises `ConfigError` if the hub does not have it or requires a token, `StorageError` if the hub cannot be reached.
+    Raises `ConfigError` if the hub does not have it or requires a token, or it is broken, `StorageError` if the hub cannot be
+    reached.
     """
-    return base.folder or _download(config, MODEL_FILES)
+    if base.folder is not None:
+        return base.folder
+    folder = _download(config, MODEL_FILES)
+    _check_complete(str(folder), [path.name for path in folder.iterdir()])
+    check_base(BaseFiles.of_folder(folder))
+    return folder
 
 
 def _download(config: BaseModelConfig, patterns: Sequence[str]) -> Path:
@@ -141,23 +148,26 @@ def tokenizer_folder(config: BaseModelConfig, retry_budget: RetryBudget | None =
 
 
 def require_base(config: BaseModelConfig, retry_budget: RetryBudget | None = None) -> str:
-    """Check that a folder or `s3://` prefix contains a readable model: list its files and read a small one.
+    """Check the files of a folder or `s3://` prefix without fetching its weights: only their headers are read.
 
-    Return the result as text. Hub ids are not checked. Raises `ConfigError` if there is no model, `StorageError` if
-    the files cannot be listed or read.
+    Return the result as text. A hub model is checked when it is downloaded. Raises `ConfigError` if there is no model or it is
+    broken, `StorageError` if the files cannot be listed or read.
     """
     if config.model.startswith("s3://"):
         _cache_dir(config)
         storage = open_storage(config.model, retry_budget)
-        names = [item.key for item in storage.list("") if "/" not in item.key and _is_model_file(item.key)]
-        _check_complete(storage.uri, names)
-        # permission to list does not imply permission to read
-        storage.read_bytes("config.json")
+        sizes = {item.key: item.size_bytes for item in storage.list("") if "/" not in item.key}
+        files = BaseFiles(storage.uri, sizes, storage.read_range)
     elif _is_folder(config.model):
-        names = [path.name for path in _model_files(_local_folder(config.model))]
+        folder = _local_folder(config.model)
+        _model_files(folder)
+        files = BaseFiles.of_folder(folder)
     else:
-        return "a hub id, which is not checked"
-    return f"{len(names)} model files"
+        return "a hub id, which is checked when it is downloaded"
+    _check_complete(files.where, files.sizes)
+    check_base(files)
+    count = sum(map(_is_model_file, files.sizes))
+    return f"{count} model files, the weights by their headers"
 
 
 def _cache_dir(config: BaseModelConfig) -> Path:
@@ -181,9 +191,9 @@ def _local_folder(model: str) -> Path:
 def _model_files(folder: Path) -> list[Path]:
     if not folder.is_dir():
         raise ConfigError(f"base.model: {folder}: no such folder; expected one with config.json and *.safetensors")
-    files = sorted(path for path in folder.iterdir() if path.is_file() and _is_model_file(path.name))
+    files = sorted(path for path in folder.iterdir() if path.is_file())
     _check_complete(str(folder), [path.name for path in files])
-    return files
+    return [path for path in files if _is_model_file(path.name)]
 
 
 def _is_model_file(name: str) -> bool:
@@ -191,8 +201,18 @@ def _is_model_file(name: str) -> bool:
     return not name.startswith(".") and any(fnmatch(name, pattern) for pattern in MODEL_FILES)
 
 
+def _is_other_weights(name: str) -> bool:
+    return name.lower().endswith((*_PICKLED, ".gguf", ".h5", ".msgpack", ".onnx"))
+
+
 def _check_complete(where: str, names: Iterable[str]) -> None:
     names = set(names)
+    if not any(name.endswith(".safetensors") for name in names) and (others := sorted(filter(_is_other_weights, names))):
+        raise ConfigError(
+            f"base.model: {where}: got {', '.join(others[:3])}, expected *.safetensors: pickled weights can run code and are "
+            "never loaded; convert them where you trust them (AutoModelForCausalLM.from_pretrained(…).save_pretrained(…) "
+            "writes safetensors), or use a repository that has them"
+        )
     missing = [name for name in ("config.json", "tokenizer.json") if name not in names]
     if not any(name.endswith(".safetensors") for name in names):
         missing.append("*.safetensors")
@@ -215,8 +235,9 @@ def _mirror(uri: str, cache_dir: Path, retry_budget: RetryBudget | None) -> Path
     """Update the local copy of an `s3://` prefix under `cache_dir`, downloading only changed objects, and return its folder."""
     storage = open_storage(uri, retry_budget)
     folder = cache_dir / "bases" / hashlib.sha256(storage.uri.encode()).hexdigest()[:16]
-    wanted = {item.key: item for item in storage.list("") if "/" not in item.key and _is_model_file(item.key)}
-    _check_complete(storage.uri, wanted)
+    listed = {item.key: item for item in storage.list("") if "/" not in item.key}
+    _check_complete(storage.uri, listed)
+    wanted = {key: item for key, item in listed.items() if _is_model_file(key)}
     local_storage = FileStorage(folder)
     known = _parse_record(local_storage.read_bytes(_MIRROR_RECORD))
     for item in local_storage.list(""):

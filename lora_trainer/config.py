@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, get_args, get_origin
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
 from lora_trainer.lists import listed
@@ -24,6 +24,9 @@ LOCATION: Final = Location()
 
 TargetModule = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 ALL_LINEAR: Final[tuple[TargetModule, ...]] = get_args(TargetModule)
+
+
+Quantization = Literal["auto", "nf4", "none"]
 
 
 class _Section(BaseModel):
@@ -143,8 +146,10 @@ class TrainingConfig(_Section):
     )
     held_out_fraction: float = Field(default=0.05, gt=0, lt=0.9, description="Share of the records to hold out, by a stable hash.")
     seed: int = Field(default=20, ge=0, lt=2**32, description="Order of the records, adapter initialisation and dropout.")
-    quantization: Literal["nf4", "none"] = Field(
-        default="nf4", description="Base weights: 4-bit NormalFloat with double quantization (QLoRA), or unquantized."
+    quantization: Quantization = Field(
+        default="auto",
+        description="Base weights: 4-bit NormalFloat with double quantization (QLoRA), or unquantized. "
+        "`auto`: nf4 on CUDA, none on the CPU.",
     )
     compute_dtype: Literal["bfloat16", "float32"] = Field(
         default="bfloat16", description="Type of activations and of unquantized weights."
@@ -433,6 +438,16 @@ class RunConfig(_Section):
     lease: LeaseConfig = LeaseConfig()
     limits: LimitsConfig = LimitsConfig()
     logging: LoggingConfig = LoggingConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _quantization_for_the_device(cls, values: Any) -> Any:
+        """Resolve `auto` here, so that run ids and manifests have the value that is used."""
+        training = values.get("training", {}) if isinstance(values, Mapping) else None
+        if not isinstance(training, Mapping) or training.get("quantization", "auto") != "auto":
+            return values
+        quantization = "none" if values.get("device") == "cpu" else "nf4"
+        return {**values, "training": {**training, "quantization": quantization}}
 
     @field_validator("data", "output")
     @classmethod

@@ -24,6 +24,7 @@ from lora_trainer.run.reevaluation import publish_new_verdict
 from lora_trainer.run.training import TrainingPlan, open_checkpoints, plan_training, save, stepping_down, train
 from lora_trainer.store.latest import count_start, forget_start
 from lora_trainer.train.backends import Backend
+from lora_trainer.train.requirements import require_stack
 from lora_trainer.train.trackers import require_installed
 
 
@@ -81,6 +82,7 @@ def persona_runs(
 
 def prepare(job: Job) -> Prepared | Outcome:
     """Phase 1: fetch and check the inputs, and identify the run. A run that already has its verdict ends here."""
+    require_stack(job.config)
     require_installed(job.config.logging.report_to)
     data = fetch(job)
     records = read(job, data)

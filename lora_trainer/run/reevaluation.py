@@ -40,6 +40,7 @@ from lora_trainer.store.local import fresh_folder
 from lora_trainer.store.manifest import MANIFEST_NAME, write_manifest
 from lora_trainer.store.prefixes import bundle_prefix, evaluation_prefix
 from lora_trainer.train.backends import open_reference_backend
+from lora_trainer.train.requirements import require_stack
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +109,7 @@ def evaluate_adapter(adapter: Adapter, config: RunConfig, folder: Path | None, p
         raise ConfigError(
             f"{adapter.storage.uri}: holds an evaluation and no adapter; expected a bundle, such as <output>/adapters/A/<run id>/"
         )
+    require_stack(config, reference=True)
     _require_prompts(adapter, config)
     if folder is not None:
         _make_report_folder(folder)

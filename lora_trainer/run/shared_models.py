@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from lora_trainer.base_model import Base, identify_base
+from lora_trainer.base_files.check import BaseFiles, check_base
+from lora_trainer.base_model import Base, identify_base, require_base
 from lora_trainer.config import BaseModelConfig, RunConfig
 from lora_trainer.errors import LoraTrainerError
 from lora_trainer.signals import Interruption
@@ -24,9 +25,15 @@ class SharedModels:
         self._refused: dict[OpenBackend, LoraTrainerError] = {}
 
     def base(self, config: BaseModelConfig, retry_budget: RetryBudget) -> Base:
-        """Return the identified base. Raises as `identify_base` does."""
+        """Return the base, checked and identified. Raises as `require_base` and `identify_base` do."""
         if config not in self._bases:
-            self._bases[config] = identify_base(config, retry_budget)
+            # first, because copying and hashing gigabytes takes longer
+            require_base(config, retry_budget)
+            base = identify_base(config, retry_budget)
+            if base.folder is not None and config.model.startswith("s3://"):
+                # the copy as well: a disk may have damaged it since it was fetched
+                check_base(BaseFiles.of_folder(base.folder))
+            self._bases[config] = base
         return self._bases[config]
 
     def start(self, open_one: OpenBackend, config: RunConfig, interruption: Interruption) -> tuple[Backend, dict[str, object]]:

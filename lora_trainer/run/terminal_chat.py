@@ -26,6 +26,7 @@ from lora_trainer.store.local import fresh_folder
 from lora_trainer.store.manifest import download_files
 from lora_trainer.train.backends import Backend, open_reference_backend
 from lora_trainer.train.constrained_decoding import ReplyGrammar, most_tokens
+from lora_trainer.train.requirements import require_stack
 
 MAX_TURNS: Final = 8
 """Maximum turns in the prompt; older ones are dropped. Training records have a single turn."""
@@ -82,6 +83,7 @@ class ChatModel:
 
 def load_chat_model(adapter: Adapter, config: RunConfig, temperature: float, process: ProcessContext) -> ChatModel:
     """Fetch and load the adapter and its base. Raise a `LoraTrainerError` if that fails."""
+    require_stack(config, reference=True)
     base = base_of(adapter, config, process)
     folder = fresh_folder(config.work_dir / "chat" / str(config.blood_type) / adapter.run_id)
     download_files(adapter.storage, "", adapter.manifest, folder)

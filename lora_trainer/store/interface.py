@@ -110,6 +110,12 @@ class Storage(Protocol):
     def read_bytes(self, key: str, *, max_bytes: int = MAX_DOCUMENT_BYTES) -> ReadResult | None:
         """Return a small object, or None for a missing key. Raises `StorageError` for more than `max_bytes`."""
 
+    def read_range(self, key: str, start: int, length: int) -> bytes:
+        """Return exactly `length` bytes of the object from the offset `start` on, in memory.
+
+        Raises `NotFound`, and `StorageError` if the object is shorter.
+        """
+
     def write_bytes(self, key: str, data: bytes, *, if_match: str | None = None, if_absent: bool = False) -> None:
         """Write a small object, replacing it atomically.
 

@@ -102,6 +102,17 @@ class FileStorage:
             raise too_large(str(path), max_bytes)
         return ReadResult(data, hashlib.sha256(data).hexdigest())
 
+    def read_range(self, key: str, start: int, length: int) -> bytes:
+        path = self._path(key)
+        if not self.exists(key):
+            raise self._not_found(key)
+        with local_errors(path), path.open("rb") as file:
+            file.seek(start)
+            data = file.read(length)
+        if len(data) != length:
+            raise StorageError(f"{path}: got {len(data):,} bytes for the {length:,} from {start:,} on: it changed; run it again")
+        return data
+
     def write_bytes(self, key: str, data: bytes, *, if_match: str | None = None, if_absent: bool = False) -> None:
         path = self._path(key)
         check_one_condition(if_match, if_absent)

@@ -179,6 +179,10 @@ class S3Storage:
 
         return self._with_retries(key, read)
 
+    def read_range(self, key: str, start: int, length: int) -> bytes:
+        name = self._name(key)
+        return self._with_retries(key, lambda _: self._read_part(key, name, start, length)) if length else b""
+
     def write_bytes(self, key: str, data: bytes, *, if_match: str | None = None, if_absent: bool = False) -> None:
         from botocore.exceptions import ClientError
 
@@ -440,6 +444,14 @@ class S3Storage:
         # also verifies objects for which the store has no checksum
         self._check_bytes(key, (len(data), sha256), (response["ContentLength"], response["Metadata"].get(_SHA256_METADATA, sha256)))
         return ReadResult(bytes(data), response["ETag"])
+
+    def _read_part(self, key: str, name: str, start: int, length: int) -> bytes:
+        response = self._client.get_object(Bucket=self._bucket, Key=name, Range=f"bytes={start}-{start + length - 1}")
+        data = response["Body"].read(length)
+        # a server without ranges answers with the whole object
+        if len(data) != length or (start and not response.get("ContentRange", "").startswith(f"bytes {start}-")):
+            raise StorageError(f"{self._where(key)}: got another range than asked for: replaced, or no ranges in this store; retry")
+        return data
 
     def _pages(self, prefix: str) -> Iterator[ObjectInfo]:
         arguments: dict[str, Any] = {"Bucket": self._bucket, "Prefix": self._prefix + prefix}

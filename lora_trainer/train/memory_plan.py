@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
 
-from lora_trainer.config import MemoryConfig, TrainingConfig
+from lora_trainer.config import MemoryConfig, Quantization, TrainingConfig
 from lora_trainer.errors import ConfigError, HardwareError
 
 GIB: Final = 1024**3
@@ -80,9 +80,9 @@ class ModelShape:
         key_value = self.hidden * self.key_value_heads // self.attention_heads
         return self.layers * (2 * self.hidden * self.hidden + 2 * self.hidden * key_value + 3 * self.hidden * self.intermediate)
 
-    def weight_bytes(self, quantization: Literal["nf4", "none"], bytes_per_value: int) -> int:
+    def weight_bytes(self, quantization: Quantization, bytes_per_value: int) -> int:
         """Return the size of the loaded base. NF4 with double quantization takes 4.13 bits per weight (QLoRA, arXiv 2305.14314)."""
-        linear = self.linear_parameters * 4.13 / 8 if quantization == "nf4" else self.linear_parameters * bytes_per_value
+        linear = self.linear_parameters * (bytes_per_value if quantization == "none" else 4.13 / 8)
         embeddings = self.vocabulary * self.hidden * bytes_per_value * (1 if self.tied_embeddings else 2)
         return int(linear) + embeddings
 

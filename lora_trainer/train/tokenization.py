@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
+from lora_trainer.base_files.check import has_training_form, untrainable_template
+from lora_trainer.base_files.guarded import Chat, GuardError, render_chats
 from lora_trainer.data.records import TrainingRecord
 from lora_trainer.errors import ConfigError, DataError, InvariantError
 from lora_trainer.persona.prompt import Message, prompt_messages, reply_json
@@ -23,12 +25,15 @@ class ChatTokenizer(Protocol):
     eos_token: str
     eos_token_id: int
 
+    chat_template: str
+
+    @property
+    def special_tokens_map(self) -> Mapping[str, str]:
+        """Named special tokens, which templates may use as variables."""
+
     @property
     def added_tokens_decoder(self) -> Mapping[int, Any]:
         """Tokens added to the vocabulary by id, with the attributes `content` and `special`."""
-
-    def apply_chat_template(self, conversation: list[Any], *, tokenize: bool, add_generation_prompt: bool) -> Any:
-        """Render the messages of a conversation as text."""
 
     def __call__(self, text: list[str], *, add_special_tokens: bool) -> Any:
         """Encode texts. Return a mapping with their `input_ids`."""
@@ -73,6 +78,18 @@ def control_tokens(tokenizer: ChatTokenizer) -> dict[int, str]:
     }
 
 
+def _render(tokenizer: ChatTokenizer, chats: Sequence[Chat]) -> list[str]:
+    """Render conversations with the base's chat template, as `apply_chat_template` does, but within limits."""
+    try:
+        return render_chats(tokenizer.chat_template, tokenizer.special_tokens_map, chats)
+    except GuardError as error:
+        # the template's own words may quote a text, so leave them out
+        raise ConfigError(
+            f"base.model: its chat template {error.what} for some of the texts; use the model's own template, or a ChatML base "
+            "such as Qwen2.5"
+        ) from None
+
+
 def render_prompts(conversations: Iterable[Sequence[Message]], tokenizer: ChatTokenizer) -> list[str]:
     """Render each conversation with the base's chat template, up to the start of the reply.
 
@@ -80,30 +97,46 @@ def render_prompts(conversations: Iterable[Sequence[Message]], tokenizer: ChatTo
     token of this base.
     """
     listed = [list(messages) for messages in conversations]
-    prompts = [str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)) for messages in listed]
-    _encode_prompts(listed, prompts, tokenizer, "prompt")
+    harmless = _harmless(listed)
+    rendered = _render(tokenizer, [*((messages, True) for messages in listed), *harmless.values()])
+    prompts = rendered[: len(listed)]
+    _encode_prompts(listed, prompts, dict(zip(harmless, rendered[len(listed) :], strict=True)), tokenizer, "prompt")
     return prompts
 
 
+def _roles(messages: Sequence[Message]) -> tuple[str, ...]:
+    return tuple(message["role"] for message in messages)
+
+
+def _harmless(conversations: Iterable[Sequence[Message]]) -> dict[tuple[str, ...], Chat]:
+    """Return a conversation with harmless texts for each sequence of roles."""
+    return {
+        roles: ([{"role": role, "content": "x"} for role in roles], True) for roles in dict.fromkeys(map(_roles, conversations))
+    }
+
+
 def _encode_prompts(
-    conversations: Sequence[list[Message]], prompts: Sequence[str], tokenizer: ChatTokenizer, what: str
+    conversations: Sequence[list[Message]],
+    prompts: Sequence[str],
+    harmless: Mapping[tuple[str, ...], str],
+    tokenizer: ChatTokenizer,
+    what: str,
 ) -> list[list[int]]:
-    """Encode `prompts`. Raises `DataError` for control tokens that the template did not insert. Messages call a prompt `what`."""
+    """Encode `prompts`. Raises `DataError` for control tokens that the template did not insert. Messages call a prompt `what`.
+
+    `harmless` has the same template rendered with harmless texts, by roles.
+    """
     if not prompts:
         return []
     encoded: list[list[int]] = tokenizer(list(prompts), add_special_tokens=False)["input_ids"]
     control = control_tokens(tokenizer)
-    templates: dict[tuple[str, ...], list[int]] = {}
+    templates: list[list[int]] = tokenizer(list(harmless.values()), add_special_tokens=False)["input_ids"]
+    inserted = {roles: _only(control, ids) for roles, ids in zip(harmless, templates, strict=True)}
     problems = []
     for number, (messages, ids) in enumerate(zip(conversations, encoded, strict=True), 1):
-        roles = tuple(message["role"] for message in messages)
-        if roles not in templates:
-            harmless: list[Message] = [{"role": role, "content": "x"} for role in roles]
-            template = str(tokenizer.apply_chat_template(harmless, tokenize=False, add_generation_prompt=True))
-            (template_ids,) = tokenizer([template], add_special_tokens=False)["input_ids"]
-            templates[roles] = _only(control, template_ids)
-        if (found := _only(control, ids)) != templates[roles]:
-            problems.append(_forgery(what, number, found, templates[roles], control))
+        expected = inserted[_roles(messages)]
+        if (found := _only(control, ids)) != expected:
+            problems.append(_forgery(what, number, found, expected, control))
     if problems:
         raise DataError(problems[:_SHOWN_FORGERIES])
     return encoded
@@ -131,27 +164,26 @@ def tokenize(records: Iterable[TrainingRecord], tokenizer: ChatTokenizer) -> lis
     token of this base, `InvariantError` if a sequence does not end in exactly one end-of-turn token.
     """
     conversations: list[list[Message]] = []
-    prompts: list[str] = []
+    chats: list[Chat] = []
     contents: list[str] = []
-    replies: list[str] = []
     for record in records:
         messages = record_messages(record)
         reply: Message = {"role": "assistant", "content": reply_json(record.reply.text, record.reply.emotion)}
-        prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        whole = tokenizer.apply_chat_template([*messages, reply], tokenize=False, add_generation_prompt=False)
-        closing = whole.rfind(tokenizer.eos_token)
-        if not whole.startswith(prompt) or closing < len(prompt):
-            raise ConfigError(
-                "base.model: its chat template cannot be used for training: expected prompt + reply + "
-                f"'{tokenizer.eos_token}', but the rendered conversation does not have that form; use a ChatML base such as Qwen2.5"
-            )
         conversations.append(messages)
-        prompts.append(prompt)
         contents.append(reply["content"])
-        replies.append(whole[len(prompt) : closing] + tokenizer.eos_token)
-    if not prompts:
+        chats += [(messages, True), ([*messages, reply], False)]
+    if not conversations:
         return []
-    prompt_ids = _encode_prompts(conversations, prompts, tokenizer, "record")
+    harmless = _harmless(conversations)
+    rendered = _render(tokenizer, [*chats, *harmless.values()])
+    prompts, wholes = rendered[: len(chats) : 2], rendered[1 : len(chats) : 2]
+    replies = []
+    for prompt, whole in zip(prompts, wholes, strict=True):
+        if not has_training_form(prompt, whole, tokenizer.eos_token):
+            raise ConfigError(f"base.model: {untrainable_template(tokenizer.eos_token)}")
+        replies.append(whole[len(prompt) : whole.rfind(tokenizer.eos_token)] + tokenizer.eos_token)
+    inserted = dict(zip(harmless, rendered[len(chats) :], strict=True))
+    prompt_ids = _encode_prompts(conversations, prompts, inserted, tokenizer, "record")
     reply_ids = tokenizer(replies, add_special_tokens=False)["input_ids"]
     control = control_tokens(tokenizer)
     sequences = []

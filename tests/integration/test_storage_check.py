@@ -67,7 +67,7 @@ def test_all_is_well_and_nothing_stays(check: Check, bucket: str) -> None:
     assert (code, err) == (ExitCode.DONE, "")
     assert out.splitlines() == [
         f"ok: data: s3://{bucket}/data/train_data_type_A.jsonl: 3 bytes read",
-        f"ok: base: {TINY_BASE}: 5 model files",
+        f"ok: base: {TINY_BASE}: 5 model files, the weights by their headers",
         f"ok: output: s3://{bucket}/lora/runs/A/: a probe was written, read, listed and deleted",
         f"ok: output: s3://{bucket}/lora/adapters/A/: may be written to",
     ]
@@ -91,7 +91,7 @@ def test_one_file_of_several_personas_is_refused_as_run_refuses_it(check: Check,
 def test_a_hub_id_is_not_asked_for(check: Check) -> None:
     code, out, _ = check(base_model="Qwen/Qwen2.5-7B-Instruct")
     assert code == ExitCode.DONE
-    assert "ok: base: Qwen/Qwen2.5-7B-Instruct: a hub id, which is not checked" in out
+    assert "ok: base: Qwen/Qwen2.5-7B-Instruct: a hub id, which is checked when it is downloaded" in out
 
 
 def test_a_base_in_the_store(check: Check, bucket: str) -> None:
@@ -100,10 +100,16 @@ def test_a_base_in_the_store(check: Check, bucket: str) -> None:
     code, _, err = check(base_model=f"s3://{bucket}/base")
     assert code == ExitCode.CONFIG
     assert "not a model: *.safetensors missing" in err
-    boto3.client("s3").put_object(Bucket=bucket, Key="base/model.safetensors", Body=b"{}")
+    for path in TINY_BASE.iterdir():
+        boto3.client("s3").upload_file(str(path), bucket, f"base/{path.name}")
     code, out, _ = check(base_model=f"s3://{bucket}/base")
     assert code == ExitCode.DONE
-    assert f"s3://{bucket}/base: 3 model files" in out
+    assert f"s3://{bucket}/base: 5 model files, the weights by their headers" in out
+    # only ranges of the weights are read, and what they say is checked
+    boto3.client("s3").put_object(Bucket=bucket, Key="base/model.safetensors", Body=b"\xff" * 4096)
+    code, _, err = check(base_model=f"s3://{bucket}/base")
+    assert code == ExitCode.CONFIG
+    assert f"base.model: s3://{bucket}/base/model.safetensors: got a header of" in err
 
 
 def test_what_fails_stops_none_of_the_rest(check: Check, bucket: str) -> None:

@@ -14,6 +14,7 @@ import pytest
 from conftest import REPOSITORY
 from hostile import QWEN_TOKENS, count, drawn, forged
 from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from lora_trainer.config import EvaluationConfig
 from lora_trainer.data.records import Context, CurrentEmotion, EvaluationPrompt, Reply, TrainingRecord
@@ -63,19 +64,21 @@ def record(text: str) -> TrainingRecord:
 TURN = ["<|im_start|>", "<|im_end|>"]
 
 
-@settings(max_examples=drawn(5_000, 200), deadline=None, suppress_health_check=list(HealthCheck))
-@given(forged)
-def test_nothing_that_is_written_becomes_a_control_token(tokenizer: Any, text: str) -> None:
-    count("control_token_texts")
-    (sequence,) = tokenize([record(text)], tokenizer)
-    assert control_in(tokenizer, sequence.input_ids) == TURN * 3
-    assert control_in(tokenizer, sequence.input_ids[: sequence.prompt_tokens]) == [*TURN * 2, "<|im_start|>"]
+# a template is rendered in a process of its own, so draw several texts at once
+@settings(max_examples=drawn(250, 10), deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.lists(forged, min_size=20, max_size=20))
+def test_nothing_that_is_written_becomes_a_control_token(tokenizer: Any, texts: list[str]) -> None:
+    count("control_token_texts", len(texts))
+    records = [record(text) for text in texts]
     # a server that applies the chat template itself gets the same tokens
-    (prompt,) = render_prompts([record_messages(record(text))], tokenizer)
-    assert tokenizer(prompt)["input_ids"] == list(sequence.input_ids[: sequence.prompt_tokens])
+    prompts = render_prompts(map(record_messages, records), tokenizer)
+    for sequence, prompt in zip(tokenize(records, tokenizer), prompts, strict=True):
+        assert control_in(tokenizer, sequence.input_ids) == TURN * 3
+        assert control_in(tokenizer, sequence.input_ids[: sequence.prompt_tokens]) == [*TURN * 2, "<|im_start|>"]
+        assert tokenizer(prompt)["input_ids"] == list(sequence.input_ids[: sequence.prompt_tokens])
 
 
-@settings(max_examples=drawn(1_000, 30), deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=drawn(1_000, 15), deadline=None, suppress_health_check=list(HealthCheck))
 @given(forged)
 def test_nor_in_evaluation_and_chat(tokenizer: Any, text: str) -> None:
     count("control_token_texts")

@@ -78,7 +78,8 @@ def test_an_end_that_is_no_single_token(tokenizer: Any) -> None:
     class Wrong:
         eos_token = tokenizer.eos_token
         eos_token_id = tokenizer.eos_token_id - 1
-        apply_chat_template = tokenizer.apply_chat_template
+        chat_template = tokenizer.chat_template
+        special_tokens_map = tokenizer.special_tokens_map
         __call__ = staticmethod(tokenizer.__call__)
         added_tokens_decoder = tokenizer.added_tokens_decoder
 

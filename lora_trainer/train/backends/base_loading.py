@@ -12,24 +12,45 @@ import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lora_trainer.config import LoraConfig, TrainingConfig
+from lora_trainer.errors import ConfigError
+from lora_trainer.train.backends.loading_errors import loading
 from lora_trainer.train.backends.model_modes import enable_checkpointing
 
 
 def load_base(base: Path, training: TrainingConfig, tokenizer: PreTrainedTokenizerBase, *, on_cuda: bool) -> PreTrainedModel:
     """Load the base from its folder, with the quantization and data type in `training`."""
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        str(base),
-        local_files_only=True,
-        # if left out, transformers asks on standard input whether to run the folder's own code
-        trust_remote_code=False,
-        dtype=compute_dtype(training),
-        quantization_config=quantization(training),
-        device_map={"": 0 if on_cuda else "cpu"},
-        attn_implementation="sdpa",
-        use_safetensors=True,
-    )
+    with loading(base, "it"):
+        model, info = AutoModelForCausalLM.from_pretrained(
+            str(base),
+            local_files_only=True,
+            # if left out, transformers asks on standard input whether to run the folder's own code
+            trust_remote_code=False,
+            dtype=compute_dtype(training),
+            quantization_config=quantization(training),
+            device_map={"": 0 if on_cuda else "cpu"},
+            attn_implementation="sdpa",
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    if missing := sorted({*info["missing_keys"], *map(str, info["mismatched_keys"])}):
+        # transformers only warns, and fills them with random numbers
+        raise ConfigError(
+            f"base.model: {base}: {missing[0]} and {len(missing) - 1} more weights are missing or have another shape: weights and "
+            "config.json belong to different models; download the model again"
+        )
+    check_finite(base, model)
     align_special_tokens(model, tokenizer)
     return model
+
+
+def check_finite(base: Path, model: torch.nn.Module) -> None:
+    """Raise `ConfigError` if an unquantized weight is NaN or infinite: training would diverge."""
+    for name, weight in model.named_parameters():
+        if weight.is_floating_point() and weight.numel():
+            # min and max need no memory, and pass NaN on
+            least, most = torch.aminmax(weight.detach())
+            if not (torch.isfinite(least) and torch.isfinite(most)):
+                raise ConfigError(f"base.model: {base}: {name} holds NaN or infinite numbers; download the model again")
 
 
 def attach_adapter(model: PreTrainedModel, lora: LoraConfig, *, checkpointing: bool, seed: int) -> peft.PeftModel:

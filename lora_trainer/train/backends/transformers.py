@@ -7,15 +7,17 @@ from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from lora_trainer.base_files.check import folder_template
 from lora_trainer.base_model import require_safetensors
 from lora_trainer.config import RunConfig
-from lora_trainer.errors import ConfigError, HardwareError, InvariantError
+from lora_trainer.errors import HardwareError, InvariantError
 from lora_trainer.evaluate.decoding import Decoding, Generation
 from lora_trainer.persona.prompt import Message
 from lora_trainer.signals import Interruption
 from lora_trainer.store.checkpoints import Snapshot
 from lora_trainer.train.backends.device import Device
 from lora_trainer.train.backends.libraries import import_stack, import_torch
+from lora_trainer.train.backends.loading_errors import loading
 from lora_trainer.train.memory_plan import Checkpointing, MemoryPlan, ModelShape
 from lora_trainer.train.step_log import AfterStep, OnStep, TrainingLog
 from lora_trainer.train.tokenization import ChatTokenizer, TokenSequence, render_prompts
@@ -105,11 +107,13 @@ class TransformersBackend:
         """Load the base's own tokenizer. Raises `ConfigError` if it has no chat template."""
         from transformers import AutoTokenizer
 
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            str(base), local_files_only=True, trust_remote_code=False
-        )
-        if not getattr(tokenizer, "chat_template", None):
-            raise ConfigError(f"base.model: {base} has no chat template; use an instruction-tuned base such as Qwen2.5-7B-Instruct")
+        template = folder_template(base)
+        with loading(base, "its tokenizer"):
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                str(base), local_files_only=True, trust_remote_code=False
+            )
+        # the template that was checked; transformers would also read ones that are no part of the base's identity
+        tokenizer.chat_template = template
         self._tokenizer = tokenizer
         return tokenizer
 

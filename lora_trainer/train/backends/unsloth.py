@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from lora_trainer.errors import ConfigError
+from lora_trainer.train.backends.loading_errors import loading
 from lora_trainer.train.backends.transformers import TransformersBackend
 from lora_trainer.train.memory_plan import Checkpointing
 
@@ -39,25 +40,27 @@ class UnslothBackend(TransformersBackend):
     def _load_with_adapter(self, base: Path, checkpointing: Checkpointing) -> PeftModel:
         from unsloth import FastLanguageModel
 
-        from lora_trainer.train.backends.base_loading import align_special_tokens, compute_dtype, quantization
+        from lora_trainer.train.backends.base_loading import align_special_tokens, check_finite, compute_dtype, quantization
 
         use_gradient_checkpointing = "unsloth" if checkpointing == "unsloth" else checkpointing == "on"
         training = self.config.training
-        model, _ = FastLanguageModel.from_pretrained(
-            # pass a folder: Unsloth would replace a hub name with its own pre-quantized copy
-            model_name=str(base),
-            max_seq_length=self._reserved_tokens,
-            dtype=compute_dtype(training),
-            load_in_4bit=training.quantization == "nf4",
-            load_in_16bit=training.quantization == "none",
-            quantization_config=quantization(training),
-            use_gradient_checkpointing=use_gradient_checkpointing,
-            use_exact_model_name=True,
-            local_files_only=True,
-            random_state=training.seed,
-            max_lora_rank=self.config.lora.r,
-            trust_remote_code=False,
-        )
+        with loading(base, "it"):
+            model, _ = FastLanguageModel.from_pretrained(
+                # pass a folder: Unsloth would replace a hub name with its own pre-quantized copy
+                model_name=str(base),
+                max_seq_length=self._reserved_tokens,
+                dtype=compute_dtype(training),
+                load_in_4bit=training.quantization == "nf4",
+                load_in_16bit=training.quantization == "none",
+                quantization_config=quantization(training),
+                use_gradient_checkpointing=use_gradient_checkpointing,
+                use_exact_model_name=True,
+                local_files_only=True,
+                random_state=training.seed,
+                max_lora_rank=self.config.lora.r,
+                trust_remote_code=False,
+            )
+        check_finite(base, model)
         align_special_tokens(model, self.tokenizer)
         lora = self.config.lora
         adapted: PeftModel = FastLanguageModel.get_peft_model(

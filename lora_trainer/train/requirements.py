@@ -1,0 +1,45 @@
+"""Check before any import that the libraries which a configuration needs are installed."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from typing import Final
+
+from lora_trainer.config import RunConfig
+from lora_trainer.errors import ConfigError
+
+_STACK: Final = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "safetensors")
+_UNSLOTH: Final = ("unsloth", "unsloth_zoo")
+_CPU_ONLY: Final = "pip install 'lora-trainer[cpu]'"
+_ALL: Final = "pip install 'lora-trainer[cpu,gpu]'"
+
+
+def require_stack(config: RunConfig, *, reference: bool = False) -> None:
+    """Raise `ConfigError` for each part of the configuration that needs a library which is not installed.
+
+    With `reference`, the backend is transformers whatever `backend` says, as in `evaluate` and `chat`. Imports nothing: an import
+    takes half a minute, and fails after the data was fetched.
+    """
+    if problems := list(_problems(config, reference)):
+        raise ConfigError(problems)
+
+
+def _problems(config: RunConfig, reference: bool) -> Iterator[str]:
+    uses_unsloth = config.resolved_backend == "unsloth" and not reference
+    if missing := _missing(_STACK):
+        install = _ALL if uses_unsloth or config.device == "cuda" else _CPU_ONLY
+        yield f"the training stack is not installed ({', '.join(missing)} missing): {install}"
+        return
+    if uses_unsloth and (missing := _missing(_UNSLOTH)):
+        named = "unsloth" if config.backend == "unsloth" else "auto, which is unsloth on CUDA,"
+        yield f"backend: got {named} and {', '.join(missing)} is not installed: set backend=transformers, or {_ALL}"
+    if config.training.quantization == "nf4" and _missing(("bitsandbytes",)):
+        yield (
+            "training.quantization: got nf4, which needs bitsandbytes, and it is not installed: "
+            f"set training.quantization=none, or {_ALL}"
+        )
+
+
+def _missing(modules: tuple[str, ...]) -> list[str]:
+    return [module for module in modules if importlib.util.find_spec(module) is None]
