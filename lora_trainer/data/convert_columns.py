@@ -31,13 +31,13 @@ _NAMES: Final[Mapping[Column, str]] = {
     Column.BLOOD_TYPE: "bloodtype blood persona 혈액형 페르소나",
     Column.SUMMARY: "summary contextsummary context 요약 상황 상황요약 대화요약 맥락 배경 상황설명",
     Column.FEELING: "feeling currentemotion currentemotiontype contextcurrentemotiontype contextcurrentemotion emotiontype "
-    "감정 현재감정 감정유형 감정종류 감정상태 기분 느낌",
+    "감정 현재감정 감정유형 감정종류 감정상태 감정타입 감정라벨 감정레이블 기분 느낌",
     Column.INTENSITY: "intensity currentemotionintensity contextcurrentemotionintensity emotionintensity strength "
     "강도 감정강도 감정의강도 감정세기 세기 감정정도 정도",
     Column.INPUT: "input prompt query question user userinput human usermessage 입력 사용자 사용자입력 사용자발화 사용자말 "
-    "사용자메시지 질문 유저 발화 입력문",
+    "사용자메시지 사용자질문 질문 질의 유저 유저입력 발화 입력문 입력내용 입력텍스트",
     Column.TEXT: "output outputtext text reply response answer completion assistant bot replytext "
-    "답변 응답 출력 대답 답 모델응답 모델답변 챗봇 챗봇응답 친구답변 출력문",
+    "답변 응답 출력 대답 답 모델응답 모델답변 챗봇 챗봇응답 친구답변 출력문 답변내용 답변텍스트 응답텍스트 출력텍스트 대답텍스트",
     Column.FACE: "face expression outputemotion replyemotion outputface 표정 얼굴 얼굴표정 답변표정 응답표정 출력표정 출력감정 "
     "답변감정 응답감정",
     Column.EMOTION: "emotion",
@@ -45,20 +45,20 @@ _NAMES: Final[Mapping[Column, str]] = {
 _COLUMNS: Final = {name: column for column, names in _NAMES.items() for name in names.split()}
 
 _FEELINGS: Final[Mapping[Feeling, str]] = {
-    Feeling.NEUTRAL: "담담함 담담 담담해 중립 무감정 평온 평온함 평범 차분 차분함 덤덤 덤덤함",
+    Feeling.NEUTRAL: "담담함 담담 담담해 중립 무감정 무덤덤 무덤덤함 평온 평온함 평범 차분 차분함 덤덤 덤덤함",
     Feeling.HAPPY: "기쁨 기뻐 기쁜 행복 행복함 행복해 즐거움 즐거워 happiness joy",
     Feeling.EXCITED: "신남 신나 신나함 흥분 흥분됨 설렘 설레 들뜸 기대 기대감 excitement",
     Feeling.LOVE: "애정 사랑 사랑함 사랑해 사랑스러움",
     Feeling.SURPRISED: "놀람 놀라움 놀라 깜짝놀람 surprise",
-    Feeling.WORRIED: "걱정 걱정됨 걱정돼 불안 불안함 염려 근심 초조 초조함 worry",
-    Feeling.SAD: "슬픔 슬퍼 슬픈 우울 우울함 서운함 속상함 sadness",
+    Feeling.WORRIED: "걱정 걱정됨 걱정돼 불안 불안함 염려 근심 초조 초조함 두려움 무서움 worry fear anxiety",
+    Feeling.SAD: "슬픔 슬퍼 슬픈 우울 우울함 서운함 속상함 외로움 실망 sadness",
     Feeling.ANGRY: "화 화남 화나 분노 짜증 짜증남 anger",
-    Feeling.EMBARRASSED: "민망함 민망 민망해 당황 당황함 부끄러움 창피 창피함 쑥스러움 embarrassment",
+    Feeling.EMBARRASSED: "민망함 민망 민망해 당황 당황함 당황스러움 당혹 부끄러움 창피 창피함 쑥스러움 embarrassment",
     Feeling.TIRED: "피곤함 피곤 피곤해 지침 지쳐 피로 졸림",
 }
 _FACES: Final[Mapping[Expression, str]] = {
     Expression.NEUTRAL: "무표정 담담함 담담한얼굴 중립",
-    Expression.SMILE: "미소 웃음 웃는얼굴 웃는 기쁨",
+    Expression.SMILE: "미소 웃음 웃는얼굴",
     Expression.LAUGH: "활짝웃음 활짝웃는얼굴 큰웃음 폭소",
     Expression.LOVE: "사랑스러운눈빛 사랑 애정 하트",
     Expression.WINK: "윙크",
@@ -86,6 +86,7 @@ _INTENSITY_LABELS: Final = {
     for name in names.split()
 }
 _DECORATION: Final = re.compile(r"[\s_.\-·:/()\[\]]+")
+_REMARK: Final = re.compile(r"[(\[（［][^)\]）］]*[)\]）］]")
 _NUMBER: Final = re.compile(r"[+-]?\d{1,9}(?:[.,]\d{1,18})?")
 
 
@@ -94,8 +95,13 @@ def _key(name: str) -> str:
 
 
 def column_of(name: object) -> Column | None:
-    """Return the column that `name` means, whatever its case, spaces and punctuation, or None."""
-    return _COLUMNS.get(_key(name)) if isinstance(name, str) and len(name) <= 60 else None
+    """Return the column that `name` means, whatever its case, spaces and punctuation, or None.
+
+    A remark in brackets does not count: `감정 강도 (0~1)` is the intensity.
+    """
+    if not isinstance(name, str) or len(name) > 60:
+        return None
+    return _COLUMNS.get(_key(name)) or _COLUMNS.get(_key(_REMARK.sub("", name)))
 
 
 def columns_of(names: Iterable[object]) -> list[Column | None]:

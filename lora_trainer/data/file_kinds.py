@@ -135,6 +135,15 @@ def diagnosis(head: bytes, *, is_whole: bool, is_prompts: bool = False) -> Recor
 
     `head` is decompressed; pass up to `HEAD_BYTES`, and whether that `is_whole` file. Never raises.
     """
+    fault = _diagnosis(head, is_whole=is_whole, is_prompts=is_prompts)
+    if fault and is_prompts and CONVERT in fault.fix:
+        # `convert` writes training records
+        fix = fault.fix.replace(f", or {CONVERT}", "").replace(CONVERT, "write the prompts in the format; SDS.md describes it")
+        return RecordError(fault.code, fault.got, fault.expected, fix)
+    return fault
+
+
+def _diagnosis(head: bytes, *, is_whole: bool, is_prompts: bool) -> RecordError | None:
     if not head.strip():
         return None
     if fault := no_text(head, is_whole=is_whole):
@@ -145,7 +154,7 @@ def diagnosis(head: bytes, *, is_whole: bool, is_prompts: bool = False) -> Recor
             "wrong_encoding", f"text in {_ENCODING_NAMES[encoding[:6]]}", "UTF-8", f"save the file as UTF-8, or {CONVERT}"
         )
     text = decoded(head, encoding, is_whole=is_whole)
-    return not_the_data(text) or _structure(text, is_whole=is_whole, is_prompts=is_prompts)
+    return not_the_data(text) or _structure(text, is_whole=is_whole, is_prompts=is_prompts) or _no_json(text, is_whole=is_whole)
 
 
 def no_text(head: bytes, *, is_whole: bool) -> RecordError | None:
@@ -282,7 +291,8 @@ def _is_cp949(line: bytes) -> bool:
     beyond_ascii = "".join(character for character in text if character > "\x7f")
     hangul = sum("가" <= character <= "힣" for character in beyond_ascii)
     common = len(beyond_ascii.encode("euc_kr", "ignore")) / 2
-    return hangul >= 0.5 * len(beyond_ascii) and common >= 0.9 * len(beyond_ascii)
+    # most of it, because the bytes of Chinese text are Hangul and Hanja in CP949
+    return hangul >= 0.8 * len(beyond_ascii) and common >= 0.9 * len(beyond_ascii)
 
 
 def _is_plausible(text: str) -> bool:
@@ -334,6 +344,8 @@ def _placeholder(got: str, fix: str) -> RecordError:
 def _structure(text: str, *, is_whole: bool, is_prompts: bool) -> RecordError | None:
     layout, items = layout_of(text, is_whole=is_whole)
     shape = shape_of(items)
+    if shape is Shape.ERROR and len(items) == 1:
+        return _placeholder("an error document instead of data", "check the address and the rights, then download it again")
     if layout is Layout.LINES:
         return _wrong_shape(shape, items, is_prompts=is_prompts)
     if layout is Layout.TABLE:
@@ -361,8 +373,6 @@ def _wrong_shape(shape: Shape | None, items: Sequence[Mapping[str, Any]], *, is_
         return None
     expected = "evaluation prompts: context, input" if is_prompts else "records: instruction, context, input, output"
     got: str = shape
-    if shape is Shape.ERROR:
-        return _placeholder("an error document instead of data", "check the address and the rights, then download it again")
     if shape is Shape.PROMPTS:
         fix = "call the file eval_prompts.jsonl to check it as such, and name it with evaluation.prompts"
     elif shape is Shape.OTHER:
@@ -374,6 +384,27 @@ def _wrong_shape(shape: Shape | None, items: Sequence[Mapping[str, Any]], *, is_
     else:
         fix = CONVERT
     return RecordError("wrong_schema", got, expected, fix)
+
+
+def _no_json(text: str, *, is_whole: bool) -> RecordError | None:
+    """Recognize a file none of whose lines is JSON, all for the same reason."""
+    reasons = []
+    for line in _text_lines(text, is_whole=is_whole):
+        try:
+            decode_json(line, DEFAULT_LIMITS)
+        except RecordError as fault:
+            reasons.append(re.sub(r" at character \d+", "", fault.got) if fault.code == "not_json" else "")
+        else:
+            return None
+    usual = max(reasons, key=reasons.count, default="")
+    if len(reasons) < 5 or not usual or reasons.count(usual) < SAME_CAUSE * len(reasons):
+        return None
+    return RecordError(
+        "wrong_layout",
+        f"{usual} on each line",
+        _ONE_OBJECT_A_LINE,
+        "write it with a JSON library, such as json.dumps, which quotes names and escapes quotes in text",
+    )
 
 
 def plain_text(text: str, *, is_whole: bool) -> RecordError | None:

@@ -65,7 +65,7 @@ def korean(record: TrainingRecord) -> dict[str, Any]:
         "혈액형": "A형",
         "요약": row["summary"],
         "감정": FEELINGS[row["feeling"]],
-        "감정 강도": f"{row['intensity']:.0%}",
+        "감정 강도 (0~100%)": f"{row['intensity']:.0%}",
         "입력": row["input"],
         "답변": row["output"],
         "표정": FACES[row["face"]],
@@ -320,7 +320,7 @@ def test_chats_that_cannot_be_converted(tmp_path: Path, turns: list[Any], code: 
     ],
 )
 def test_intensities(tmp_path: Path, written: list[str], options: dict[str, int], expected: list[float | str]) -> None:
-    rows = [{**korean(RECORDS[0]), "감정 강도": one} for one in written]
+    rows = [{**korean(RECORDS[0]), "감정 강도 (0~100%)": one} for one in written]
     conversion = converted(tmp_path, table(rows), **options)
     assert [record.context.current_emotion.intensity for record in conversion.records] == [
         one for one in expected if one not in CODES

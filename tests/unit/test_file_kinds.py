@@ -132,6 +132,10 @@ KINDS: Final[dict[str, tuple[bytes | str, str, str, str]]] = {
     "trailing-commas": ("".join(f"{line[:-1]},}}\n" for line in BUNDLED), "wrong_layout", "comma before", "convert"),
     "python": ("".join(f"{record}\n" for record in RECORDS), "wrong_layout", "single quotes", "convert"),
     "python-list": (str(RECORDS), "wrong_layout", "single quotes", "convert"),
+    "javascript": ("{instruction: 'a', input: 'b'}\n" * 9, "wrong_layout", "on each line", "json.dumps"),
+    "unescaped-quotes": ('{"input": "그가 "응" 했어"}\n' * 9, "wrong_layout", "expecting ',' delimiter", "json.dumps"),
+    "json-error-pretty": ('{\n  "error": {\n    "code": 404\n  }\n}\n', "placeholder", "an error document", "download"),
+    "gbk": (("你好,今天天气很好,我们一起去咖啡店吧。\n" * 9).encode("gbk"), "wrong_encoding", "neither UTF-8", "UTF-8"),
     "cp949": ("\n".join(PLAIN).encode("cp949"), "wrong_encoding", "CP949", "save the file as UTF-8"),
     "cp949-array": (("[" + ",\n".join(PLAIN) + "]").encode("cp949"), "wrong_encoding", "CP949", "convert"),
     "euc-kr-csv": (table().encode("euc_kr", "ignore"), "wrong_encoding", "CP949", "convert"),
@@ -223,6 +227,7 @@ def test_evaluation_prompts_are_diagnosed_too(tmp_path: Path, kind: str) -> None
     file.write_bytes(as_bytes(KINDS[kind][0]))
     (problem,) = problems_of(file, EvaluationPrompt)
     assert (problem.line, problem.code) == (None, KINDS[kind][1])
+    assert "convert" not in problem.fix
 
 
 @pytest.mark.parametrize("kind", ["array", "cp949", "messages", "tar", "sharegpt", "gzip"])
@@ -392,7 +397,7 @@ def test_validate_reads_standard_input_and_process_substitution() -> None:
     assert run.stderr == ""
 
 
-@pytest.mark.parametrize(("name", "said"), [("", "a folder"), ("missing.jsonl", "no such file"), ("a\0b", "no such file")])
+@pytest.mark.parametrize(("name", "said"), [("", "a folder"), ("missing.jsonl", "no such file"), ("a\0b", "control characters")])
 def test_what_cannot_be_read_is_exit_2(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, said: str) -> None:
     assert run_cli(["validate", "--no-tokens", str(tmp_path / name)]) == ExitCode.CONFIG
     assert said in capsys.readouterr().err
