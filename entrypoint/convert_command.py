@@ -17,6 +17,7 @@ from lora_trainer.config_sources import settle_each
 from lora_trainer.errors import ConfigError, ExitCode
 from lora_trainer.escaping import one_line
 from lora_trainer.persona.vocabulary import BloodType, Expression, Feeling, parse_blood_types
+from lora_trainer.store.keys import local_file
 
 _SHOWN_PROBLEMS: Final = 50
 _Word = TypeVar("_Word", Feeling, Expression)
@@ -151,8 +152,8 @@ def _named(option: str, text: str | None, vocabulary: type[_Word], meaning: Call
 
 def _target(output: str, *, is_forced: bool) -> Path:
     """Return the path of the output. Raises `ConfigError` for one that must not be written."""
-    path = Path(output)
-    if "://" in output:
+    path = local_file(output)
+    if path is None:
         raise ConfigError(f"--output: got {output}, expected a local file; validate it, then copy it to the store")
     try:
         is_folder, is_there = path.is_dir(), path.exists()

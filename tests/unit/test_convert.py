@@ -586,6 +586,7 @@ def test_a_file_is_replaced_only_if_forced(convert: Convert) -> None:
     ("arguments", "said"),
     [
         (["-o", "s3://bucket/a.jsonl"], "expected a local file"),
+        (["-o", "s3:/bucket/a.jsonl"], "s3://bucket/a.jsonl"),
         (["-o", "."], "got the folder"),
         (["-o", "a.csv"], "ends in .jsonl"),
         (["-o", "in.json/a.jsonl"], "in.json/a.jsonl"),
