@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import re
 import tempfile
 import traceback
@@ -14,6 +16,7 @@ from lora_trainer.errors import ExitCode, Interrupted, LoraTrainerError
 from lora_trainer.redaction import redacted
 from lora_trainer.run.reexec import StepDown
 from lora_trainer.signals import Interruption
+from lora_trainer.store.local import explain
 
 _SHOWN_FRAMES: Final = 12
 
@@ -31,6 +34,10 @@ class FailureReport:
 
 
 # messages that cannot quote training data: those of the GPU libraries, and Python's about missing attributes and modules
+_OS_ERROR: Final = re.compile(r"\(os error (\d+)\)")
+"""How libraries in Rust, such as safetensors, report a failed system call."""
+_DISK_FAULTS: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE, errno.EACCES, errno.EPERM})
+"""Faults of the machine's disks, wherever in a library they happen."""
 _SAFE_MESSAGE: Final = re.compile(
     r"(?:CUDA|cuDNN|CUBLAS|CUSPARSE|NCCL|NVML|Triton)\b.*|[\w.' ]+ has no attribute '\w+'|No module named '[\w.]+'",
     re.ASCII,
@@ -52,10 +59,25 @@ def failure_report(error: BaseException | None, interruption: Interruption, fold
         return FailureReport(ExitCode.INTERRUPTED, "interrupted", (f"interrupted: {kept}; run the same command again",))
     if isinstance(error, SystemExit | GeneratorExit | StepDown):
         return None
+    if disk := _disk_fault(error, folder):
+        return FailureReport(disk.exit_code, type(disk).__name__, tuple(map(redacted, disk.problems)))
     # this also handles panics in a library's Rust code, which derive from BaseException
     frames = [f"{frame.filename}:{frame.lineno} {frame.name}" for frame in traceback.extract_tb(error.__traceback__)]
     problem = f"{type(error).__module__}.{type(error).__name__}{_safe_message(error, folder)}"
     return FailureReport(ExitCode.BUG, "bug", (redacted(problem),), tuple(frames[-_SHOWN_FRAMES:]))
+
+
+def _disk_fault(error: BaseException, folder: Path | None) -> LoraTrainerError | None:
+    """Return the storage error for a local disk that failed inside a library, or None for any other failure."""
+    code = error.errno if isinstance(error, OSError) else None
+    if code is None and (found := _OS_ERROR.search(str(error))):
+        code = int(found[1])
+    # without a file, an OSError may be about a socket
+    may_be_a_socket = isinstance(error, OSError) and error.filename is None
+    if code not in _DISK_FAULTS or (may_be_a_socket and code not in (errno.ENOSPC, errno.EDQUOT)):
+        return None
+    where = error if isinstance(error, OSError) else OSError(code, os.strerror(code))
+    return explain(where, folder or Path(tempfile.gettempdir()))
 
 
 def _safe_message(error: BaseException, folder: Path | None) -> str:

@@ -300,10 +300,11 @@ def local_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise _explain(error, path) from error
+        raise explain(error, path) from error
 
 
-def _explain(error: OSError, path: Path) -> LoraTrainerError:
+def explain(error: OSError, path: Path) -> LoraTrainerError:
+    """Return the error that names the file, by default `path`, the reason and the fix."""
     where = str(error.filename2 or error.filename or path)
     if Path(where).name.startswith(_OWN_PREFIX):
         where = str(path)

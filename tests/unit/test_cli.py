@@ -18,6 +18,7 @@ import click
 import pytest
 import structlog
 from click.testing import CliRunner, Result
+from safetensors import SafetensorError
 
 from entrypoint.cli import cli, run_cli
 from lora_trainer import logs
@@ -569,7 +570,7 @@ def test_validate_takes_one_persona_and_settings_for_several(
         (RuntimeError(f"CUDA error: device lost\n{PLANTED}"), "builtins.RuntimeError: CUDA error: device lost"),
         (AttributeError("'NoneType' object has no attribute 'loss'"), ": 'NoneType' object has no attribute 'loss'"),
         (ModuleNotFoundError("No module named 'torch.x'"), "builtins.ModuleNotFoundError: No module named 'torch.x'"),
-        (OSError(28, "No space left on device", "/x"), "builtins.OSError: No space left on device: /x"),
+        (OSError(2, "No such file or directory", "/x"), "builtins.FileNotFoundError: No such file or directory: /x"),
         (MemoryError(), "builtins.MemoryError: "),
     ],
 )
@@ -595,6 +596,36 @@ def test_a_bug_is_exit_1_with_its_place_and_no_text_of_the_datas(
     assert event["frames"][-1].split(":")[0] == __file__
     assert event["frames"][-1].endswith(" broken")
     assert PLANTED not in err
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (
+            SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+            "work: No space left on device; free some space there",
+        ),
+        (OSError(28, "No space left on device", "/x"), "/x: No space left on device; free some space there"),
+        (OSError(122, "Disk quota exceeded"), "work: Disk quota exceeded; free some space there"),
+        (OSError(30, "Read-only file system", "/cache/lock"), "/cache/lock: Read-only file system; expected access as uid"),
+        (PermissionError(13, "Permission denied", "/cache/lock"), "/cache/lock: Permission denied; expected access as uid"),
+    ],
+)
+def test_a_disk_that_fails_inside_a_library_is_no_bug(
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    error: BaseException,
+    said: str,
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("lora_trainer.run.pipeline.run", broken)
+    code, _, err = called(capsys, *run_arguments(tmp_path, "data/"))
+    event = last_event(err)
+    assert (code, event["outcome"]) == (6, "StorageError")
+    assert said in event["problems"][0]
 
 
 def test_on_a_terminal_problems_are_lines(
