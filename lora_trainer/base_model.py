@@ -107,6 +107,7 @@ def _download(config: BaseModelConfig, patterns: Sequence[str]) -> Path:
             HfHubHTTPError,
             HFValidationError,
             LocalEntryNotFoundError,
+            OfflineModeIsEnabled,
             RepositoryNotFoundError,
             RevisionNotFoundError,
         )
@@ -125,10 +126,18 @@ def _download(config: BaseModelConfig, patterns: Sequence[str]) -> Path:
             f"{where}: the hub has no such model or commit, or it needs a token ({type(error).__name__}); "
             "check both, and set HF_TOKEN if it is gated"
         ) from None
-    except (LocalEntryNotFoundError, HfHubHTTPError, httpx.HTTPError, OSError) as error:
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, httpx.HTTPError) as error:
+        # Even offline, the client first asks the hub for the list of files if an older client, which kept none, filled the cache.
+        with suppress(LocalEntryNotFoundError):
+            return Path(snapshot_download(config.model, revision=config.revision, local_files_only=True))
         raise StorageError(
             f"{where}: the hub cannot be reached and the model is not in its cache ({type(error).__name__}); "
             "check the network, or point base.model at a folder or an s3:// prefix with the model's files"
+        ) from None
+    except OSError as error:
+        raise StorageError(
+            f"{where}: cannot write to the hub's cache: {error.filename}: {error.strerror}; expected a folder that uid "
+            f"{os.geteuid()} can write to, with room for the model: set HF_HOME, or HF_HUB_CACHE"
         ) from None
 
 

@@ -182,14 +182,11 @@ for ask in (lambda: fetch_base(identify_base(config), config), lambda: tokenizer
 def test_a_hub_that_cannot_be_reached(tmp_path: Path, offline: str) -> None:
     """Run in a separate process, because the hub's library reads its environment at import."""
     pytest.importorskip("huggingface_hub", reason="huggingface_hub is not installed: nothing can be fetched")
-    kept = {
-        name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING")) and "proxy" not in name.lower()
-    }
     done = subprocess.run(
         [sys.executable, "-c", HUB],
         cwd=REPOSITORY,
         # nothing listens on port 9 of loopback
-        env={**kept, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": offline},
+        env={**without_hub(), "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": offline},
         capture_output=True,
         text=True,
         check=True,
@@ -201,6 +198,41 @@ def test_a_hub_that_cannot_be_reached(tmp_path: Path, offline: str) -> None:
             f"StorageError 6 base.model: Qwen/Qwen2.5-7B-Instruct@{COMMIT}: the hub cannot be reached and the model is not in "
         )
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("offline", ["0", "1"])
+def test_a_hub_cache_filled_by_an_older_client_needs_no_hub(tmp_path: Path, offline: str) -> None:
+    """Such a cache has the files, but not the hub's list of them."""
+    pytest.importorskip("huggingface_hub", reason="huggingface_hub is not installed: nothing can be fetched")
+    snapshot = tmp_path / "hub" / "models--Qwen--Qwen2.5-7B-Instruct" / "snapshots" / COMMIT
+    shutil.copytree(REPOSITORY / "examples" / "tiny-base", snapshot)
+    done = subprocess.run(
+        [sys.executable, "-c", HUB],
+        cwd=REPOSITORY,
+        env={**without_hub(), "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": offline},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == ""
+    # a download that was interrupted looks the same, and is found by its files
+    (snapshot / "model.safetensors").unlink()
+    done = subprocess.run(
+        [sys.executable, "-c", HUB],
+        cwd=REPOSITORY,
+        env={**without_hub(), "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": offline},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "*.safetensors missing" in done.stdout
+
+
+def without_hub() -> dict[str, str]:
+    """Return the environment without the hub's variables and proxies."""
+    return {
+        name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING")) and "proxy" not in name.lower()
+    }
 
 
 def test_without_the_training_stack(tmp_path: Path) -> None:
