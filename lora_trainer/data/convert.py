@@ -24,7 +24,7 @@ from lora_trainer.data.convert_columns import (
     intensity_word,
     percentage,
 )
-from lora_trainer.data.convert_source import Item, read_source
+from lora_trainer.data.convert_source import Item, python_as_json, read_source
 from lora_trainer.data.file_kinds import Shape, item_shape
 from lora_trainer.data.jsonl import parse_record
 from lora_trainer.data.problems import ConversionError, Problem, RecordError, Severity
@@ -232,8 +232,16 @@ def _of_columns(line: int, value: Mapping[str, Any], limits: LimitsConfig) -> _D
                 f"one key for {column}",
                 "rename or remove the others",
             )
-    values = {column: value[name] for name, column in zip(names, columns, strict=True) if column}
+    values: dict[Column, Any] = {column: value[name] for name, column in zip(names, columns, strict=True) if column}
     left_out = tuple(name for name, column in zip(names, columns, strict=True) if column is None)
+    # a table may hold objects in its cells, as JSON or as Python writes them
+    context = _object_in(values.get(Column.SUMMARY), limits)
+    if context is None and (emotion := _object_in(values.get(Column.FEELING), limits)) is not None:
+        context = {"summary": values.get(Column.SUMMARY), "current_emotion": emotion}
+    if context is not None:
+        nested = _of_nested(line, {"context": context}, limits)
+        values = {key: one for key, one in values.items() if key not in (Column.SUMMARY, Column.FEELING)} | nested.values
+        left_out += nested.left_out
     return _Draft(line, _with_reply(_given(values), limits), left_out)
 
 
@@ -337,15 +345,10 @@ def _turn_text(content: object) -> str:
 def _with_reply(values: dict[Column, Any], limits: LimitsConfig) -> dict[Column, Any]:
     """Return `values` with text and face taken out of a reply that is an object or its JSON."""
     reply = values.get(Column.TEXT)
-    if isinstance(reply, str):
-        inner = found[1] if (found := _FENCED.fullmatch(reply)) else reply
-        if not inner.lstrip().startswith("{"):
-            return values
-        try:
-            reply = decode_json(inner, limits)
-        except RecordError as fault:
-            raise ConversionError("output_not_json", fault.got, EXPECTED_BY_FIELD["output"], "write it with json.dumps") from None
-    if not isinstance(reply, dict):
+    if isinstance(reply, str) and (found := _FENCED.fullmatch(reply)):
+        reply = found[1]
+    reply = _object_in(reply, limits)
+    if reply is None:
         return values
     if unknown := [key for key in reply if key not in ("text", "emotion")]:
         raise ConversionError(
@@ -356,6 +359,20 @@ def _with_reply(values: dict[Column, Any], limits: LimitsConfig) -> dict[Column,
             "missing_field", "a reply without text", EXPECTED_BY_FIELD["output"], "write it, or remove the record"
         )
     return values | _given({Column.TEXT: reply["text"], Column.FACE: reply.get("emotion")})
+
+
+def _object_in(value: object, limits: LimitsConfig) -> dict[str, Any] | None:
+    """Return an object, or the one that text in braces holds, or None for anything else. Raises `RecordError` for broken text."""
+    if isinstance(value, str) and value.lstrip().startswith("{"):
+        try:
+            value = decode_json(value, limits)
+        except RecordError as fault:
+            if not re.match(r"\s*\{\s*'", value):
+                raise ConversionError(
+                    "output_not_json", fault.got, "plain text, or a JSON object", "write it with json.dumps, or without the brace"
+                ) from None
+            value = decode_json(python_as_json(value.strip()), limits)
+    return value if isinstance(value, dict) else None
 
 
 def _given(values: dict[Column, Any]) -> dict[Column, Any]:

@@ -78,10 +78,9 @@ def read_source(path: Path, limits: LimitsConfig, sheet: str | None) -> Source:
     if fault := no_text(head, is_whole=is_whole):
         raise fault
     text = decoded(data, text_encoding(head, is_whole=is_whole) or "utf-8", is_whole=True)
-    beginning = text if is_whole else decoded(head, text_encoding(head, is_whole=False) or "utf-8", is_whole=False)
-    if fault := not_the_data(beginning):
+    if fault := not_the_data(text):
         raise fault
-    return _of_text(text, beginning, is_whole=is_whole, limits=limits)
+    return _of_text(text, limits)
 
 
 def _content(path: Path, limits: LimitsConfig) -> bytes:
@@ -110,11 +109,11 @@ def _content(path: Path, limits: LimitsConfig) -> bytes:
 # --- JSON ------------------------------------------------------------------------------------------------
 
 
-def _of_text(text: str, beginning: str, *, is_whole: bool, limits: LimitsConfig) -> Source:
-    layout, _ = layout_of(beginning, is_whole=is_whole)
-    if layout is Layout.TABLE and (table := table_of(beginning)):
+def _of_text(text: str, limits: LimitsConfig) -> Source:
+    layout, _ = layout_of(text, is_whole=True)
+    if layout is Layout.TABLE and (table := table_of(text)):
         return _of_csv(text, table)
-    if layout is None and (fault := plain_text(beginning, is_whole=is_whole)):
+    if layout is None and (fault := plain_text(text[:HEAD_BYTES], is_whole=len(text) <= HEAD_BYTES)):
         raise fault
     if layout is Layout.COLUMNS:
         return Source(list(_of_columns(text, limits)))
@@ -203,6 +202,12 @@ def _of_columns(text: str, limits: LimitsConfig) -> Iterator[Item]:
         whole: dict[str, Any] = json.loads(text)
     except (ValueError, RecursionError):
         raise ConversionError("not_json", "something that is not JSON", RECORD_SHAPE, "write it with a JSON library") from None
+    if isinstance(whole.get("columns"), list) and isinstance(whole.get("data"), list):
+        # pandas' orient="split": names, and rows of values
+        for number, values in enumerate(whole["data"], 1):
+            row = dict(zip(map(str, whole["columns"]), values, strict=False)) if isinstance(values, list) else values
+            yield from (Item(number, item.value) for item in _of_line(1, json.dumps(row), limits))
+        return
     columns = {name: list(value.values()) if isinstance(value, dict) else value for name, value in whole.items()}
     lists = {name: value for name, value in columns.items() if isinstance(value, list)}
     lengths = {len(value) for value in lists.values()}
@@ -224,14 +229,14 @@ def _of_python(text: str, limits: LimitsConfig) -> Iterator[Item]:
     for line, piece in pieces:
         if piece.strip():
             try:
-                value = _python_value(piece.strip().rstrip(","))
+                value = python_as_json(piece.strip().rstrip(","))
             except RecordError as fault:
                 yield Item(line, fault)
                 continue
             yield from _of_line(line, value, limits)
 
 
-def _python_value(text: str) -> str:
+def python_as_json(text: str) -> str:
     """Return the JSON of a Python literal. Nothing in it runs."""
     if len(text) > _MAX_PYTHON_CHARACTERS:
         raise ConversionError(

@@ -95,7 +95,7 @@ class Layout(StrEnum):
     TRAILING = "JSON with a comma before a closing bracket"
     PYTHON = "Python dictionaries, with single quotes"
     WRAPPER = "one JSON object around all records"
-    COLUMNS = "one JSON object with a list for each column"
+    COLUMNS = "one JSON object with all values of each column"
     TABLE = "a CSV table"
 
 
@@ -436,7 +436,9 @@ def layout_of(text: str, *, is_whole: bool) -> tuple[Layout | None, list[dict[st
     needed = SAME_CAUSE * len(lines)
     items = [value for value in values if isinstance(value, dict)]
     if lines and len(items) >= needed:
-        return (_one_object(items[0]) if len(lines) == 1 and is_whole else None) or (Layout.LINES, items)
+        # decoded again: an object that holds all records may have more keys than a record may
+        whole = _objects_after(text.lstrip(), 0) if len(lines) == 1 and is_whole else []
+        return (_one_object(whole[0]) if whole else None) or (Layout.LINES, items)
     if len(items) >= 0.5 * len(lines):
         # most lines are good, so the others are errors of their own
         return None, []
@@ -457,11 +459,12 @@ def _one_object(item: dict[str, Any]) -> tuple[Layout, list[dict[str, Any]]] | N
     inner = [value for value in item.values() if isinstance(value, list) and value and all(isinstance(one, dict) for one in value)]
     if inner:
         return Layout.WRAPPER, [one for value in inner for one in value]
+    columns = [value for key, value in item.items() if isinstance(value, list | dict) and column_of(key)]
+    is_split = isinstance(item.get("columns"), list) and isinstance(item.get("data"), list)
+    if is_split or (len(columns) >= 2 and len(columns) >= 0.5 * len(item)):
+        return Layout.COLUMNS, []
     if len(item) > 1 and all(isinstance(value, dict) for value in item.values()):
         return Layout.WRAPPER, list(item.values())
-    columns = [value for key, value in item.items() if isinstance(value, list | dict) and column_of(key)]
-    if len(columns) >= 2 and len(columns) >= 0.5 * len(item):
-        return Layout.COLUMNS, []
     return None
 
 

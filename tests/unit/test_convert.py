@@ -158,6 +158,7 @@ CHATS: Final = [chat(record, raw) for record, raw in zip(RECORDS, RAW, strict=Tr
 SHAREGPT: Final = [sharegpt(record, raw) for record, raw in zip(RECORDS, RAW, strict=True)]
 KOREAN: Final = [korean(record) for record in RECORDS]
 PLAIN: Final = [record for record in RECORDS if record.to_json().encode("cp949", "replace").decode("cp949") == record.to_json()]
+DOTTED: Final = dotted(RAW[0])
 FORMS: Final[dict[str, bytes | str]] = {
     "jsonl": "\n".join(LINES),
     "jsonl-bom-crlf": "\ufeff" + "\r\n".join(LINES),
@@ -171,6 +172,9 @@ FORMS: Final[dict[str, bytes | str]] = {
     "separated": ",\n".join(LINES),
     "wrapper": json.dumps({"version": 2, "data": RAW}, indent=1),
     "wrapper-by-index": json.dumps({str(number): raw for number, raw in enumerate(RAW)}),
+    "columns-by-index": json.dumps({k: {str(n): flat(one)[k] for n, one in enumerate(RECORDS)} for k in flat(RECORDS[0])}),
+    "split": json.dumps({"columns": list(KOREAN[0]), "index": [0], "data": [list(row.values()) for row in KOREAN]}),
+    "csv-with-objects": table(RAW),
     "columns": json.dumps({name: [flat(record)[name] for record in RECORDS] for name in flat(RECORDS[0])}),
     "python": "".join(f"{raw}\n" for raw in RAW),
     "python-list": str(RAW),
@@ -483,6 +487,53 @@ def test_only_the_values_of_python_literals_are_read(tmp_path: Path) -> None:
     text = f"{RAW[0]}\n{{'input': __import__('pathlib').Path({str(path)!r}).touch()}}\n"
     assert converted(tmp_path, text).failed == 1
     assert not path.exists()
+
+
+def test_an_object_of_hundreds(tmp_path: Path) -> None:
+    by_index = {str(number): flat(RECORDS[number % 20]) for number in range(300)}
+    assert len(converted(tmp_path, json.dumps(by_index)).records) == 300
+    by_column = {name: {number: row[name] for number, row in by_index.items()} for name in flat(RECORDS[0])}
+    assert len(converted(tmp_path, json.dumps(by_column)).records) == 300
+
+
+json_values = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=5)
+    | st.sampled_from(["{", "{'a': 1}", "80%", "기쁨"]),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["text", "role", "content", "a"]), inner, max_size=3)
+    ),
+    max_leaves=6,
+)
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    st.sampled_from([CHATS[0], SHAREGPT[0], RAW[0], KOREAN[0], ALPACA, DOTTED, gemini(RECORDS[0], RAW[0])]), json_values, st.data()
+)
+def test_any_json_value_anywhere_ends_in_a_message(
+    tmp_path_factory: pytest.TempPathFactory, item: dict[str, Any], value: object, data: st.DataObject
+) -> None:
+    changed: Any = json.loads(json.dumps(item))
+    place = changed
+    while True:
+        keys: list[Any] = list(place) if isinstance(place, dict) else list(range(len(place)))
+        key = data.draw(st.sampled_from(keys))
+        if not isinstance(place[key], dict | list) or not place[key] or data.draw(st.booleans()):
+            break
+        place = place[key]
+    place[key] = value
+    file = tmp_path_factory.getbasetemp() / "changed"
+    file.write_text(json.dumps(changed) + "\n", encoding="utf-8")
+    try:
+        conversion = convert_file(file, Defaults(**GIVEN))
+    except DataError:
+        return
+    assert conversion.records or conversion.failed
+    assert "\n" not in "".join(conversion.problem_lines("f"))
 
 
 cuts_in_a_file = st.lists(
