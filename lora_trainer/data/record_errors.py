@@ -7,21 +7,30 @@ from __future__ import annotations
 
 import math
 from collections.abc import Container, Iterator, Mapping, Sequence
-from difflib import get_close_matches
 
 from pydantic import BaseModel, ValidationError
 
 from lora_trainer.config import LimitsConfig
+from lora_trainer.data.advice import CONVERT_COLUMNS, intensity_advice, is_label, key_advice, label_advice, type_advice
+from lora_trainer.data.file_kinds import Shape, item_shape
 from lora_trainer.data.problems import Problem, RecordError, Severity
 from lora_trainer.data.records import (
     EXPECTED_BY_FIELD,
     TEXT_FIELDS,
     VOCABULARIES,
     EvaluationPrompt,
+    TrainingRecord,
     is_blank,
     lone_surrogate_error,
 )
-from lora_trainer.data.strict_json import MAX_QUOTED_CHARACTERS, decode_json, is_quotable, non_finite_numbers, quoted_key
+from lora_trainer.data.strict_json import (
+    MAX_QUOTED_CHARACTERS,
+    RECORD_SHAPE,
+    decode_json,
+    non_finite_numbers,
+    quoted_key,
+    shown_key,
+)
 from lora_trainer.data.text_damage import text_problems
 
 
@@ -29,6 +38,9 @@ def record_problems(
     error: ValidationError, number: int, schema: type[BaseModel], data: Mapping[str, object], limits: LimitsConfig
 ) -> Iterator[Problem]:
     """Yield everything that is wrong with the invalid record `data` on line `number`: schema errors, NaN and damaged text."""
+    if schema is TrainingRecord and "context" not in data and item_shape(data) is Shape.FLAT:
+        yield error_problem(number, "", RecordError("flat_record", str(Shape.FLAT), RECORD_SHAPE, f"nest them; {CONVERT_COLUMNS}"))
+        return
     data = {**data, "output": _parsed(data["output"], limits)} if "output" in data else data
     non_finite = list(non_finite_numbers(data))
     for path, value in non_finite:
@@ -80,7 +92,7 @@ def _schema_problems(
         if tuple(path) in reported and detail["type"] != "extra_forbidden":
             continue
         if detail["type"] == "extra_forbidden":
-            yield _unknown_field(path, number, schema)
+            yield _unknown_field(path, number, schema, detail["input"])
             continue
         raised = detail.get("ctx", {}).get("error")
         yield error_problem(
@@ -99,38 +111,29 @@ def _fault(kind: str, field: str, value: object) -> RecordError:
     if kind == "missing":
         return RecordError("missing_field", "nothing", expected, f"add '{field.rsplit('.', 1)[-1]}'")
     if kind == "enum":
-        got = f"'{value}'" if isinstance(value, str) and is_quotable(value) else described(value)
-        return RecordError("unknown_value", got, expected, _nearest(value, VOCABULARIES[field], "choose the closest one"))
+        got = f"'{value}'" if isinstance(value, str) and is_label(value) else described(value)
+        return RecordError("unknown_value", got, expected, label_advice(field, value, VOCABULARIES[field]))
     if kind in ("greater_than_equal", "less_than_equal", "finite_number"):
-        return RecordError("out_of_range", described(value), expected, "use 0 (barely) to 1 (fully)")
+        return RecordError("out_of_range", described(value), expected, intensity_advice(value))
     if kind == "string_unicode":
         return lone_surrogate_error("half of a surrogate pair")
-    return RecordError("wrong_type", described(value), expected, "write a value of that type")
+    return RecordError("wrong_type", described(value), expected, type_advice(field, value))
 
 
-def _unknown_field(path: list[str], number: int, schema: type[BaseModel]) -> Problem:
+def _unknown_field(path: list[str], number: int, schema: type[BaseModel], value: object) -> Problem:
     *parents, key = path
     siblings = [name.rsplit(".", 1)[-1] for name in EXPECTED_BY_FIELD if name and name.split(".")[:-1] == parents]
     if not parents and schema is EvaluationPrompt:
         siblings = list(EvaluationPrompt.model_fields)
     field = _shown_path(path)
-    fault = RecordError(
-        "unknown_field", f"the key {quoted_key(key)}", "only " + ", ".join(siblings), _nearest(key, siblings, "remove it")
-    )
+    advice = key_advice(parents, key, value, siblings)
+    fault = RecordError("unknown_field", f"the key {quoted_key(key)}", "only " + ", ".join(siblings), advice)
     return error_problem(number, field, fault)
 
 
 def _shown_path(path: Sequence[str]) -> str:
     """Return the dotted path for a message, with `?` for a key that does not look like a name: it may be training text."""
-    return ".".join(key if is_quotable(key) else "?" for key in path)
-
-
-def _nearest(value: object, names: Sequence[str], otherwise: str) -> str:
-    if isinstance(value, str) and len(value) <= MAX_QUOTED_CHARACTERS:
-        close = get_close_matches(value.strip().lower(), names, n=1, cutoff=0.7)
-        if close:
-            return f"did you mean '{close[0]}'?"
-    return otherwise
+    return ".".join(shown_key(key) or "?" for key in path)
 
 
 def described(value: object) -> str:

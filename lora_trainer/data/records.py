@@ -151,12 +151,11 @@ class TrainingRecord(StrictModel):
         except RecordError as fault:
             if fault.code != "not_json":
                 raise
-            raise RecordError(
-                "output_not_json",
-                fault.got,
-                EXPECTED_BY_FIELD["output"],
-                "write it with a JSON library: json.dumps of the reply, inside json.dumps of the record",
-            ) from None
+            is_json = value.lstrip().startswith(("{", "["))
+            encode = "write it with a JSON library: json.dumps of the reply, inside json.dumps of the record"
+            nest = 'put the text into {"text": ..., "emotion": ...}, inside json.dumps of the record'
+            fix = encode if is_json else nest
+            raise RecordError("output_not_json", fault.got, EXPECTED_BY_FIELD["output"], fix) from None
 
     def to_json(self) -> str:
         """Return the record as one line of JSONL without a line break; `output` is a JSON string."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import unicodedata
 from collections.abc import Iterator
 from typing import Any, Final
 
@@ -13,9 +14,11 @@ from lora_trainer.data.problems import IncompleteJsonError, RecordError
 
 RECORD_SHAPE: Final = "one JSON object on the line: instruction, context, input, output"
 MAX_QUOTED_CHARACTERS: Final = 24
-"""Longest value or key that messages quote; a longer one is probably training text, not a misspelled name."""
+"""Longest number that messages quote."""
 
-_NAME: Final = re.compile(r"[A-Za-z0-9_-]+")
+# a longer name is probably training text with misplaced quotes; two Korean words can be a column, three are a sentence
+_NAME: Final = re.compile(r"(?=.{1,40}\Z)[A-Za-z0-9_.\-/()\[\]]+(?: [A-Za-z0-9_.\-/()\[\]]+){0,2}")
+_KOREAN_NAME: Final = re.compile(r"(?=.{1,12}\Z)[\w.\-/()\[\]]+(?: [\w.\-/()\[\]]+)?")
 # a record has four keys; without a limit, a line of a megabyte could produce a problem for each of its keys
 _MAX_KEYS: Final = 64
 # a JSON string, an unmatched quote, or a bracket
@@ -49,13 +52,27 @@ def decode_json(text: str, limits: LimitsConfig) -> object:
 
 
 def is_quotable(text: str) -> bool:
-    """Return whether `text` looks like the name of a field or an emotion, so that a message may quote it."""
-    return len(text) <= MAX_QUOTED_CHARACTERS and _NAME.fullmatch(text) is not None
+    """Return whether `text` looks like the name of a field, a column or an emotion, so that a message may quote it."""
+    return _NAME.fullmatch(text) is not None or _KOREAN_NAME.fullmatch(unicodedata.normalize("NFC", text)) is not None
+
+
+def visible_name(key: str) -> str:
+    """Return `key` without the characters that nobody sees: byte-order marks, joiners, controls."""
+    return "".join(sign for sign in key if sign.isspace() or unicodedata.category(sign) not in ("Cf", "Cc", "Cs"))
+
+
+def shown_key(key: str) -> str | None:
+    """Return `key` for a message, composed and with its invisible characters escaped, or None if it does not look like a name."""
+    if not is_quotable(visible_name(key).strip()):
+        return None
+    composed = unicodedata.normalize("NFC", key)
+    return "".join(sign if sign.isprintable() else f"\\u{ord(sign):04x}" for sign in composed)
 
 
 def quoted_key(key: str) -> str:
     """Return `key` in quotes if a message may quote it, and its length otherwise."""
-    return f"'{key}'" if is_quotable(key) else f"of {len(key)} characters"
+    shown = shown_key(key)
+    return f"of {len(key)} characters" if shown is None else f"'{shown}'"
 
 
 def _check_depth(text: str, max_depth: int) -> None:

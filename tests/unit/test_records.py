@@ -163,12 +163,17 @@ def test_refused(path: str, value: object, field: str, code: str, got: str) -> N
     ("path", "value", "expected", "fix"),
     [
         ("context.current_emotion.type", "Haapy", FEELINGS, "did you mean 'happy'?"),
-        ("context.current_emotion.type", "smile", FEELINGS, "choose the closest one"),
+        ("context.current_emotion.type", "tranquil", FEELINGS, "choose the closest one"),
         ("output.txt", "a", "only text, emotion", "did you mean 'text'?"),
-        ("blood_type", "A", "only instruction, context, input, output", "remove it"),
+        (
+            "blood_type",
+            "A",
+            "only instruction, context, input, output",
+            "leave it out of this file, whose name says the blood type",
+        ),
         ("output", ..., REPLY, "add 'output'"),
         ("context.summary", ..., "text, which may be empty", "add 'summary'"),
-        ("context.current_emotion.intensity", True, "a number from 0 to 1", "write a value of that type"),
+        ("context.current_emotion.intensity", True, "a number from 0 to 1", "use 0 (barely) to 1 (fully), as a number"),
     ],
 )
 def test_a_problem_says_what_to_do(path: str, value: object, expected: str, fix: str) -> None:
@@ -201,7 +206,7 @@ def test_all_problems_of_a_line_are_named() -> None:
         ('{"a": ' + "9" * 5000 + "}", "not_json", "a number with too many digits"),
         ("NaN", "not_an_object", "NaN"),
         ('{"a": 1, "a": 2}', "duplicate_key", "the key 'a' more than once"),
-        ('{"' + "a" * 30 + '": 1, "' + "a" * 30 + '": 2}', "duplicate_key", "the key of 30 characters more than once"),
+        ('{"' + "a" * 50 + '": 1, "' + "a" * 50 + '": 2}', "duplicate_key", "the key of 50 characters more than once"),
         ("[" * 5000, "too_deep", "lists or objects nested more than 16 deep (limits.nesting_depth)"),
         ('{"a":' * 5000, "too_deep", "lists or objects nested more than 16 deep (limits.nesting_depth)"),
     ],
@@ -257,16 +262,16 @@ def test_problems_do_not_quote_the_authors_text() -> None:
 
 
 def test_a_problem_is_one_line() -> None:
-    problem = only_problem(parse_record(changed("context.current_emotion.intensity", 3), 12))
+    problem = only_problem(parse_record(changed("context.current_emotion.intensity", 300), 12))
     assert problem.render("data/a.jsonl") == (
-        "data/a.jsonl:12: context.current_emotion.intensity: got 3, expected a number from 0 to 1; use 0 (barely) to 1 (fully)"
+        "data/a.jsonl:12: context.current_emotion.intensity: got 300, expected a number from 0 to 1; use 0 (barely) to 1 (fully)"
     )
     assert problem.as_json() == {
         "line": 12,
         "field": "context.current_emotion.intensity",
         "severity": "error",
         "code": "out_of_range",
-        "got": "3",
+        "got": "300",
         "expected": "a number from 0 to 1",
         "fix": "use 0 (barely) to 1 (fully)",
     }
