@@ -90,7 +90,7 @@ def _check_depth(text: str, max_depth: int) -> None:
                     "too_deep",
                     f"lists or objects nested more than {max_depth} deep (limits.nesting_depth)",
                     RECORD_SHAPE,
-                    "remove what does not belong there",
+                    "check how the file was exported: a record nests two objects and its output",
                 )
         elif first in "]}":
             depth -= 1
@@ -102,7 +102,10 @@ def _check_depth(text: str, max_depth: int) -> None:
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(pairs) > _MAX_KEYS:
         raise RecordError(
-            "too_many_keys", f"an object of {len(pairs):,} keys", f"at most {_MAX_KEYS}", "remove what does not belong there"
+            "too_many_keys",
+            f"an object of {len(pairs):,} keys",
+            f"at most {_MAX_KEYS}",
+            "check how the file was exported: a record has four keys",
         )
     found = dict(pairs)
     if len(found) != len(pairs):

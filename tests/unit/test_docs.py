@@ -206,6 +206,8 @@ def test_problem_codes() -> None:
     described = {severity: {code for code, found, _ in rows("SDS.md", "problems") if found == severity} for severity in in_code}
     assert described == in_code
     assert min(map(len, in_code.values())) > 5
+    fixed = [code for cells in rows("docs/data-format.md", "fixes") for code in cells[0].replace("`", "").split()]
+    assert sorted(fixed) == sorted(in_code["error"] | in_code["warning"])
 
 
 def test_log_events() -> None:
