@@ -60,6 +60,18 @@ _USER_INFO_OF_A_MISTYPED_URI: Final = re.compile(r"^(\W*\w+:[/\\]*)[^\s/]*:\S*@"
 _HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 
 
+# The same rules for JSON Schema, whose expressions have no lookahead in Helm. They leave AWS's bucket names out.
+SCHEMA_ACCEPTS: Final = r"^(s3://[A-Za-z0-9][A-Za-z0-9._-]+(/[^/]+)*/?|file:///.*)$"
+SCHEMA_REFUSES: Final = "|".join((
+    _PLACEHOLDER.pattern,
+    f"[{''.join(sorted(_INVISIBLE))}\u0001-\u001f\u007f-\u00a0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]",
+    r"/ | /|^ | $",
+    r"^s3://.*[?#*\\]|^s3://.*[\"',;]$|^s3://.*\{[A-Za-z_][A-Za-z0-9_.]*\}|^s3://.*\[[A-Za-z]|/\.\.?(/|$)",
+    r"^s3://[^/]*\.amazonaws\.com|^s3://[^/]*storage\.googleapis\.com|^s3://[0-9]+(\.[0-9]+){3}(/|$)|^s3://localhost(/|$)",
+    r"^file:///(~|[A-Za-z]:)|^file:///.*\\|^file:///.*%([^0-9A-Fa-f]|[0-9A-Fa-f]([^0-9A-Fa-f]|$)|$)",
+))  # fmt: skip
+
+
 @dataclass(frozen=True, slots=True)
 class ParsedUri:
     """The parts of a URI or a path."""

@@ -25,6 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 config = importlib.import_module("lora_trainer.config")
+uris = importlib.import_module("lora_trainer.uris")
 
 CHART: Final = ROOT / "charts" / "persona-train"
 BEGIN: Final = "<!-- values:begin -->"
@@ -33,6 +34,14 @@ END: Final = "<!-- values:end -->"
 _KEY = re.compile(r"( *)([A-Za-z0-9-]+):(.*)")
 _KEPT: Final = ("type", "enum", "const", "minimum", "exclusiveMinimum", "maximum", "exclusiveMaximum", "minLength", "pattern",
                 "minItems", "maxItems")  # fmt: skip
+# Helm's --set makes text of 0.0001 and 5e-5, and --set-string of everything. A pattern applies to text alone, a bound to numbers.
+_AS_TEXT: Final = {
+    "number": r"^[-+]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?$",
+    "integer": r"^[-+]?[0-9]+(\.0+)?([eE]\+?[0-9]+)?$",
+    "boolean": "^(true|false)$",
+}
+_S3: Final = "s3://bucket/prefix/"
+_FILE: Final = "file:///folder/"
 
 
 def documented_values(text: str) -> dict[str, str]:
@@ -100,7 +109,17 @@ def with_table(readme: str, table: str) -> str:
 def config_schema() -> dict[str, Any]:
     """Return the JSON Schema (draft 7) of a settings file: `RunConfig` without required properties, and closed to unknown ones."""
     schema = config.RunConfig.model_json_schema()
-    return _plain(schema, schema["$defs"], {name: meaning for name, _, _, meaning in config.config_table()}, "")
+    plain = _plain(schema, schema["$defs"], {name: meaning for name, _, _, meaning in config.config_table()}, "")
+    prompts = plain["properties"]["evaluation"]["properties"]["prompts"]["anyOf"][0]
+    # a path may lie in a volume
+    prompts.update(_location([f"{_S3}prompts.jsonl", f"{_FILE}prompts.jsonl", "/folder/prompts.jsonl"], "^/[^/]|"))
+    return plain
+
+
+def _location(examples: list[str], accepts: str = "") -> dict[str, Any]:
+    """Return the schema of a URI. Its message lists `examples` and quotes no value, which may hold a signature."""
+    refused = {"anyOf": [{"not": {"pattern": accepts + uris.SCHEMA_ACCEPTS}}, {"pattern": uris.SCHEMA_REFUSES}]}
+    return {"type": "string", "if": refused, "then": {"enum": examples}}
 
 
 def _plain(schema: dict[str, Any], definitions: dict[str, Any], meanings: dict[str, str], dotted: str) -> dict[str, Any]:
@@ -108,6 +127,8 @@ def _plain(schema: dict[str, Any], definitions: dict[str, Any], meanings: dict[s
     if "$ref" in schema:
         return _plain(definitions[schema["$ref"].rpartition("/")[2]], definitions, meanings, dotted)
     plain = {key: schema[key] for key in _KEPT if key in schema}
+    if plain.get("type") in _AS_TEXT:
+        plain = {**plain, "type": [plain["type"], "string"], "pattern": _AS_TEXT[plain["type"]]}
     if dotted in meanings:
         plain["description"] = meanings[dotted]
     if "anyOf" in schema:
@@ -126,6 +147,9 @@ def values_schema(text: str, values: str) -> str:
     """Return values.schema.json with the schema of `config`, and with the comments of values.yaml as descriptions."""
     schema = json.loads(text)
     schema["properties"]["config"] = config_schema()
+    for name in ("data", "output"):
+        schema["properties"][name] = _location([_S3, _FILE])
+    schema["properties"]["baseModel"]["properties"]["s3Uri"] = _location(["", _S3], "^$|")
     for dotted, meaning in documented_values(values).items():
         part = schema
         for name in dotted.split("."):
@@ -135,7 +159,9 @@ def values_schema(text: str, values: str) -> str:
                 part = {}
         if part:
             part["description"] = meaning
-    return json.dumps(schema, indent=2, ensure_ascii=False) + "\n"
+    dumped = json.dumps(schema, indent=2, ensure_ascii=False)
+    # the invisible characters that a URI must not contain
+    return re.sub(r"[^\S\n ]|[\u007f-\u00ad\u180e\u200b-\u206f\ufeff]", lambda found: f"\\u{ord(found[0]):04x}", dumped) + "\n"
 
 
 def app_version(text: str) -> str:

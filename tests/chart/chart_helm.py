@@ -54,13 +54,20 @@ class Helm:
         self._process.wait(timeout=10)
 
     def template(
-        self, values: Values, *, helm: HelmVersion = "v4", kube: str = NEWEST, release: str = RELEASE, namespace: str = NAMESPACE
+        self,
+        values: Values,
+        *,
+        helm: HelmVersion = "v4",
+        kube: str = NEWEST,
+        release: str = RELEASE,
+        namespace: str = NAMESPACE,
+        chart: Path = CHART,
     ) -> str:
         """Return the manifests of `helm template` as text, without hooks. Raises `RefusedError`."""
         return self._call(
             "helm_template",
             {
-                "chart": str(CHART),
+                "chart": str(chart),
                 "release_name": release,
                 "namespace": namespace,
                 "values": values,

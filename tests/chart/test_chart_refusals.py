@@ -27,6 +27,25 @@ BY_THE_SCHEMA: Final[tuple[tuple[str, Any], ...]] = (
     ("data", "data/"),
     ("data", "s3://key:secret@bucket/data/"),
     ("output", "gs://bucket/lora/"),
+    ("output", "s3:/team/lora/"),
+    ("output", "S3://team/lora/"),
+    ("output", "s3a://team/lora/"),
+    ("output", "s3:///team/lora/"),
+    ("output", "s3://team//lora/"),
+    ("output", "s3://team/lora/ "),
+    ("output", "s3://team/lora/\u00a0"),
+    ("output", "s3://te\u200bam/lora/"),
+    ("output", '"s3://team/lora/"'),
+    ("output", "s3://${BUCKET}/lora/"),
+    ("output", "s3://<bucket>/lora/"),
+    ("output", "s3://{{ .Values.bucket }}/lora/"),
+    ("output", "https://team.s3.ap-northeast-2.amazonaws.com/lora/"),
+    ("output", "s3://minio:9000/team/lora/"),
+    ("output", "file:/srv/lora/"),
+    ("data", "s3://team/data/?versionId=1"),
+    ("data", "arn:aws:s3:::team/data/"),
+    ("baseModel.s3Uri", "s3:/team/base/"),
+    ("config.evaluation.prompts", "s3:/team/prompts.jsonl"),
     ("output", ""),
     ("s3.endpoint", "minio:9000"),
     ("s3.endpoint", "https://user:password@minio:9000"),
@@ -79,6 +98,10 @@ BY_THE_SCHEMA: Final[tuple[tuple[str, Any], ...]] = (
     ("config.checkpoints.every_minutes", 1441),
     ("config.logging.level", "loud"),
     ("config.strict", "yes"),
+    ("config.training.learning_rate", "0.0001x"),
+    ("config.training.max_steps", "1.5"),
+    ("config.training.learning_rate", ".inf"),
+    ("enabled", "yes"),
     ("config.gates.persona", 1.1),
 )
 
@@ -123,6 +146,9 @@ def test_a_typing_error(helm: Helm, dotted: str, helm_version: Any) -> None:
             ["data: got ", "s3://mine/train_data_type_A.jsonl.gz", "A, B", "expected a folder"],
         ),
         ({"resources": {"limits": {"nvidia.com/gpu": 2}}}, ["resources.limits: got nvidia.com/gpu", "gpu.resource"]),
+        ({"output": "s3://My_Team/lora/"}, ["output: got the bucket My_Team", "s3.endpoint"]),
+        ({"data": "s3://team/data.csv"}, ["data: got s3://team/data.csv", "lora-trainer convert"]),
+        ({"enabled": False}, ["enabled: got false", "condition: persona-train.enabled"]),
         ({"config": {"data": "s3://b/d/"}}, ["config.data: ", "instead: data"]),
         ({"config": {"output": "s3://b/d/"}}, ["config.output: ", "instead: output"]),
         ({"config": {"blood_type": "B"}}, ["config.blood_type: ", "instead: bloodType"]),
@@ -154,6 +180,14 @@ def test_what_does_not_go_together(values: Values, parts: list[str]) -> None:
         whole(merged(A, values))
     (line,) = (line for line in str(refused.value).splitlines() if parts[0] in line)
     assert [part for part in parts if part not in line] == []
+
+
+@pytest.mark.parametrize("helm_version", ["v3", "v4"])
+def test_the_message_names_the_right_spelling_and_no_signature(helm: Helm, helm_version: Any) -> None:
+    with pytest.raises(RefusedError) as refused:
+        helm.template(merged(A, {"output": "https://team.s3.amazonaws.com/lora/?X-Amz-Signature=abcdef"}), helm=helm_version)
+    assert "at '/output': value must be one of 's3://bucket/prefix/', 'file:///folder/'" in str(refused.value)
+    assert "abcdef" not in str(refused.value)
 
 
 def test_all_problems_are_said_together() -> None:

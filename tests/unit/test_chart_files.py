@@ -66,8 +66,8 @@ def test_the_schema_is_closed() -> None:
 
 def test_every_value_has_a_type_of_its_own() -> None:
     values = yaml.safe_load((CHART / "values.yaml").read_text(encoding="utf-8"))
-    # `global` holds the values that a parent chart passes to its subcharts
-    assert set(SCHEMA["properties"]) == set(values) | {"global"}
+    # a parent chart passes `global` to all of its charts, and uses one if its `enabled` is true
+    assert set(SCHEMA["properties"]) == set(values) | {"global", "enabled"}
 
 
 def test_the_settings_file_is_run_config() -> None:
@@ -84,20 +84,25 @@ def test_the_settings_file_is_run_config() -> None:
     assert all("required" not in schema for _, schema in objects(tool.config_schema()))
 
 
+# Helm passes some numbers as text
+NUMBER = {"type": ["number", "string"], "pattern": r"^[-+]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?$"}
+INTEGER = {"type": ["integer", "string"], "pattern": r"^[-+]?[0-9]+(\.0+)?([eE]\+?[0-9]+)?$"}
+
+
 @pytest.mark.parametrize(
     ("setting", "expected"),
     [
-        ("training.epochs", {"type": "number", "exclusiveMinimum": 0, "maximum": 1000}),
-        ("lora.r", {"type": "integer", "minimum": 1, "maximum": 512}),
-        ("training.max_steps", {"anyOf": [{"type": "integer", "minimum": 1}, {"type": "null"}]}),
+        ("training.epochs", {**NUMBER, "exclusiveMinimum": 0, "maximum": 1000}),
+        ("lora.r", {**INTEGER, "minimum": 1, "maximum": 512}),
+        ("training.max_steps", {"anyOf": [{**INTEGER, "minimum": 1}, {"type": "null"}]}),
         ("training.schedule", {"type": "string", "enum": ["cosine", "linear", "constant"]}),
         (
             "memory.micro_batch_tokens",
-            {"anyOf": [{"type": "string", "const": "auto"}, {"type": "integer", "minimum": 64, "maximum": 1048576}]},
+            {"anyOf": [{"type": "string", "const": "auto"}, {**INTEGER, "minimum": 64, "maximum": 1048576}]},
         ),
         (
             "evaluation.intensities",
-            {"type": "array", "minItems": 1, "maxItems": 20, "items": {"type": "number", "minimum": 0, "maximum": 1}},
+            {"type": "array", "minItems": 1, "maxItems": 20, "items": {**NUMBER, "minimum": 0, "maximum": 1}},
         ),
         ("evaluation.judge_base_url", {"type": "string", "pattern": "^https?://"}),
     ],

@@ -15,7 +15,7 @@ from lora_trainer.config_sources import settle
 from lora_trainer.errors import ConfigError, ExitCode
 from lora_trainer.store.keys import split_uri
 from lora_trainer.store.opening import open_storage
-from lora_trainer.uris import check_base_model, expand_home, local_path, parse_uri, shown
+from lora_trainer.uris import SCHEMA_ACCEPTS, SCHEMA_REFUSES, check_base_model, expand_home, local_path, parse_uri, shown
 
 ROOT = Path(__file__).parents[2]
 SECRET = "wJalrXUtnFEMI7K7MDENGbPxRfiCYEXAMPLEKEY"  # noqa: S105
@@ -113,6 +113,17 @@ ACCEPTED = [
 def test_odd_names_that_are_right_are_taken(text: str) -> None:
     assert settle({"blood_type": "A", "output": text}, {}).output == text
     open_storage(text)
+
+
+def test_the_rules_of_the_chart_are_the_same() -> None:
+    """JSON Schema has them as two expressions; a bucket's name and the rest of a local path are checked elsewhere."""
+
+    def refused(text: str) -> bool:
+        return not re.search(SCHEMA_ACCEPTS, text) or re.search(SCHEMA_REFUSES, text) is not None
+
+    assert [text for text, named in MISTYPED if not refused(text) and named not in ("lower-case", "3 to 63")] == []
+    uris = [text for text in ACCEPTED if text.startswith(("s3://", "file:///"))]
+    assert [text for text in uris if refused(text)] == []
 
 
 def test_other_stores_have_other_bucket_names(monkeypatch: pytest.MonkeyPatch) -> None:

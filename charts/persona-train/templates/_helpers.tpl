@@ -410,7 +410,23 @@ Job. The name has at most 43 + 1 + 8 + 1 + 10 characters, the limit of the pods'
 {{- if and .bloodType .bloodTypes -}}
 {{- $problems = append $problems (printf "bloodType: got %s and also bloodTypes %v, expected only one of them" .bloodType .bloodTypes) -}}
 {{- end -}}
-{{- if and (gt (len (.bloodTypes | default list)) 1) (regexMatch "\\.jsonl(\\.gz|\\.zst)?$" .data) -}}
+{{- if and (hasKey . "enabled") (not (kindIs "invalid" .enabled)) (not .enabled) -}}
+{{- $problems = append $problems "enabled: got false, which only the Chart.yaml of a parent chart reads: write `condition: persona-train.enabled` under its dependency, or leave the value out" -}}
+{{- end -}}
+{{- if regexMatch "(?i)\\.(json|csv|tsv|txt|xlsx?|parquet|zip|gz|zst)$" (regexReplaceAll "(?i)\\.(jsonl|ndjson)(\\.gz|\\.zst)?$" .data "") -}}
+{{- $problems = append $problems (printf "data: got %s, expected a folder, which ends in /, or a file that ends in .jsonl or .ndjson; turn others into JSONL with `lora-trainer convert`" .data) -}}
+{{- end -}}
+{{- $namesStore := .s3.endpoint -}}
+{{- range .extraEnv }}{{ if hasPrefix "AWS_ENDPOINT_URL" .name }}{{ $namesStore = true }}{{ end }}{{ end -}}
+{{- if not (or $namesStore .extraEnvFrom) -}}
+{{- range $name, $uri := dict "data" .data "output" .output "baseModel.s3Uri" .baseModel.s3Uri -}}
+{{- $bucket := regexFind "^s3://[^/]+" $uri | trimPrefix "s3://" -}}
+{{- if and $bucket (or (contains ".." $bucket) (not (regexMatch "^[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]$" $bucket))) -}}
+{{- $problems = append $problems (printf "%s: got the bucket %s, expected 3 to 63 lower-case letters, digits, dots and hyphens, as S3 demands; for a store that allows other names, set s3.endpoint" $name $bucket) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+{{- if and (gt (len (.bloodTypes | default list)) 1) (regexMatch "(?i)\\.(jsonl|ndjson)(\\.gz|\\.zst)?$" .data) -}}
 {{- $problems = append $problems (printf "data: got the single file %s for %s, expected a folder with a file for each" .data (join ", " .bloodTypes)) -}}
 {{- end -}}
 {{- $gpu := .gpu.resource -}}
