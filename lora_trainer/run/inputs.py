@@ -73,7 +73,7 @@ def _refuse_other_files(data: str) -> None:
         known = "a folder, or a file that ends in .jsonl or .ndjson (also .gz or .zst after it)"
         hint = "turn it into JSONL with 'lora-trainer convert'; rename it if it is JSONL"
         folder = "" if path and path.exists() else f"; if it is a folder, write {data}/"
-        raise ConfigError(f"data: {data}: got a file of another name, expected {known}; {hint}{folder}")
+        raise ConfigError(f"{data}: got a file of another name, expected {known}; {hint}{folder}")
 
 
 def fetch(job: Job) -> DataFile:

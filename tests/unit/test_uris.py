@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -275,3 +276,32 @@ def test_without_a_home_each_command_says_the_same(tmp_path: Path) -> None:
     assert done.stderr.count("base.cache_dir: got '~/.cache/lora-trainer'") >= 1
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "~").exists()
+
+
+# --- the names of data files ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["data.ndjson", "data.JSONL", "DATA.NDJSON", "train_data_type_A.jsonl"])
+def test_run_takes_the_files_that_validate_takes(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copy(ROOT / "data" / "train_data_type_A.jsonl", tmp_path / name)
+    assert run_cli(["check-storage", "--blood-type", "A", "--data", str(tmp_path / name), "--output", str(tmp_path / "out")]) == 0
+    assert f"{name}: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["data.csv", "data.json", "DATA.XLSX", "data.txt", "data", "data.jsonl.bz2"])
+def test_a_file_of_another_format_is_named_with_the_way_out(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / name
+    path.write_text("{}\n")
+    output = ["--output", str(tmp_path / "out")]
+    for data in (str(path), path.as_uri(), f"s3://team/{name}"):
+        if data == "s3://team/data":
+            # an object and a folder of this name look the same
+            continue
+        assert run_cli(["check-storage", "--blood-type", "A", "--data", data, *output]) == ExitCode.CONFIG
+        said = capsys.readouterr().err
+        assert "ends in .jsonl or .ndjson" in said
+        assert "lora-trainer convert" in said
+    folder = tmp_path / "folder.csv"
+    folder.mkdir()
+    shutil.copy(ROOT / "data" / "train_data_type_A.jsonl", folder)
+    assert run_cli(["check-storage", "--blood-type", "A", "--data", str(folder), *output]) == 0
