@@ -26,10 +26,10 @@ PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help setup demo test test-fast test-slow test-gpu lint rooms workflow-lint typecheck format data-check lock poetry-check \
-	chart-lint chart-test chart-package k8s-rendered install image image-cpu image-test train-local cluster-test benchmark clean
+	chart-lint chart-test chart-package k8s-rendered install image image-cpu image-test train-local cluster-test consumers-test benchmark clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(VENV)/.installed $(VENV_S3)/.installed ## Install everything for development, without a GPU
 
@@ -108,6 +108,9 @@ image-cpu: ## Build it without CUDA, for tests and demos (PIP_EXTRA_INDEX_URL= o
 
 image-test: setup ## Test the built images: structure, a whole run, SIGTERM
 	$(BIN)/python -m pytest tests/image $(ARGS)
+
+consumers-test: setup ## Load a bundle with old and new versions of transformers and PEFT, each in its own environment (ARGS=--write)
+	$(BIN)/python tools/consumers.py $(ARGS)
 
 benchmark: setup ## Run one of benchmarks/: make benchmark NAME=validate_million [ARGS=]; without NAME, list them
 	@if [ -n "$(NAME)" ]; then $(BIN)/python benchmarks/$(NAME).py $(ARGS); else \

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 from lora_trainer.base_model import Base
@@ -23,6 +24,13 @@ _CARD_RATES: Final = {
 }
 # values that vLLM 0.14 and later accept for --max-lora-rank (MaxLoRARanks)
 _VLLM_RANKS: Final = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+# versions of transformers, and the versions of PEFT that were tried with each: benchmarks/results/consumers.json
+SAME_TOKENS: Final = {
+    "4.51.3": ("0.12.0", "0.17.1", "0.21.2"),
+    "4.57.6": ("0.12.0", "0.17.1", "0.21.2"),
+    "5.17.0": ("0.12.0", "0.21.2"),
+}
+BROKEN: Final = {"5.17.0": ("0.17.1",)}
 
 
 def model_card(config: RunConfig, base: Base, metrics: RunMetrics) -> str:
@@ -94,7 +102,23 @@ tokenizer = AutoTokenizer.from_pretrained("/path/to/this/folder")
 base = AutoModelForCausalLM.from_pretrained("{base.canonical_id}"{f', revision="{base.revision}"' if base.revision else ""})
 model = PeftModel.from_pretrained(base, "/path/to/this/folder")
 ```
+
+## Versions
+
+A bundle in this format, on a tiny base, was loaded with these versions and gave the greedy tokens of its own run:
+
+{_version_rows(SAME_TOKENS)}
+
+These do not import together:
+
+{_version_rows(BROKEN)}
+
+vLLM has not been tried.
 """
+
+
+def _version_rows(versions: Mapping[str, Sequence[str]]) -> str:
+    return "\n".join(f"- transformers {transformers} with PEFT {', '.join(peft)}" for transformers, peft in versions.items())
 
 
 def _card_rows(adapter: RepliesMetrics) -> str:

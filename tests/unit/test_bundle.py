@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import yaml
+from conftest import load_tool
 from made_metrics import MadeRun, made_run, write_made_evaluation
 
 from lora_trainer.base_model import Base
@@ -22,7 +23,7 @@ from lora_trainer.persona.prompt import prompt_template, reply_json
 from lora_trainer.persona.reply_schema import response_schema
 from lora_trainer.persona.specs import persona_spec
 from lora_trainer.persona.vocabulary import BloodType, Expression
-from lora_trainer.report.model_card import vllm_lora_rank
+from lora_trainer.report.model_card import BROKEN, SAME_TOKENS, vllm_lora_rank
 from lora_trainer.run.bundle_files import read_published, read_verdict, write_documents, write_evaluation
 from lora_trainer.store.bundle import check_complete, publish_bundle
 from lora_trainer.store.interface import Storage
@@ -540,6 +541,24 @@ def test_the_documents(folder: Path, made: MadeRun, revision: str | None) -> Non
     assert f"vllm serve Qwen/Qwen2.5-7B-Instruct{pinned} --enable-lora --max-lora-rank 8 \\\n  --lora-modules persona-A=" in card
     assert (f'revision="{revision}"' in card) is (revision is not None)
     assert "None" not in card
+
+
+def test_the_card_says_which_versions_were_tried(folder: Path, made: MadeRun) -> None:
+    """The card and docs/serving.md say what `make consumers-test` measured."""
+    consumers = load_tool("consumers")
+    results = json.loads(consumers.RESULTS.read_text(encoding="utf-8"))
+    same = {(row["transformers"], row["peft"]) for row in results["pairs"] if row["result"] == consumers.EQUAL}
+    broken = {(row["transformers"], row["peft"]) for row in results["pairs"]} - same
+    assert {(transformers, peft) for transformers, several in SAME_TOKENS.items() for peft in several} == same
+    assert {(transformers, peft) for transformers, several in BROKEN.items() for peft in several} == broken
+    assert {("4.51.3", "0.12.0"), ("4.57.6", "0.17.1"), ("5.17.0", "0.21.2")} <= same
+    page = consumers.PAGE.read_text(encoding="utf-8")
+    assert consumers.with_table(page, results) == page
+
+    write_documents(folder, made.config, Base("x/y", None, "identity", None), made.metrics)
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert "- transformers 4.51.3 with PEFT 0.12.0, 0.17.1, 0.21.2\n" in card
+    assert "do not import together:\n\n- transformers 5.17.0 with PEFT 0.17.1\n" in card
 
 
 def test_the_card_says_what_was_measured(folder: Path, made: MadeRun) -> None:
