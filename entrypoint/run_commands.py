@@ -91,7 +91,7 @@ def run(interruption: Interruption, /, config_file: Path | None, overrides: Sequ
 def check_storage(config_file: Path | None, overrides: Sequence[str], **options: Any) -> None:
     """Check every access that 'run' needs to its storage, without training.
 
-    Reads the persona's data, looks for a base in a folder or an s3:// prefix, writes, reads, lists and deletes a probe under
+    Reads the persona's data, checks a base in a folder or an s3:// prefix, writes, reads, lists and deletes a probe under
     runs/<TYPE>/ of the output, and checks the right to write under adapters/<TYPE>/. Takes the options of 'run'.
 
     \b

@@ -173,6 +173,16 @@ class StorageContract:
             with pytest.raises(ValueError, match="unsafe key"):
                 call()
 
+    def test_a_range_is_exact_or_an_error(self, storage: Storage) -> None:
+        storage.write_bytes("base/weights", bytes(range(100)))
+        for start, length in ((0, 8), (8, 50), (99, 1), (0, 100), (5, 0)):
+            assert storage.read_range("base/weights", start, length) == bytes(range(100))[start : start + length]
+        for start, length in ((90, 11), (100, 1), (0, 101)):
+            with pytest.raises(StorageError):
+                storage.read_range("base/weights", start, length)
+        with pytest.raises(NotFound):
+            storage.read_range("base/nothing", 0, 1)
+
     def test_read_bytes_is_bounded(self, storage: Storage) -> None:
         storage.write_bytes(KEY, b"x" * 11)
         with pytest.raises(StorageError, match="more than 10 bytes"):

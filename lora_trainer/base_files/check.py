@@ -33,7 +33,7 @@ _SIZES: Final = {
 }
 _OPTIONAL_SIZES: Final = {"num_key_value_heads": (1, 4096), "head_dim": (1, 2**14), "sliding_window": (1, 2**27)}
 _DTYPES: Final = ("auto", "bfloat16", "float16", "float32")
-_SAMPLE: Final[list[dict[str, str]]] = [
+_SAMPLE: Final = [
     {"role": "system", "content": "너는 친구야.\n기분: happy 0.8"},
     {"role": "user", "content": "안녕, how are you? 1 + 1 = 2 <b>\"'{}%\\ 😊"},
 ]

@@ -32,7 +32,7 @@ _CHARACTERS: Final = 2**16
 # the child needs no credentials
 _PASSED_VARIABLES: Final = ("PATH", "LD_LIBRARY_PATH", "PYTHONHOME", "PYTHONPATH", "TZ")
 
-Chat = tuple[Sequence[Mapping[str, str]], bool]
+Chat = tuple[Sequence[Mapping[str, object]], bool]
 """Messages, and whether to add the generation prompt."""
 
 
@@ -78,7 +78,7 @@ def load_tokenizer(text: str, tokens: Sequence[str], samples: Sequence[str]) -> 
 
 
 def _most_characters(chats: Sequence[Chat]) -> int:
-    given = sum(len(message["content"]) for messages, _ in chats for message in messages)
+    given = sum(len(str(message["content"])) for messages, _ in chats for message in messages)
     # templates may repeat a text, for example with its escapes
     return 8 * given + _CHARACTERS * len(chats)
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, Final
+from typing import Any, Final, TypeGuard
 
 from lora_trainer.base_files.documents import parse_object, what_it_really_is
 from lora_trainer.errors import ConfigError
@@ -228,7 +228,7 @@ def _entry(where: str, entry: object) -> tuple[Tensor, int, int]:
     return Tensor(dtype, tuple(shape)), begin, end
 
 
-def _are_sizes(value: Any) -> bool:
+def _are_sizes(value: object) -> TypeGuard[list[int]]:
     # no tensor has more dimensions or larger ones, and their product stays a number that prints
     return isinstance(value, list) and len(value) <= 8 and all(type(size) is int and 0 <= size < 2**50 for size in value)
 

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from lora_trainer.config import EvaluationConfig
+from lora_trainer.errors import DataError
+
+
+class PromptTooLongError(DataError):
+    """A prompt that leaves no room for a whole reply within the base's positions, beyond which a model writes noise."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +37,20 @@ class Generation:
     """Whether the model emitted the end-of-turn token within the token limit."""
     token_ids: tuple[int, ...]
     """Without the end-of-turn token."""
+
+
+def require_room(prompt_tokens: Sequence[int], max_new_tokens: int, positions: int) -> None:
+    """Raise `PromptTooLongError` unless a reply of `max_new_tokens` fits behind each prompt of `prompt_tokens`."""
+    most = positions - max_new_tokens
+    too_long = [(number, tokens) for number, tokens in enumerate(prompt_tokens, 1) if tokens > most]
+    if too_long:
+        number, tokens = too_long[0]
+        which = "the prompt" if len(prompt_tokens) == 1 else f"prompt {number:,} of {len(prompt_tokens):,}"
+        more = f" ({len(too_long):,} prompts are too long)" if len(too_long) > 1 else ""
+        raise PromptTooLongError(
+            f"{which}: got {tokens:,} tokens, expected at most {max(most, 0):,}{more}: the base has {positions:,} positions "
+            f"(max_position_embeddings), and a reply may take {max_new_tokens:,} of them; shorten it, or use a base with more"
+        )
 
 
 def decodings(config: EvaluationConfig) -> list[Decoding]:

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from lora_trainer.data.records import EvaluationPrompt, TrainingRecord
 from lora_trainer.evaluate import gates
@@ -26,6 +27,13 @@ class Evaluated:
 
     metrics: EvaluationMetrics
     replies: list[ScoredReply]
+
+
+def require_room_for_replies(job: Job, backend: Backend, prompts: Sequence[EvaluationPrompt], base_folder: Path) -> None:
+    """Raise `DataError` if a prompt is too long for the base, before the training rather than after it."""
+    config = job.config.evaluation
+    asked = questions(prompts, config.intensities, instruction_of(job.config.blood_type))
+    backend.require_room([question.messages for question in asked], config.max_new_tokens, backend.shape(base_folder).positions)
 
 
 def evaluate(

@@ -14,7 +14,7 @@ from lora_trainer.config import RunConfig
 from lora_trainer.data.records import EvaluationPrompt, TrainingRecord
 from lora_trainer.evaluate.llm_judge import check_judge
 from lora_trainer.run.batch import BatchStoppedError, PersonaRun
-from lora_trainer.run.evaluation import decide, evaluate
+from lora_trainer.run.evaluation import decide, evaluate, require_room_for_replies
 from lora_trainer.run.identity import Identity, identify
 from lora_trainer.run.inputs import DataFile, fetch, fetch_prompts, read, require_data_folder
 from lora_trainer.run.job import Job, ProcessContext
@@ -98,7 +98,9 @@ def prepare(job: Job) -> Prepared | Outcome:
 def plan(job: Job, prepared: Prepared) -> Planned:
     """Phase 2: import the training stack, tokenize the data, and plan steps and memory."""
     backend = job.start(prepared.progress)
-    return Planned(prepared, backend, plan_training(job, backend, prepared.identity.base, prepared.records, prepared.progress))
+    planned = plan_training(job, backend, prepared.identity.base, prepared.records, prepared.progress)
+    require_room_for_replies(job, backend, prepared.prompts, planned.base_folder)
+    return Planned(prepared, backend, planned)
 
 
 def judge_published(job: Job, prepared: Prepared, manifest: dict[str, Any]) -> Outcome:

@@ -15,7 +15,7 @@ from lora_trainer.config import RunConfig
 from lora_trainer.data.records import Reply
 from lora_trainer.errors import ConfigError, DataError
 from lora_trainer.escaping import escaped
-from lora_trainer.evaluate.decoding import Decoding
+from lora_trainer.evaluate.decoding import Decoding, PromptTooLongError
 from lora_trainer.persona.prompt import Message, prompt_messages, reply_json
 from lora_trainer.persona.reply_schema import response_schema
 from lora_trainer.persona.specs import persona_spec
@@ -114,17 +114,32 @@ def chat_loop(model: ChatModel, state: ChatState, lines: Iterator[str], console:
                 base_turns.clear()
             continue
         try:
-            text = model.answer(state.messages(said, state.turns), state.seed + len(state.turns))
+            text = _answer(model, state, said, state.turns)
             reply = read_reply(text)
             state.turns.append((said, reply))
             print_reply(console, f"{state.blood_type} {spec.name}", text, reply, raw=raw)
             if beside_base:
-                text = model.answer(state.messages(said, base_turns), state.seed + len(base_turns), adapter=False)
+                text = _answer(model, state, said, base_turns, adapter=False)
                 reply = read_reply(text)
                 base_turns.append((said, reply))
                 print_reply(console, "base", text, reply, raw=raw)
         except DataError as error:
             console.print(Text(escaped(str(error)), style="red"), soft_wrap=True)
+
+
+def _answer(model: ChatModel, state: ChatState, said: str, turns: list[tuple[str, Reply]], *, adapter: bool = True) -> str:
+    """Return the reply to `said`. Leave out the oldest of `turns` while the conversation is longer than the base's positions.
+
+    Raises `PromptTooLongError` if the message alone is too long.
+    """
+    seed, kept = state.seed + len(turns), turns[-MAX_TURNS:]
+    while True:
+        try:
+            return model.answer(state.messages(said, kept), seed, adapter=adapter)
+        except PromptTooLongError:
+            if not kept:
+                raise
+            kept = kept[1:]
 
 
 def read_reply(text: str) -> Reply:

@@ -64,6 +64,19 @@ def test_a_slip_is_one_line_and_the_conversation_goes_on(adapter: Path, tmp_path
     assert reply.startswith("B 솔직  ")
 
 
+def test_a_message_longer_than_the_bases_positions_is_one_line(adapter: Path, tmp_path: Path) -> None:
+    """The base has 2,048 positions. Too long a message is refused alone; too long a conversation forgets its oldest turns."""
+    long, filling = "점심 뭐 먹지? " * 2000, "나 오늘 학교에서 있었던 일 들어 봐. " * 30
+    done = chat(adapter, tmp_path, f"{long}\n" + f"{filling}\n" * 3 + "안녕\n", "--json")
+    assert done.returncode == 0, done.stderr
+    problem, *replies = done.stdout.splitlines()
+    assert problem.startswith("the prompt: got ")
+    assert "the base has 2,048 positions (max_position_embeddings)" in problem
+    assert len(replies) == 4
+    assert all(read_exact(reply) for reply in replies)
+    assert "Traceback" not in done.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [

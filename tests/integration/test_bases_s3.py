@@ -6,12 +6,15 @@ from pathlib import Path
 
 import boto3
 import pytest
+from broken_bases import WEIGHTS, copy_base, keep_tensors
 
 from lora_trainer.base_model import fetch_base, identify_base, tokenizer_folder
 from lora_trainer.config import BaseModelConfig
 from lora_trainer.errors import ConfigError
+from lora_trainer.run.shared_models import SharedModels
 from lora_trainer.store.interface import NotFound
 from lora_trainer.store.opening import open_storage
+from lora_trainer.store.retry import RetryBudget
 
 pytestmark = pytest.mark.integration
 
@@ -137,3 +140,28 @@ def test_a_cache_that_is_in_the_way(config: BaseModelConfig, tmp_path: Path) -> 
     with pytest.raises(ConfigError, match="got a file"):
         identify_base(config)
     assert open_storage(config.model).exists("config.json")
+
+
+def test_a_broken_base_is_refused_before_its_weights_are_copied(bucket: str, tmp_path: Path) -> None:
+    base = copy_base(tmp_path / "base")
+    keep_tensors(base, lambda name: "layers.1." not in name)
+    for path in base.iterdir():
+        boto3.client("s3").upload_file(str(path), bucket, f"broken/{path.name}")
+    config = BaseModelConfig(model=f"s3://{bucket}/broken/", cache_dir=tmp_path / "cache")
+    with pytest.raises(ConfigError, match=r"broken: the weights have no model\.layers\.1\."):
+        SharedModels().base(config, RetryBudget())
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_copy_that_the_disk_damaged_is_refused(bucket: str, tmp_path: Path) -> None:
+    for path in copy_base(tmp_path / "base").iterdir():
+        boto3.client("s3").upload_file(str(path), bucket, f"tiny/{path.name}")
+    config = BaseModelConfig(model=f"s3://{bucket}/tiny/", cache_dir=tmp_path / "cache")
+    base = SharedModels().base(config, RetryBudget())
+    assert base.identity == identify_base(BaseModelConfig(model=str(tmp_path / "base"))).identity
+    assert base.folder is not None
+    weights = base.folder / WEIGHTS
+    # the size stays, so the mirror does not fetch it again
+    weights.write_bytes(b"\xff" * weights.stat().st_size)
+    with pytest.raises(ConfigError, match=r"cache/bases/.*model\.safetensors: got a header of"):
+        SharedModels().base(config, RetryBudget())

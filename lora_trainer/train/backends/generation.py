@@ -12,7 +12,7 @@ import torch
 from peft import PeftModel
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedTokenizerBase
 
-from lora_trainer.evaluate.decoding import Decoding, Generation
+from lora_trainer.evaluate.decoding import Decoding, Generation, require_room
 
 LogitsProcessor = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """Maps the token ids so far [B, T] and the next token's logits [B, V] to new logits."""
@@ -31,8 +31,11 @@ def generate(
     Prompts of similar length share a batch, padded on the left. Greedy replies depend only on the prompt, up to rounding. Sampled
     replies also depend on the seed and the batch: only the same prompts in the same order reproduce them.
     `processors` returns new logits processors for each batch.
+
+    Raises `PromptTooLongError` if a whole reply would not fit behind a prompt.
     """
     encoded: list[list[int]] = tokenizer(list(prompts), add_special_tokens=False)["input_ids"] if prompts else []
+    require_room([len(ids) for ids in encoded], decoding.max_new_tokens, model.config.max_position_embeddings)
     order = sorted(range(len(encoded)), key=lambda index: len(encoded[index]))
     found: dict[int, Generation] = {}
     device = next(model.parameters()).device

@@ -11,7 +11,7 @@ from lora_trainer.base_files.check import folder_template
 from lora_trainer.base_model import require_safetensors
 from lora_trainer.config import RunConfig
 from lora_trainer.errors import HardwareError, InvariantError
-from lora_trainer.evaluate.decoding import Decoding, Generation
+from lora_trainer.evaluate.decoding import Decoding, Generation, require_room
 from lora_trainer.persona.prompt import Message
 from lora_trainer.signals import Interruption
 from lora_trainer.store.checkpoints import Snapshot
@@ -114,6 +114,11 @@ class TransformersBackend:
             )
         # the template that was checked; transformers would also read ones that are no part of the base's identity
         tokenizer.chat_template = template
+        if tokenizer.pad_token is None:
+            # Llama 3 has none; padding is masked, so any token does
+            tokenizer.pad_token = tokenizer.eos_token
+        # require_room refuses what is too long, with the reason
+        tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
         self._tokenizer = tokenizer
         return tokenizer
 
@@ -355,6 +360,11 @@ class TransformersBackend:
 
     # -- generation ---------------------------------------------------------------------------------
 
+    def require_room(self, conversations: Sequence[Sequence[Message]], max_new_tokens: int, positions: int) -> None:
+        """Check that `generate` will accept `conversations`, before the base is loaded. Raises `DataError` as `generate` does."""
+        encoded = self.tokenizer(render_prompts(conversations, self.tokenizer), add_special_tokens=False)["input_ids"]
+        require_room([len(ids) for ids in encoded], max_new_tokens, positions)
+
     def generate(
         self,
         conversations: Sequence[Sequence[Message]],
@@ -366,7 +376,7 @@ class TransformersBackend:
     ) -> list[Generation]:
         """Return the reply of the adapter, or of the base without it, to each conversation, in order.
 
-        Raises `HardwareError` on OOM, `DataError` for text that would become a control token.
+        Raises `HardwareError` on OOM, `DataError` for text that would become a control token or leaves no room for a reply.
         """
         import torch
 
