@@ -13,6 +13,7 @@ from lora_trainer.errors import ExitCode, GateError, worst
 from lora_trainer.evaluate.gates import missed_gate_messages
 from lora_trainer.logs import get_logger
 from lora_trainer.persona.vocabulary import BloodType
+from lora_trainer.run.bug_report import report_bug
 from lora_trainer.run.failure_report import FailureReport, failure_report
 from lora_trainer.run.job import Job
 from lora_trainer.run.publication import Outcome
@@ -53,7 +54,8 @@ class PersonaRun:
             if report is None:
                 # SystemExit or StepDown: the process is about to exit or to re-exec
                 raise
-            self.report = report
+            # a LoraTrainerError explains itself
+            self.report = self._context.run(report_bug, self._job, error, report) if report.outcome == "bug" else report
         else:
             if not isinstance(result, Outcome):
                 return result

@@ -35,6 +35,11 @@ def start_key(blood_type: BloodType, run_id: str) -> str:
     return run_prefix(blood_type, run_id) + "start.json"
 
 
+def bug_key(blood_type: BloodType, run_id: str | None, token: str) -> str:
+    """Return the key of a bug's traceback: beside the run's checkpoints, or the persona's runs if the run had no id yet."""
+    return f"{run_prefix(blood_type, run_id) if run_id else f'runs/{blood_type}/'}bug-{token}.txt"
+
+
 def evaluation_prefix(prefix: str, gate_id: str) -> str:
     """Return the prefix of a later evaluation of the bundle at `prefix`."""
     return f"{prefix}evaluations/{gate_id}/"
