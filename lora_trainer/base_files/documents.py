@@ -15,13 +15,13 @@ def parse_object(where: str, data: bytes, *, unique: bool = False) -> dict[str, 
     try:
         parsed = json.loads(data.decode(), parse_constant=_refuse, object_pairs_hook=_once_each if unique else None)
     except UnicodeDecodeError:
-        raise ConfigError(f"{where}: got bytes that are not UTF-8, expected a JSON object; download the model again") from None
+        raise ConfigError(f"{where}: got bytes that are not UTF-8, expected a JSON object; download it again") from None
     except RecursionError:
-        raise ConfigError(f"{where}: got JSON nested too deeply, expected a JSON object; download the model again") from None
+        raise ConfigError(f"{where}: got JSON nested too deeply, expected a JSON object; download it again") from None
     except ValueError as error:
-        raise ConfigError(f"{where}: not JSON: {str(error)[:200]}; download the model again") from None
+        raise ConfigError(f"{where}: not JSON: {str(error)[:200]}; download it again") from None
     if not isinstance(parsed, dict):
-        raise ConfigError(f"{where}: got a JSON {_JSON_NAMES[type(parsed)]}, expected an object; download the model again")
+        raise ConfigError(f"{where}: got a JSON {_JSON_NAMES[type(parsed)]}, expected an object; download it again")
     return parsed
 
 

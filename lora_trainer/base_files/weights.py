@@ -53,6 +53,9 @@ class Tensor:
 
     dtype: str
     shape: tuple[int, ...]
+    begin: int
+    """Offset of its first byte in the file."""
+    end: int
 
 
 def head_size(config: Mapping[str, Any]) -> int:
@@ -99,7 +102,7 @@ def check_weights(where: str, sizes: Mapping[str, int], read: Read, config: Mapp
     headers: dict[str, dict[str, Tensor]] = {}
     for name in sorted(name for name in sizes if name.endswith(".safetensors") and not name.startswith(".")):
         try:
-            headers[name] = _header(f"{where}/{name}", sizes[name], lambda at, length, name=name: read(name, at, length))  # type: ignore[misc]
+            headers[name] = read_header(f"{where}/{name}", sizes[name], lambda at, length, name=name: read(name, at, length))  # type: ignore[misc]
         except ConfigError as error:
             yield from error.problems
     shards = [_SINGLE_NAME]
@@ -172,10 +175,10 @@ def _weight_map(where: str, data: bytes) -> dict[str, str]:
     return placed
 
 
-def _header(where: str, size_bytes: int, read: Callable[[int, int], bytes]) -> dict[str, Tensor]:
-    """Read and check the header of a safetensors file (https://huggingface.co/docs/safetensors#format)."""
+def read_header(where: str, size_bytes: int, read: Callable[[int, int], bytes]) -> dict[str, Tensor]:
+    """Read and check the header of a safetensors file (https://huggingface.co/docs/safetensors#format). Raises `ConfigError`."""
     start = read(0, min(size_bytes, 64))
-    broken = "download the model again"
+    broken = "download it again"
     if len(start) < 8:
         raise ConfigError(f"{where}: got {size_bytes:,} bytes, expected safetensors weights; {broken}")
     length = int.from_bytes(start[:8], "little")
@@ -195,37 +198,34 @@ def _header(where: str, size_bytes: int, read: Callable[[int, int], bytes]) -> d
         raise ConfigError(f"{where}: got weights in the format {metadata['format']!r:.50}, expected PyTorch's ('pt')")
     tensors, ranges = {}, []
     for name, entry in header.items():
-        tensor, begin, end = _entry(f"{where}: {name!r:.100}", entry)
-        tensors[name] = tensor
-        ranges.append((begin, end, name))
-    at = 0
+        tensors[name] = tensor = _entry(f"{where}: {name!r:.100}", entry, 8 + length)
+        ranges.append((tensor.begin, tensor.end, name))
+    at = 8 + length
     for begin, end, name in sorted(ranges):
         if begin != at:
             raise ConfigError(
                 f"{where}: {name!r:.100}: got offset {begin:,}, expected {at:,}: its tensors overlap or leave gaps; {broken}"
             )
         at = end
-    if 8 + length + at != size_bytes:
-        raise ConfigError(
-            f"{where}: got {size_bytes:,} bytes, expected {8 + length + at:,} by its header: damaged or cut off; {broken}"
-        )
+    if at != size_bytes:
+        raise ConfigError(f"{where}: got {size_bytes:,} bytes, expected {at:,} by its header: damaged or cut off; {broken}")
     return tensors
 
 
-def _entry(where: str, entry: object) -> tuple[Tensor, int, int]:
+def _entry(where: str, entry: object, data_start: int) -> Tensor:
     entry = entry if isinstance(entry, dict) else {}
     dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
     if not isinstance(dtype, str) or dtype not in _DTYPE_BYTES:
-        raise ConfigError(f"{where}: got dtype {dtype!r:.50}, expected one of safetensors; download the model again")
+        raise ConfigError(f"{where}: got dtype {dtype!r:.50}, expected one of safetensors; download it again")
     if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
-        raise ConfigError(f"{where}: got no shape and offsets; expected lists of sizes; download the model again")
+        raise ConfigError(f"{where}: got no shape and offsets; expected lists of sizes; download it again")
     begin, end = offsets
     if end - begin != math.prod(shape) * _DTYPE_BYTES[dtype]:
         raise ConfigError(
             f"{where}: got {end - begin:,} bytes for shape {_shape(shape)} in {dtype}, expected "
-            f"{math.prod(shape) * _DTYPE_BYTES[dtype]:,}; download the model again"
+            f"{math.prod(shape) * _DTYPE_BYTES[dtype]:,}; download it again"
         )
-    return Tensor(dtype, tuple(shape)), begin, end
+    return Tensor(dtype, tuple(shape), data_start + begin, data_start + end)
 
 
 def _are_sizes(value: object) -> TypeGuard[list[int]]:

@@ -225,8 +225,8 @@ def _unproven_verdict(bundle: CheckedBundle) -> Iterator[str]:
     config, evaluation = bundle.manifest["config"], bundle.metrics.evaluation
     where = f"{bundle.folder}/{MANIFEST_NAME}"
     try:
-        settings = validated(EvaluationConfig, config.get("evaluation"), f"{where}: config.evaluation")
-        thresholds = validated(GatesConfig, config.get("gates"), f"{where}: config.gates")
+        settings = validated(EvaluationConfig, config.get("evaluation"), f"{where}: config.evaluation", strict=False)
+        thresholds = validated(GatesConfig, config.get("gates"), f"{where}: config.gates", strict=False)
     except ConfigError as error:
         yield f"the thresholds can't be read: {error.problems[0]}"
         return

@@ -31,11 +31,11 @@ from lora_trainer.run.progress import RunProgress
 from lora_trainer.run.training import Trained, TrainingPlan, open_checkpoints
 from lora_trainer.store.bundle import publish_bundle
 from lora_trainer.store.interface import Storage
-from lora_trainer.store.latest import forget_start, link_newest, move_latest, promote_latest
+from lora_trainer.store.latest import forget_start, link_newest, move_latest, promote_latest, take_count
 from lora_trainer.store.lease import Lease, LeaseLostError, hold, is_left_over
 from lora_trainer.store.manifest import MANIFEST_NAME, check_run_manifest, read_manifest, write_manifest
 from lora_trainer.store.opening import open_storage
-from lora_trainer.store.prefixes import bundle_prefix, lease_key, run_prefix
+from lora_trainer.store.prefixes import bundle_prefix, latest_key, lease_key, run_prefix
 from lora_trainer.train.backends import Backend
 
 
@@ -241,6 +241,9 @@ def publish_folder(
     if not is_own or output.uri != _uri_of(named):
         # its place in the order is of another output, or anybody's claim
         manifest = {name: value for name, value in manifest.items() if name != "counter"}
+        if not output.exists(latest_key(blood_type)):
+            # nothing to be earlier than
+            manifest["counter"] = take_count(output, blood_type)
     prefix = bundle_prefix(blood_type, run_id)
     already_done = _is_published(output, prefix, folder)
     if not already_done:

@@ -38,13 +38,14 @@ def parse_object(data: bytes, where: str) -> dict[str, Any]:
     return document
 
 
-def validated(model: type[_Type], document: object, where: str, *, quote: bool = True) -> _Type:
+def validated(model: type[_Type], document: object, where: str, *, quote: bool = True, strict: bool = True) -> _Type:
     """Return `document`, parsed JSON, as `model`. Raise `ConfigError` with one line for each wrong field.
 
-    With `quote`, the lines show wrong values, shortened. Pass False for documents that may hold training text.
+    With `quote`, the lines show wrong values, shortened. Pass False for documents that may hold training text. Settings are not
+    `strict`: they have converters of their own.
     """
     try:
-        return TypeAdapter(model).validate_json(json.dumps(document), strict=True)
+        return TypeAdapter(model).validate_json(json.dumps(document), strict=strict)
     except ValidationError as error:
         raise ConfigError(list(_problems(error, where, quote=quote))) from None
 

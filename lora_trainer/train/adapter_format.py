@@ -7,19 +7,20 @@ allocates what `r` asks for, and initializes weights by methods that the file na
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, BinaryIO, Final, Literal
 
 import numpy as np
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
+from lora_trainer.base_files.weights import Tensor, read_header
 from lora_trainer.base_model import pickled
 from lora_trainer.config import TargetModule
-from lora_trainer.errors import ConfigError
+from lora_trainer.errors import ConfigError, StorageError
 from lora_trainer.store.documents import parse_object, shown, validated
-from lora_trainer.store.interface import Storage
-from lora_trainer.store.safetensors_header import Read, Tensor, read_header
+from lora_trainer.store.interface import NotFound, Storage
+from lora_trainer.store.manifest import MANIFEST_NAME
 
 WEIGHTS_NAME: Final = "adapter_model.safetensors"
 SETTINGS_NAME: Final = "adapter_config.json"
@@ -103,7 +104,7 @@ def parse_settings(data: bytes, where: str) -> AdapterSettings:
 
 
 def check_published_adapter(storage: Storage, manifest: Mapping[str, Any]) -> None:
-    """Check the names in a bundle's manifest, and the adapter's settings, before anything large is read.
+    """Check the names in a bundle's manifest, the adapter's settings and its weights' header, before anything large is read.
 
     Raise `ConfigError` for pickled weights, which can run code on loading, and for settings that this project does not load.
     """
@@ -115,7 +116,21 @@ def check_published_adapter(storage: Storage, manifest: Mapping[str, Any]) -> No
     found = storage.read_bytes(SETTINGS_NAME)
     if found is None:
         raise ConfigError(f"{storage.uri}{SETTINGS_NAME}: not found, although the manifest lists it: the bundle is not whole")
-    parse_settings(found.data, f"{storage.uri}{SETTINGS_NAME}")
+    settings = parse_settings(found.data, f"{storage.uri}{SETTINGS_NAME}")
+    if WEIGHTS_NAME not in manifest["files"]:
+        raise ConfigError(
+            f"{storage.uri}{MANIFEST_NAME}: files: got no {WEIGHTS_NAME}, expected an adapter as this project publishes it"
+        )
+    try:
+        tensors = read_header(
+            f"{storage.uri}{WEIGHTS_NAME}",
+            manifest["files"][WEIGHTS_NAME]["size_bytes"],
+            lambda at, length: storage.read_range(WEIGHTS_NAME, at, length),
+        )
+    except (NotFound, StorageError):
+        # missing, or of another size than the manifest says: the download compares both and names them
+        return
+    check_weights(settings, tensors, f"{storage.uri}{WEIGHTS_NAME}")
 
 
 def check_weights(settings: AdapterSettings, tensors: Mapping[str, Tensor], where: str) -> None:
@@ -206,10 +221,9 @@ def check_adapter_folder(folder: Path, where: str | None = None) -> dict[str, Te
     return tensors
 
 
-def _reader(file: Any) -> Read:
+def _reader(file: BinaryIO) -> Callable[[int, int], bytes]:
     def read(at: int, length: int) -> bytes:
         file.seek(at)
-        data: bytes = file.read(length)
-        return data
+        return file.read(length)
 
     return read
