@@ -13,7 +13,7 @@ from typing import Any
 import click
 import structlog
 
-from entrypoint.options import LocalPath, adapter_option, check_credentials, config_option, given_settings, set_option
+from entrypoint.options import Intensity, LocalPath, adapter_option, check_credentials, config_option, given_settings, set_option
 from entrypoint.run_end import RunEnd
 from lora_trainer import logs
 from lora_trainer.errors import ConfigError, GateError, Interrupted
@@ -104,7 +104,7 @@ def evaluate(
 @click.option("--json", "raw", is_flag=True, help="Print each reply as generated: one JSON object a line.")
 @click.option("--base", "beside_base", is_flag=True, help="Also show what the base answers without the adapter.")
 @click.option("--feeling", default="neutral", show_default=True, metavar="NAME", help="What the friend feels at the start.")
-@click.option("--intensity", type=click.FloatRange(0, 1), default=0.5, show_default=True, metavar="X", help="How strongly, 0 to 1.")
+@click.option("--intensity", type=Intensity(), default=0.5, show_default=True, metavar="X", help="How strongly, 0 to 1.")
 @click.option("--situation", default="", metavar="TEXT", help="What has happened so far.")
 @click.option(
     "--temperature",

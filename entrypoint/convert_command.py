@@ -12,7 +12,7 @@ from typing import Final, TypeVar
 import click
 
 from entrypoint.data_inputs import local_input
-from entrypoint.options import config_option, given_settings, set_option
+from entrypoint.options import Intensity, config_option, given_settings, set_option
 from lora_trainer.config_sources import settle_each
 from lora_trainer.errors import ConfigError, ExitCode
 from lora_trainer.escaping import one_line
@@ -36,7 +36,7 @@ _Word = TypeVar("_Word", Feeling, Expression)
 )
 @click.option("--instruction", metavar="TEXT", help="Instruction for records without one, instead of the persona's own.")
 @click.option("--feeling", metavar="NAME", help="What the friend feels in records that don't say it.")
-@click.option("--intensity", type=click.FloatRange(0, 1), metavar="X", help="How strongly, 0 to 1, in records that don't say it.")
+@click.option("--intensity", type=Intensity(), metavar="X", help="How strongly, 0 to 1, in records that don't say it.")
 @click.option("--face", metavar="NAME", help="What the friend's face shows in records that don't say it.")
 @click.option(
     "--intensity-max",

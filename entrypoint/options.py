@@ -19,6 +19,20 @@ _TRACKER_SERVICES: Final[Mapping[Tracker, Service]] = {"mlflow": Service.MLFLOW,
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
+class Intensity(click.FloatRange):
+    """A number from 0 to 1."""
+
+    def __init__(self) -> None:
+        super().__init__(0, 1)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Return the number. Name the right one for a percentage."""
+        number = click.FLOAT.convert(value, param, ctx)
+        if 1 < number <= 100:
+            self.fail(f"{value} looks like a percentage: write {number / 100:g}; expected 0 to 1", param, ctx)
+        return float(super().convert(value, param, ctx))
+
+
 class LocalPath(click.Path):
     """A path on this machine, with `~` expanded. Refuses `s3://` and mistyped URIs, which would become local folders."""
 

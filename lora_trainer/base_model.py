@@ -117,6 +117,12 @@ def _download(config: BaseModelConfig, patterns: Sequence[str]) -> Path:
             "or 'lora-trainer[cpu]' to train on a CPU"
         ) from None
     where = f"base.model: {config.model}@{config.revision}"
+    if not any(os.environ.get(name) for name in ("HF_HOME", "HF_HUB_CACHE", "XDG_CACHE_HOME")):
+        try:
+            # huggingface_hub would create a folder called ~
+            expand_home("~")
+        except ValueError as error:
+            raise ConfigError(f"{where}: the hub's cache is below ~, and {error}; name a folder with HF_HOME") from None
     try:
         return Path(snapshot_download(config.model, revision=config.revision, allow_patterns=list(patterns)))
     except HFValidationError as error:

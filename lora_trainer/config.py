@@ -410,8 +410,8 @@ class RunConfig(_Section):
     blood_type: BloodType = Field(description="Persona to train: A, B, O or AB. `run` also takes several: `A,B`, a list, or `all`.")
     data: Annotated[str, LOCATION] = Field(
         default="data/",
-        description="Folder that holds `train_data_type_<blood type>.jsonl`, or one `.jsonl`: `s3://` or `file://`. "
-        "Also reads `.jsonl.gz` and `.jsonl.zst`.",
+        description="Folder that holds `train_data_type_<blood type>.jsonl`, or one `.jsonl` or `.ndjson`: `s3://`, `file://` or a "
+        "path. Also reads `.gz` and `.zst` after it.",
     )
     output: Annotated[str, LOCATION] = Field(
         default="outputs/", description="Folder to publish adapters under: `s3://` or `file://`."

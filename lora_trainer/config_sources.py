@@ -195,9 +195,20 @@ def _explain(error: ValidationError, sources: list[Source]) -> Iterator[str]:
             yield f"{place}: got nothing; expected a value, or no such line"
         else:
             said = problem["msg"].removeprefix("Value error, ")
+            said += _percentage(dotted, problem)
             if problem["type"] == "string_type" and isinstance(problem["input"], bool | int | float):
                 said += "; put it in quotes"
             yield f"{place}: got {_shortened(problem['input'])}; {said[0].lower()}{said[1:]}"
+
+
+def _percentage(dotted: str, problem: Mapping[str, Any]) -> str:
+    """Return a hint for a share or an intensity that was written as a percentage, an empty string for other problems."""
+    if not dotted.startswith("gates.") and not dotted.endswith(("fraction", "intensities", "dropout", "top_p")):
+        return ""
+    if problem["type"] not in ("less_than", "less_than_equal"):
+        return ""
+    value = float(problem["input"])
+    return f"; {problem['input']} looks like a percentage: write {value / 100:g}" if 1 < value <= 100 else ""
 
 
 def _place(sources: list[Source], location: list[str]) -> str:

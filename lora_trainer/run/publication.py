@@ -37,6 +37,7 @@ from lora_trainer.store.manifest import MANIFEST_NAME, check_run_manifest, read_
 from lora_trainer.store.opening import open_storage
 from lora_trainer.store.prefixes import bundle_prefix, latest_key, lease_key, run_prefix
 from lora_trainer.train.backends import Backend
+from lora_trainer.uris import local_path
 
 
 @dataclass(frozen=True, slots=True)
@@ -284,9 +285,12 @@ def _accept_folder(output: Storage, bundle: CheckedBundle, manifest: dict[str, A
 def _is_left_over(folder: Path, manifest: Mapping[str, Any]) -> bool:
     """Return whether `folder` is where the manifest's run, on this machine, leaves a bundle that it could not publish."""
     work_dir = manifest["config"].get("work_dir")
-    if not isinstance(work_dir, str) or "\0" in work_dir:
+    if not isinstance(work_dir, str):
         return False
-    own = Path(work_dir).expanduser() / "runs" / str(manifest["blood_type"]) / str(manifest["run_id"]) / "bundle"
+    try:
+        own = local_path(work_dir) / "runs" / str(manifest["blood_type"]) / str(manifest["run_id"]) / "bundle"
+    except ValueError:
+        return False
     return folder.resolve() == own.resolve()
 
 

@@ -87,6 +87,9 @@ def test_what_works(content: str | bytes, setting: str, value: Any, tmp_path: Pa
         ("training:\n  epochs:3\n", ["training: got 'epochs:3'", "a space after its colon", "'epochs: ...'"]),
         ("training:\n- epochs: 3\n", ["training: got [{'epochs': 3}]", "each on a line of its own"]),
         ("logging: {level: off}", ["logging.level: got 'off'"]),
+        ("evaluation: {intensities: [10, 80]}", ["80 looks like a percentage: write 0.8"]),
+        ("gates: {persona: 90}", ["gates.persona: got 90", "looks like a percentage: write 0.9"]),
+        ("training: {held_out_fraction: 5}", ["looks like a percentage: write 0.05"]),
         ("base: {canonical_id: 7}", ["base.canonical_id: got 7", "put it in quotes"]),
         ("training:\n\tepochs: 3\n", [":2: not plain YAML: a tab; YAML is indented with spaces"]),
         ("strict: true\n---\nstrict: false\n", [":2: not plain YAML: a second document after '---'"]),
@@ -109,7 +112,7 @@ def test_what_works(content: str | bytes, setting: str, value: Any, tmp_path: Pa
 def test_what_is_explained(content: str | bytes, parts: list[str], tmp_path: Path) -> None:
     said = refusal(tmp_path, content)
     assert [part for part in parts if part not in said] == [], said
-    assert len(said.splitlines()) == 1
+    assert len(said.splitlines()) == 1 + ("[10, 80]" in str(content))
 
 
 @pytest.mark.parametrize(
@@ -140,6 +143,11 @@ def test_every_list_setting_reads_brackets(setting: str, text: str, value: Any) 
     # as an option of its own, such as --report-to
     from_option = settle({**A, setting: text}, {})
     assert [getattr(getattr(config, section), name) for config in (from_line, from_environment, from_option)] == [value] * 3
+
+
+def test_an_intensity_that_is_a_percentage(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_cli(["chat", "--adapter", "x", "--intensity", "80"]) == ExitCode.CONFIG
+    assert "80 looks like a percentage: write 0.8" in capsys.readouterr().err
 
 
 def test_quotes_that_docker_keeps() -> None:
