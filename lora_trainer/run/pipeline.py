@@ -18,6 +18,7 @@ from lora_trainer.run.evaluation import decide, evaluate, require_room_for_repli
 from lora_trainer.run.identity import Identity, identify
 from lora_trainer.run.inputs import DataFile, fetch, fetch_prompts, read, require_data_folder
 from lora_trainer.run.job import Job, ProcessContext
+from lora_trainer.run.preflight import check_output
 from lora_trainer.run.progress import RunProgress
 from lora_trainer.run.publication import Outcome, assemble, find_finished, find_published, hold_lease, publish
 from lora_trainer.run.reevaluation import publish_new_verdict
@@ -90,6 +91,7 @@ def prepare(job: Job) -> Prepared | Outcome:
     identity = identify(job, data, prompts)
     if finished := find_finished(job, identity):
         return finished
+    check_output(job.output, job.config.blood_type)
     check_judge(job.config.evaluation)
     progress = job.progress(job.run_dir(identity.run_id), identity.run_id)
     return Prepared(data, records, prompts, identity, progress, find_published(job, identity.run_id))

@@ -34,6 +34,8 @@ class Contact:
         """Whether uploads carry a checksum header. Some stores reject it."""
         self.conditional_writes = True
         """Whether the store enforces conditional writes. True until it is found not to."""
+        self.conditions_probed = False
+        """Whether a probe has found that out."""
 
     def note_answer(self) -> None:
         """Record that the store has answered."""

@@ -12,7 +12,8 @@ A storage is a folder named by a URI. Keys address its objects, relative to that
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import unicodedata
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -24,6 +25,9 @@ from lora_trainer.store.retry import RetryBudget
 
 MAX_DOCUMENT_BYTES: Final = 16 * 2**20
 """Default size limit of `read_bytes`. Manifests and pointers are kilobytes."""
+
+NO_ETAG: Final = f'"{"0" * 32}"'
+"""An etag that no object has."""
 
 
 class NotFound(DataError):  # noqa: N818  named after the HTTP status
@@ -85,6 +89,10 @@ class Storage(Protocol):
     def conditional_writes(self) -> bool:
         """Whether `write_bytes` enforces its conditions against concurrent writers. True until the store refuses one."""
 
+    @property
+    def conditions_probed(self) -> bool:
+        """Whether `probe_conditional_writes` has found out about this store, through any storage of the process."""
+
     def adapted(self, *, guard: Callable[[], None] | None = None, retry_budget: RetryBudget | None = None) -> Self:
         """Return a storage for the same folder with another guard or retry budget, usable in another thread.
 
@@ -136,6 +144,13 @@ class Storage(Protocol):
     def exists(self, key: str) -> bool:
         """Return whether this exact key exists."""
 
+    def probe_conditional_writes(self, key: str) -> bool:
+        """Find out whether the store keeps the conditions of `write_bytes`, for `conditional_writes`, and return it.
+
+        Some stores accept writes whose condition does not hold, others refuse some whose condition does. Writes a new object `key`,
+        which the caller deletes.
+        """
+
 
 def no_guard() -> None:
     """Allow every write."""
@@ -155,15 +170,45 @@ def listed_key(key: str, where: str) -> str:
     return key
 
 
+def other_form(path: str, names_in: Callable[[str], Collection[str]]) -> str | None:
+    """Return an existing path that differs from `path` only in Unicode normalization, or None.
+
+    macOS writes names in NFD, and keyboards everywhere else in NFC. They look the same and are different keys. `names_in` lists a
+    folder, given with its trailing slash; the names of folders in it end in a slash.
+    """
+    found, *segments = "", *path.split("/")
+    for number, segment in enumerate(segments):
+        name = segment if number == len(segments) - 1 else f"{segment}/"
+        names = () if segment.isascii() else names_in(found)
+        if name not in names and not segment.isascii():
+            same = unicodedata.normalize("NFC", name)
+            twin = next((each for each in names if unicodedata.normalize("NFC", each) == same), None)
+            if twin is None:
+                return None
+            name = twin
+        found += name
+    return found if found != path else None
+
+
+def in_other_form(where: str, other: str) -> NotFound:
+    """Return the error for a missing name that exists as `other`, in another Unicode normalization."""
+    form = next((form for form in ("NFD", "NFC") if unicodedata.is_normalized(form, other)), "a mixed form")
+    return NotFound(
+        f"{where}: not found; a name that looks the same is there in another Unicode form, {form} (macOS writes NFD): copy it from "
+        f"here, {other}, or rename it"
+    )
+
+
 def not_found(where: str, key: str, folder_uri: str, names: Sequence[str] | None) -> NotFound:
     """Return the error for a missing key. `names` lists its folder, or is None if that failed."""
-    wanted = key.rpartition("/")[2]
+    wanted = unicodedata.normalize("NFC", key.rpartition("/")[2])
+    by_form = {unicodedata.normalize("NFC", name): name for name in names or ()}
     if names is None:
         hint = "these credentials may not list its folder, so check the name by hand"
     elif not names:
         hint = f"no files in {folder_uri}; check the folder, or put the file there"
-    elif close := difflib.get_close_matches(wanted, names, n=3, cutoff=0.6):
-        hint = f"the nearest names in {folder_uri} are {', '.join(close)}"
+    elif close := difflib.get_close_matches(wanted, by_form, n=3, cutoff=0.6):
+        hint = f"the nearest names in {folder_uri} are {', '.join(by_form[name] for name in close)}"
     else:
         hint = f"{folder_uri} holds {', '.join(islice(sorted(names), 3))}{' and more' if len(names) > 3 else ''}"
     return NotFound(f"{where}: not found; {hint}")

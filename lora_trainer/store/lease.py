@@ -24,7 +24,7 @@ from pydantic import Field, ValidationError
 from lora_trainer.config import LeaseConfig, StorageConfig
 from lora_trainer.errors import LoraTrainerError, StorageError
 from lora_trainer.logs import get_logger
-from lora_trainer.store.interface import PreconditionFailed, Storage
+from lora_trainer.store.interface import NO_ETAG, PreconditionFailed, Storage
 from lora_trainer.store.process_identity import Document, Process, is_gone, this_process
 from lora_trainer.store.retry import RetryBudget
 
@@ -38,7 +38,6 @@ _SETTLE_S: Final = 1.0
 """Pause for concurrent writes to finish; longer than any write. Without conditional writes, the last writer is the holder."""
 _MOST_DURATION_S: Final = 86_400.0
 _WEEK_S: Final = 604_800.0
-_NO_ETAG: Final = f'"{"0" * 32}"'
 
 
 class LeaseLostError(StorageError):
@@ -195,7 +194,7 @@ class Lease:
         return self._adopt(self._read())
 
     def _enforces_conditions(self) -> bool:
-        """Return whether the store enforces conditional writes. Some stores accept the headers and ignore them."""
+        """Return whether the store keeps conditions. Some stores ignore them, others refuse a write whose condition holds."""
         # the probe is a valid renewal, in case the store writes it
         probe = _changed(self._record, renewals=self._record.renewals + 1).as_bytes()
         try:
@@ -204,10 +203,13 @@ class Lease:
         except PreconditionFailed:
             pass
         try:
-            self._storage.write_bytes(self._key, probe, if_match=_NO_ETAG)
+            self._storage.write_bytes(self._key, probe, if_match=NO_ETAG)
             return False
         except PreconditionFailed:
-            return self._storage.conditional_writes
+            pass
+        with suppress(PreconditionFailed):
+            self._storage.write_bytes(self._key, probe, if_match=self._etag)
+        return self._storage.conditional_writes and self._adopt(self._read())
 
     def _still_held(self, record: Record | None) -> StorageError:
         holder = record.described_holder if record else "a holder whose lease this version cannot read"

@@ -26,9 +26,11 @@ from lora_trainer.store.interface import (
     PreconditionFailed,
     ReadResult,
     check_one_condition,
+    in_other_form,
     listed_key,
     no_guard,
     not_found,
+    other_form,
     too_large,
 )
 from lora_trainer.store.keys import checked_prefix, safe_key
@@ -61,6 +63,10 @@ class FileStorage:
 
     @property
     def conditional_writes(self) -> bool:
+        return True
+
+    @property
+    def conditions_probed(self) -> bool:
         return True
 
     def adapted(self, *, guard: Callable[[], None] | None = None, retry_budget: RetryBudget | None = None) -> Self:
@@ -196,12 +202,23 @@ class FileStorage:
             if status is not None:
                 yield ObjectInfo(listed_key(key, str(folder)), status.st_size, f"{status.st_mtime_ns}-{status.st_size}")
 
+    def probe_conditional_writes(self, key: str) -> bool:
+        self.write_bytes(key, b"", if_absent=True)
+        return True
+
     def _not_found(self, key: str) -> NotFound:
+        path = str(self._path(key))
+        if other := other_form(path, _names_in):
+            return in_other_form(path, other)
         folder = self._path(key).parent
-        names: list[str] = []
-        with suppress(OSError), os.scandir(folder) as found:
-            names = [entry.name + ("/" if entry.is_dir() else "") for entry in islice(found, 1000)]
-        return not_found(str(self._path(key)), key, f"{folder}/", names)
+        return not_found(path, key, f"{folder}/", _names_in(f"{folder}/"))
+
+
+def _names_in(folder: str) -> list[str]:
+    """Return up to a thousand names in a folder, those of folders with a slash; none if it can't be read."""
+    with suppress(OSError), os.scandir(folder) as found:
+        return [entry.name + ("/" if entry.is_dir() else "") for entry in islice(found, 1000)]
+    return []
 
 
 # -- files ----------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ import mimetypes
 import os
 import re
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from copy import copy
 from functools import cached_property
@@ -42,21 +42,24 @@ from lora_trainer.redaction import redacted, remember
 from lora_trainer.store.contacts import Contact
 from lora_trainer.store.interface import (
     MAX_DOCUMENT_BYTES,
+    NO_ETAG,
     Fetched,
     ObjectInfo,
     PreconditionFailed,
     ReadResult,
     check_one_condition,
+    in_other_form,
     listed_key,
     no_guard,
     not_found,
+    other_form,
     too_large,
 )
 from lora_trainer.store.keys import checked_prefix, safe_key, unsafe_reason
 from lora_trainer.store.local import local_errors, replacing, sha256_of
 from lora_trainer.store.retry import RetryBudget, TransientError, UnreachableError, retry
 from lora_trainer.store.s3_answers import GATEWAY_STATUSES, NotS3Error
-from lora_trainer.store.s3_client import CONNECTIONS, endpoint_variable, new_client, new_session
+from lora_trainer.store.s3_client import endpoint_variable, new_client, new_session
 from lora_trainer.store.s3_errors import (
     TRANSIENT_CODES,
     CorruptedError,
@@ -68,23 +71,18 @@ from lora_trainer.store.s3_errors import (
     refuses_checksums,
 )
 from lora_trainer.store.s3_network import scheme_of_port
+from lora_trainer.store.s3_transfers import pinned_to, transfers
 
 if TYPE_CHECKING:
     from boto3.session import Session
     from botocore.credentials import ReadOnlyCredentials
     from botocore.exceptions import ClientError
     from mypy_boto3_s3 import S3Client
-    from s3transfer.futures import TransferFuture
-    from s3transfer.manager import TransferManager
 
 _log = structlog.get_logger(__name__)
 _T = TypeVar("_T")
 
 
-_PART_BYTES: Final = 16 * 2**20
-"""Allows objects of 156 GiB, because S3 limits an upload to 10,000 parts."""
-_STOP_WAIT_S: Final = 3.0
-"""How long a failed transfer waits for its threads. Threads blocked by an unresponsive store end later, in the background."""
 _SHA256_METADATA: Final = "lora-trainer-sha256"
 _BUCKET: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,254}")
 
@@ -123,6 +121,10 @@ class S3Storage:
     def conditional_writes(self) -> bool:
         return self._contact.conditional_writes
 
+    @property
+    def conditions_probed(self) -> bool:
+        return self._contact.conditions_probed
+
     def adapted(self, *, guard: Callable[[], None] | None = None, retry_budget: RetryBudget | None = None) -> Self:
         other = copy(self)
         # the copy needs its own client, whose event handlers call its guard
@@ -143,7 +145,7 @@ class S3Storage:
             def send(again: bool) -> None:
                 # an earlier attempt may have succeeded and only lost its response
                 if not (again and self._holds(name, size_bytes, digest)):
-                    with self._transfers() as manager:
+                    with transfers(self._client) as manager:
                         manager.upload(str(path), self._bucket, name, extra_args=self._upload_headers(key, digest)).result()
 
             self._with_retries(key, send, kept=f"{path} is kept")
@@ -152,7 +154,7 @@ class S3Storage:
         targets = {name: self._name(prefix + name) for name in sha256}
         left = dict(sha256)
         # try all files once without our retries; then upload() repeats the failed ones and reports their errors
-        with suppress(Exception), self._transfers() as manager:
+        with suppress(Exception), transfers(self._client) as manager:
             sent = {
                 name: manager.upload(str(folder / name), self._bucket, target, extra_args=self._upload_headers(name, sha256[name]))
                 for name, target in targets.items()
@@ -215,6 +217,26 @@ class S3Storage:
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
         return self._pages(checked_prefix(prefix))
+
+    def probe_conditional_writes(self, key: str) -> bool:
+        try:
+            self.write_bytes(key, b"1", if_absent=True)
+        except PreconditionFailed:
+            self._without_conditional_writes("refused a write whose condition holds")
+            self.write_bytes(key, b"1")
+        for condition in ({"if_absent": True}, {"if_match": NO_ETAG}) if self.conditional_writes else ():
+            try:
+                # other bytes, so that a repeated request can't take the object for its own
+                self.write_bytes(key, b"2", **condition)
+            except PreconditionFailed:
+                continue
+            self._without_conditional_writes("accepted a write whose condition does not hold")
+            break
+        if self.conditional_writes and (current := self.read_bytes(key)):
+            # a store that refuses it is found out by the write itself
+            self.write_bytes(key, b"3", if_match=current.etag)
+        self._contact.conditions_probed = True
+        return self.conditional_writes
 
     def delete(self, key: str) -> None:
         name = self._name(key)
@@ -355,36 +377,11 @@ class S3Storage:
     def _guarded(self) -> None:
         self._guard()
 
-    @contextmanager
-    def _transfers(self) -> Iterator[TransferManager]:
-        from boto3.s3.transfer import TransferConfig, create_transfer_manager
-
-        config = TransferConfig(
-            multipart_threshold=_PART_BYTES,
-            multipart_chunksize=_PART_BYTES,
-            max_concurrency=CONNECTIONS,
-            # chunks of 256 KiB: if the disk is slower than the network, 32 MiB wait in memory instead of 250
-            max_io_queue=128,
-            # the CRT client, if installed, ignores most of these settings
-            preferred_transfer_client="classic",
-        )
-        manager = create_transfer_manager(self._client, config)
-        try:
-            yield manager
-        except BaseException as error:
-            # exit in a thread, because the manager waits for all its threads even if the store never answers
-            leave = (type(error), error, error.__traceback__)
-            stopping = threading.Thread(target=manager.__exit__, args=leave, name="transfer-stop", daemon=True)
-            stopping.start()
-            stopping.join(_STOP_WAIT_S)
-            raise
-        manager.shutdown()
-
     def _fetch(self, key: str, name: str, target: Path) -> Fetched:
         head = self._client.head_object(Bucket=self._bucket, Key=name)
-        pinned = _pinned_to(head["ContentLength"], head["ETag"])
+        pinned = pinned_to(head["ContentLength"], head["ETag"])
         with replacing(target) as file:
-            with self._transfers() as manager:
+            with transfers(self._client) as manager:
                 manager.download(self._bucket, name, file, subscribers=[pinned]).result()
             size_bytes = file.seek(0, os.SEEK_END)
             file.seek(0)
@@ -494,7 +491,7 @@ class S3Storage:
             return
         if if_match is not None and current is not None and current.etag == if_match:
             # older Ceph versions answer 412 to a matching If-Match
-            self._without_conditional_writes("refused a matching If-Match")
+            self._without_conditional_writes("refused a write whose condition holds")
             self._check_then_write(key, data, if_match)
             return
         raise PreconditionFailed(f"{self._where(key)}: changed since it was last read")
@@ -571,30 +568,27 @@ class S3Storage:
         from botocore.exceptions import BotoCoreError, ClientError
         from botocore.parsers import ResponseParserError
 
-        folder = key.rpartition("/")[0]
-        prefix = self._prefix + (folder + "/" if folder else "")
-        names: list[str] | None = None
+        full = self._prefix + key
+        folder = full[: full.rfind("/") + 1]
+        names: Sequence[str] | None = None
         try:
-            page = self._client.list_objects_v2(Bucket=self._bucket, Prefix=prefix, Delimiter="/", MaxKeys=1000)
+            names = self._names_in(folder)
+            other = other_form(full, self._names_in)
         except ClientError as error:
             if error_code(error) == "NoSuchBucket":
                 return self._errors.no_bucket()
+            if error_code(error) == "NoSuchKey":
+                return self._errors.of_response(error, key)
         except (BotoCoreError, ResponseParserError):
             # without a listing, the message only lacks suggestions
             pass
         else:
-            found = [item["Key"] for item in page.get("Contents", [])] + [item["Prefix"] for item in page.get("CommonPrefixes", [])]
-            names = [name.removeprefix(prefix) for name in found if name != prefix]
-        return not_found(self._where(key), key, f"s3://{self._bucket}/{prefix}", names)
+            if other:
+                return in_other_form(self._where(key), f"s3://{self._bucket}/{other}")
+        return not_found(self._where(key), key, f"s3://{self._bucket}/{folder}", names)
 
-
-def _pinned_to(size_bytes: int, etag: str) -> Any:
-    """Return a subscriber that passes the size and etag of our HEAD to a transfer, which then fails if the object is replaced."""
-    from s3transfer.subscribers import BaseSubscriber
-
-    class Pinned(BaseSubscriber):
-        def on_queued(self, future: TransferFuture, **_: Any) -> None:
-            future.meta.provide_transfer_size(size_bytes)
-            future.meta.provide_object_etag(etag)
-
-    return Pinned()
+    def _names_in(self, folder: str) -> Sequence[str]:
+        """Return up to a thousand names below the full prefix `folder`, those of folders with a slash."""
+        page = self._client.list_objects_v2(Bucket=self._bucket, Prefix=folder, Delimiter="/", MaxKeys=1000)
+        found = [item["Key"] for item in page.get("Contents", [])] + [item["Prefix"] for item in page.get("CommonPrefixes", [])]
+        return [name.removeprefix(folder) for name in found if name != folder]

@@ -68,6 +68,8 @@ def check_answer(operation: OperationModel, response: Mapping[str, Any], url: st
     is_head = operation.http["method"] == "HEAD"
     named_by_store = any(name.lower().startswith("x-amz-") for name in headers)
     root = _root(body)
+    # S3's ETags are never weak
+    is_tagged = bool(headers.get("ETag")) and (named_by_store or not headers["ETag"].startswith("W/"))
     if _is_redirect(status) and "x-amz-bucket-region" not in headers:
         # without that header, botocore would follow its own questions forever
         raise _redirect(status, headers.get("Location", ""), url, is_own=root in _ERROR_ROOTS or named_by_store)
@@ -75,13 +77,15 @@ def check_answer(operation: OperationModel, response: Mapping[str, Any], url: st
         if operation.name in _TAGGED:
             # whoever stores a web page may also give it the type of one
             unexpected_page = _is_page(headers) and not named_by_store and not urlsplit(url).path.lower().endswith(_WEB_PAGE_NAMES)
-            if unexpected_page or not headers.get("ETag"):
+            if unexpected_page or not is_tagged:
                 raise _not_s3(status, headers, body, url, lacking="no ETag")
             return "s3"
+        if operation.name == "PutObject" and not is_tagged and not answered:
+            raise _not_s3(status, headers, body, url, lacking="no ETag")
         expected = _RESULT_ROOTS.get(operation.name)
         if (expected and root not in (expected, *_ERROR_ROOTS)) or _is_html(root):
             raise _not_s3(status, headers, body, url)
-        return "s3" if expected or named_by_store or headers.get("ETag") else "unclear"
+        return "s3" if expected or named_by_store or is_tagged else "unclear"
     if root in _ERROR_ROOTS or named_by_store or (is_head and "xml" in headers.get("Content-Type", "")):
         return "s3"
     if is_head and status not in GATEWAY_STATUSES:

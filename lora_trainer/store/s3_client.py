@@ -99,10 +99,10 @@ class _Watch:
         for operation in _WRITES:
             # runs before each attempt, botocore's repetitions included
             events.register(f"before-send.s3.{operation}", self._before_write)
-        events.register("before-parse.s3", self._before_parse)
-        # botocore's own handlers decide only after this one
+        # botocore's own handlers change answers, and decide about retries, only after these
+        events.register_first("before-parse.s3.*", self._before_parse)
         events.register_first("needs-retry.s3", self._needs_retry)
-        if client.meta.config.request_checksum_calculation == "when_required":
+        if client.meta.config.request_checksum_calculation == "when_required":  # type: ignore[attr-defined]
             for operation in _WITH_BODY:
                 events.register(f"before-call.s3.{operation}", _add_md5)
 

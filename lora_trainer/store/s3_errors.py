@@ -105,7 +105,8 @@ def refuses_checksums(error: ClientError, *, again: bool) -> bool:
 
 def is_missing_key(error: ClientError) -> bool:
     """Return whether the store says that the key does not exist."""
-    return error_code(error) in ("NoSuchKey", "404") and not _is_about_role(error)
+    # a listing has no key, so that a store which says so takes it for an object
+    return error_code(error) in ("NoSuchKey", "404") and error.operation_name != "ListObjectsV2" and not _is_about_role(error)
 
 
 @dataclass(frozen=True, slots=True)

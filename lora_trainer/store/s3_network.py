@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 import socket
 import ssl
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from http.client import BadStatusLine
+from http.client import BadStatusLine, RemoteDisconnected
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import urlsplit
 
@@ -29,6 +29,7 @@ _CERTIFICATE_FAULTS: Final = {
     "self-signed certificate in": ("its certificate comes from a private authority", _OTHER_AUTHORITY),
     "self-signed": ("its certificate is self-signed", "set AWS_CA_BUNDLE to a file with this certificate (PEM)"),
     "ostname mismatch": ("its certificate is for another host", "use a name that the certificate has in AWS_ENDPOINT_URL"),
+    "doesn't match": ("its certificate is for another host", "use a name that the certificate has in AWS_ENDPOINT_URL"),
     "IP address mismatch": ("its certificate is for another host", "use a name that the certificate has in AWS_ENDPOINT_URL"),
     "unable to get local issuer": ("this machine does not know its certificate's authority", _OTHER_AUTHORITY),
 }
@@ -50,13 +51,13 @@ def cause_of(error: BotoCoreError) -> Cause:
     """Return the cause of botocore's `error`, one of its connection errors."""
     from botocore import exceptions as raised
 
-    details: dict[str, Any] = error.kwargs
+    details: Mapping[str, Any] = error.kwargs
     chain = list(_causes(details.get("error")))
     url = str(details.get("endpoint_url", ""))
     host, port = urlsplit(url).hostname or "", urlsplit(url).port or (443 if url.startswith("https") else 80)
     match error:
         case raised.ProxyConnectionError():
-            return _of_proxy(redacted(str(details.get("proxy_url", ""))), str(error), chain)
+            return _of_proxy(redacted(str(details.get("proxy_url", ""))), chain)
         case raised.SSLError():
             return _of_tls(str(error), f"{host}:{port}")
         case raised.ConnectTimeoutError():
@@ -75,10 +76,14 @@ def cause_of(error: BotoCoreError) -> Cause:
                 )
             case ConnectionRefusedError():
                 return Cause(f"nothing listens on {host}:{port}", "check the port in AWS_ENDPOINT_URL, and whether the store runs")
-            case BadStatusLine(line=str(line)) if line.startswith(_TLS_RECORDS):
+            case RemoteDisconnected():
+                return Cause(
+                    "the connection was closed without an answer", "check the port in AWS_ENDPOINT_URL, and the store's health"
+                )
+            case BadStatusLine() if str(each).startswith(_TLS_RECORDS):
                 return Cause(f"{host}:{port} speaks TLS", f"set AWS_ENDPOINT_URL=https://{urlsplit(url).netloc}", True, False)
-            case BadStatusLine(line=str(line)) if line.strip() and not line.startswith("HTTP/") and "closed" not in line:
-                shown = "".join(character for character in line if character.isprintable())[:_MAX_SHOWN]
+            case BadStatusLine() if str(each).strip() and not str(each).startswith("HTTP/"):
+                shown = "".join(character for character in str(each) if character.isprintable())[:_MAX_SHOWN]
                 return Cause(
                     f"{host}:{port} does not speak HTTP, but answers '{shown}'", "check the port in AWS_ENDPOINT_URL", True, False
                 )
@@ -98,9 +103,9 @@ def _causes(error: object) -> Iterator[object]:
         waiting += [each.__cause__, each.__context__, getattr(each, "original_error", None), *each.args]
 
 
-def _of_proxy(proxy: str, message: str, chain: list[object]) -> Cause:
+def _of_proxy(proxy: str, chain: list[object]) -> Cause:
     where = "check HTTPS_PROXY and HTTP_PROXY, or add the store's host to NO_PROXY"
-    status = _TUNNEL_STATUS.search(message)
+    status = _TUNNEL_STATUS.search(" ".join(str(each) for each in chain))
     if status is not None and status.group(1) == "407":
         return Cause(
             f"the proxy {proxy} demands a login (HTTP 407)",
@@ -123,7 +128,7 @@ def _of_tls(message: str, address: str) -> Cause:
         return Cause(
             f"{address} does not speak TLS", f"set AWS_ENDPOINT_URL=http://{address} if that is the store's port", True, False
         )
-    if "CERTIFICATE_VERIFY_FAILED" in message:
+    if "CERTIFICATE_VERIFY_FAILED" in message or "doesn't match" in message:
         for sign, (got, advice) in _CERTIFICATE_FAULTS.items():
             if sign in message:
                 is_about_time = "valid" in sign or "expired" in sign
