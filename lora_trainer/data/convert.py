@@ -25,7 +25,7 @@ from lora_trainer.data.convert_columns import (
     percentage,
 )
 from lora_trainer.data.convert_source import Item, python_as_json, read_source
-from lora_trainer.data.file_kinds import Shape, item_shape
+from lora_trainer.data.file_layouts import Shape, item_shape
 from lora_trainer.data.jsonl import parse_record
 from lora_trainer.data.problems import ConversionError, Problem, RecordError, Severity
 from lora_trainer.data.record_errors import described
@@ -194,7 +194,7 @@ def _drafts(item: Item, value: Mapping[str, Any], defaults: Defaults, limits: Li
         yield from _of_chat(item.line, value, defaults, limits)
     elif shape is Shape.ALPACA:
         yield _Draft(item.line, _with_reply(_of_alpaca(value), limits))
-    elif shape is None and isinstance(value.get("context"), dict):
+    elif shape in (None, Shape.NO_INSTRUCTION) and isinstance(value.get("context"), dict):
         yield _of_nested(item.line, value, limits)
     elif shape in (None, Shape.FLAT, Shape.PAIRS):
         yield _of_columns(item.line, value, limits)
@@ -363,16 +363,16 @@ def _with_reply(values: dict[Column, Any], limits: LimitsConfig) -> dict[Column,
 
 def _object_in(value: object, limits: LimitsConfig) -> dict[str, Any] | None:
     """Return an object, or the one that text in braces holds, or None for anything else. Raises `RecordError` for broken text."""
-    if isinstance(value, str) and value.lstrip().startswith("{"):
-        try:
-            value = decode_json(value, limits)
-        except RecordError as fault:
-            if not re.match(r"\s*\{\s*'", value):
-                raise ConversionError(
-                    "output_not_json", fault.got, "plain text, or a JSON object", "write it with json.dumps, or without the brace"
-                ) from None
-            value = decode_json(python_as_json(value.strip()), limits)
-    return value if isinstance(value, dict) else None
+    if not (isinstance(value, str) and value.lstrip().startswith("{")):
+        return value if isinstance(value, dict) else None
+    text = python_as_json(value.strip()) if re.match(r"\s*\{\s*'", value) else value
+    try:
+        found = decode_json(text, limits)
+    except RecordError as fault:
+        raise ConversionError(
+            "output_not_json", fault.got, "plain text, or a JSON object", "write it with json.dumps, or without the brace"
+        ) from None
+    return found if isinstance(found, dict) else None
 
 
 def _given(values: dict[Column, Any]) -> dict[Column, Any]:

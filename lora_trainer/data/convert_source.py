@@ -16,20 +16,8 @@ from lora_trainer.config import LimitsConfig
 from lora_trainer.data.compression import CorruptStreamError, DecompressedTooLargeError, detect_compression, open_data
 from lora_trainer.data.convert_columns import Column, columns_of
 from lora_trainer.data.convert_workbook import Cell, read_sheet
-from lora_trainer.data.file_kinds import (
-    HEAD_BYTES,
-    Layout,
-    Table,
-    decoded,
-    is_workbook,
-    layout_of,
-    no_text,
-    not_the_data,
-    plain_text,
-    table_of,
-    text_encoding,
-    without_trailing_commas,
-)
+from lora_trainer.data.file_kinds import HEAD_BYTES, decoded, is_workbook, no_text, not_the_data, plain_text, text_encoding
+from lora_trainer.data.file_layouts import Layout, Table, items_of, layout_of, table_of, without_trailing_commas
 from lora_trainer.data.problems import ConversionError, RecordError
 from lora_trainer.data.record_errors import described
 from lora_trainer.data.strict_json import RECORD_SHAPE, decode_json, is_quotable
@@ -42,7 +30,8 @@ _HEADER_ROWS: Final = 20
 _MAX_NAMED: Final = 10
 # a JSON string, an unmatched quote, or a bracket
 _TOKEN: Final = re.compile(r'"(?:[^"\\]++|\\.)*+"|["\[\]{}]', re.DOTALL)
-_BETWEEN: Final = " \t\r\n,[]"
+# U+001E separates the objects of a JSON text sequence (RFC 7464)
+_BETWEEN: Final = " \t\r\n\x1e,[]"
 _TEXT_COLUMNS: Final = frozenset((Column.INSTRUCTION, Column.SUMMARY, Column.INPUT, Column.TEXT))
 
 
@@ -137,7 +126,7 @@ def _of_line(line: int, text: str, limits: LimitsConfig) -> Iterator[Item]:
     except RecordError as fault:
         yield Item(line, fault)
         return
-    for one in value if isinstance(value, list) else [value]:
+    for one in items_of(value):
         yield Item(line, one if isinstance(one, dict) else _not_an_object(one))
 
 
@@ -264,7 +253,8 @@ def _of_csv(text: str, table: Table) -> Source:
         reader = csv.reader(io.StringIO(text, newline=""), delimiter=table.delimiter)
         start = 1
         for row in reader:
-            rows.append((start, row))
+            # the cells of a Markdown table are padded
+            rows.append((start, [cell.strip() for cell in row] if table.delimiter == "|" else row))
             start = reader.line_num + 1
     except csv.Error:
         raise ConversionError("not_csv", "a table that cannot be read", "CSV", "save it as CSV in UTF-8 again") from None
@@ -310,7 +300,7 @@ def _of_rows(rows: Sequence[tuple[int, Sequence[Cell]]], header: int | None) -> 
         more = ", …" if len(unknown) > _MAX_NAMED else ""
         source.notes.append(f"left out columns that no record has: {', '.join(unknown[:_MAX_NAMED])}{more}")
     for line, row in rows[header + 1 :]:
-        if any(not _is_empty(cell) for cell in row):
+        if any(not _is_empty(cell) for cell in row) and not all(_is_rule(cell) for cell in row):
             source.items.append(Item(line, _of_row(row, columns)))
     return source
 
@@ -332,6 +322,11 @@ def _of_row(row: Sequence[Cell], columns: Sequence[Column | None]) -> Mapping[st
         is_number = isinstance(cell, int | float) and not isinstance(cell, bool)
         found[column] = f"{cell:.15g}" if column in _TEXT_COLUMNS and is_number else cell
     return found
+
+
+def _is_rule(cell: Cell) -> bool:
+    """Return whether a cell is empty or part of the line below the header of a Markdown table."""
+    return _is_empty(cell) or (isinstance(cell, str) and re.fullmatch(r"\s*:?-{2,}:?\s*", cell) is not None)
 
 
 def _is_empty(cell: Cell) -> bool:

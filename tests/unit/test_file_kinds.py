@@ -111,7 +111,8 @@ S3_ERROR: Final = "<?xml version='1.0'?>\n<Error><Code>NoSuchKey</Code><Key>a</K
 PAIRS: Final = list(zip(RECORDS, REPLIES, strict=True))
 ALPACA: Final = [{"instruction": r["instruction"], "input": r["input"], "output": p["text"]} for r, p in PAIRS]
 DOTTED: Final = {"instruction": "a", "input": "b", "output": "c", "context.summary": "", "context.current_emotion.type": "sad"}
-PROMPTS: Final = [{"context": r["context"], "input": r["input"]} for r in RECORDS]
+NAMELESS: Final = [{name: value for name, value in record.items() if name != "instruction"} for record in RECORDS]
+PROMPTS: Final[list[dict[str, Any]]] = [{"context": r["context"], "input": r["input"]} for r in RECORDS]
 KINDS: Final[dict[str, tuple[bytes | str, str, str, str]]] = {
     # name: content, code, part of what was got, part of the way out
     "array": (json.dumps(RECORDS, ensure_ascii=False, indent=2), "wrong_layout", "a JSON array", "lora-trainer convert"),
@@ -135,6 +136,13 @@ KINDS: Final[dict[str, tuple[bytes | str, str, str, str]]] = {
     "javascript": ("{instruction: 'a', input: 'b'}\n" * 9, "wrong_layout", "on each line", "json.dumps"),
     "unescaped-quotes": ('{"input": "그가 "응" 했어"}\n' * 9, "wrong_layout", "expecting ',' delimiter", "json.dumps"),
     "json-error-pretty": ('{\n  "error": {\n    "code": 404\n  }\n}\n', "placeholder", "an error document", "download"),
+    "server-sent": ("".join(f"data: {line}\n\n" for line in BUNDLED), "wrong_format", "plain text", "one JSON object a line"),
+    "chat-on-each-line": (dumped([one["messages"] for one in chats()]), "wrong_layout", "in OpenAI chat format", "convert"),
+    "no-instruction": (dumped(NAMELESS), "wrong_schema", "without an instruction", "convert"),
+    "toml": ('[[records]]\ninput = "a"\n' * 5, "wrong_layout", "something that is not JSON", "JSON library"),
+    "markdown": ("| 입력 | 답변 |\n|---|---|\n| 안녕 | 응 |\n| 뭐해 | 놀아 |\n", "wrong_format", "separated by bars", "convert"),
+    "utf-8-as-latin-1": (TEXT.encode().decode("latin-1"), "wrong_encoding", "UTF-8 text that a program read", "export"),
+    "cp949-as-latin-1": ("\n".join(PLAIN).encode("cp949").decode("latin-1"), "wrong_encoding", "CP949 text that", "export"),
     "gbk": (("你好,今天天气很好,我们一起去咖啡店吧。\n" * 9).encode("gbk"), "wrong_encoding", "neither UTF-8", "UTF-8"),
     "cp949": ("\n".join(PLAIN).encode("cp949"), "wrong_encoding", "CP949", "save the file as UTF-8"),
     "cp949-array": (("[" + ",\n".join(PLAIN) + "]").encode("cp949"), "wrong_encoding", "CP949", "convert"),
