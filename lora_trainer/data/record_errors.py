@@ -12,7 +12,7 @@ from pydantic import BaseModel, ValidationError
 
 from lora_trainer.config import LimitsConfig
 from lora_trainer.data.advice import CONVERT_COLUMNS, intensity_advice, is_label, key_advice, label_advice, type_advice
-from lora_trainer.data.file_kinds import Shape, item_shape
+from lora_trainer.data.file_layouts import Shape, item_shape
 from lora_trainer.data.problems import Problem, RecordError, Severity
 from lora_trainer.data.records import (
     EXPECTED_BY_FIELD,
