@@ -18,7 +18,8 @@ DEFAULTS: Final[Values] = yaml.safe_load((CHART / "values.yaml").read_text(encod
 BLOCKS: Final = re.findall(r"```yaml\n# values\n(.*?)```", TEXT["docs/kubernetes.md"], re.DOTALL)
 COMMANDS: Final = [
     command.replace("\\\n", " ")
-    for block in re.findall(r"```bash\n(.*?)```", "\n".join(TEXT.values()), re.DOTALL)
+    for name in ("README.md", "README.ko.md", "charts/persona-train/README.md", *PAGES)
+    for block in re.findall(r"```bash\n(.*?)```", (REPOSITORY / name).read_text(encoding="utf-8"), re.DOTALL)
     for command in re.findall(r"(?m)^helm (?:install|upgrade)(?:.*\\\n)*.*$", block)
 ]
 # endings of words that contain a dot but are not chart values
@@ -53,7 +54,7 @@ def own(values: Values) -> Values:
 
 def test_there_are_values_and_commands() -> None:
     assert len(BLOCKS) == 3
-    assert len(COMMANDS) == 6
+    assert len(COMMANDS) == 9
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.split("\n")[0])
