@@ -37,11 +37,12 @@ _WHOLE: Final = re.compile(rb"[\xe2-\xed][\x80-\xbf]{2}|\xf0[\x90-\xbf][\x80-\xb
 # the same with a byte that the wrong encoding has no character for (`?` here), or that became a space
 _PARTIAL: Final = re.compile(rb"[\xe2-\xed](?:[\x80-\xbf][? ]|[? ][\x80-\xbf]|\?)|\?[\x80-\xbf]{1,2}")
 _UTF8: Final = re.compile(_WHOLE.pattern + b"|" + _PARTIAL.pattern)
-_ROW: Final = re.compile(rb"(?:[\xe3-\xed][\x80-\xbf]{2}){3}")
+_ROW: Final = re.compile(rb"(?:[\xe3-\xed][\x80-\xbf]{2}){2,}")
 _LATIN_TO_BYTES: Final = {
     ord(bytes((byte,)).decode(_LATIN)): byte for byte in range(0x80, 0xA0) if byte not in (0x81, 0x8D, 0x8F, 0x90, 0x9D)
 }
 _HIGH_LATIN: Final = re.compile("[\x80-\xff" + re.escape("".join(map(chr, _LATIN_TO_BYTES))) + "]{2,}")
+_EAST_ASIAN: Final = re.compile("[\u3001-\u9fff\uf900-\ufaff\uff61-\uff9f\ufffd]")
 _MAX_LAYERS: Final = 3
 _MAX_EXAMINED_CHARACTERS: Final = 2000
 
@@ -97,19 +98,20 @@ def _find(text: str, layers: int) -> Misread | None:
             return Misread("utf_8", wrong)
         if _is_cp949(raw, wrong):
             return Misread("cp949", wrong)
+    is_east_asian = len(_EAST_ASIAN.findall(text)) >= 0.5 * len(foreign)
     for wrong in _DOUBLE_BYTE:
         raw = _encoded(text, wrong)
         if raw.count(b"&#") > 0.2 * len(foreign):
             # text in this encoding would hardly have characters that the encoding lacks
             continue
-        if _is_utf8(raw, 2 if wrong == "cp949" else 3, is_korean) or _ROW.search(raw):
+        if _is_utf8(raw, 2 if wrong == "cp949" else 3, is_korean) or _has_utf8_row(raw, wrong):
             return Misread("utf_8", wrong)
-        if not is_korean and wrong != "cp949" and _is_korean_in(raw, "cp949", 5):
+        if is_east_asian and not is_korean and wrong != "cp949" and _is_korean_in(raw, "cp949", 5):
             return Misread("cp949", wrong)
     if not is_korean:
         for wrong in _UTF16:
             raw = text.encode(wrong, "surrogatepass")
-            if _is_utf8(raw, 2, is_korean):
+            if _is_utf8(raw, 3, is_korean):
                 return Misread("utf_8", wrong)
             for right in ("cp949", *_UTF16):
                 if right != wrong and _is_korean_in(raw, right, 5 if right == "cp949" else 3, is_rare=right in _UTF16):
@@ -170,7 +172,19 @@ def _is_utf8(raw: bytes, min_characters: int, is_korean: bool) -> bool:
     if not is_korean and partial >= 3 and explained >= 0.9 * high:
         return True
     # a lone sequence is proof only if it is a common syllable or an emoji: é»… can be a quotation's end
-    return whole >= min_characters and (certain > 0 or whole > 1) and explained >= 0.75 * high
+    is_certain = (certain > 0 or whole > 1) if min_characters == 1 else certain >= 0.5 * whole
+    return whole >= min_characters and is_certain and explained >= 0.75 * high
+
+
+def _has_utf8_row(raw: bytes, wrong: str) -> bool:
+    """Return whether `raw` holds three syllables of UTF-8 in a row. Other text may surround them.
+
+    In CP949, two frequent ones are proof.
+    """
+    rows = [row.decode("utf-8", "replace") for row in _ROW.findall(raw)]
+    if wrong == "cp949" and any(map(_FREQUENT.issuperset, rows)):
+        return True
+    return any(len(row) >= 3 and sum(sign in common_syllables() for sign in row) >= 0.5 * len(row) for row in rows)
 
 
 def _is_cp949(raw: bytes, wrong: str) -> bool:

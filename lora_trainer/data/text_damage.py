@@ -206,6 +206,8 @@ class LostText:
         """Count `text`, the value of the field `name` on line `line`."""
         counts = self._fields.setdefault(name, _Field())
         counts.texts += 1
+        # Oracle writes ¿ for what its encoding lacks
+        text = text.replace("¿", "?")
         if "?" not in text:
             return
         lengths, words_with_hangul = [], 0

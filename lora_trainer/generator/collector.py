@@ -10,7 +10,8 @@ from typing import Final
 
 from lora_trainer.data.duplicates import NearDuplicateFinder
 from lora_trainer.data.lint import lint_reply
-from lora_trainer.data.records import TrainingRecord
+from lora_trainer.data.records import TrainingRecord, texts_of
+from lora_trainer.data.text_damage import text_problems
 from lora_trainer.persona.vocabulary import BloodType, Feeling, IntensityThird
 
 Cell = tuple[Feeling, IntensityThird]
@@ -45,8 +46,8 @@ def wanted_cells(count: int, rng: random.Random) -> list[Cell]:
 class RecordCollector:
     """Accepts or rejects records one by one, and counts the reasons for rejections.
 
-    Rejects records with a linter warning, inputs similar to an excluded one, and near-duplicates of an accepted or excluded
-    record, by the reply alone or by input and reply together.
+    Rejects records with a linter warning or damaged text, inputs similar to an excluded one, and near-duplicates of an accepted or
+    excluded record, by the reply alone or by input and reply together.
     """
 
     blood_type: BloodType
@@ -72,6 +73,10 @@ class RecordCollector:
         emotion = record.context.current_emotion
         for problem in lint_reply(record.reply.text, emotion.intensity, blood_type=self.blood_type):
             return problem.code
+        # models cut a character in half or escape it twice
+        for name, text in texts_of(record):
+            for problem in text_problems(None, name, text):
+                return problem.code
         if self._excluded_inputs.find(record.input) is not None:
             return "evaluation_prompt"
         if self._replies.find(record.reply.text) is not None:

@@ -224,6 +224,12 @@ def test_prompts_of_the_evaluation_are_refused() -> None:
     assert len(evaluation_prompts()) == 120
 
 
+@pytest.mark.parametrize(("said", "code"), [("나 지금 \ufffd야", "replacement_character"), ("안\u200b녕", "invisible_character")])
+def test_damaged_text_is_refused(said: str, code: str) -> None:
+    record = composed(BloodType.A, 60)[0][0].model_copy(update={"input": said})
+    assert RecordCollector(BloodType.A).rejection_reason(record) == code
+
+
 def test_the_grammar_ends_sometime(monkeypatch: pytest.MonkeyPatch) -> None:
     scenes = parse_scenes(GOOD + TAKES, "x.yaml")
     monkeypatch.setattr("lora_trainer.generator.compose.load_scenes", lambda: scenes)

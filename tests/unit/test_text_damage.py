@@ -114,6 +114,7 @@ def test_damage_is_found_beside_other_errors() -> None:
         ("湲곕텇 醫뗭븘", "CP949", "UTF-8"),
         ("\ufffd븞\ufffd뀞\ufffd븯\ufffd꽭\ufffd슂", "CP949", "UTF-8"),
         ("?덈뀞?섏꽭??", "CP949", "UTF-8"),
+        ("너는 친구야. 湲곕텇 어때?", "CP949", "UTF-8"),
         ("鞎堧厱頃橃劯鞖", "GBK", "UTF-8"),
         ("救崇窍技夸 馆癌嚼聪促", "GBK", "CP949"),
         ("오늘도 ðŸ˜Š", "CP1252", "UTF-8"),
@@ -354,11 +355,12 @@ def test_lost_syllables_are_a_suspicion_if_many_texts_have_them(tmp_path: Path) 
     assert file_problems(check_file(write(tmp_path, records_said(*said)))) == []
 
 
-def test_random_korean_that_became_question_marks_is_found() -> None:
+@pytest.mark.parametrize("mark", "?¿")
+def test_random_korean_that_became_question_marks_is_found(mark: str) -> None:
     chance = random.Random(5)
     judge = LostText()
     for line in range(1, 41):
-        words = ["?" * chance.randrange(1, 6) for _ in range(chance.randrange(1, 7))]
+        words = [mark * chance.randrange(1, 6) for _ in range(chance.randrange(1, 7))]
         judge.add(line, "input", " ".join(words) + chance.choice([".", "?", "!"]))
     (problem,) = judge.problems()
     assert (problem.code, problem.severity) == ("lost_text", Severity.ERROR)
