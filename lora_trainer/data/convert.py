@@ -6,6 +6,7 @@ What a record lacks is taken from `Defaults` and never invented. No message quot
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -376,11 +377,13 @@ def _object_in(value: object, limits: LimitsConfig) -> dict[str, Any] | None:
 
 
 def _given(values: dict[Column, Any]) -> dict[Column, Any]:
-    """Return the values that are neither missing nor empty."""
+    """Return the values that are neither missing nor empty. pandas writes NaN for an empty cell."""
     return {
         column: value
         for column, value in values.items()
-        if value is not None and not (isinstance(value, str) and not value.strip())
+        if value is not None
+        and not (isinstance(value, str) and not value.strip())
+        and not (isinstance(value, float) and not math.isfinite(value))
     }
 
 

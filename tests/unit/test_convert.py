@@ -229,6 +229,12 @@ def test_cp949_gives_the_same_records(tmp_path: Path, form: str) -> None:
     assert converted(tmp_path, text.encode("cp949")).records == PLAIN
 
 
+def test_nan_is_an_empty_cell(tmp_path: Path) -> None:
+    row = '[{"질문": "나 왔어", "답변": "어디야?", "요약": NaN, "감정": NaN}]'
+    (record,) = converted(tmp_path, row, **GIVEN).records
+    assert (record.context.summary, record.context.current_emotion.type) == ("", Feeling.HAPPY)
+
+
 def test_every_gloss_of_the_specification_is_understood() -> None:
     assert {feeling: feeling_of(gloss) for feeling, gloss in FEELINGS.items()} == {str(one): one for one in Feeling}
     assert {face: face_of(gloss) for face, gloss in FACES.items()} == {str(one): one for one in Expression}
