@@ -30,6 +30,8 @@ class Contact:
         """Whether the store has ever answered as S3 does."""
         self.given_up = ""
         """Why the first contact failed, as message text without the object's name; empty unless it did."""
+        self.is_no_store = False
+        """Whether it failed because something else than a store answered."""
         self.checksums = True
         """Whether uploads carry a checksum header. Some stores reject it."""
         self.conditional_writes = True

@@ -18,7 +18,7 @@ import structlog
 
 from lora_trainer.config import ENVIRONMENT_PREFIX, StorageConfig
 from lora_trainer.config_sources import settle
-from lora_trainer.errors import LoraTrainerError, StorageError
+from lora_trainer.errors import ConfigError, LoraTrainerError, StorageError
 from lora_trainer.store.contacts import Contact, Contacts
 
 _log = structlog.get_logger(__name__)
@@ -81,7 +81,7 @@ def retry(
     `contact` has answered, the first contact bounds the attempts as well, and only once per store.
     """
     if contact.given_up:
-        raise StorageError(f"{where}: {contact.given_up}")
+        raise (ConfigError if contact.is_no_store else StorageError)(f"{where}: {contact.given_up}")
     contact.first_contact_left_s()
     with Retries(budget, contact) as retries:
         while True:

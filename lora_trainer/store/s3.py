@@ -537,7 +537,11 @@ class S3Storage:
         try:
             yield
         except NotS3Error as error:
-            raise self._errors.not_s3(error, key) from error
+            translated = self._errors.not_s3(error, key)
+            if isinstance(translated, ConfigError) and error.kind == "other":
+                self._contact.given_up = f"{str(translated).removeprefix(f'{self._where(key)}: ')}; not asked again"
+                self._contact.is_no_store = True
+            raise translated from error
         except ClientError as error:
             if operation_key:
                 self._raise_reason(error, key)

@@ -68,11 +68,15 @@ def check_answer(operation: OperationModel, response: Mapping[str, Any], url: st
     is_head = operation.http["method"] == "HEAD"
     named_by_store = any(name.lower().startswith("x-amz-") for name in headers)
     root = _root(body)
+    describes_error = root in _ERROR_ROOTS or (is_head and "xml" in headers.get("Content-Type", ""))
     # S3's ETags are never weak
     is_tagged = bool(headers.get("ETag")) and (named_by_store or not headers["ETag"].startswith("W/"))
     if _is_redirect(status) and "x-amz-bucket-region" not in headers:
         # without that header, botocore would follow its own questions forever
-        raise _redirect(status, headers.get("Location", ""), url, is_own=root in _ERROR_ROOTS or named_by_store)
+        raise _redirect(status, headers.get("Location", ""), url, is_own=describes_error or named_by_store)
+    if not is_head and isinstance(response["body"], bytes) and len(body) < int(headers.get("Content-Length") or 0):
+        # truncated, which botocore notices
+        return "unclear"
     if status < 300:
         if operation.name in _TAGGED:
             # whoever stores a web page may also give it the type of one
@@ -86,7 +90,7 @@ def check_answer(operation: OperationModel, response: Mapping[str, Any], url: st
         if (expected and root not in (expected, *_ERROR_ROOTS)) or _is_html(root):
             raise _not_s3(status, headers, body, url)
         return "s3" if expected or named_by_store or is_tagged else "unclear"
-    if root in _ERROR_ROOTS or named_by_store or (is_head and "xml" in headers.get("Content-Type", "")):
+    if describes_error or named_by_store:
         return "s3"
     if is_head and status not in GATEWAY_STATUSES:
         # the answer to a HEAD has no body; whoever needs its reason asks again with a GET

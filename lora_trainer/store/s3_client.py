@@ -32,6 +32,7 @@ _ATTEMPTS: Final = 4
 """botocore's attempts per request. A failing part rarely exhausts them, so large transfers rarely start over."""
 _WRITES: Final = ("PutObject", "CreateMultipartUpload", "UploadPart", "CompleteMultipartUpload", "DeleteObject")
 """Operations that the guard checks. Aborting a multipart upload is always allowed."""
+_READS: Final = ("HeadObject", "GetObject", "ListObjectsV2", "HeadBucket")
 _WITH_BODY: Final = ("PutObject", "UploadPart")
 _EXPECTED: Final = "expected the URL of the store's S3 API, such as http://minio.storage.svc:9000 or https://s3.example.com"
 _BUCKET_HOSTS: Final = (
@@ -100,7 +101,8 @@ class _Watch:
             # runs before each attempt, botocore's repetitions included
             events.register(f"before-send.s3.{operation}", self._before_write)
         # botocore's own handlers change answers, and decide about retries, only after these
-        events.register_first("before-parse.s3.*", self._before_parse)
+        for operation in (*_WRITES, *_READS):
+            events.register_first(f"before-parse.s3.{operation}", self._before_parse)
         events.register_first("needs-retry.s3", self._needs_retry)
         if client.meta.config.request_checksum_calculation == "when_required":  # type: ignore[attr-defined]
             for operation in _WITH_BODY:
