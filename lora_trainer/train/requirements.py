@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator
+from importlib import metadata
 from typing import Final
 
 from lora_trainer.config import RunConfig
@@ -41,5 +41,14 @@ def _problems(config: RunConfig, reference: bool) -> Iterator[str]:
         )
 
 
-def _missing(modules: tuple[str, ...]) -> list[str]:
-    return [module for module in modules if importlib.util.find_spec(module) is None]
+def _missing(names: tuple[str, ...]) -> list[str]:
+    return [name for name in names if not _is_installed(name)]
+
+
+def _is_installed(name: str) -> bool:
+    # by its metadata: even looking for a module can run a library's import hooks
+    try:
+        metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return False
+    return True

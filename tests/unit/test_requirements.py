@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import subprocess
 import sys
+from importlib import metadata
 from typing import Any
 
 import pytest
@@ -21,7 +21,13 @@ CPU_SET = ALL - {"unsloth", "unsloth_zoo", "bitsandbytes"}
 
 def problems(monkeypatch: pytest.MonkeyPatch, installed: set[str], *, reference: bool = False, **settings: Any) -> str:
     """Return the problems of a configuration where only `installed` is."""
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if name in installed else None)
+
+    def version(name: str) -> str:
+        if name not in installed:
+            raise metadata.PackageNotFoundError(name)
+        return "1"
+
+    monkeypatch.setattr(metadata, "version", version)
     try:
         require_stack(settle({"blood_type": "A", **settings}, {}), reference=reference)
     except ConfigError as error:
