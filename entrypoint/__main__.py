@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 
+from entrypoint.terminal import open_streams, report_lost_output
 from lora_trainer.errors import ExitCode, Interrupted
 from lora_trainer.run.reexec import StepDown, reexec, unblock_signals
 from lora_trainer.signals import Interruption
@@ -15,6 +16,7 @@ def main() -> None:
     interruption = Interruption()
     try:
         interruption.install()
+        open_streams()
         unblock_signals()
         from entrypoint.cli import run_cli
 
@@ -27,9 +29,9 @@ def main() -> None:
         code = ExitCode.INTERRUPTED
     except StepDown as step_down:
         reexec(step_down.limit)
+    if code != ExitCode.STORAGE:
+        report_lost_output()
     # os._exit skips the libraries' exit handlers and threads, which have nothing to save and sometimes hang
-    sys.stdout.flush()
-    sys.stderr.flush()
     os._exit(code)
 
 

@@ -13,7 +13,17 @@ from typing import Any
 import click
 import structlog
 
-from entrypoint.options import Intensity, LocalPath, adapter_option, check_credentials, config_option, given_settings, set_option
+from entrypoint import terminal
+from entrypoint.options import (
+    Command,
+    Intensity,
+    LocalPath,
+    adapter_option,
+    check_credentials,
+    config_option,
+    given_settings,
+    set_option,
+)
 from entrypoint.run_end import RunEnd
 from lora_trainer import logs
 from lora_trainer.errors import ConfigError, GateError, Interrupted
@@ -21,7 +31,7 @@ from lora_trainer.escaping import escaped, one_line
 from lora_trainer.signals import Interruption
 
 
-@click.command()
+@click.command(cls=Command)
 @adapter_option
 @click.option(
     "--report-dir",
@@ -90,16 +100,14 @@ def evaluate(
         if as_json:
             click.echo(escaped(json.dumps(found.metrics.as_json(), indent=2, ensure_ascii=False)))
         else:
-            from rich.console import Console
-
-            Console().print(metrics_table(found.metrics))
+            terminal.console(sys.stdout).print(metrics_table(found.metrics))
             click.echo(f"report: {found.folder / 'report.html'}")
         if not verdict.passed:
             raise GateError(missed_gate_messages(verdict))
     end.leave()
 
 
-@click.command()
+@click.command(cls=Command)
 @adapter_option
 @click.option("--json", "raw", is_flag=True, help="Print each reply as generated: one JSON object a line.")
 @click.option("--base", "beside_base", is_flag=True, help="Also show what the base answers without the adapter.")
@@ -149,8 +157,6 @@ def chat(
       lora-trainer chat --adapter outputs/adapter_A --device cpu --base --feeling happy --intensity 0.9
       echo "점심 뭐 먹지?" | lora-trainer chat --adapter outputs/adapter_A --json
     """
-    from rich.console import Console
-
     from lora_trainer.persona.vocabulary import Feeling
     from lora_trainer.run.adapter import open_adapter, settle_for
     from lora_trainer.run.job import ProcessContext
@@ -164,7 +170,8 @@ def chat(
     config = settle_for(opened, given_settings(options, overrides), config_file=config_file)
     check_credentials((), base=config.base.model)
     # bind the real stream now: sys.stdout is about to be redirected to the log
-    out, is_terminal = Console(file=sys.stdout, highlight=False), sys.stdin.isatty()
+    out, is_terminal = terminal.console(sys.stdout), sys.stdin.isatty()
+    lines = _typed_lines(out) if is_terminal else terminal.read_lines(sys.stdin, sys.stdout)
     if is_terminal:
         click.echo("loading ...", err=True)
     state = ChatState(config.blood_type, Feeling(feeling), intensity, situation, seed)
@@ -173,7 +180,7 @@ def chat(
         if is_terminal:
             out.print(f"{status(state)}. /help lists the commands, /quit leaves.", style="dim")
         try:
-            chat_loop(model, state, _typed_lines(out) if is_terminal else iter(sys.stdin), out, raw=raw, beside_base=beside_base)
+            chat_loop(model, state, lines, out, raw=raw, beside_base=beside_base)
         except Interrupted as interrupted:
             # Ctrl-C is a normal way to end a chat: there is nothing to save
             if interrupted.signal_name != "SIGINT":
@@ -185,14 +192,20 @@ def _typed_lines(console: Any) -> Iterator[str]:
     # importing readline enables arrow keys and history in input(); some Python builds lack it
     with suppress(ImportError):
         importlib.import_module("readline")
-    while True:
+    while terminal.is_lost(console.file) is None:
         try:
-            yield str(console.input("나> "))
+            typed = str(console.input("나> "))
         except EOFError:
             return
+        try:
+            line = terminal.decoded_line(typed.encode(sys.stdin.encoding, "surrogateescape"), sys.stdin.encoding)
+        except ConfigError as error:
+            console.print(str(error), style="red")
+        else:
+            yield line
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("folder", type=LocalPath(), metavar="FOLDER")
 @click.option(
     "--output",
@@ -248,7 +261,7 @@ def publish(interruption: Interruption, /, folder: Path, output: str | None, bas
         raise GateError(missed_gate_messages(outcome.verdict))
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("adapter", metavar="RUN")
 def promote(adapter: str) -> None:
     """Point latest.json at RUN, whatever its verdict and even if another run is newer.
@@ -274,7 +287,7 @@ def promote(adapter: str) -> None:
     click.echo(f"{output.uri}{latest_key(blood_type)}: names run {opened.run_id} now; before: {one_line(before or 'none')}")
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("runs", nargs=-1, required=True, metavar="RUN RUN...")
 @click.option("--html", metavar="FILE", help="Also write the comparison as one HTML page. s3:// or file://.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of the table.")
@@ -290,8 +303,6 @@ def compare(runs: Sequence[str], html: str | None, as_json: bool) -> None:
       lora-trainer compare outputs/adapter_A outputs/adapter_B outputs/adapter_O outputs/adapter_AB
       lora-trainer compare --html compare.html s3://bucket/lora/adapters/A/0123456789abcdef/ outputs/adapter_A
     """
-    from rich.console import Console
-
     from lora_trainer.report.comparison import compare as compare_runs
     from lora_trainer.report.comparison import comparison_page, comparison_table
     from lora_trainer.store.keys import split_uri
@@ -305,7 +316,7 @@ def compare(runs: Sequence[str], html: str | None, as_json: bool) -> None:
     if as_json:
         click.echo(escaped(json.dumps(found.as_json(), indent=2, ensure_ascii=False)))
     else:
-        Console().print(comparison_table(found))
+        terminal.console(sys.stdout).print(comparison_table(found))
     if html:
         open_storage(folder, retry_budget).write_bytes(key, comparison_page(found).encode())
         click.echo(f"page: {html}", err=as_json)

@@ -81,7 +81,8 @@ def run_cli(arguments: Sequence[str], interruption: Interruption | None = None) 
         report = failure_report(error, interruption) or FailureReport(ExitCode.BUG)
         if report.exit_code is ExitCode.INTERRUPTED:
             return ExitCode.INTERRUPTED
-        for line in (*(f"error: a bug, please report it: {said}" for said in report.problems), *report.frames):
+        said = "error: a bug, please report it" if report.exit_code is ExitCode.BUG else "error"
+        for line in (*(f"{said}: {problem}" for problem in report.problems), *report.frames):
             click.echo(escaped(line), err=True)
-        return ExitCode.BUG
+        return report.exit_code
     return result if isinstance(result, int) else ExitCode.DONE

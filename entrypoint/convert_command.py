@@ -11,8 +11,9 @@ from typing import Final, TypeVar
 
 import click
 
+from entrypoint import terminal
 from entrypoint.data_inputs import local_input
-from entrypoint.options import Intensity, config_option, given_settings, set_option
+from entrypoint.options import Command, Intensity, config_option, given_settings, set_option
 from lora_trainer.config_sources import settle_each
 from lora_trainer.errors import ConfigError, ExitCode
 from lora_trainer.escaping import one_line
@@ -23,7 +24,7 @@ _SHOWN_PROBLEMS: Final = 50
 _Word = TypeVar("_Word", Feeling, Expression)
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("source", metavar="INPUT")
 @click.option("-o", "--output", default="-", show_default=True, metavar="FILE", help="JSONL file to write; - is standard output.")
 @click.option("--force", is_flag=True, help="Replace an existing FILE.")
@@ -171,7 +172,7 @@ def _target(output: str, *, is_forced: bool) -> Path:
 def _write(lines: Iterable[str], target: Path | None) -> None:
     """Write the records in UTF-8, whatever the terminal's encoding is; a file appears whole or not at all."""
     if target is None:
-        click.echo(b"".join(line.encode() + b"\n" for line in lines), nl=False)
+        terminal.write_bytes(b"".join(line.encode() + b"\n" for line in lines))
         return
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     try:

@@ -13,8 +13,9 @@ from typing import Any, Literal
 import click
 from pydantic import SecretStr
 
+from entrypoint import terminal
 from entrypoint.data_inputs import local_input
-from entrypoint.options import LocalPath, check_credentials, config_option, given_settings, set_option
+from entrypoint.options import Command, LocalPath, check_credentials, config_option, given_settings, set_option
 from lora_trainer import logs
 from lora_trainer.config_sources import settle_each
 from lora_trainer.errors import ConfigError, ExitCode, Interrupted, LoraTrainerError
@@ -22,7 +23,7 @@ from lora_trainer.persona.vocabulary import BloodType, parse_blood_types
 from lora_trainer.uris import check_server_url, shown
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("files", nargs=-1, required=True, metavar="FILE...")
 @click.option(
     "--blood-type",
@@ -120,17 +121,16 @@ def validate(
         if as_json:
             reports = write_json(sys.stdout, paths, check)
         else:
-            from rich.console import Console
-
+            console = terminal.console(sys.stdout)
             reports = []
             for path in paths:
                 reports.append(check(path))
-                Console().print(validation_table(reports[-1]))
+                console.print(validation_table(reports[-1]), crop=False)
     if not all(report.is_accepted(strict=strict) for report in reports):
         raise click.exceptions.Exit(ExitCode.DATA)
 
 
-@click.command()
+@click.command(cls=Command)
 @click.option(
     "--blood-type",
     "--blood_type",
@@ -253,7 +253,6 @@ def generate(
       lora-trainer generate --blood-type A --against data/train_data_type_A.jsonl --output s3://bucket/personas/
       lora-trainer generate --engine teacher --base-url http://localhost:8000/v1 --model Qwen/Qwen2.5-72B-Instruct
     """
-    from rich.console import Console
     from rich.progress import Progress
 
     from lora_trainer.generator import dataset_summary, teacher
@@ -290,17 +289,16 @@ def generate(
         if model
         else None,
     )
-    bar = Progress(console=Console(file=sys.stderr), disable=not sys.stderr.isatty(), transient=True)
-    console = Console()
+    bar = Progress(console=terminal.console(sys.stderr), disable=not sys.stderr.isatty(), transient=True)
+    console = terminal.console(sys.stdout)
     try:
         with bar:
             for done in command.generate(settings, bar, budget_from_environment()):
                 console.print(dataset_summary.dataset_table(done.summary, done.rejects))
                 for name, value in done.notes:
-                    console.print(f"{name}: {value}", highlight=False)
+                    console.print(f"{name}: {value}", soft_wrap=True)
                 console.print(
                     f"{'written' if done.is_new else 'unchanged'}: {done.uri} ({done.duration_s:g} s)\n",
-                    highlight=False,
                     soft_wrap=True,
                 )
     except Interrupted:
@@ -308,7 +306,7 @@ def generate(
         click.echo(f"interrupted: nothing half-written is visible{kept}", err=True)
         raise
     if report:
-        console.print(f"report: {report}", highlight=False, soft_wrap=True)
+        console.print(f"report: {report}", soft_wrap=True)
 
 
 def _named_blood_types(text: str) -> tuple[BloodType, ...]:

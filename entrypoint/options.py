@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -67,6 +67,30 @@ _RUN_OPTIONS: Final = (
     ("--log-format", "logging.format", "NAME", "auto, json or console."),
     ("--report-to", "logging.report_to", "NAMES", "Trackers, comma-separated: tensorboard, mlflow, wandb. Offline by default."),
 )
+
+
+class Command(click.Command):
+    """A command whose text options are UTF-8. Names of local files may be any bytes."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        rest = super().parse_args(ctx, args)
+        problems = [
+            f"{parameter.opts[0]}: not UTF-8; set the terminal to UTF-8, or convert the text or rename the file first"
+            for parameter in self.params
+            if isinstance(parameter, click.Option)
+            for text in _texts(ctx.params.get(parameter.name or ""))
+            # Python decodes bytes that are not UTF-8 to surrogates
+            if any("\ud800" <= character <= "\udfff" for character in text)
+        ]
+        if problems:
+            raise ConfigError(problems)
+        return rest
+
+
+def _texts(value: object) -> Iterator[str]:
+    for item in value if isinstance(value, tuple) else (value,):
+        if isinstance(item, str):
+            yield item
 
 
 def adapter_option(command: _F) -> _F:

@@ -11,7 +11,8 @@ from typing import Any, cast
 import click
 import yaml
 
-from entrypoint.options import check_run_credentials, given_settings, run_options
+from entrypoint import terminal
+from entrypoint.options import Command, check_run_credentials, given_settings, run_options
 from entrypoint.run_end import RunEnd
 from lora_trainer import logs
 from lora_trainer.config import config_table
@@ -22,7 +23,7 @@ from lora_trainer.redaction import redacted
 from lora_trainer.signals import Interruption
 
 
-@click.command()
+@click.command(cls=Command)
 @run_options
 @click.option("--fresh", is_flag=True, help="Discard the checkpoints of an interrupted attempt and train from the first step.")
 @click.pass_obj
@@ -52,8 +53,6 @@ def run(interruption: Interruption, /, config_file: Path | None, overrides: Sequ
 
     Prints each bundle's URI to standard output, and everything else to standard error.
     """
-    from rich.console import Console
-
     from lora_trainer.run.job import ProcessContext
     from lora_trainer.run.pipeline import persona_runs
     from lora_trainer.run.pipeline import run as run_personas
@@ -69,7 +68,7 @@ def run(interruption: Interruption, /, config_file: Path | None, overrides: Sequ
         end.work_dir = first.work_dir
         check_run_credentials(first)
         # bind the real stream now: sys.stderr is about to be redirected to the log
-        console = Console(file=sys.stderr) if sys.stderr.isatty() and first.logging.format != "json" else None
+        console = terminal.console(sys.stderr) if sys.stderr.isatty() and first.logging.format != "json" else None
         # an interrupted attempt with this work_dir may have reached the store, which then gets time to restart
         contacts = Contacts(first.work_dir / "stores")
         process = ProcessContext(interruption, RetryBudget(first.storage, contacts), console, fresh)
@@ -86,7 +85,7 @@ def run(interruption: Interruption, /, config_file: Path | None, overrides: Sequ
         end.leave()
 
 
-@click.command("check-storage")
+@click.command("check-storage", cls=Command)
 @run_options
 def check_storage(config_file: Path | None, overrides: Sequence[str], **options: Any) -> None:
     """Check every access that 'run' needs to its storage, without training.
@@ -118,7 +117,7 @@ def check_storage(config_file: Path | None, overrides: Sequence[str], **options:
         raise click.exceptions.Exit(code)
 
 
-@click.command("show-config")
+@click.command("show-config", cls=Command)
 @run_options
 @click.option("--json", "as_json", is_flag=True, help="JSON without the explanations.")
 def show_config(config_file: Path | None, overrides: Sequence[str], as_json: bool, **options: Any) -> None:

@@ -89,7 +89,8 @@ class RunEnd:
     def _print(self, problems: Sequence[str], prefix: str = "") -> None:
         if self._is_terminal:
             for problem in problems:
-                click.secho(f"error: {prefix}{escaped(problem)}", file=self._stderr, fg="red")
+                text = f"error: {prefix}{escaped(problem)}"
+                click.secho(text, file=self._stderr, fg="red", color=logs.shows_colors(self._stderr))
 
     @property
     def bundles(self) -> list[str]:

@@ -35,7 +35,10 @@ class _Section(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _as_written(cls, value: object, info: ValidationInfo) -> object:
-        """Read a list from text, and refuse a boolean where pydantic would take it for 0 or 1."""
+        """Read a list from text, and refuse bytes that are not UTF-8 and a boolean where pydantic would take it for 0 or 1."""
+        if isinstance(value, str) and any("\ud800" <= character <= "\udfff" for character in value):
+            # Python decodes such bytes to surrogates, which a manifest and an object's key cannot hold
+            raise ValueError("expected text that is UTF-8")
         annotation = cls.model_fields[str(info.field_name)].annotation
         if get_origin(annotation) is tuple:
             if isinstance(value, str):

@@ -19,7 +19,11 @@ def validation_table(report: FileReport) -> RenderableType:
     from rich.table import Table
     from rich.text import Text
 
-    parts: list[RenderableType] = [Text(line) for line in report.problem_lines()]
+    parts: list[RenderableType] = [
+        # one line each, which a terminal folds by itself
+        Text(line, no_wrap=True, overflow="ignore")
+        for line in report.problem_lines()
+    ]
     what = "evaluation prompt" if report.is_prompts else "record"
     codes = [(severity, code, count) for severity, found in report.counts.items() for code, count in sorted(found.items())]
     if codes:

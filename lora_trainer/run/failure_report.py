@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from lora_trainer.errors import ExitCode, Interrupted, LoraTrainerError
+from lora_trainer.errors import ConfigError, ExitCode, Interrupted, LoraTrainerError
 from lora_trainer.redaction import redacted
 from lora_trainer.run.reexec import StepDown
 from lora_trainer.signals import Interruption
@@ -32,6 +32,10 @@ class FailureReport:
     frames: tuple[str, ...] = ()
     """Stack frames of a bug, innermost last."""
 
+
+WORKING_DIRECTORY_GONE: Final = (
+    "the working directory has been deleted, so relative paths lead nowhere; change to a folder that exists, or use absolute paths"
+)
 
 # messages that cannot quote training data: those of the GPU libraries, and Python's about missing attributes and modules
 _OS_ERROR: Final = re.compile(r"\(os error (\d+)\)")
@@ -61,6 +65,8 @@ def failure_report(error: BaseException | None, interruption: Interruption, fold
         return None
     if disk := _disk_fault(error, folder):
         return FailureReport(disk.exit_code, type(disk).__name__, tuple(map(redacted, disk.problems)))
+    if isinstance(error, FileNotFoundError) and is_working_directory_gone():
+        return FailureReport(ExitCode.CONFIG, ConfigError.__name__, (WORKING_DIRECTORY_GONE,))
     # this also handles panics in a library's Rust code, which derive from BaseException
     frames = [f"{frame.filename}:{frame.lineno} {frame.name}" for frame in traceback.extract_tb(error.__traceback__)]
     problem = f"{type(error).__module__}.{type(error).__name__}{_safe_message(error, folder)}"
@@ -78,6 +84,15 @@ def _disk_fault(error: BaseException, folder: Path | None) -> LoraTrainerError |
         return None
     where = error if isinstance(error, OSError) else OSError(code, os.strerror(code))
     return explain(where, folder or Path(tempfile.gettempdir()))
+
+
+def is_working_directory_gone() -> bool:
+    """Return whether somebody has deleted the working directory of this process."""
+    try:
+        Path.cwd()
+    except OSError:
+        return True
+    return False
 
 
 def _safe_message(error: BaseException, folder: Path | None) -> str:
