@@ -6,6 +6,7 @@ Import only from a started backend: unsloth has to be imported before transforme
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import peft
 import torch
@@ -20,7 +21,8 @@ from lora_trainer.train.backends.model_modes import enable_checkpointing
 def load_base(base: Path, training: TrainingConfig, tokenizer: PreTrainedTokenizerBase, *, on_cuda: bool) -> PreTrainedModel:
     """Load the base from its folder, with the quantization and data type in `training`."""
     with loading(base, "it"):
-        model, info = AutoModelForCausalLM.from_pretrained(
+        # with output_loading_info it returns a pair, which its types do not say
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             str(base),
             local_files_only=True,
             # if left out, transformers asks on standard input whether to run the folder's own code
@@ -32,6 +34,8 @@ def load_base(base: Path, training: TrainingConfig, tokenizer: PreTrainedTokeniz
             use_safetensors=True,
             output_loading_info=True,
         )
+    model: PreTrainedModel = loaded[0]
+    info: dict[str, Any] = loaded[1]
     if missing := sorted({*info["missing_keys"], *map(str, info["mismatched_keys"])}):
         # transformers only warns, and fills them with random numbers
         raise ConfigError(
