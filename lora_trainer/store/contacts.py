@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
-FIRST_CONTACT_S: Final = 8.0
+FIRST_CONTACT_S: Final = 6.0
 """Seconds to wait for the first answer of a store. With the start of the process, a user waits less than 15 s."""
 _VARIABLES: Final = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_PROFILE", "AWS_REGION", "AWS_DEFAULT_REGION")
 """Variables that together select the store."""
@@ -49,6 +49,11 @@ class Contact:
             with suppress(OSError):
                 self._record.parent.mkdir(parents=True, exist_ok=True)
                 self._record.touch()
+
+    def note_no_store(self, said: str) -> None:
+        """Record that something else than a store answered, described by `said`, unless a store has answered before."""
+        if not self.answered:
+            self.given_up, self.is_no_store = f"{said}; not asked again", True
 
     def first_contact_left_s(self) -> float | None:
         """Return the seconds left for a first answer, counted from the first call, or None once the store has answered."""

@@ -37,6 +37,11 @@ class TransientError(StorageError):
 class UnreachableError(TransientError):
     """The store did not answer, or something else answered in its place."""
 
+    def __init__(self, problem: str, *, may_be_scheme: bool = False) -> None:
+        """`may_be_scheme`: the port may expect HTTPS instead of HTTP, or the other way round."""
+        self.may_be_scheme = may_be_scheme
+        super().__init__(problem)
+
 
 class RetryBudget:
     """The time that one run may spend on retries, shared by all of its storages. Thread-safe."""

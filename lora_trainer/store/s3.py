@@ -307,7 +307,7 @@ class S3Storage:
         if isinstance(fault, CorruptedError) and isinstance(before, CorruptedError) and before.got == fault.got:
             # a faulty network would not corrupt the same bytes twice
             return StorageError(f"{fault}; got the same wrong bytes twice, so the object itself is damaged")
-        if isinstance(fault, UnreachableError) and isinstance(before, UnreachableError) and not self._contact.answered:
+        if isinstance(fault, UnreachableError) and fault.may_be_scheme and before and not self._contact.answered:
             return self._wrong_scheme()
         return None
 
@@ -539,15 +539,17 @@ class S3Storage:
         except NotS3Error as error:
             translated = self._errors.not_s3(error, key)
             if isinstance(translated, ConfigError) and error.kind == "other":
-                self._contact.given_up = f"{str(translated).removeprefix(f'{self._where(key)}: ')}; not asked again"
-                self._contact.is_no_store = True
+                self._contact.note_no_store(str(translated).removeprefix(f"{self._where(key)}: "))
             raise translated from error
         except ClientError as error:
             if operation_key:
                 self._raise_reason(error, key)
             raise (self._missing(key) if is_missing_key(error) else self._errors.of_response(error, key)) from error
         except BotoCoreError as error:
-            raise self._errors.of_client(error, key) from error
+            translated = self._errors.of_client(error, key)
+            if isinstance(translated, ConfigError):
+                self._contact.note_no_store(str(translated).removeprefix(f"{self._where(key)}: "))
+            raise translated from error
         except (ResponseParserError, HTTPError) as error:
             # botocore leaves urllib3's errors about a body as they are
             raise self._errors.truncated_response(key) from error

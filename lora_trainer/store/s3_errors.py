@@ -269,7 +269,9 @@ class S3Errors:
         if self.answered and cause.is_setting:
             # the settings worked before
             return UnreachableError(said)
-        return UnreachableError(said) if cause.may_pass else ConfigError(said) if cause.is_setting else StorageError(said)
+        if cause.may_pass:
+            return UnreachableError(said, may_be_scheme=cause.may_be_scheme)
+        return ConfigError(said) if cause.is_setting else StorageError(said)
 
     def not_s3(self, error: NotS3Error, key: str) -> LoraTrainerError:
         """Return the error for an answer that is not S3's: a wrong setting, unless the store has answered before."""

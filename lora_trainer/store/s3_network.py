@@ -45,6 +45,8 @@ class Cause:
     """Whether a wrong setting causes it, which no other attempt mends."""
     may_pass: bool = True
     """Whether another attempt may help."""
+    may_be_scheme: bool = False
+    """Whether the port may expect HTTPS instead of HTTP, or the other way round."""
 
 
 def cause_of(error: BotoCoreError) -> Cause:
@@ -66,7 +68,11 @@ def cause_of(error: BotoCoreError) -> Cause:
                 "check the address, and the firewall, network policy and route between this machine and the store",
             )
         case raised.ReadTimeoutError():
-            return Cause(f"{host}:{port} accepted the connection and then sent nothing", "check the port and the store's health")
+            return Cause(
+                f"{host}:{port} accepted the connection and then sent nothing",
+                "check the port and the store's health",
+                may_be_scheme=True,
+            )
     for each in chain:
         match each:
             case socket.gaierror():
@@ -77,9 +83,8 @@ def cause_of(error: BotoCoreError) -> Cause:
             case ConnectionRefusedError():
                 return Cause(f"nothing listens on {host}:{port}", "check the port in AWS_ENDPOINT_URL, and whether the store runs")
             case RemoteDisconnected():
-                return Cause(
-                    "the connection was closed without an answer", "check the port in AWS_ENDPOINT_URL, and the store's health"
-                )
+                got = "the connection was closed without an answer"
+                return Cause(got, "check the port in AWS_ENDPOINT_URL, and the store's health", may_be_scheme=True)
             case BadStatusLine() if str(each).startswith(_TLS_RECORDS):
                 return Cause(f"{host}:{port} speaks TLS", f"set AWS_ENDPOINT_URL=https://{urlsplit(url).netloc}", True, False)
             case BadStatusLine() if str(each).strip() and not str(each).startswith("HTTP/"):
@@ -87,7 +92,7 @@ def cause_of(error: BotoCoreError) -> Cause:
                 return Cause(
                     f"{host}:{port} does not speak HTTP, but answers '{shown}'", "check the port in AWS_ENDPOINT_URL", True, False
                 )
-    return Cause("the connection failed", "check AWS_ENDPOINT_URL, the network and the proxy")
+    return Cause("the connection failed", "check AWS_ENDPOINT_URL, the network and the proxy", may_be_scheme=True)
 
 
 def _causes(error: object) -> Iterator[object]:
@@ -134,7 +139,9 @@ def _of_tls(message: str, address: str) -> Cause:
                 is_about_time = "valid" in sign or "expired" in sign
                 return Cause(f"no trusted TLS connection: {got}", advice, not is_about_time, False)
         return Cause("no trusted TLS connection: its certificate can't be verified", _OTHER_AUTHORITY, True, False)
-    return Cause("the TLS handshake failed", "check the port, and that https:// is right for it, in AWS_ENDPOINT_URL")
+    return Cause(
+        "the TLS handshake failed", "check the port, and that https:// is right for it, in AWS_ENDPOINT_URL", may_be_scheme=True
+    )
 
 
 def scheme_of_port(url: str) -> str | None:
