@@ -172,6 +172,8 @@ SHOWN_LINES: Final = 5
 # a word of question marks, with the punctuation and the laughter that the conversion left: "??", (????), ??!ㅋㅋ
 _LOST_WORD: Final = re.compile(r"[\"'“‘(\[]*(\?+)[.,!~…\"'”’)\]ㅋㅎㅠㅜ^;:]*")
 _HANGUL: Final = re.compile("[가-힣]")
+# a question mark that begins a word or stands before a syllable: a cheap test that most texts fail
+_ODD_MARK: Final = re.compile(r"(?<!\S)[\"'“‘(\[]*[?¿]|[?¿][가-힣]")
 _LOST_SYLLABLE: Final = re.compile(r"(?<![?\S])\?{1,3}[가-힣]|[가-힣]\?[가-힣]")
 
 
@@ -181,6 +183,9 @@ class _Field:
     lost: int = 0
     """Texts that look as if their words had become question marks."""
     lines: list[int] = field(default_factory=list)
+    bare: int = 0
+    """Texts of question marks alone: `???`, which people write, but not all the time."""
+    bare_lines: list[int] = field(default_factory=list)
     uneven_lines: list[int] = field(default_factory=list)
     """Lines of those with words of uneven length."""
     suspicious: int = 0
@@ -196,6 +201,8 @@ class LostText:
     """
 
     MIN_SHARE: Final = 0.05
+    MIN_BARE_SHARE: Final = 0.3
+    """Share of texts without any letter from which even `???` is lost text."""
     MIN_SUSPICIOUS_SHARE: Final = 0.2
 
     def __init__(self) -> None:
@@ -206,10 +213,10 @@ class LostText:
         """Count `text`, the value of the field `name` on line `line`."""
         counts = self._fields.setdefault(name, _Field())
         counts.texts += 1
+        if not _ODD_MARK.search(text):
+            return
         # Oracle writes ¿ for what its encoding lacks
         text = text.replace("¿", "?")
-        if "?" not in text:
-            return
         lengths, words_with_hangul = [], 0
         for word in text.split():
             if match := _LOST_WORD.fullmatch(word):
@@ -217,6 +224,9 @@ class LostText:
             elif _HANGUL.search(word):
                 words_with_hangul += 1
         is_even = len(set(lengths)) < 2
+        if lengths and len(lengths) == len(text.split()):
+            counts.bare += 1
+            _remember(counts.bare_lines, line)
         if len(lengths) >= 2 and len(lengths) > words_with_hangul and not (is_even and len(lengths) < 4):
             counts.lost += 1
             _remember(counts.lines, line)
@@ -233,7 +243,10 @@ class LostText:
         """Yield one problem for each field that lost text, or may have."""
         for name, counts in self._fields.items():
             is_share = counts.lost >= self.MIN_SHARE * counts.texts and (counts.lost >= 3 or counts.lost >= 0.5 * counts.texts)
-            if counts.lost and (is_share or self._is_certain):
+            is_bare = counts.bare >= 3 and counts.bare >= self.MIN_BARE_SHARE * counts.texts
+            if is_bare and counts.bare > counts.lost:
+                counts.lost, counts.lines = counts.bare, counts.bare_lines
+            if counts.lost and (is_share or is_bare or self._is_certain):
                 fault = RecordError(
                     "lost_text",
                     f"words of question marks in {counts.lost:,} of {counts.texts:,} texts ({_lines(counts.lines, counts.lost)})",

@@ -318,6 +318,12 @@ def test_lost_text_in_one_column_is_found(tmp_path: Path) -> None:
     assert problem == ("input", "lost_text", "error")
 
 
+def test_a_column_of_short_lost_texts_is_found(tmp_path: Path) -> None:
+    said = ["??", "???", "??", "????", "??!", "?", "??", "BTS", "ㅋㅋ", "???"]
+    report = check_file(write(tmp_path, records_said(*said)))
+    assert ("input", "lost_text", "error") in file_problems(report)
+
+
 def test_one_long_lost_text_is_found_among_many(tmp_path: Path) -> None:
     said = [f"나 {at}분 늦었는데 어디야?" for at in range(200)] + ["?? ??? ? ???? ??, ????!"]
     problems = [problem for problem in check_file(write(tmp_path, records_said(*said))).problems if problem.line is None]
