@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from conftest import REPOSITORY
-from jobs import SHORT, require_training_stack
+from jobs import FEW_PROMPTS, SHORT, require_training_stack
 
 pytestmark = pytest.mark.e2e
 DATA = REPOSITORY / "data" / "train_data_type_B.jsonl"
@@ -273,6 +273,7 @@ def test_an_evaluation_keeps_its_verdict_and_its_table(finished: tuple[Path, Any
     adapter, _ = finished
     done = shell(
         '"$@"', "evaluate", "--adapter", str(adapter), "--base-model", BASE, "--data", str(DATA), "--set", "gates.persona=1",
+        "--prompts", str(FEW_PROMPTS),
         "--work-dir", str(adapter.parent.parent / "work"), PYTHONIOENCODING="latin-1", COLUMNS="0",
     )  # fmt: skip
     assert done.returncode == 4, done.stderr
