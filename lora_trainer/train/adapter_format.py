@@ -16,7 +16,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from lora_trainer.base_files.weights import Tensor, read_header
 from lora_trainer.base_model import pickled
-from lora_trainer.config import TargetModule
+from lora_trainer.config import ALL_LINEAR, TargetModule
 from lora_trainer.errors import ConfigError, StorageError
 from lora_trainer.store.documents import parse_object, shown, validated
 from lora_trainer.store.interface import NotFound, Storage
@@ -26,9 +26,9 @@ WEIGHTS_NAME: Final = "adapter_model.safetensors"
 SETTINGS_NAME: Final = "adapter_config.json"
 _TENSOR: Final = re.compile(r"base_model\.model\.model\.layers\.(\d{1,4})\.(self_attn|mlp)\.([a-z]+_proj)\.lora_([AB])\.weight")
 _BLOCK: Final[Mapping[str, str]] = {
-    name: "self_attn" if name in ("q_proj", "k_proj", "v_proj", "o_proj") else "mlp" for name in TargetModule.__args__
-}  # type: ignore[attr-defined]
-_EXPONENT: Final = {"F32": (np.dtype("<u4"), 0x7F800000), "F16": (np.dtype("<u2"), 0x7C00), "BF16": (np.dtype("<u2"), 0x7F80)}
+    name: "self_attn" if name in ("q_proj", "k_proj", "v_proj", "o_proj") else "mlp" for name in ALL_LINEAR
+}
+_EXPONENT: Final[Mapping[str, tuple[str, int]]] = {"F32": ("<u4", 0x7F800000), "F16": ("<u2", 0x7C00), "BF16": ("<u2", 0x7F80)}
 """Unsigned type of the same size, and the exponent bits, which are all set in NaN and infinity."""
 _CHUNK_BYTES: Final = 16 * 2**20
 
