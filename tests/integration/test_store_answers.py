@@ -236,6 +236,7 @@ def test_https_to_the_store_s_http_port(check: Check, s3_server: Any, aws_enviro
 def test_http_to_a_tls_port_that_only_hangs_up(check: Check, aws_environment: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Its answer to HTTP says nothing, but it shakes hands."""
     pytest.importorskip("cryptography")
+    aws_environment.setenv("LORA_TRAINER_STORAGE__OBJECT_BUDGET_S", "5")
     with RawServer(silent, Certificate(tmp_path).context()) as server:
         aws_environment.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.port}")
         code, _, err = check()
