@@ -87,8 +87,8 @@ def _aws_file_problems(environment: Mapping[str, str]) -> Iterator[str]:
     if environment.get("AWS_ACCESS_KEY_ID"):
         return
     for variable in ("AWS_WEB_IDENTITY_TOKEN_FILE", "AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE"):
-        if (path := environment.get(variable)) and (fault := _fault(_text(Path(path)), _PASSWORD)):
-            yield f"{variable}: {path}: {fault}"
+        if (named := environment.get(variable)) and (fault := _fault(_text(Path(named)), _PASSWORD)):
+            yield f"{variable}: {named}: {fault}"
     profile = environment.get("AWS_PROFILE") or environment.get("AWS_DEFAULT_PROFILE") or "default"
     for path in _aws_files(environment):
         for section, name, value in _settings(_text(path)):

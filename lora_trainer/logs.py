@@ -127,9 +127,9 @@ def _escaped_json(event: object, **options: Any) -> str:
     return escaped(json.dumps(event, **options))
 
 
-def _redact_line(logger: object, method: str, line: str) -> str:
+def _redact_line(logger: object, method: str, line: Any) -> str:
     """Redact what only became text when the line was rendered, such as paths and exceptions."""
-    return redacted(line)
+    return redacted(str(line))
 
 
 def _event_first(logger: object, method: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:

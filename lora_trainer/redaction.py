@@ -94,7 +94,7 @@ def _pattern() -> re.Pattern[str]:
     paths = known.files if environment == known.environment else credential_files(environment)
     files = {path: _version(path) for path in paths}
     with _lock:
-        if (environment, files, _remembered) != (known.environment, known.files, known.remembered):
+        if environment != known.environment or files != known.files or frozenset(_remembered) != known.remembered:
             # keep what a file held before: a token that was just replaced is still valid
             _remembered.update(in_files(files))
             known = _Known(environment, frozenset(_remembered), files, _pattern_of({*_remembered, *_in_environment(environment)}))

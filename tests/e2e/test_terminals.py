@@ -19,10 +19,10 @@ pytestmark = pytest.mark.e2e
 DATA = REPOSITORY / "data" / "train_data_type_B.jsonl"
 BASE = str(REPOSITORY / "examples" / "tiny-base")
 COMMAND = (sys.executable, "-m", "entrypoint")
-ASCII = {"PYTHONIOENCODING": "ascii"}
+ASCII: dict[str, Any] = {"PYTHONIOENCODING": "ascii"}
 
 
-def shell(command: str, *arguments: str, cwd: Path | None = None, stdin: bytes = b"", **environment: str) -> Any:
+def shell(command: str, *arguments: str, cwd: Path | None = None, stdin: bytes = b"", **environment: Any) -> Any:
     """Run `command` in bash. In it, "$@" is the command line of the job."""
     return subprocess.run(
         ["/bin/bash", "-o", "pipefail", "-c", command, "bash", *COMMAND, *arguments],
@@ -50,7 +50,7 @@ def bad_data(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(path)
 
 
-FAULTS: dict[str, tuple[str, dict[str, str]]] = {
+FAULTS: dict[str, tuple[str, dict[str, Any]]] = {
     "ascii": ('"$@"', ASCII),
     "cp949, strict": ('"$@"', {"PYTHONIOENCODING": "cp949:strict"}),
     "utf-16": ('"$@"', {"PYTHONIOENCODING": "utf-16"}),
@@ -72,7 +72,7 @@ def test_the_exit_code_is_that_of_the_work(fault: str, bad_data: str) -> None:
     command, environment = FAULTS[fault]
     if "/dev/full" in command and not Path("/dev/full").exists():
         pytest.skip("this system has no /dev/full")
-    commands = {("validate", "--no-tokens", bad_data): 3}
+    commands: dict[tuple[str, ...], int] = {("validate", "--no-tokens", bad_data): 3}
     if fault in ("POSIX", "nothing open", "a full disk for errors"):
         commands[("show-config", "--set", "lora.r=카페")] = 2
     if fault in ("ascii", "nothing open", "a full disk", "a reader that stops"):
@@ -127,7 +127,7 @@ def test_a_terminal_that_says_it_has_no_columns(bad_data: str) -> None:
 
 
 def read_all(descriptor: int) -> str:
-    parts = []
+    parts: list[bytes] = []
     while True:
         try:
             part = os.read(descriptor, 65536)
@@ -295,7 +295,7 @@ def test_an_evaluation_keeps_its_verdict_and_its_table(finished: tuple[Path, Any
     ],
     ids=["cp949", "cp949 in C.UTF-8", "utf-16", "cp949 as latin-1", "cp949 in a cp949 terminal", "utf-8 in ascii"],
 )
-def test_what_is_typed_is_utf_8(finished: tuple[Path, Any], stdin: bytes, environment: dict[str, str], code: int) -> None:
+def test_what_is_typed_is_utf_8(finished: tuple[Path, Any], stdin: bytes, environment: dict[str, Any], code: int) -> None:
     done = chat(finished[0], '"$@"', stdin, **environment)
     out, err = clean(done)
     assert done.returncode == code, err
