@@ -60,6 +60,8 @@ NOT_RECIPE = {
     "storage.object_budget_s": 7,
     "storage.total_budget_s": 70,
     "storage.stall_timeout_s": 5,
+    "storage.server_side_encryption": "AES256",
+    "storage.kms_key_id": "alias/lora",
     "lease.duration_s": 30,
     "lease.wait_s": 120,
     "limits.line_bytes": 4096,
@@ -72,6 +74,8 @@ NOT_RECIPE = {
     "logging.report_to": ["tensorboard"],
     "logging.log_every_steps": 1,
 }
+NEEDED = {"storage.kms_key_id": {"storage.server_side_encryption": "aws:kms"}}
+"""Settings without which another setting is refused."""
 # Questions, scoring and thresholds: changing them means another verdict on the same weights.
 VERDICT = {
     "evaluation.intensities": [0.5],
@@ -125,7 +129,7 @@ def test_what_decides_the_weights_is_another_run(setting: str) -> None:
 
 @pytest.mark.parametrize("setting", [*NOT_RECIPE, *VERDICT, *NOT_VERDICT])
 def test_what_does_not_is_the_same_run(setting: str) -> None:
-    other = config(**{setting: {**NOT_RECIPE, **VERDICT, **NOT_VERDICT}[setting]})
+    other = config(**NEEDED.get(setting, {}), **{setting: {**NOT_RECIPE, **VERDICT, **NOT_VERDICT}[setting]})
     assert other != config()
     assert identify(other) == identify(config())
 

@@ -634,7 +634,11 @@ def test_bad_prompts_end_the_run_with_exit_3(tmp_path: Path, made: MadeRun) -> N
     code, out, events = finished.run()
     last = events["run_finished"]
     assert (code, out, last["outcome"]) == (3, "", "DataError")
-    assert [problem.split(": ")[0] for problem in last["problems"]] == [f"file://{prompts}:3", f"file://{prompts}:5"]
+    assert [problem.split(": ")[0] for problem in last["problems"]] == [
+        f"file://{prompts}:3",
+        f"file://{prompts}:5",
+        f"file://{prompts}",
+    ]
 
 
 def test_the_source_revision(monkeypatch: pytest.MonkeyPatch) -> None:
