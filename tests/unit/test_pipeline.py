@@ -365,6 +365,7 @@ def test_bad_prompts_are_named_with_file_and_line(tmp_path: Path) -> None:
         f"{where}:3",
         f"{where}:3",
         f"{where}:4",
+        where,
     ]
     assert refused.value.problems[0].startswith(f"{where}:2: context: got nothing, expected an object")
     assert planted not in str(refused.value)
