@@ -16,7 +16,15 @@ from typing import Final
 from lora_trainer.data.mojibake import common_syllables, find_mojibake
 from lora_trainer.data.problems import Problem, RecordError, Severity
 
-_REPLACED: Final = re.compile("[\ufffc\ufffd]")
+# U+FFFD as such, and as its UTF-8 looks in other encodings; double-byte ones read two of them as three characters
+_REPLACED: Final = re.compile(
+    "[\ufffc\ufffd]|"
+    + "|".join(
+        ("\ufffd" * count).encode().decode(wrong)
+        for count, wrongs in ((1, ("cp1252", "mac_roman", "cp437", "cp850")), (2, ("cp949", "gbk")))
+        for wrong in wrongs
+    )
+)
 _NONCHARACTER: Final = re.compile(
     "[\ufdd0-\ufdef\ufffe\uffff" + "".join(chr(plane * 0x10000 + end) for plane in range(1, 17) for end in (0xFFFE, 0xFFFF)) + "]"
 )
@@ -24,7 +32,7 @@ _PRIVATE: Final = re.compile("[\ue000-\uf8ff\U000f0000-\U000ffffd\U00100000-\U00
 # conjoining jamo that NFC leaves over, and half-width ones
 _STRAY_JAMO: Final = re.compile("[\u1100-\u115e\u1161-\u11ff\ua960-\ua97c\ud7b0-\ud7fb\uffa1-\uffdc]")
 _INVISIBLE: Final = re.compile(
-    "[\u00ad\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200d\u2060-\u2065\u206a-\u206f\u2800\u3164\ufe00-\ufe0f\ufeff\uffa0"
+    "[\u00ad\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200d\u2028\u2029\u2060-\u2065\u206a-\u206f\u2800\u3164\ufe00-\ufe0f\ufeff\uffa0"
     "\ufff0-\ufffb\U0001d173-\U0001d17a\U000e0000-\U000e0fff]"
 )
 _PICTURE: Final = (
@@ -41,14 +49,17 @@ _CODE_POINT: Final = re.compile(
     r"\\u([0-9A-Fa-f]{4})|\\u\{([0-9A-Fa-f]{1,6})\}|\\U([0-9A-Fa-f]{8})|<U\+([0-9A-Fa-f]{4,6})>|%u([0-9A-Fa-f]{4})"
     r"|&#[xX]([0-9A-Fa-f]{1,6});|&#([0-9]{1,7});"
 )
-_BYTES: Final = re.compile(r"(?:(?:\\x|%|=)[0-9A-Fa-f]{2}|\\[0-3][0-7]{2}){2,}")
-_ONE_BYTE: Final = re.compile(r"(?:\\x|%|=)([0-9A-Fa-f]{2})|\\([0-3][0-7]{2})")
+# also the tokens of a byte-fallback tokenizer, such as <0xEA>
+_BYTES: Final = re.compile(r"(?:(?:\\x|%|=)[0-9A-Fa-f]{2}|<0x[0-9A-Fa-f]{2}>|\\[0-3][0-7]{2}){2,}")
+_ONE_BYTE: Final = re.compile(r"(?:\\x|%|=|<0x)([0-9A-Fa-f]{2})|\\([0-3][0-7]{2})")
 _LEFTOVER: Final = re.compile(
     r"\\[nrt](?![A-Za-z0-9_])|\\\"|\\u[0-9A-Fa-f]{4}|(?:\\x[0-9A-Fa-f]{2}){2}|&(?:amp|lt|gt|quot|apos|nbsp);|&#(?:[0-9]{1,7}|x[0-9A-Fa-f]{1,6});"
     r"|(?:%[0-9A-F]{2}){2}|%20|_x000[0-9A-F]_|</?(?:br|p|div|span) ?/?>",
     re.IGNORECASE,
 )
 _KOREAN_OR_EMOJI: Final = re.compile("[가-힣ㄱ-ㆎ\U0001f000-\U0001faff]")
+# what programs write for an empty cell or a missing value
+_MISSING: Final = frozenset(("nan", "none", "null", "nil", "nat", "<na>", "#n/a", "n/a", "undefined", "[object object]"))
 
 
 @cache
@@ -63,6 +74,8 @@ def _ordinary() -> frozenset[str]:
 
 def text_problems(line: int | None, name: str, text: str) -> tuple[Problem, ...]:
     """Return the problems of `text`, the value of the field `name` on line `line`, errors first."""
+    if text.strip().lower() in _MISSING:
+        return (_missing_value(line, name),)
     # nearly every text takes this way, which costs a few microseconds
     if _ordinary().issuperset(text):
         return ()
@@ -75,9 +88,11 @@ def text_problems(line: int | None, name: str, text: str) -> tuple[Problem, ...]
 
 def _faults(text: str) -> Iterator[RecordError]:
     if found := _REPLACED.findall(text):
+        # several characters are U+FFFD that was misread
+        signs = [sign if len(sign) == 1 else "\ufffd" for sign in found]
         yield RecordError(
             "replacement_character",
-            f"{_counted(found)} in place of lost characters, the first at character {text.index(found[0]) + 1}",
+            f"{_counted(signs)} in place of lost characters, the first at character {text.index(found[0]) + 1}",
             "the characters themselves",
             "read the source again in its own encoding, often UTF-8 or CP949; this file no longer has them",
         )
@@ -145,6 +160,18 @@ def _suspicions(line: int | None, name: str, text: str) -> Iterator[Problem]:
         )
 
 
+def _missing_value(line: int | None, name: str) -> Problem:
+    return Problem(
+        line,
+        name,
+        Severity.WARNING,
+        "missing_value",
+        "the name of a missing value, such as nan or None, as text",
+        "text",
+        "write the text, or remove the record; in pandas, call fillna before you export",
+    )
+
+
 def _counted(found: list[str]) -> str:
     names = ", ".join(f"U+{ord(sign):04X}" for sign in sorted(set(found))[:5])
     return f"{names} {len(found):,} time{'' if len(found) == 1 else 's'}"
@@ -172,8 +199,11 @@ SHOWN_LINES: Final = 5
 # a word of question marks, with the punctuation and the laughter that the conversion left: "??", (????), ??!ㅋㅋ
 _LOST_WORD: Final = re.compile(r"[\"'“‘(\[]*(\?+)[.,!~…\"'”’)\]ㅋㅎㅠㅜ^;:]*")
 _HANGUL: Final = re.compile("[가-힣]")
+# Oracle writes ¿ for what its encoding lacks, others write a full-width question mark, a box or a geta mark
+_OTHER_MARKS: Final = "¿？□▯☐〓"
+_QUESTION_MARKS: Final = str.maketrans(dict.fromkeys(_OTHER_MARKS, "?"))
 # a question mark that begins a word or stands before a syllable: a cheap test that most texts fail
-_ODD_MARK: Final = re.compile(r"(?<!\S)[\"'“‘(\[]*[?¿]|[?¿][가-힣]")
+_ODD_MARK: Final = re.compile(rf"(?<!\S)[\"'“‘(\[]*[?{_OTHER_MARKS}]|[?{_OTHER_MARKS}][가-힣]")
 _LOST_SYLLABLE: Final = re.compile(r"(?<![?\S])\?{1,3}[가-힣]|[가-힣]\?[가-힣]")
 
 
@@ -191,19 +221,24 @@ class _Field:
     suspicious: int = 0
     """Texts with question marks where syllables belong."""
     suspicious_lines: list[int] = field(default_factory=list)
+    without_hangul: int = 0
+    """Texts that are not blank and have no Hangul syllable."""
+    without_hangul_lines: list[int] = field(default_factory=list)
 
 
 class LostText:
-    """Judge over a whole file whether question marks replaced its Hangul, as a lossy encoding does.
+    """Judge over a whole file whether its Hangul was lost: replaced by question marks or boxes, or missing altogether.
 
     People write `???`, `뭐???` and `?!?!`. Lost text is words of question marks: `?? ???? ??`. One such text may be a joke, so the
     file decides: a text is lost if it has four such words of uneven length, or if a twentieth of its field's texts look like it.
+    A single text may have no Hangul. If half of a field's texts have none, something removed or encoded it.
     """
 
     MIN_SHARE: Final = 0.05
     MIN_BARE_SHARE: Final = 0.3
     """Share of texts without any letter from which even `???` is lost text."""
     MIN_SUSPICIOUS_SHARE: Final = 0.2
+    MIN_SHARE_WITHOUT_HANGUL: Final = 0.5
 
     def __init__(self) -> None:
         self._fields: dict[str, _Field] = {}
@@ -213,10 +248,12 @@ class LostText:
         """Count `text`, the value of the field `name` on line `line`."""
         counts = self._fields.setdefault(name, _Field())
         counts.texts += 1
+        if not _HANGUL.search(text) and not _HANGUL.search(unicodedata.normalize("NFC", text)) and text.strip():
+            counts.without_hangul += 1
+            _remember(counts.without_hangul_lines, line)
         if not _ODD_MARK.search(text):
             return
-        # Oracle writes ¿ for what its encoding lacks
-        text = text.replace("¿", "?")
+        text = text.translate(_QUESTION_MARKS)
         lengths, words_with_hangul = [], 0
         for word in text.split():
             if match := _LOST_WORD.fullmatch(word):
@@ -254,6 +291,17 @@ class LostText:
                     "export the source again as UTF-8; this file has lost its Hangul, and nothing can bring it back from here",
                 )
                 yield Problem(None, name, Severity.ERROR, fault.code, fault.got, fault.expected, fault.fix)
+            elif counts.without_hangul >= max(3, self.MIN_SHARE_WITHOUT_HANGUL * counts.texts):
+                yield Problem(
+                    None,
+                    name,
+                    Severity.WARNING,
+                    "no_hangul",
+                    f"no Hangul syllable in {counts.without_hangul:,} of {counts.texts:,} texts "
+                    f"({_lines(counts.without_hangul_lines, counts.without_hangul)})",
+                    "Korean text",
+                    "compare with the source: an encoding may have removed it, or a program may have encoded the text once more",
+                )
             elif counts.uneven_lines:
                 yield Problem(
                     None,

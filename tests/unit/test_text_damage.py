@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import random
+import re
 import unicodedata
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +70,12 @@ def misread(text: str, right: str, wrong: str) -> str:
     [
         ("나 지금 도착했\ufffd데 어디야?", "replacement_character", Severity.ERROR),
         ("사진 \ufffc 봤어?", "replacement_character", Severity.ERROR),
+        ("나 지금 도착했ï¿½데", "replacement_character", Severity.ERROR),
+        ("나 지금 占쏙옙착했는데", "replacement_character", Severity.ERROR),
+        ("나 지금 锟斤拷착했는데", "replacement_character", Severity.ERROR),
+        ("<0xEB><0x82><0x98> 왔어", "escaped_text", Severity.ERROR),
+        ("나 왔어\u2028뭐해", "invisible_character", Severity.WARNING),
+        ("NaN", "missing_value", Severity.WARNING),
         ("ì§§ê²Œ ë‹µí•´.", "mojibake", Severity.ERROR),
         (misread(SAID, "cp949", "cp1252"), "mojibake", Severity.ERROR),
         ("끝\uffff", "noncharacter", Severity.ERROR),
@@ -373,6 +382,31 @@ def test_random_korean_that_became_question_marks_is_found(mark: str) -> None:
 
 
 # --- normalization ---------------------------------------------------------------------------------------
+
+
+SAID_TEXTS = ("나 지금 도착했는데 어디야?", "오늘 저녁에 뭐 먹을까", "왜 이제 답장해", "응 알았어 조심히 와")
+
+
+@pytest.mark.parametrize("mark", "？□〓")
+def test_text_of_boxes_is_an_error_of_the_file(tmp_path: Path, mark: str) -> None:
+    lost = [re.sub("[가-힣]", mark, text) for text in SAID_TEXTS]
+    assert file_problems(check_file(write(tmp_path, records_said(*lost)))) == [("input", "lost_text", "error")]
+
+
+@pytest.mark.parametrize(
+    "lose",
+    [
+        lambda text: base64.b64encode(text.encode()).decode(),
+        lambda text: json.dumps(text)[1:-1].replace("\\", ""),
+        lambda text: re.sub("[가-힣]", "_", text),
+        lambda text: "ㄴㅏ ㅈㅣㄱㅡㅁ",
+    ],
+    ids=["base64", "escapes-without-backslash", "underscores", "separate-jamo"],
+)
+def test_a_field_without_any_hangul_is_a_suspicion(tmp_path: Path, lose: Callable[[str], str]) -> None:
+    lost = [lose(text) for text in SAID_TEXTS]
+    assert file_problems(check_file(write(tmp_path, records_said(*lost)))) == [("input", "no_hangul", "warning")]
+    assert file_problems(check_file(write(tmp_path, records_said(lost[0], *SAID_TEXTS[1:])))) == []
 
 
 def test_a_file_in_nfd_gets_the_same_verdict_as_in_nfc(tmp_path: Path) -> None:

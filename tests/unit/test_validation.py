@@ -112,7 +112,7 @@ def test_the_files_name_tells_its_persona(tmp_path: Path) -> None:
 
 def test_without_a_name_most_records_tell_the_persona(tmp_path: Path) -> None:
     report = check_file(
-        write(tmp_path, line("가", "1"), line("나", "2", blood_type="O"), line("다", "3"), line("라", "4", blood_type=""))
+        write(tmp_path, line("가", "일"), line("나", "이", blood_type="O"), line("다", "삼"), line("라", "사", blood_type=""))
     )
     assert report.blood_type is BloodType.A
     assert [p.got for p in report.problems] == ["O형 in 1 record (line 2)"]
@@ -140,7 +140,7 @@ def test_too_few_questions(tmp_path: Path, records: int, questions: int, warned:
 
 
 def test_the_first_fifty_are_shown_and_all_are_counted_and_streamed(tmp_path: Path) -> None:
-    lines = [line("안녕하세요", str(n)) for n in range(60)] + ["nonsense"] * 30
+    lines = [line("안녕하세요", f"{n}번") for n in range(60)] + ["nonsense"] * 30
     streamed: list[Problem] = []
     report = check_file(write(tmp_path, *lines), on_problem=streamed.append)
     assert codes(report) == {"formal_speech": 60, "not_json": 30, "few_questions": 1}
