@@ -23,6 +23,8 @@ _SHOWN_CHARACTERS: Final = 200
 _SCHEME: Final = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):(.*)", re.DOTALL)
 _EXPLICIT_PATH: Final = re.compile(r"\.{0,2}/(?!/)")
 """Begins with `/`, `./` or `../`: a path, whatever else it contains."""
+_JOINED_URI: Final = re.compile(r"/(?:.*/)?((?:s3|gs|https?|file):/.*)", re.IGNORECASE | re.DOTALL)
+"""What `os.path.abspath` and shells make of a URI: `/work/s3:/bucket/prefix`. A folder of that name is written `./s3:/…`."""
 _OTHER_NAMES_OF_S3: Final = ("s3", "s3a", "s3n", "s3fs", "aws")
 _GOOGLE: Final = ("gs", "gcs")
 _OTHER_STORES: Final = (
@@ -38,6 +40,11 @@ _LOST_COLON: Final = re.compile(rf"({'|'.join(_KNOWN)})\W?(?://|\\\\)(.*)", re.I
 
 _AWS_HOST: Final = re.compile(r"(?:(?P<bucket>.+)\.)?s3[a-z0-9.-]*\.amazonaws\.com(?:\.cn)?", re.IGNORECASE)
 _GOOGLE_HOST: Final = re.compile(r"(?:(?P<bucket>.+)\.)?storage\.(?:googleapis|cloud\.google)\.com", re.IGNORECASE)
+_STORE_HOST: Final = re.compile(
+    r".+\.(?:r2\.cloudflarestorage\.com|digitaloceanspaces\.com|backblazeb2\.com|wasabisys\.com|aliyuncs\.com|myqcloud\.com"
+    r"|ncloudstorage\.com|core\.windows\.net)",
+    re.IGNORECASE,
+)
 _ENDPOINT: Final = re.compile(r"(?:localhost|[\w.-]+:\d{2,5}|\d{1,3}(?:\.\d{1,3}){3}(?::\d+)?)", re.IGNORECASE)
 _HOST_AND_PORT: Final = re.compile(r"(?:[A-Za-z][\w.-]*|\d{1,3}(?:\.\d{1,3}){3}):\d{2,5}")
 _AWS_BUCKET: Final = re.compile(r"[a-z0-9](?:[a-z0-9-]|\.(?!\.)){1,61}[a-z0-9]")
@@ -50,6 +57,7 @@ _INVISIBLE: Final = frozenset("\u00ad\u180e\u200b\u200e\u200f\u202a\u202b\u202c\
 _QUOTES: Final = "\"'`\u2018\u2019\u201c\u201d\u300c\u300d\uff02\uff07"
 _PLACEHOLDER: Final = re.compile(
     r"[$#]\{\w*\}?|\$\(\w*\)?|\$[A-Za-z_]\w*|\{\{[^{}]*\}?\}?|%\([A-Za-z_]\w*\)s|%[A-Za-z_]\w{2,}%|<[^<>/]+>|__[A-Z][A-Z_]+__"
+    r"|`[^`]*`|%Y"
 )
 _PLACEHOLDER_IN_S3: Final = re.compile(r"\{[A-Za-z_][\w.]*\}|\[[A-Za-z][\w -]*\]")
 _PLACEHOLDER_AS_FOLDER: Final = re.compile(r"(?<![^/])\{[A-Za-z_][\w.]*\}(?![^/])")
@@ -67,6 +75,7 @@ SCHEMA_REFUSES: Final = "|".join((
     f"[{''.join(sorted(_INVISIBLE))}\u0001-\u001f\u007f-\u00a0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]",
     r"/ | /|^ | $",
     r"^s3://.*[?#*\\]|^s3://.*[\"',;]$|^s3://.*\{[A-Za-z_][A-Za-z0-9_.]*\}|^s3://.*\[[A-Za-z]|/\.\.?(/|$)",
+    r"^s3://(.*/)?([Nn]one|null|nil|undefined|nan|NaN)(/|$)",
     r"^s3://[^/]*\.amazonaws\.com|^s3://[^/]*storage\.googleapis\.com|^s3://[0-9]+(\.[0-9]+){3}(/|$)|^s3://localhost(/|$)",
     r"^file:///(~|[A-Za-z]:)|^file:///.*\\|^file:///.*%([^0-9A-Fa-f]|[0-9A-Fa-f]([^0-9A-Fa-f]|$)|$)",
 ))  # fmt: skip
@@ -92,6 +101,8 @@ def parse_uri(text: str) -> ParsedUri:
     """
     for problem in _problems_of_text(text):
         raise ValueError(problem)
+    if (joined := _JOINED_URI.fullmatch(text)) and (spelled := _spelled(joined[1])):
+        raise ValueError(spelled)
     if _EXPLICIT_PATH.match(text) or text in (".", ".."):
         return ParsedUri("", "", text)
     if text.startswith("s3://"):
@@ -225,7 +236,7 @@ def _spelled(text: str) -> str | None:
         rest = text.lstrip("/")
         return f"the scheme is missing; did you mean s3://{shown(rest)} or /{shown(rest)}?"
     host = text.partition("/")[0].partition("?")[0]
-    if _AWS_HOST.fullmatch(host) or _GOOGLE_HOST.fullmatch(host):
+    if any(pattern.fullmatch(host) for pattern in (_AWS_HOST, _GOOGLE_HOST, _STORE_HOST)):
         return _of_web_address(f"https://{text}")
     if _HOST_AND_PORT.fullmatch(host):
         return (
@@ -251,7 +262,7 @@ def _spelled(text: str) -> str | None:
 
 def _of_scheme(scheme: str, rest: str, as_given: str | None = None) -> str:
     """Return the message for a text whose scheme is `scheme`, and which continues with `rest`."""
-    bare = re.sub(r"^[:/\\\s|]+", "", rest).replace("\\", "/")
+    bare = re.sub(r"^[:/\\\s|]+", "", rest).replace("\\", "/").rstrip(f">{_QUOTES}")
     if scheme in _OTHER_NAMES_OF_S3:
         return f"a mistyped URI{_did_you_mean('s3://' + _tidy(bare))}"
     if scheme == "file":
@@ -293,8 +304,8 @@ def _of_web_address(url: str) -> str:
         if match := pattern.fullmatch(host):
             bucket = f"{match['bucket']}/" if match["bucket"] else ""
             endpoint = "" if name == "S3" else " with AWS_ENDPOINT_URL=https://storage.googleapis.com and an HMAC key"
-            return f"an address of {name} on the web{_did_you_mean(f's3://{_tidy(bucket + path)}')[:-1]}{endpoint}?"
-    if path and not host.endswith(("huggingface.co", "github.com")):
+            return f"an address of {name} on the web{_did_you_mean(f's3://{_tidy(bucket + path)}', setting=endpoint)}"
+    if path and not host.endswith(("huggingface.co", "github.com", "githubusercontent.com")):
         return f"{said}; for a store of that address, write s3://{shown(_tidy(path))} and set AWS_ENDPOINT_URL={parts.scheme}://{parts.netloc}"
     return said
 
@@ -324,6 +335,8 @@ def _parse_s3(rest: str) -> ParsedUri:
         raise ValueError(f"begins or ends with {_named(rest[-1])}{_did_you_mean('s3://' + rest.strip(_QUOTES + ',;'))}")
     if placeholder := _PLACEHOLDER_IN_S3.search(rest):
         raise ValueError(f"'{placeholder[0]}' {_IS_PLACEHOLDER}")
+    if missing := next((part for part in rest.split("/") if part.lower() in _NOTHING), None):
+        raise ValueError(f"'{missing}' looks like a missing value; {EXPECTED}")
     _check_bucket(bucket, path)
     if "//" in path or path.startswith("/"):
         raise ValueError(f"expected a prefix without empty parts{_did_you_mean('s3://' + _tidy(rest))}")
@@ -338,8 +351,8 @@ def _check_bucket(bucket: str, path: str) -> None:
         raise ValueError(_of_web_address(f"https://{bucket}/{path}"))
     if _ENDPOINT.fullmatch(bucket):
         raise ValueError(
-            f"got the endpoint {bucket} in the place of the bucket{_did_you_mean('s3://' + _tidy(path))[:-1]} "
-            f"with AWS_ENDPOINT_URL=http://{bucket}?"
+            f"got the endpoint {bucket} in the place of the bucket"
+            + _did_you_mean("s3://" + _tidy(path), setting=f" with AWS_ENDPOINT_URL=http://{bucket}")
         )
     if not _ANY_BUCKET.fullmatch(bucket):
         raise ValueError(f"got '{shown(bucket)}' as the bucket; expected s3://bucket/prefix/")
@@ -387,13 +400,13 @@ def _tidy(rest: str) -> str:
     return re.sub(r"/{2,}", "/", rest.replace("\\", "/")).lstrip("/").partition("?")[0].partition("#")[0]
 
 
-def _did_you_mean(uri: str, otherwise: str = f"; {EXPECTED}") -> str:
-    """Return `; did you mean <uri>?`, or `otherwise` if `uri` is not valid either."""
+def _did_you_mean(uri: str, otherwise: str = f"; {EXPECTED}", *, setting: str = "") -> str:
+    """Return `; did you mean <uri><setting>?`, or `otherwise` if `uri` is not valid either."""
     try:
         parse_uri(uri)
     except ValueError:
         return otherwise
-    return f"; did you mean {shown(uri)}?"
+    return f"; did you mean {shown(uri)}{setting}?"
 
 
 def _named(character: str) -> str:
