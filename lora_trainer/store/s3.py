@@ -76,12 +76,11 @@ from lora_trainer.store.s3_transfers import pinned_to, transfers
 if TYPE_CHECKING:
     from boto3.session import Session
     from botocore.credentials import ReadOnlyCredentials
-    from botocore.exceptions import ClientError
+    from botocore.exceptions import BotoCoreError, ClientError
     from mypy_boto3_s3 import S3Client
 
 _log = structlog.get_logger(__name__)
 _T = TypeVar("_T")
-
 
 _SHA256_METADATA: Final = "lora-trainer-sha256"
 _BUCKET: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,254}")
@@ -369,13 +368,10 @@ class S3Storage:
             with self._client_lock:
                 # load them now: during a request, a missing token file could be mistaken for a missing data file
                 self._credentials()
-                made = (known, new_client(self._session, self._bucket, contact, self._settings.stall_timeout_s, self._guarded))
+                made = (known, new_client(self._session, self._bucket, contact, self._settings.stall_timeout_s, self._guard))
             self.__dict__["_made_client"] = made
         client: S3Client = made[1]
         return client
-
-    def _guarded(self) -> None:
-        self._guard()
 
     def _fetch(self, key: str, name: str, target: Path) -> Fetched:
         head = self._client.head_object(Bucket=self._bucket, Key=name)
@@ -536,20 +532,12 @@ class S3Storage:
 
         try:
             yield
-        except NotS3Error as error:
-            translated = self._errors.not_s3(error, key)
-            if isinstance(translated, ConfigError) and error.kind == "other":
-                self._contact.note_no_store(str(translated).removeprefix(f"{self._where(key)}: "))
-            raise translated from error
         except ClientError as error:
             if operation_key:
                 self._raise_reason(error, key)
             raise (self._missing(key) if is_missing_key(error) else self._errors.of_response(error, key)) from error
-        except BotoCoreError as error:
-            translated = self._errors.of_client(error, key)
-            if isinstance(translated, ConfigError):
-                self._contact.note_no_store(str(translated).removeprefix(f"{self._where(key)}: "))
-            raise translated from error
+        except (NotS3Error, BotoCoreError) as error:
+            raise self._unanswered(error, key) from error
         except (ResponseParserError, HTTPError) as error:
             # botocore leaves urllib3's errors about a body as they are
             raise self._errors.truncated_response(key) from error
@@ -570,6 +558,16 @@ class S3Storage:
         with self._translated_errors(key, operation_key=False):
             self._client.get_object(Bucket=self._bucket, Key=self._name(key), Range="bytes=0-0")["Body"].close()
 
+    def _unanswered(self, error: NotS3Error | BotoCoreError, key: str) -> LoraTrainerError:
+        """Return the error for a request that no store answered. Remember it if every other request would end the same way."""
+        if isinstance(error, NotS3Error):
+            translated, is_lasting = self._errors.not_s3(error, key), error.kind != "setting"
+        else:
+            translated, is_lasting = self._errors.of_client(error, key), True
+        if is_lasting and isinstance(translated, ConfigError):
+            self._contact.note_no_store(str(translated).removeprefix(f"{self._where(key)}: "))
+        return translated
+
     def _missing(self, key: str) -> LoraTrainerError:
         from botocore.exceptions import BotoCoreError, ClientError
         from botocore.parsers import ResponseParserError
@@ -585,6 +583,8 @@ class S3Storage:
                 return self._errors.no_bucket()
             if error_code(error) == "NoSuchKey":
                 return self._errors.of_response(error, key)
+        except NotS3Error as error:
+            return self._unanswered(error, key)
         except (BotoCoreError, ResponseParserError):
             # without a listing, the message only lacks suggestions
             pass

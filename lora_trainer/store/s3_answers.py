@@ -67,6 +67,12 @@ def check_answer(operation: OperationModel, response: Mapping[str, Any], url: st
     body = response["body"] if isinstance(response["body"], bytes) else b""
     is_head = operation.http["method"] == "HEAD"
     named_by_store = any(name.lower().startswith("x-amz-") for name in headers)
+    if not named_by_store and "x-ms-request-id" in headers:
+        # its errors have the same form as S3's
+        raise NotS3Error(
+            f"HTTP {status} as Azure Blob Storage does, which is no S3 API",
+            "copy the files to a store that speaks S3, and set AWS_ENDPOINT_URL to it",
+        )
     root = _root(body)
     describes_error = root in _ERROR_ROOTS or (is_head and "xml" in headers.get("Content-Type", ""))
     # S3's ETags are never weak

@@ -43,10 +43,13 @@ _BUCKET_HOSTS: Final = (
 
 
 def new_session() -> Session:
-    """Return a boto3 session for the AWS variables and files."""
+    """Return a boto3 session for the AWS variables and files. Empty variables count as not set, and are removed."""
     import boto3.session
     import botocore.session
 
+    # botocore would look for a profile without a name, or refuse an empty number
+    for name in [name for name, value in os.environ.items() if name.startswith("AWS_") and not value]:
+        del os.environ[name]
     core = botocore.session.Session()
     # botocore ignores AWS_REGION, which every other AWS SDK reads and IRSA sets
     region = os.environ.get("AWS_REGION") or core.get_config_variable("region") or "us-east-1"

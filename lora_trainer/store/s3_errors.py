@@ -159,7 +159,8 @@ class S3Errors:
         if explanation := explain(self._refusal_of(error)):
             kind_of = {"config": ConfigError, "storage": StorageError, "data": DataError}[explanation.kind]
             return kind_of(f"{where}: {explanation.cause}: {self.endpoint} answered {got}; {explanation.advice}")
-        if code in _REJECTED_CREDENTIALS_CODES:
+        # R2 calls a key of the wrong length an invalid argument
+        if code in _REJECTED_CREDENTIALS_CODES or (status == 400 and "access key" in message.lower()):
             return CredentialsRefusedError(
                 f"{where}: {self.endpoint} does not accept the credentials: {got}; {_CREDENTIALS_ADVICE.get(code, _WRONG_PAIR)}",
                 "wrong",
@@ -168,10 +169,10 @@ class S3Errors:
             return self._no_right(error.operation_name, key, got)
         attempts = error.response["ResponseMetadata"].get("RetryAttempts", 0) + 1
         times = "once" if attempts == 1 else f"{attempts} times"
-        return kind(
-            f"{where}: {error.operation_name} failed: {self.endpoint} answered {got}, asked {times}; "
-            "check the store's health, then run it again"
-        )
+        advice = "check the store's health, then run it again"
+        if status < 500 and not is_transient:
+            advice = f"another attempt ends the same way: look up '{code}' in the store's documentation, or ask its operator"
+        return kind(f"{where}: {error.operation_name} failed: {self.endpoint} answered {got}, asked {times}; {advice}")
 
     def _refusal_of(self, error: ClientError) -> Refusal:
         headers = error.response["ResponseMetadata"].get("HTTPHeaders", {})

@@ -89,9 +89,8 @@ def cause_of(error: BotoCoreError) -> Cause:
                 return Cause(f"{host}:{port} speaks TLS", f"set AWS_ENDPOINT_URL=https://{urlsplit(url).netloc}", True, False)
             case BadStatusLine() if str(each).strip() and not str(each).startswith("HTTP/"):
                 shown = "".join(character for character in str(each) if character.isprintable())[:_MAX_SHOWN]
-                return Cause(
-                    f"{host}:{port} does not speak HTTP, but answers '{shown}'", "check the port in AWS_ENDPOINT_URL", True, False
-                )
+                said = f"answers '{shown}'" if shown else "sends binary data"
+                return Cause(f"{host}:{port} does not speak HTTP, but {said}", "check the port in AWS_ENDPOINT_URL", True, False)
     return Cause("the connection failed", "check AWS_ENDPOINT_URL, the network and the proxy", may_be_scheme=True)
 
 

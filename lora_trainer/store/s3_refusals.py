@@ -6,6 +6,7 @@ AWS's (https://docs.aws.amazon.com/AmazonS3/latest/API/ErrorResponses.html), and
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -90,10 +91,19 @@ _BY_CODE: Final = {
     "InvalidBucketName": Explanation(
         "config", "the bucket's name is invalid", "expected s3://bucket/prefix/ with an existing bucket"
     ),
+    **dict.fromkeys(
+        ("KeyTooLongError", "XMinioInvalidObjectName", "InvalidURI"),
+        Explanation("config", "the store does not take this name", "use a shorter prefix, of letters, digits, '-', '_' and '/'"),
+    ),
     "InvalidObjectState": Explanation(
         "data", "the object is archived", "restore it to a readable storage class (aws s3api restore-object), then run it again"
     ),
 }
+
+# what AWS appends to AccessDenied:
+# https://docs.aws.amazon.com/IAM/latest/UserGuide/troubleshoot_access-denied.html
+_EXPLICIT_DENY: Final = re.compile(r"explicit deny in an? ([\w -]*(?:policy|boundary))", re.IGNORECASE)
+_NOT_ALLOWED: Final = re.compile(r"no ((?!identity-based)[\w -]*(?:policy|boundary)) allows", re.IGNORECASE)
 
 
 def explain(refusal: Refusal) -> Explanation | None:
@@ -109,6 +119,8 @@ def explain(refusal: Refusal) -> Explanation | None:
         or _of_encryption(refusal)
         or _of_protection(refusal)
         or _of_payer(refusal)
+        or _of_account(refusal)
+        or _of_policy(refusal)
         or _of_feature(refusal)
     )
 
@@ -206,6 +218,26 @@ def _of_payer(refusal: Refusal) -> Explanation | None:
         "the bucket makes the requester pay, which this version does not agree to",
         "copy the files to a bucket of your own (aws s3 cp --request-payer requester)",
     )
+
+
+def _of_account(refusal: Refusal) -> Explanation | None:
+    if refusal.says("cap exceeded", "quota"):
+        return Explanation("storage", "a quota of the bucket or the account is used up", _FULL.advice)
+    return _DISABLED if refusal.says("billing", "suspended") else None
+
+
+def _of_policy(refusal: Refusal) -> Explanation | None:
+    if denying := _EXPLICIT_DENY.search(refusal.message):
+        return Explanation(
+            "storage",
+            f"an explicit deny in a {denying[1]} refuses it",
+            "meet its conditions (network, VPC endpoint, encryption, MFA) or remove it; no permission overrides an explicit deny",
+        )
+    if lacking := _NOT_ALLOWED.search(refusal.message):
+        return Explanation(
+            "storage", f"no {lacking[1]} allows it", "allow it there as well; the permissions of the user or role are not enough"
+        )
+    return None
 
 
 def _of_feature(refusal: Refusal) -> Explanation | None:

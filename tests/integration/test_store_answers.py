@@ -18,6 +18,7 @@ from typing import Any
 import boto3
 import pytest
 from conftest import REPOSITORY, load_tool, open_budgeted
+from fault_proxy import Answer
 from odd_store import (
     PAGE,
     Certificate,
@@ -124,6 +125,11 @@ NOT_S3: dict[str, tuple[Odd, int, tuple[str, ...]]] = {
     "a blank 403": (always(answer(403, b"", "text/plain")), 2, ("HTTP 403 with an empty body", "proxy or firewall")),
     "a firewall's page": (always(answer(403, PAGE, HTML)), 2, ("HTTP 403 with an HTML page", "proxy or firewall")),
     "a proxy that wants a login": (always(answer(407, PAGE, HTML)), 2, ("HTTP 407", "HTTP_PROXY", "NO_PROXY")),
+    "Azure Blob Storage": (
+        always(error(403, "AuthenticationFailed", "Server failed to authenticate the request.", x_ms_request_id="1")),
+        2,
+        ("Azure Blob Storage", "no S3 API", "copy the files"),
+    ),
     "an empty 200": (always(answer(200)), 2, ("HTTP 200 with no ETag",)),
     "JSON for everything": (always(answer(200, b'{"ok": true}', "application/json", ETag='W/"a"')), 2, ("no S3 API",)),
     "XML of another kind": (always(answer(200, b"<rss/>")), 2, ("HTTP 200 with", "no S3 API")),
@@ -164,10 +170,11 @@ def test_what_is_no_s3_api_is_said_at_once(check: Check, behind: Behind, kind: s
     assert "ok: output" not in out
 
 
+@pytest.mark.parametrize("page", [answer(200, PAGE, HTML, ETag='"1"'), answer(404, PAGE, HTML)], ids=["200", "404"])
 def test_other_commands_do_not_believe_it_either(
-    behind: Behind, bucket: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    page: Answer, behind: Behind, bucket: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    behind(always(answer(200, PAGE, HTML, ETag='"1"')))
+    behind(always(page))
     for command in (
         ["validate", "--no-tokens", f"s3://{bucket}/data/train_data_type_A.jsonl"],
         ["compare", f"s3://{bucket}/lora/adapters/A/1/", f"s3://{bucket}/lora/adapters/A/2/"],
@@ -202,6 +209,7 @@ def test_a_gateway_before_a_known_store_is_waited_for(behind: Behind, bucket: st
 RAW: dict[str, tuple[Callable[[socket.socket], None], str, int, tuple[str, ...]]] = {
     "SSH": (says(b"SSH-2.0-OpenSSH_9.2p1\r\n", listens_first=False), "http", 2, ("does not speak HTTP", "'SSH-2.0-OpenSSH_9.2p1'")),
     "a TLS alert": (says(b"\x15\x03\x01\x00\x02\x02\x46"), "http", 2, ("speaks TLS", "AWS_ENDPOINT_URL=https://")),
+    "HTTP to a port of HTTP/2": (says(b"\0\0\x12\4\0\0\0\0\0"), "http", 2, ("does not speak HTTP, but sends binary data",)),
     "HTTPS to SSH": (says(b"SSH-2.0-OpenSSH_9.2p1\r\n", listens_first=False), "https", 2, ("does not speak TLS",)),
     "HTTPS to an HTTP server": (says(b"HTTP/1.1 400 Bad Request\r\n\r\n"), "https", 2, ("does not speak TLS", "http://127.0.0.1:")),
     "a port that says nothing": (silent, "http", 6, ("accepted the connection and then sent nothing",)),
@@ -460,6 +468,13 @@ def test_only_a_store_that_has_answered_gets_time_to_restart(
     assert {log["event"] for log in logs} == {"storage_retry"}
 
 
+def test_empty_variables_count_as_not_set(check: Check, aws_environment: pytest.MonkeyPatch) -> None:
+    for name in ("PROFILE", "CA_BUNDLE", "MAX_ATTEMPTS", "REQUEST_CHECKSUM_CALCULATION", "DEFAULTS_MODE", "SESSION_TOKEN"):
+        aws_environment.setenv(f"AWS_{name}", "")
+    code, _, err = check()
+    assert code == ExitCode.DONE, err
+
+
 # ------------------------------------------------------------------------------------------ a store that refuses
 
 DENIED = 'User: arn:aws:iam::1:user/x is not authorized to perform: s3:PutObject on "arn:aws:s3:::b/x" with an explicit deny'
@@ -480,6 +495,37 @@ REFUSALS: dict[str, tuple[Odd, int, tuple[str, ...]]] = {
         writes(error(403, "AccessDenied", DENIED)),
         6,
         ("demands server-side encryption", "storage.server_side_encryption", "explicit deny"),
+    ),
+    "a policy of the organisation": (
+        always(error(403, "AccessDenied", f"{DENIED} in a service control policy")),
+        6,
+        ("explicit deny in a service control policy", "no permission overrides"),
+    ),
+    "a VPC endpoint's policy": (
+        always(error(403, "AccessDenied", "not authorized because no VPC endpoint policy allows the s3:GetObject action")),
+        6,
+        ("no VPC endpoint policy allows it", "allow it there as well"),
+    ),
+    "a cap that only the message names": (
+        writes(error(403, "AccessDenied", "Cannot upload files, storage cap exceeded.")),
+        6,
+        ("a quota",),
+    ),
+    "an unpaid account": (
+        always(error(403, "UserProjectAccountProblem", "The project is associated with an absent billing account.")),
+        6,
+        ("account or the bucket is disabled", "operator"),
+    ),
+    "a key of the wrong length": (
+        always(error(400, "InvalidArgument", "Credential access key has length 20, should be 32")),
+        6,
+        ("does not accept the credentials", "belong together and to this endpoint"),
+    ),
+    "a name that is too long": (writes(error(400, "KeyTooLongError", "Your key is too long")), 2, ("a shorter prefix",)),
+    "a code that nobody knows": (
+        writes(error(400, "XOddLimit", "Odd")),
+        6,
+        ("XOddLimit", "another attempt ends the same way", "operator"),
     ),
     "a missing right": (
         writes(error(403, "AccessDenied", "Access Denied")),
