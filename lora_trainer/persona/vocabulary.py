@@ -49,12 +49,12 @@ def _described(name: object) -> str:
         return described
     # NFKC turns full-width letters into the usual ones
     letters = unicodedata.normalize("NFKC", name.strip().translate(_LOOK_ALIKES)).upper()
-    letters = re.sub(r"[^A-Z가-힣]|TYPE", "", letters).removesuffix("형")
-    meant = _KOREAN_NAMES.get(letters, letters)
+    words = [word.removesuffix("형") for word in re.findall(r"[A-Z가-힣]+", letters.replace("TYPE", " "))]
+    meant = [_KOREAN_NAMES.get(word, word) for word in words if word]
     foreign = [f"U+{ord(character):04X} {unicodedata.name(character, '')}" for character in name if not character.isascii()]
     notes = [", ".join(foreign[:3])] if foreign else []
-    if meant in tuple(BloodType):
-        notes.append(f"did you mean {meant}?")
+    if meant and all(word in tuple(BloodType) for word in meant):
+        notes.append(f"did you mean {','.join(meant)}?")
     return f"{described} ({'; '.join(notes)})" if notes else described
 
 

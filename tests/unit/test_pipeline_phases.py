@@ -38,6 +38,7 @@ A, B, LIVELY, AB = BloodType
         ("ALL", (A, B, LIVELY, AB)),
         ("B,A,B", (B, A)),
         (["O", "ab"], (LIVELY, AB)),
+        ("A,", (A,)),
         (["all"], (A, B, LIVELY, AB)),
         (B, (B,)),
         ((B, A), (B, A)),
@@ -51,8 +52,7 @@ def test_named(value: object, named: tuple[BloodType, ...]) -> None:
     ("value", "got"),
     [
         ("", "''"),
-        ("A,", "''"),
-        ("A;B", "'A;B'"),
+        ("A;B", "'A;B' (did you mean A,B?)"),
         ("A,c,D", "'c', 'D'"),
         ("A,all", "'all'"),
         ([], "[]"),
@@ -241,7 +241,9 @@ def test_an_interruption_ends_it_for_all(monkeypatch: pytest.MonkeyPatch, error:
     }  # fmt: skip
 
 
-def test_a_lost_device_ends_it_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lost_device_ends_it_for_all(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    # the traceback goes to the output, which is outputs/ here
+    monkeypatch.chdir(tmp_path)
     device = Device()
     device.is_lost = True
     told, personas = tell(monkeypatch, {"A": trained(then=RuntimeError("CUDA error: unspecified")), "B": trained()}, device)
@@ -249,10 +251,9 @@ def test_a_lost_device_ends_it_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ("B", "trains") not in told
     ending = combined_report(FailureReport(), personas)
     assert ending.exit_code == 1
-    assert ending.problems == (
-        "A: builtins.RuntimeError: CUDA error: unspecified",
-        "B: not begun; run the same command again",
-    )
+    lost, not_begun = ending.problems
+    assert lost.startswith(f"A: builtins.RuntimeError: CUDA error: unspecified; file://{tmp_path}/outputs/runs/A/id-of-A/bug-")
+    assert not_begun == "B: not begun; run the same command again"
 
 
 def test_what_is_wrong_for_all_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -109,7 +109,7 @@ def test_run_says_so_before_it_fetches_the_data(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
-    arguments = ["run", "--blood-type", "A", "--report-to", "wandb", "--data", str(tmp_path / "none.jsonl")]
+    arguments = ["run", "--blood-type", "A", "--device", "cpu", "--report-to", "wandb", "--data", str(tmp_path / "none.jsonl")]
     assert run_cli([*arguments, "--work-dir", str(tmp_path / "work")]) == ExitCode.CONFIG
     said = capsys.readouterr().err
     assert "wandb is not installed (wandb missing): pip install 'lora-trainer[trackers]'" in said
