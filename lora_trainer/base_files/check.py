@@ -18,6 +18,7 @@ from lora_trainer.base_files.weights import ARCHITECTURES, Read, check_weights, 
 from lora_trainer.errors import ConfigError
 from lora_trainer.store.local import local_errors
 
+_GOOD_BASE: Final = "Qwen2.5-7B-Instruct"
 TEMPLATE_NAME: Final = "chat_template.jinja"
 _MAX_DOCUMENT_BYTES: Final = 128 * 2**20
 """Gemma's `tokenizer.json`, one of the largest, has 33 MB."""
@@ -39,7 +40,8 @@ _SAMPLE: Final = [
 ]
 _SAMPLE_REPLY: Final = {"role": "assistant", "content": '{"text":"응!","emotion":"smile"}'}
 # a pre-tokenizer's regular expression comes from the file as well, and some need exponential time for some texts
-_SAMPLE_TEXTS: Final = tuple(unit * (4000 // len(unit)) for unit in ("a", "가", " ", "1", "!", "\n", "a1", "aA", "ㅋ ", "a "))
+_SAMPLE_UNITS: Final = ("a", "가", " ", "1", "!", "\n", "a1", "aA", "ㅋ ", "a ", "점심 뭐 먹지? 나 배고파! ", "Let's go at 3. ")
+_SAMPLE_TEXTS: Final = tuple(unit * (4000 // len(unit)) for unit in _SAMPLE_UNITS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +116,8 @@ def _config_problems(config: Mapping[str, Any]) -> Iterator[str]:
     if not isinstance(kind, str) or kind not in ARCHITECTURES:
         code = config.get("auto_map")
         own = f"; its auto_map names code in its own folder ({_shown(code)}), which is never run" if code else ""
-        yield f"model_type: got {_shown(kind)}, expected one of {', '.join(ARCHITECTURES)}{own}; use such a base, such as Qwen2.5"
+        known = ", ".join(ARCHITECTURES)
+        yield f"model_type: got {_shown(kind)}, expected one of {known}{own}; use such a base, for example {_GOOD_BASE}"
         return
     class_name = ARCHITECTURES[kind].class_name
     # auto_map is ignored here: transformers has its own code for these types
@@ -186,8 +189,7 @@ def _tokenizer_problems(where: str, files: BaseFiles, config: Mapping[str, Any] 
         text = files.read("tokenizer.json", 0, files.sizes["tokenizer.json"]).decode()
         facts = load_tokenizer(text, names, _SAMPLE_TEXTS)
     except GuardError as error:
-        said = f" ({_shown(error.said)})" if error.said else ""
-        yield f"{where}/tokenizer.json: not a tokenizer: {error.what}{said}; download it again"
+        yield _not_a_tokenizer(where, error)
         return
     end = special.get("eos_token")
     if end is None or facts.ids[end] is None:
@@ -207,6 +209,21 @@ def _tokenizer_problems(where: str, files: BaseFiles, config: Mapping[str, Any] 
         check_template(where, template, special)
     except ConfigError as error:
         yield from error.problems
+
+
+def _not_a_tokenizer(where: str, error: GuardError) -> str:
+    said = f" ({_shown(error.said)})" if error.said else ""
+    return f"{where}/tokenizer.json: not a tokenizer: {error.what}{said}; download it again"
+
+
+def check_tokenizer(folder: Path) -> None:
+    """Check that the folder's `tokenizer.json` loads and encodes text within limits. Raises `ConfigError`."""
+    files, where = BaseFiles.of_folder(folder), f"base.model: {folder}"
+    _read_object(where, files, "tokenizer.json")
+    try:
+        load_tokenizer(files.read("tokenizer.json", 0, files.sizes["tokenizer.json"]).decode(), [], _SAMPLE_TEXTS)
+    except GuardError as error:
+        raise ConfigError(_not_a_tokenizer(where, error)) from None
 
 
 def special_tokens(*documents: Mapping[str, Any]) -> dict[str, str]:
@@ -251,7 +268,7 @@ def chat_template(where: str, files: BaseFiles, settings: Mapping[str, Any]) -> 
             named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
             template = named.get("default")
     if not template:
-        raise ConfigError(f"{place}: got none: no chat template; use an instruction-tuned base such as Qwen2.5-7B-Instruct")
+        raise ConfigError(f"{place}: got none: no chat template; use an instruction-tuned base such as {_GOOD_BASE}")
     if not isinstance(template, str) or len(template) > _MAX_TEMPLATE_CHARACTERS:
         raise ConfigError(
             f"{place}: got {_shown(template)}, expected a template of at most {_MAX_TEMPLATE_CHARACTERS:,} characters"
@@ -268,23 +285,26 @@ def check_template(where: str, template: str, special: Mapping[str, str]) -> Non
         # the sample is harmless, so the template's own words are as well
         said = f" ({_shown(error.said)})" if error.said else ""
         raise ConfigError(
-            f"{where}: its chat template {error.what}{said}; use the model's own template, or a ChatML base such as Qwen2.5"
+            f"{where}: its chat template {error.what}{said}; use the model's own template, or a ChatML base such as {_GOOD_BASE}"
         ) from None
-    if not has_training_form(prompt, whole, special["eos_token"]):
-        raise ConfigError(f"{where}: {untrainable_template(special['eos_token'])}")
+    if problem := training_form_problem(prompt, whole, special["eos_token"]):
+        raise ConfigError(f"{where}: {problem}")
 
 
-def has_training_form(prompt: str, whole: str, end: str) -> bool:
-    """Return whether a rendered conversation is the rendered prompt, then the reply, then the end-of-turn token."""
-    return whole.startswith(prompt) and whole.rfind(end) >= len(prompt)
-
-
-def untrainable_template(end: str) -> str:
-    """Return the message about a template without that form."""
-    return (
-        f"its chat template cannot be used for training: expected prompt + reply + '{end}', but the rendered conversation does not "
-        "have that form; use a ChatML base such as Qwen2.5"
-    )
+def training_form_problem(prompt: str, whole: str, end: str) -> str:
+    """Return why a rendered conversation is not the rendered prompt, the reply, and the end-of-turn token; empty if it is."""
+    if not whole.startswith(prompt):
+        return (
+            "its chat template cannot be used for training: it renders a prompt without its reply in another way than with it; "
+            f"expected prompt + reply; use a ChatML base such as {_GOOD_BASE}"
+        )
+    if end not in whole[len(prompt) :]:
+        return (
+            f"its chat template does not end a reply with its eos_token, '{end}', so an adapter would not learn when to stop: "
+            "got a base model that was not trained to chat, or another model's template; use its instruction-tuned version, "
+            f"such as {_GOOD_BASE}"
+        )
+    return ""
 
 
 def _shown(value: object) -> str:

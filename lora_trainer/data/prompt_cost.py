@@ -7,8 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from threading import Thread
 from typing import Final, NamedTuple, Protocol
 
+from lora_trainer.base_files.check import check_tokenizer
 from lora_trainer.data.records import TrainingRecord
 from lora_trainer.errors import ConfigError
 from lora_trainer.persona.prompt import OUTPUT_LINE, prompt_messages, reply_json
@@ -21,6 +23,8 @@ _BATCH_RECORDS: Final = 1024
 _BATCH_CHARACTERS: Final = 1024 * 1024
 _CACHED_TEXTS: Final = 4096
 _CACHED_CHARACTERS: Final = 512
+_LONGEST_COUNT_S: Final = 15.0
+"""For a batch. A common tokenizer takes less than a second."""
 
 
 class CountsTokens(Protocol):
@@ -34,7 +38,7 @@ class TokenCounter:
     """Counts tokens with a folder's `tokenizer.json`."""
 
     def __init__(self, folder: Path) -> None:
-        """Load the tokenizer. Raises `ConfigError` if the file or the `tokenizers` library is missing or fails to load."""
+        """Check and load the tokenizer. Raises `ConfigError` if the file is missing or broken, or the library is not installed."""
         path = folder / "tokenizer.json"
         if not path.is_file():
             raise ConfigError(f"{path}: no such file; expected a folder that contains a base's tokenizer.json")
@@ -43,17 +47,39 @@ class TokenCounter:
             import tokenizers
         except ImportError:
             raise ConfigError("counting tokens needs the 'tokenizers' library; install it, or validate with --no-tokens") from None
-        try:
-            self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
-        # the library raises a bare Exception for a file that it cannot parse
-        except Exception as error:
-            raise ConfigError(f"{path}: not a tokenizer that the 'tokenizers' library can load: {error}") from None
+        # in a child process first: a foreign file's regular expressions may never end, and its numbers may fill the memory
+        check_tokenizer(folder)
+        self._path = path
+        self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
 
     def count_tokens(self, texts: list[str]) -> list[int]:
-        """Return the number of tokens in each text, without adding special tokens."""
-        return [len(encoding.ids) for encoding in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+        """Return the number of tokens in each text, without adding special tokens.
+
+        Raises `ConfigError` if the tokenizer fails on a text, or does not end: its regular expressions may need exponential time.
+        """
+        counts: list[int] = []
+        failures: list[BaseException] = []
+
+        def count() -> None:
+            try:
+                counts.extend(len(encoding.ids) for encoding in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False))
+            # a panic in the library's Rust code derives from BaseException
+            except BaseException as error:
+                failures.append(error)
+
+        # a thread, because nothing can interrupt the library; it holds no lock that the rest of the process needs
+        thread = Thread(target=count, daemon=True)
+        thread.start()
+        thread.join(_LONGEST_COUNT_S)
+        if failures or thread.is_alive():
+            problem = f"fails with {type(failures[0]).__name__}" if failures else f"takes more than {_LONGEST_COUNT_S:g} s"
+            raise ConfigError(
+                f"base.model: {self._path}: {problem} for some of the texts; download the model's own tokenizer again, or validate "
+                "with --no-tokens"
+            )
+        return counts
 
 
 def chatml_overhead_tokens(tokenizer: CountsTokens) -> int:

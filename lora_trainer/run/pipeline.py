@@ -85,6 +85,8 @@ def prepare(job: Job) -> Prepared | Outcome:
     """Phase 1: fetch and check the inputs, and identify the run. A run that already has its verdict ends here."""
     require_stack(job.config)
     require_installed(job.config.logging.report_to)
+    # a broken base is found in a second, and reading the data takes longer
+    job.process.models.require_base(job.config.base, job.process.retry_budget)
     data = fetch(job)
     records = read(job, data)
     prompts = fetch_prompts(job)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from lora_trainer.base_files.check import BaseFiles, check_base
 from lora_trainer.base_model import Base, identify_base, require_base
 from lora_trainer.config import BaseModelConfig, RunConfig
-from lora_trainer.errors import LoraTrainerError
+from lora_trainer.errors import ConfigError, LoraTrainerError
 from lora_trainer.signals import Interruption
 from lora_trainer.store.retry import RetryBudget
 from lora_trainer.train.backends import Backend
@@ -21,14 +21,30 @@ class SharedModels:
 
     def __init__(self) -> None:
         self._bases: dict[BaseModelConfig, Base] = {}
+        self._checked: set[BaseModelConfig] = set()
+        self._broken: dict[BaseModelConfig, ConfigError] = {}
         self._started: dict[OpenBackend, tuple[Backend, dict[str, object]]] = {}
         self._refused: dict[OpenBackend, LoraTrainerError] = {}
 
+    def require_base(self, config: BaseModelConfig, retry_budget: RetryBudget) -> None:
+        """Check the base's files by their headers, once per process. Raises as `base_model.require_base` does."""
+        if (refusal := self._broken.get(config)) is not None:
+            # a template that loops takes seconds, and the next persona would wait for it again
+            raise refusal
+        if config in self._checked:
+            return
+        try:
+            require_base(config, retry_budget)
+        except ConfigError as error:
+            self._broken[config] = error
+            raise
+        self._checked.add(config)
+
     def base(self, config: BaseModelConfig, retry_budget: RetryBudget) -> Base:
-        """Return the base, checked and identified. Raises as `require_base` and `identify_base` do."""
+        """Return the base, checked and identified. Raises as `base_model.require_base` and `identify_base` do."""
         if config not in self._bases:
             # first, because copying and hashing gigabytes takes longer
-            require_base(config, retry_budget)
+            self.require_base(config, retry_budget)
             base = identify_base(config, retry_budget)
             if base.folder is not None and config.model.startswith("s3://"):
                 # the copy as well: a disk may have damaged it since it was fetched

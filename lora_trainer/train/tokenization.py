@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
-from lora_trainer.base_files.check import has_training_form, untrainable_template
+from lora_trainer.base_files.check import training_form_problem
 from lora_trainer.base_files.guarded import Chat, GuardError, render_chats
 from lora_trainer.data.records import TrainingRecord
 from lora_trainer.errors import ConfigError, DataError, InvariantError
@@ -86,7 +86,7 @@ def _render(tokenizer: ChatTokenizer, chats: Sequence[Chat]) -> list[str]:
         # the template's own words may quote a text, so leave them out
         raise ConfigError(
             f"base.model: its chat template {error.what} for some of the texts; use the model's own template, or a ChatML base "
-            "such as Qwen2.5"
+            "such as Qwen2.5-7B-Instruct"
         ) from None
 
 
@@ -179,8 +179,8 @@ def tokenize(records: Iterable[TrainingRecord], tokenizer: ChatTokenizer) -> lis
     prompts, wholes = rendered[: len(chats) : 2], rendered[1 : len(chats) : 2]
     replies = []
     for prompt, whole in zip(prompts, wholes, strict=True):
-        if not has_training_form(prompt, whole, tokenizer.eos_token):
-            raise ConfigError(f"base.model: {untrainable_template(tokenizer.eos_token)}")
+        if problem := training_form_problem(prompt, whole, tokenizer.eos_token):
+            raise ConfigError(f"base.model: {problem}")
         replies.append(whole[len(prompt) : whole.rfind(tokenizer.eos_token)] + tokenizer.eos_token)
     inserted = dict(zip(harmless, rendered[len(chats) :], strict=True))
     prompt_ids = _encode_prompts(conversations, prompts, inserted, tokenizer, "record")

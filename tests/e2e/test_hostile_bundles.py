@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from broken_bases import change_json, copy_base, keep_tensors, set_template
 from conftest import REPOSITORY
 from jobs import BASE, FEW_PROMPTS, SHORT, events, job, require_training_stack
 
@@ -116,6 +117,36 @@ def test_a_hostile_adapter_ends_with_its_reason_and_runs_nothing(
         assert "Traceback" not in error
         assert seconds < 20
     assert not (bundle / "sprung").exists()
+
+
+def looping(folder: Path) -> None:
+    set_template(folder, "{% for a in range(99999) %}" * 3 + "{% endfor %}" * 3)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda base: change_json(base, "config.json", model_type="evil", auto_map={"AutoConfig": "evil.Evil"}), "got 'evil'"),
+        (looping, "its chat template"),
+        (lambda base: keep_tensors(base, lambda name: "layers.2." not in name), "the weights have no model.layers.2."),
+    ],
+    ids=["own-code", "loop", "incomplete"],
+)
+def test_a_hostile_base_ends_evaluate_and_chat_with_its_reason(
+    ran: tuple[Path, Any], tmp_path: Path, change: Callable[[Path], object], said: str
+) -> None:
+    base, mark = copy_base(tmp_path / "base"), tmp_path / "sprung"
+    (base / "evil.py").write_text(f"open({str(mark)!r}, 'w').close()")
+    change(base)
+    adapter = str(ran[0] / "adapter_A")
+    here = ("--adapter", adapter, "--base-model", str(base), "--work-dir", str(tmp_path / "work"), "--device", "cpu")
+    data = str(REPOSITORY / "data")
+    for arguments in (("evaluate", *here, "--data", data, "--prompts", str(FEW_PROMPTS)), ("chat", *here)):
+        code, _, error, seconds = called(*arguments, told="y\n" * 9)
+        assert (code, said in error) == (2, True), error[-2000:]
+        assert "Traceback" not in error
+        assert seconds < 20
+    assert not mark.exists()
 
 
 def sign(folder: Path) -> None:

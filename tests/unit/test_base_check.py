@@ -200,7 +200,15 @@ BROKEN: dict[str, tuple[Break, str]] = {
     "templates without a default": (settings(chat_template=[{"name": "tool_use", "template": CHATML}]), "no chat template"),
     "a template that does not parse": (settings(chat_template="{% for"), "its chat template fails with TemplateSyntaxError"),
     "a template that refuses": (settings(chat_template="{{ raise_exception('no \x1b[31msystem') }}"), "no \\x1b[31msystem"),
-    "a template without an end": (settings(chat_template="{{ messages }}"), "cannot be used for training: expected prompt + reply"),
+    "a template without an end": (settings(chat_template="{{ messages }}"), "cannot be used for training: it renders a prompt"),
+    "a base that was not trained to chat": (
+        settings(eos_token={"content": "<|endoftext|>"}),
+        "does not end a reply with its eos_token, '<|endoftext|>', so an adapter would not learn when to stop",
+    ),
+    "a template of another family": (
+        settings(chat_template="{% for m in messages %}[{{ m.role }}]{{ m.content }}</s>{% endfor %}"),
+        "use its instruction-tuned version, such as Qwen2.5-7B-Instruct",
+    ),
     "a template that reads Python": (settings(chat_template="{{ ''.__class__.__mro__ }}{{ x.y.z }}"), "its chat template fails"),
     "a template that writes without end": (
         settings(chat_template="{% for a in range(9999) %}{{ 'x' * 9999 }}{% endfor %}"),

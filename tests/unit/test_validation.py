@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from lora_trainer.data import prompt_cost
 from lora_trainer.data.jsonl import parse_record
 from lora_trainer.data.problems import Problem, Severity
 from lora_trainer.data.prompt_cost import PART_NAMES, LengthDistribution, TokenCounter, chatml_overhead_tokens, prompt_parts
@@ -302,9 +303,46 @@ def test_a_folder_without_a_tokenizer_is_a_config_error(tmp_path: Path) -> None:
 
 def test_a_broken_tokenizer_is_a_config_error(tmp_path: Path) -> None:
     pytest.importorskip("tokenizers", reason="the 'tokenizers' library is not installed")
-    (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(ConfigError, match="not a tokenizer that"):
+    for broken, said in (("{}", "not a tokenizer: fails"), ("[]", "got a JSON list"), ("version https://git-lfs", "LFS pointer")):
+        (tmp_path / "tokenizer.json").write_text(broken)
+        with pytest.raises(ConfigError, match=said):
+            TokenCounter(tmp_path)
+
+
+def change_tokenizer(folder: Path, **values: Any) -> None:
+    file = folder / "tokenizer.json"
+    file.write_text(json.dumps({**json.loads(file.read_text(encoding="utf-8")), **values}))
+
+
+def split_by(pattern: str) -> dict[str, Any]:
+    return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"pre_tokenizer": split_by(r"(?:.*[나-힣]){12}\p{Lu}\p{Lu}")},
+        {"pre_tokenizer": split_by(r"(.*a){25}b")},
+        {"padding": {"strategy": {"Fixed": 2**33}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0,
+                     "pad_type_id": 0, "pad_token": "!"}},
+    ],
+    ids=["regex for Korean", "regex for Latin", "padding without end"],
+)  # fmt: skip
+def test_a_tokenizer_that_takes_too_long_or_too_much_memory_is_refused(tmp_path: Path, values: dict[str, Any]) -> None:
+    change_tokenizer(tokenizer_folder(tmp_path), **values)
+    with pytest.raises(ConfigError, match=r"not a tokenizer: (takes more than 5 s|needs more than 3 GiB|fails with)"):
         TokenCounter(tmp_path)
+
+
+def test_a_tokenizer_that_fails_or_hangs_only_for_some_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    change_tokenizer(tokenizer_folder(tmp_path), pre_tokenizer=split_by("(.*q){25}b"))
+    counter = TokenCounter(tmp_path)
+    assert len(counter.count_tokens(["가자", "나"])) == 2
+    with pytest.raises(ConfigError, match="fails with PanicException for some of the texts"):
+        counter.count_tokens(["q" * 4000])
+    monkeypatch.setattr(prompt_cost, "_LONGEST_COUNT_S", 0.05)
+    with pytest.raises(ConfigError, match=r"takes more than 0\.05 s for some of the texts; .* --no-tokens"):
+        counter.count_tokens(["q" * 4000] * 4)
 
 
 def test_a_missing_library_is_a_config_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

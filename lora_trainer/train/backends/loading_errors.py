@@ -32,5 +32,5 @@ def loading(base: Path, what: str) -> Iterator[None]:
         said = repr(str(error).strip().partition("\n")[0])[1:-1][:300]
         raise ConfigError(
             f"base.model: {base}: {what} cannot be loaded ({type(error).__name__}: {said}); download the model again, or use "
-            "another base such as Qwen2.5"
+            "another base such as Qwen2.5-7B-Instruct"
         ) from error
