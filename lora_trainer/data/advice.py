@@ -45,8 +45,11 @@ _CAMEL: Final = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
 _MAX_COMPARED_CHARACTERS: Final = 60
 
 
-def key_advice(parents: Sequence[str], key: str, value: object, siblings: Sequence[str]) -> str:
-    """Return what to do with the unknown `key` of the object at `parents`, where only `siblings` are known."""
+def key_advice(parents: Sequence[str], key: str, value: object, siblings: Sequence[str], missing: Sequence[str] = ()) -> str:
+    """Return what to do with the unknown `key` of the object at `parents`, where only `siblings` are known.
+
+    The object lacks the keys `missing`, one of which `key` may mean.
+    """
     if len(key) > _MAX_COMPARED_CHARACTERS:
         return "check the quotes around it; if it is text of the record, it belongs in a field"
     plain = _folded(key)
@@ -63,6 +66,8 @@ def key_advice(parents: Sequence[str], key: str, value: object, siblings: Sequen
         return f"did you mean '{close[0]}'?"
     if column_of(key) is Column.BLOOD_TYPE:
         return "leave it out of this file, whose name says the blood type"
+    if missing:
+        return f"if it is the {' or the '.join(missing)}, rename it; otherwise leave it out of this file, and keep the source"
     return "leave it out of this file, and keep the source; what the friend should know belongs in context.summary"
 
 

@@ -50,7 +50,7 @@ _FEELINGS: Final[Mapping[Feeling, str]] = {
     Feeling.EXCITED: "신남 신나 신나함 흥분 흥분됨 설렘 설레 들뜸 기대 기대감 excitement thrilled",
     Feeling.LOVE: "애정 사랑 사랑함 사랑해 사랑스러움 loving affection",
     Feeling.SURPRISED: "놀람 놀라움 놀라 깜짝놀람 surprise shocked astonished",
-    Feeling.WORRIED: "걱정 걱정됨 걱정돼 불안 불안함 염려 근심 초조 초조함 두려움 무서움 worry fear anxiety "
+    Feeling.WORRIED: "걱정 걱정됨 걱정돼 불안 불안함 염려 근심 초조 초조함 두려움 무서움 공포 worry fear anxiety "
     "anxious nervous concerned",
     Feeling.SAD: "슬픔 슬퍼 슬픈 우울 우울함 서운함 속상함 외로움 실망 sadness unhappy depressed",
     Feeling.ANGRY: "화 화남 화나 분노 짜증 짜증남 anger mad furious annoyed",

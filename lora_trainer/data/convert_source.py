@@ -17,7 +17,15 @@ from lora_trainer.data.compression import CorruptStreamError, DecompressedTooLar
 from lora_trainer.data.convert_columns import Column, columns_of
 from lora_trainer.data.convert_workbook import Cell, read_sheet
 from lora_trainer.data.file_kinds import HEAD_BYTES, decoded, is_workbook, no_text, not_the_data, plain_text, text_encoding
-from lora_trainer.data.file_layouts import Layout, Table, items_of, layout_of, table_of, without_trailing_commas
+from lora_trainer.data.file_layouts import (
+    Layout,
+    Table,
+    items_of,
+    layout_of,
+    table_of,
+    without_code_fences,
+    without_trailing_commas,
+)
 from lora_trainer.data.problems import ConversionError, RecordError
 from lora_trainer.data.record_errors import described
 from lora_trainer.data.strict_json import RECORD_SHAPE, decode_json, is_quotable
@@ -99,6 +107,7 @@ def _content(path: Path, limits: LimitsConfig) -> bytes:
 
 
 def _of_text(text: str, limits: LimitsConfig) -> Source:
+    text = without_code_fences(text)
     layout, _ = layout_of(text, is_whole=True)
     if layout is Layout.TABLE and (table := table_of(text)):
         return _of_csv(text, table)

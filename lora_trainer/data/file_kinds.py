@@ -12,7 +12,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from lora_trainer.config import DEFAULT_LIMITS
-from lora_trainer.data.file_layouts import CONVERTIBLE, SAME_CAUSE, Layout, Shape, layout_of, shape_of, table_of, text_lines
+from lora_trainer.data.file_layouts import (
+    CONVERTIBLE,
+    SAME_CAUSE,
+    Layout,
+    Shape,
+    layout_of,
+    shape_of,
+    table_of,
+    text_lines,
+    without_code_fences,
+)
 from lora_trainer.data.problems import RecordError
 from lora_trainer.data.strict_json import decode_json, is_quotable
 
@@ -292,6 +302,15 @@ def not_the_data(text: str) -> RecordError | None:
         return _placeholder("a git-annex pointer: the data itself was not downloaded", "run 'git annex get', or " + _DOWNLOAD)
     if re.match(r"(md5: |outs:\s*\n- (md5|hash): )", start):
         return _placeholder("a DVC pointer: the data itself was not downloaded", "run 'dvc pull', or " + _DOWNLOAD)
+    if re.match(r"# xet version \d", start):
+        return _placeholder("a Xet pointer: the data itself was not downloaded", _DOWNLOAD)
+    if re.search(r"^<{7} ", text, re.MULTILINE) and re.search(r"^>{7} ", text, re.MULTILINE):
+        return RecordError(
+            "wrong_layout",
+            "an unresolved merge conflict of Git (<<<<<<<, =======, >>>>>>>)",
+            _ONE_OBJECT_A_LINE,
+            "keep the lines of one side, and remove the other side and the markers",
+        )
     if not start.startswith("<"):
         return None
     if code := re.search(r"<Error>.{0,500}?<Code>([A-Za-z]{1,40})</Code>", start, re.DOTALL):
@@ -312,6 +331,8 @@ def _placeholder(got: str, fix: str) -> RecordError:
 
 
 def _structure(text: str, *, is_whole: bool, is_prompts: bool) -> RecordError | None:
+    if without_code_fences(text) != text:
+        return RecordError("wrong_layout", "JSON in a Markdown code block (```)", _ONE_OBJECT_A_LINE, CONVERT)
     layout, items = layout_of(text, is_whole=is_whole)
     shape = shape_of(items)
     if shape is Shape.ERROR and len(items) == 1:
@@ -384,6 +405,6 @@ def plain_text(text: str, *, is_whole: bool) -> RecordError | None:
     ):
         return RecordError("wrong_format", "YAML", _FORMAT, "write it as JSON lines, for example with yq -o=json -I=0 '.[]'")
     lines = text_lines(text, is_whole=is_whole)
-    if len(lines) >= 5 and not any(line.lstrip()[:1] in '{["' for line in lines):
+    if len(lines) >= 2 and not any(line.lstrip()[:1] in '{["' for line in lines):
         return RecordError("wrong_format", "plain text", _FORMAT, "write one JSON object a line; docs/data-format.md describes it")
     return None

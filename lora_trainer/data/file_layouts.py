@@ -17,6 +17,22 @@ from lora_trainer.data.strict_json import decode_json
 SAME_CAUSE: Final = 0.9
 """Share of the lines that a cause must explain to be the whole file's."""
 _HEAD_LINES: Final = 200
+_CODE_FENCE: Final = re.compile(r"^[ \t]*```[^\n]*$", re.MULTILINE)
+# what servers put into the JSON that they send in place of a file
+_SERVER_ANSWER: Final = frozenset(
+    (
+        "message",
+        "detail",
+        "details",
+        "errors",
+        "error",
+        "status",
+        "statusCode",
+        "code",
+        "documentation_url",
+        "request_id",
+    )
+)
 
 
 class Layout(StrEnum):
@@ -197,6 +213,14 @@ def without_trailing_commas(text: str) -> str:
     return re.sub(r'("(?:[^"\\]++|\\.)*+")|,(?=\s*[}\]])', lambda found: found[1] or "", text, flags=re.DOTALL)
 
 
+def without_code_fences(text: str) -> str:
+    """Return JSON text without the ``` lines of Markdown, which stay as blank lines; other text stays as it is."""
+    bare = _CODE_FENCE.sub("", text) if "```" in text else text
+    if bare == text or re.match(r"[^{\[]*[{\[]", bare) is None or table_of(bare):
+        return text
+    return bare
+
+
 def table_of(text: str) -> Table | None:
     """Return the dialect of a CSV table, or None if `text` is none."""
     if text.lstrip()[:1] in "{[<":
@@ -267,6 +291,6 @@ def item_shape(item: Mapping[str, Any]) -> Shape | None:
         return Shape.PAIRS
     if "text" in keys and len(columns) == 1:
         return Shape.TEXT
-    if "error" in keys or {"message", "status"} <= keys:
+    if "error" in keys or (keys and keys <= _SERVER_ANSWER and keys != {"message"}):
         return Shape.ERROR
     return Shape.OTHER if keys and not keys & {"instruction", "context", "input", "output"} else None

@@ -86,13 +86,16 @@ def _schema_problems(
     error: ValidationError, number: int, schema: type[BaseModel], reported: Container[tuple[str, ...]]
 ) -> Iterator[Problem]:
     """Yield a problem for each schema error of the record on line `number`, except in the `reported` places."""
-    for detail in error.errors(include_url=False):
+    details = error.errors(include_url=False)
+    missing = [[str(part) for part in detail["loc"]] for detail in details if detail["type"] == "missing"]
+    for detail in details:
         path = [str(part) for part in detail["loc"]]
         field = ".".join(path)
         if tuple(path) in reported and detail["type"] != "extra_forbidden":
             continue
         if detail["type"] == "extra_forbidden":
-            yield _unknown_field(path, number, schema, detail["input"])
+            beside = [name for *parents, name in missing if parents == path[:-1]]
+            yield _unknown_field(path, number, schema, detail["input"], beside)
             continue
         raised = detail.get("ctx", {}).get("error")
         yield error_problem(
@@ -120,13 +123,14 @@ def _fault(kind: str, field: str, value: object) -> RecordError:
     return RecordError("wrong_type", described(value), expected, type_advice(field, value))
 
 
-def _unknown_field(path: list[str], number: int, schema: type[BaseModel], value: object) -> Problem:
+def _unknown_field(path: list[str], number: int, schema: type[BaseModel], value: object, missing: Sequence[str]) -> Problem:
+    """Describe the unknown key at `path`, in an object that lacks the keys `missing`."""
     *parents, key = path
     siblings = [name.rsplit(".", 1)[-1] for name in EXPECTED_BY_FIELD if name and name.split(".")[:-1] == parents]
     if not parents and schema is EvaluationPrompt:
         siblings = list(EvaluationPrompt.model_fields)
     field = _shown_path(path)
-    advice = key_advice(parents, key, value, siblings)
+    advice = key_advice(parents, key, value, siblings, missing)
     fault = RecordError("unknown_field", f"the key {quoted_key(key)}", "only " + ", ".join(siblings), advice)
     return error_problem(number, field, fault)
 

@@ -169,6 +169,14 @@ def test_a_key_is_renamed_or_moved(within: str, key: str, value: object, said: s
     assert "remove" not in problem.fix
 
 
+def test_an_unknown_key_beside_a_missing_one_may_be_that_one() -> None:
+    data = record()
+    data["context"]["current_emotion"] = {"종류": "기쁨", "강도": 0.8}
+    fixes = {problem.field: problem.fix for problem in parse_record(json.dumps(data)).problems}
+    assert fixes["context.current_emotion.종류"].startswith("if it is the type or the intensity, rename it; otherwise leave it out")
+    assert fixes["context.current_emotion.강도"] == "rename it to 'intensity'"
+
+
 @pytest.mark.parametrize(
     ("key", "field", "got"),
     [

@@ -168,6 +168,7 @@ FORMS: Final[dict[str, bytes | str]] = {
     "array-on-each-line": "".join(f"[{line}]\n" for line in LINES),
     "encoded-twice": json_lines(list(LINES)),
     "pretty-printed": json_lines(RAW, indent=4),
+    "code-block": f"```json\n{json.dumps(RAW, indent=1)}\n```\n",
     "concatenated": "".join(LINES),
     "separated": ",\n".join(LINES),
     "wrapper": json.dumps({"version": 2, "data": RAW}, indent=1),
