@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, get_args, get_origin
@@ -28,6 +29,8 @@ ALL_LINEAR: Final[tuple[TargetModule, ...]] = get_args(TargetModule)
 
 Quantization = Literal["auto", "nf4", "none"]
 
+_EXPONENT: Final = re.compile(r"[+-]?\d{1,15}(?:\.\d{1,15})?[eE]\+?\d{1,2}", re.ASCII)
+
 
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -35,7 +38,7 @@ class _Section(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _as_written(cls, value: object, info: ValidationInfo) -> object:
-        """Read a list from text, and refuse bytes that are not UTF-8 and a boolean where pydantic would take it for 0 or 1."""
+        """Read a list and `1e+06` from text. Refuse bytes that are not UTF-8, and a boolean that pydantic would take for 0 or 1."""
         if isinstance(value, str) and any("\ud800" <= character <= "\udfff" for character in value):
             # Python decodes such bytes to surrogates, which a manifest and an object's key cannot hold
             raise ValueError("expected text that is UTF-8")
@@ -47,6 +50,10 @@ class _Section(BaseModel):
         if isinstance(value, bool) and annotation is not bool:
             expected = "a number" if {int, float} & {annotation, *get_args(annotation)} else "text; put it in quotes"
             raise ValueError(f"expected {expected}")
+        types = {annotation, *get_args(annotation)}
+        if isinstance(value, str) and int in types and float not in types and _EXPONENT.fullmatch(value.strip()):
+            # Helm prints large numbers as 1e+06
+            return float(value)
         return value
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import unicodedata
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -181,7 +182,13 @@ def _explain(error: ValidationError, sources: list[Source]) -> Iterator[str]:
             dotted = ".".join(location)
         place = _place(sources, location)
         if problem["type"] == "extra_forbidden":
-            yield f"{place[-_SHOWN_CHARACTERS * 2 :]}: no such setting; {_nearest(dotted[:_SHOWN_CHARACTERS], names)}"
+            odd = "".join(sign for sign in dotted if not sign.isprintable())
+            meant = dotted.translate(dict.fromkeys(map(ord, odd), ""))
+            said = f"no such setting; {_nearest(meant[:_SHOWN_CHARACTERS], names)}"
+            if odd:
+                name = unicodedata.name(odd[0], "a control character")
+                said += f" Its name contains U+{ord(odd[0]):04X} {name}; indent with plain spaces, and type the name again"
+            yield f"{place[-_SHOWN_CHARACTERS * 2 :]}: {said}"
         elif problem["type"] == "missing":
             option = "--" + dotted.replace("_", "-")
             yield f"{dotted}: not given; pass {option}, or set {environment_name(dotted)}, or '{dotted}:' in the configuration file"
