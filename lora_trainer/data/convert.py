@@ -447,6 +447,8 @@ class _Intensities:
         self._scale = defaults.intensity_max
         has_fractions = any(0 < number < 1 for number in bare)
         self._is_percent = any(10 < number <= 100 for number in bare) and not has_fractions
+        # where others are 2 to 10, a 1 is the weakest feeling of an unknown scale, not the strongest
+        self._is_unclear = any(1 < number <= 10 for number in bare) and not has_fractions
         self._words: Counter[tuple[str, float]] = Counter()
         self._percentages = 0
 
@@ -475,7 +477,7 @@ class _Intensities:
         if number > 10 or (number >= 1 and self._is_percent):
             self._percentages += 1
             return round(number / 100, 4)
-        if number > 1:
+        if number > 1 or (number == 1 and self._is_unclear):
             raise ConversionError(
                 "unclear_scale",
                 "a number from 1 to 10",

@@ -328,6 +328,7 @@ def test_chats_that_cannot_be_converted(tmp_path: Path, turns: list[Any], code: 
         (["4", "5", "1"], {"intensity_max": 5}, [0.8, 1, 0.2]),
         (["8", "10", "1"], {"intensity_max": 10}, [0.8, 1, 0.1]),
         (["4", "3"], {}, ["unclear_scale"] * 2),
+        (["5", "1", "0"], {}, ["unclear_scale", "unclear_scale", 0]),
         (["7", "0.5"], {}, ["unclear_scale", 0.5]),
         (["-1", "150", "많이 많이", "120%"], {}, ["out_of_range"] * 4),
         (["80"], {"intensity_max": 5}, ["out_of_range"]),
