@@ -222,6 +222,12 @@ def _is_other_weights(name: str) -> bool:
 
 def _check_complete(where: str, names: Iterable[str]) -> None:
     names = set(names)
+    if "adapter_config.json" in names:
+        # transformers would load whatever base the adapter names
+        raise ConfigError(
+            f"base.model: {where}: holds adapter_config.json: got an adapter's folder, expected a base model's; use the "
+            "adapter's base"
+        )
     if not any(name.endswith(".safetensors") for name in names) and (others := sorted(filter(_is_other_weights, names))):
         raise ConfigError(
             f"base.model: {where}: got {', '.join(others[:3])}, expected *.safetensors: pickled weights can run code and are "

@@ -77,10 +77,6 @@ def check_base(files: BaseFiles) -> None:
 
 def _problems(files: BaseFiles) -> Iterator[str]:
     where = f"base.model: {files.where}".rstrip("/")
-    if "adapter_config.json" in files.sizes:
-        # transformers would load whatever base the adapter names
-        yield f"{where}: holds adapter_config.json: got an adapter's folder, expected a base model's; use the adapter's base"
-        return
     config, problems = _config(where, files)
     yield from problems
     yield from check_weights(where, files.sizes, files.read, config)

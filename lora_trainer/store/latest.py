@@ -91,6 +91,11 @@ def take_count(storage: Storage, blood_type: BloodType) -> int:
         pointer = _read_pointer(storage, blood_type)[0]
         # count on from the pointer if somebody has removed the counter
         mine = max(_counted(found, storage.uri + key), pointer.counter or 0 if pointer else 0) + 1
+        if mine >= _MOST_COUNTED:
+            raise StorageError(
+                f"{storage.uri}{key}: got the counter {mine - 1} here or in {latest_key(blood_type)}, expected one below "
+                f"{_MOST_COUNTED - 1}: no run has counted that far; remove this file and the counter in {latest_key(blood_type)}"
+            )
         if _swap(storage, key, _Counter(counter=mine).model_dump_json().encode() + b"\n", found):
             return mine
         time.sleep(random.uniform(0, _LONGEST_PAUSE_S))  # noqa: S311  spreads writers, not a secret
@@ -240,7 +245,10 @@ def _read_pointer(storage: Storage, blood_type: BloodType) -> tuple[Pointer | No
         return None, None
     try:
         return Pointer.model_validate_json(found.data), found
-    except ValidationError:
+    except ValidationError as error:
+        wrong = ", ".join(sorted({str(entry["loc"][0]) for entry in error.errors() if entry["loc"]}))
+        problem = f"wrong: {wrong}" if wrong else "not a JSON object"
         raise StorageError(
-            f"{storage.uri}{key}: not a pointer to a bundle; expected run_id, bundle and started_at: remove or repair it"
+            f"{storage.uri}{key}: not a pointer to a bundle ({problem}); expected run_id, "
+            "bundle and started_at, a time in ISO 8601 with its zone: remove or repair it"
         ) from None

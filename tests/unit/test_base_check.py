@@ -142,7 +142,11 @@ BROKEN: dict[str, tuple[Break, str]] = {
     "end token beyond the vocabulary": (config(eos_token_id=4096), "eos_token_id: got 4096"),
     "layer types of another depth": (config(layer_types=["full_attention"] * 9), "layer_types: got 9 entries, expected 4"),
     "generation config": (content("generation_config.json", "null"), "generation_config.json: got a JSON null"),
-    "an adapter's folder": (content("adapter_config.json", "{}"), "got an adapter's folder"),
+    "an adapter beside a base": (content("adapter_config.json", "{}"), "got an adapter's folder"),
+    "an adapter's folder": (
+        lambda f: ((f / "config.json").unlink(), content("adapter_config.json", "{}")(f)),
+        "got an adapter's folder",
+    ),
     # weights
     "weights are noise": (content(WEIGHTS, b"\xff" * 4096), "expected safetensors weights: damaged"),
     "weights are empty": (content(WEIGHTS, b""), "got 0 bytes, expected safetensors"),

@@ -226,11 +226,27 @@ def test_the_same_run_again_writes_nothing(storage: Storage) -> None:
 )
 def test_a_broken_pointer_is_said_and_left(storage: Storage, data: bytes) -> None:
     storage.write_bytes("adapters/A/latest.json", data)
-    with pytest.raises(StorageError, match=r"adapters/A/latest\.json: not a pointer to a bundle; expected run_id"):
+    with pytest.raises(
+        StorageError, match=r"adapters/A/latest\.json: not a pointer to a bundle \((wrong: .*|not a JSON object)\); expected run_id"
+    ):
         move_latest(storage, A, facts())
     found = storage.read_bytes("adapters/A/latest.json")
     assert found is not None
     assert found.data == data
+
+
+def test_a_pointer_without_a_time_zone_names_its_field(storage: Storage) -> None:
+    pointer = {"run_id": "a", "bundle": "adapters/A/a/", "started_at": "2099-01-01T00:00:00"}
+    storage.write_bytes("adapters/A/latest.json", json.dumps(pointer).encode())
+    with pytest.raises(StorageError, match=r"wrong: started_at\); .* a time in ISO 8601 with its zone"):
+        promote_latest(storage, BloodType.A, facts())
+
+
+def test_a_counter_at_its_end_is_said(storage: Storage) -> None:
+    pointer = {"run_id": "a", "bundle": "adapters/A/a/", "started_at": "2026-01-01T00:00:00+00:00", "counter": 2**53 - 1}
+    storage.write_bytes("adapters/A/latest.json", json.dumps(pointer).encode())
+    with pytest.raises(StorageError, match=f"got the counter {2**53 - 1}"):
+        take_count(storage, BloodType.A)
 
 
 def test_concurrent_movers_end_with_the_latest(tmp_path: Path) -> None:
