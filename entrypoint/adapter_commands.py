@@ -163,7 +163,6 @@ def chat(
     from lora_trainer.run.terminal_chat import ChatState, chat_loop, load_chat_model, status
     from lora_trainer.store.retry import RetryBudget, budget_from_environment
 
-    logs.configure("warning", "auto")
     if feeling not in tuple(Feeling):
         raise ConfigError(f"--feeling: got {feeling!r}, expected one of {', '.join(Feeling)}")
     opened = open_adapter(adapter, budget_from_environment())
@@ -309,7 +308,6 @@ def compare(runs: Sequence[str], html: str | None, as_json: bool) -> None:
     from lora_trainer.store.opening import open_storage
     from lora_trainer.store.retry import budget_from_environment
 
-    logs.configure("warning", "auto")
     folder, key = split_uri(html) if html else ("", "")
     retry_budget = budget_from_environment()
     found = compare_runs(runs, retry_budget)

@@ -11,8 +11,8 @@ from entrypoint.adapter_commands import chat, compare, evaluate, promote, publis
 from entrypoint.convert_command import convert
 from entrypoint.data_commands import generate, validate
 from entrypoint.run_commands import check_storage, run, show_config
-from lora_trainer import __version__
-from lora_trainer.errors import ExitCode, Interrupted, LoraTrainerError
+from lora_trainer import __version__, logs
+from lora_trainer.errors import ExitCode, Interrupted
 from lora_trainer.escaping import escaped
 from lora_trainer.redaction import redacted, remember_user_info
 from lora_trainer.run.failure_report import FailureReport, failure_report
@@ -48,6 +48,7 @@ def cli() -> None:
       7    training diverged                  must not be retried
       143  interrupted, run it again          may be retried
     """
+    logs.configure("warning", "auto")
 
 
 for command in (run, evaluate, chat, publish, promote, compare, show_config, validate, convert, check_storage, generate):
@@ -68,16 +69,12 @@ def run_cli(arguments: Sequence[str], interruption: Interruption | None = None) 
         # Click's message quotes the arguments, which may contain credentials
         click.echo(escaped(redacted(shown.getvalue())), err=True, nl=False)
         return error.exit_code
-    except LoraTrainerError as error:
-        for problem in error.problems:
-            click.echo(f"error: {escaped(redacted(problem))}", err=True)
-        return error.exit_code
     except SystemExit:
         # Click and Rich exit with 1 on a closed pipe, but a reader such as `head` that stops early is not a failure
         return ExitCode.DONE
     except Interrupted:
         return ExitCode.INTERRUPTED
-    except Exception as error:  # a bug, unless a library wrapped an interruption
+    except Exception as error:
         report = failure_report(error, interruption) or FailureReport(ExitCode.BUG)
         if report.exit_code is ExitCode.INTERRUPTED:
             return ExitCode.INTERRUPTED

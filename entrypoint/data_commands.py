@@ -16,7 +16,6 @@ from pydantic import SecretStr
 from entrypoint import terminal
 from entrypoint.data_inputs import local_input
 from entrypoint.options import Command, LocalPath, check_credentials, config_option, given_settings, set_option
-from lora_trainer import logs
 from lora_trainer.config_sources import settle_each
 from lora_trainer.errors import ConfigError, ExitCode, Interrupted, LoraTrainerError
 from lora_trainer.persona.vocabulary import BloodType, parse_blood_types
@@ -259,7 +258,6 @@ def generate(
     from lora_trainer.generator import generate as command
     from lora_trainer.store.retry import budget_from_environment
 
-    logs.configure("warning", "auto")
     try:
         check_server_url(base_url)
     except ValueError as error:

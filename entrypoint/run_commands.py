@@ -102,7 +102,6 @@ def check_storage(config_file: Path | None, overrides: Sequence[str], **options:
     """
     from lora_trainer.run import preflight
 
-    logs.configure("warning", "auto")
     configs = settle_each(given_settings(options, overrides), config_file=config_file)
     check_run_credentials(configs[0])
     codes = [ExitCode.DONE]

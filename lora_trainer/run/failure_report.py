@@ -57,7 +57,11 @@ def failure_report(error: BaseException | None, interruption: Interruption, fold
     if error is None:
         return FailureReport()
     if isinstance(error, LoraTrainerError):
-        return FailureReport(error.exit_code, type(error).__name__, tuple(map(redacted, error.problems)))
+        problems = tuple(map(redacted, error.problems))
+        if error.exit_code in (ExitCode.CONFIG, ExitCode.DATA) and is_working_directory_gone():
+            # most often why a file was not found
+            problems += (WORKING_DIRECTORY_GONE,)
+        return FailureReport(error.exit_code, type(error).__name__, problems)
     if isinstance(error, Interrupted | KeyboardInterrupt):
         kept = getattr(error, "kept", "") or "no half-published bundle is visible"
         return FailureReport(ExitCode.INTERRUPTED, "interrupted", (f"interrupted: {kept}; run the same command again",))

@@ -230,7 +230,12 @@ class S3Errors:
                 return TransientError(
                     f"{where}: the AWS credentials could not be fetched: {message}; renew them, then run it again"
                 )
-            case raised.ProfileNotFound() | raised.ConfigParseError() | raised.ConfigNotFound():
+            case raised.ConfigParseError():
+                return ConfigError(
+                    f"{where}: {message}; expected UTF-8 without a byte order mark, a section such as [default], then lines with "
+                    "'name = value'"
+                )
+            case raised.ProfileNotFound() | raised.ConfigNotFound():
                 return ConfigError(f"{where}: {message}; check AWS_PROFILE and ~/.aws/config")
             case raised.FlexibleChecksumError() | raised.ChecksumError():
                 # the message contains both checksums

@@ -224,6 +224,9 @@ def test_a_command_that_does_not_need_its_folder(arguments: Sequence[str], tmp_p
         ["chat", "--adapter", "outputs/adapter_A"],
         ["promote", "outputs/adapter_A"],
         ["generate", "--count", "1"],
+        ["validate", "--no-tokens", "a.jsonl"],
+        ["convert", "a.json", "--output", "b.jsonl"],
+        ["run", "--config", "run.yaml"],
     ],
     ids=lambda arguments: arguments[0],
 )

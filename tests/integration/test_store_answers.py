@@ -475,6 +475,17 @@ def test_empty_variables_count_as_not_set(check: Check, aws_environment: pytest.
     assert code == ExitCode.DONE, err
 
 
+@pytest.mark.parametrize("command", [["validate", "--no-tokens"], ["convert", "--output=out.jsonl"], ["promote"]])
+def test_every_command_logs_to_stderr(
+    command: list[str], bucket: str, aws_environment: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    aws_environment.setattr(contacts, "FIRST_CONTACT_S", 1.0)
+    aws_environment.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{unused_port()}")
+    assert run_cli([*command, f"s3://{bucket}/data/train_data_type_A.jsonl"]) in (ExitCode.CONFIG, ExitCode.STORAGE)
+    out, _ = capsys.readouterr()
+    assert "storage_retry" not in out
+
+
 # ------------------------------------------------------------------------------------------ a store that refuses
 
 DENIED = 'User: arn:aws:iam::1:user/x is not authorized to perform: s3:PutObject on "arn:aws:s3:::b/x" with an explicit deny'
