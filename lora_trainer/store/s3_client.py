@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import urlsplit
 
 from lora_trainer.errors import ConfigError
-from lora_trainer.redaction import has_user_info, redacted
+from lora_trainer.redaction import redacted
 from lora_trainer.store.contacts import FIRST_CONTACT_S, Contact
 from lora_trainer.store.s3_answers import check_answer
 
@@ -157,10 +157,6 @@ def _check_endpoint_variable() -> None:
     if found is None or os.environ.get("AWS_IGNORE_CONFIGURED_ENDPOINT_URLS", "").lower() == "true":
         return
     name, value = found
-    if has_user_info(value):
-        raise ConfigError(
-            f"{name}: got a user or a password in the URL; put credentials in AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
-        )
     problem = _endpoint_problem(value)
     if problem:
         raise ConfigError(f"{name}: got {redacted(value)!r}: {problem}; {_EXPECTED}")

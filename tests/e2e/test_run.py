@@ -122,7 +122,7 @@ def test_the_same_command_again_is_already_done(bucket: str, data_uri: str, tmp_
     # A crash between the manifest and the pointer leaves this state.
     pointer = output.read_bytes(latest_key(BloodType.A))
     assert pointer is not None
-    stale = {**json.loads(pointer.data), "run_id": "0" * 16, "started_at": "2020-01-01T00:00:00+00:00"}
+    stale = {**json.loads(pointer.data), "run_id": "0" * 16, "started_at": "2020-01-01T00:00:00+00:00", "counter": 0}
     output.write_bytes(latest_key(BloodType.A), json.dumps(stale).encode(), if_match=pointer.etag)
 
     # Work folder, log level and memory layout are not part of the run id.
@@ -231,7 +231,7 @@ def test_records_that_are_too_long_are_left_out_and_none_left_is_exit_3(tmp_path
 
 def test_no_gpu_is_exit_5_and_never_a_silent_cpu_run(tmp_path: Path) -> None:
     done = job(
-        "run", *SHORT, "--device", "cuda", "--blood-type", "A",
+        "run", *SHORT, "--device", "cuda", "--set", "backend=transformers", "--blood-type", "A",
         "--data", str(REPOSITORY / "data"), "--output", str(tmp_path / "out"),
         work_dir=tmp_path / "work", CUDA_VISIBLE_DEVICES="",
     )  # fmt: skip

@@ -364,13 +364,15 @@ def test_bad_lines(tmp_path: Path, s3_server: Any, log_format: str) -> None:
     assert ended.code == 3, ended.err
     # the job reports every broken line
     assert all(f"{DATA.name}:{RECORDS + number}: " in ended.err for number in range(1, len(broken) + 2))
-    assert ended.leaks() == []
+    # the name of an unknown key is shown, if it is short
+    key = TEXTS["input"]
+    assert [leak for leak in ended.leaks() if leak != f"stderr: {key}"] == []
     checked = subprocess.run(
         [sys.executable, "-m", "entrypoint", "validate", "--no-tokens", str(path), *(("--json",) if log_format == "json" else ())],
         cwd=REPOSITORY, env={**os.environ, "PYTHONPATH": str(REPOSITORY), "COLUMNS": "200"}, capture_output=True, check=False,
     )  # fmt: skip
     assert checked.returncode == 3
-    assert leaks("validate", checked.stdout + checked.stderr) == []
+    assert [leak for leak in leaks("validate", checked.stdout + checked.stderr) if leak != f"validate: {key}"] == []
 
 
 @pytest.mark.parametrize(("log_format", "profile"), [("json", False), ("console", True)])

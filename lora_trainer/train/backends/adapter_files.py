@@ -37,6 +37,8 @@ def save_adapter(
     settings["base_model_name_or_path"] = canonical_id
     settings["revision"] = revision
     settings["inference_mode"] = True
+    # Unsloth adds classes to import, which nothing here needs
+    settings.pop("auto_mapping", None)
     # PEFT writes a set, whose order differs between processes
     settings["target_modules"] = sorted(settings["target_modules"])
     _write(path, settings)
