@@ -150,7 +150,8 @@ def _of_address(refusal: Refusal) -> Explanation | None:
         return Explanation(
             "config", "this is the port of MinIO's console", "set AWS_ENDPOINT_URL to the API's port, 9000 by default"
         )
-    if refusal.says("aws4-hmac-sha256"):
+    # other errors quote the Authorization header, which names the algorithm as well
+    if refusal.code == "InvalidRequest" and refusal.says("aws4-hmac-sha256"):
         return Explanation(
             "config",
             "the store wants signature version 4, and the AWS profile asks for an older one",
