@@ -54,6 +54,16 @@ def _nothing(value: object) -> object:
 _Unused = Annotated[Any, AfterValidator(_nothing)]
 
 
+class _UnslothMapping(BaseModel):
+    """The base's class, as Unsloth writes it. Nothing here imports it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    base_model_class: str | None = Field(default=None, max_length=100, pattern=r"^\w+$")
+    parent_library: str | None = Field(default=None, max_length=200, pattern=r"^transformers[.\w]*$")
+    unsloth_fixed: bool | None = None
+
+
 class AdapterSettings(BaseModel):
     """The fields of `adapter_config.json` that decide what PEFT does. Other fields have to be empty."""
 
@@ -80,7 +90,7 @@ class AdapterSettings(BaseModel):
     exclude_modules: _Unused = None
     rank_pattern: _Unused = None
     alpha_pattern: _Unused = None
-    auto_mapping: _Unused = None
+    auto_mapping: _UnslothMapping | None = None
     loftq_config: _Unused = None
     megatron_config: _Unused = None
     # names and numbers that do nothing on their own; PEFT writes them into every file

@@ -200,7 +200,7 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "regex-in-a-pattern": (adapter_settings(rank_pattern={"(a+)+$": 8}), "rank_pattern: got an object; expected nothing"),
     "modules-to-save": (adapter_settings(modules_to_save=["lm_head"]), "modules_to_save: got a list; expected nothing"),
     "other-init": (adapter_settings(init_lora_weights="pissa"), "init_lora_weights: got 'pissa'"),
-    "mapping": (adapter_settings(auto_mapping={"parent_library": "os"}), "auto_mapping: got an object"),
+    "mapping": (adapter_settings(auto_mapping={"parent_library": "os"}), "auto_mapping.parent_library: got 'os'"),
     "unknown-key": (adapter_settings(runtime_hook="evil.run"), "'runtime_hook': not a field of this project's adapters"),
     "damaged-weights": (lambda f: (f / "adapter_model.safetensors").write_bytes(b"\xff" * 100), "damaged or cut off"),
     "pickled-weights": (

@@ -38,7 +38,7 @@ def save_adapter(
     settings["revision"] = revision
     settings["inference_mode"] = True
     # Unsloth adds classes to import, which nothing here needs
-    settings.pop("auto_mapping", None)
+    settings["auto_mapping"] = None
     # PEFT writes a set, whose order differs between processes
     settings["target_modules"] = sorted(settings["target_modules"])
     _write(path, settings)
