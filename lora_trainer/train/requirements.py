@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator
 from importlib import metadata
 from typing import Final
 
 from lora_trainer.config import RunConfig
-from lora_trainer.errors import ConfigError
+from lora_trainer.errors import ConfigError, HardwareError
 
 _STACK: Final = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "safetensors")
 _UNSLOTH: Final = ("unsloth", "unsloth_zoo")
@@ -18,10 +19,17 @@ _ALL: Final = "pip install 'lora-trainer[cpu,gpu]'"
 def require_stack(config: RunConfig, *, reference: bool = False) -> None:
     """Raise `ConfigError` for each part of the configuration that needs a library which is not installed.
 
+    Raise `HardwareError` instead if only the libraries for a GPU are missing and the machine has no NVIDIA driver either.
+
     With `reference`, the backend is transformers whatever `backend` says, as in `evaluate` and `chat`. Imports nothing: an import
     takes half a minute, and fails after the data was fetched.
     """
     if problems := list(_problems(config, reference)):
+        if config.device == "cuda" and not _missing(_STACK) and not has_driver():
+            raise HardwareError(
+                "device: got cuda on a machine without an NVIDIA driver (libcuda.so.1) and without the libraries for a GPU, "
+                "expected a CUDA GPU; check the pod's GPU resource and the image, or pass --device cpu to train on the CPU"
+            )
         raise ConfigError(problems)
 
 
@@ -39,6 +47,15 @@ def _problems(config: RunConfig, reference: bool) -> Iterator[str]:
             "training.quantization: got nf4, which needs bitsandbytes, and it is not installed: "
             f"set training.quantization=none, or {_ALL}"
         )
+
+
+def has_driver() -> bool:
+    """Return whether the NVIDIA driver can be loaded."""
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    return True
 
 
 def _missing(names: tuple[str, ...]) -> list[str]:

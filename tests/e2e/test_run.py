@@ -231,7 +231,7 @@ def test_records_that_are_too_long_are_left_out_and_none_left_is_exit_3(tmp_path
 
 def test_no_gpu_is_exit_5_and_never_a_silent_cpu_run(tmp_path: Path) -> None:
     done = job(
-        "run", *SHORT, "--device", "cuda", "--set", "backend=transformers", "--blood-type", "A",
+        "run", *SHORT, "--device", "cuda", "--blood-type", "A",
         "--data", str(REPOSITORY / "data"), "--output", str(tmp_path / "out"),
         work_dir=tmp_path / "work", CUDA_VISIBLE_DEVICES="",
     )  # fmt: skip

@@ -11,8 +11,9 @@ import pytest
 from conftest import REPOSITORY
 
 from lora_trainer.config_sources import settle
-from lora_trainer.errors import ConfigError
+from lora_trainer.errors import ConfigError, HardwareError
 from lora_trainer.run.identity import run_id, run_ingredients
+from lora_trainer.train import requirements
 from lora_trainer.train.requirements import require_stack
 
 ALL = {"torch", "transformers", "trl", "peft", "datasets", "accelerate", "safetensors", "unsloth", "unsloth_zoo", "bitsandbytes"}
@@ -28,6 +29,7 @@ def problems(monkeypatch: pytest.MonkeyPatch, installed: set[str], *, reference:
         return "1"
 
     monkeypatch.setattr(metadata, "version", version)
+    monkeypatch.setattr(requirements, "has_driver", lambda: True)
     try:
         require_stack(settle({"blood_type": "A", **settings}, {}), reference=reference)
     except ConfigError as error:
@@ -58,6 +60,15 @@ def test_what_the_cpu_set_cannot_do(monkeypatch: pytest.MonkeyPatch, settings: d
     assert bool(found) == bool(said)
     for part in said:
         assert part in found
+
+
+def test_a_machine_without_a_driver_lacks_a_gpu_and_not_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert problems(monkeypatch, CPU_SET, device="cuda")
+    monkeypatch.setattr(requirements, "has_driver", lambda: False)
+    with pytest.raises(HardwareError, match="or pass --device cpu"):
+        require_stack(settle({"blood_type": "A", "device": "cuda"}, {}))
+    # without torch, the installation is the first thing to mend
+    assert "the training stack is not installed" in problems(monkeypatch, CPU_SET - {"torch"}, device="cuda")
 
 
 def test_the_full_set_can_do_everything(monkeypatch: pytest.MonkeyPatch) -> None:
