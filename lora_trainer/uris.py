@@ -24,7 +24,7 @@ _SCHEME: Final = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):(.*)", re.DOTALL)
 _EXPLICIT_PATH: Final = re.compile(r"\.{0,2}/(?!/)")
 """Begins with `/`, `./` or `../`: a path, whatever else it contains."""
 _JOINED_URI: Final = re.compile(r"/(?:.*/)?((?:s3|gs|https?|file):/.*)", re.IGNORECASE | re.DOTALL)
-"""What `os.path.abspath` and shells make of a URI: `/work/s3:/bucket/prefix`. A folder of that name is written `./s3:/…`."""
+"""What `os.path.abspath` and shells make of a URI: `/job/s3:/bucket/prefix`. A folder of that name is written `./s3:/…`."""
 _OTHER_NAMES_OF_S3: Final = ("s3", "s3a", "s3n", "s3fs", "aws")
 _GOOGLE: Final = ("gs", "gcs")
 _OTHER_STORES: Final = (

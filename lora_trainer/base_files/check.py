@@ -164,7 +164,7 @@ def _config_problems(config: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _is_positive(value: object) -> bool:
-    return type(value) in (int, float) and 0 < value < 1e12  # type: ignore[operator]
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 1e12
 
 
 def _tokenizer_problems(where: str, files: BaseFiles, config: Mapping[str, Any] | None) -> Iterator[str]:

@@ -2,41 +2,20 @@
 
 from __future__ import annotations
 
-import json
-from typing import Any, NoReturn
+from typing import Any
 
 from lora_trainer.errors import ConfigError
+from lora_trainer.store import documents
 
 
 def parse_object(where: str, data: bytes, *, unique: bool = False) -> dict[str, Any]:
-    """Parse a JSON object. Raises `ConfigError`, also for NaN, infinity, and with `unique` for a repeated key."""
+    """Parse a JSON object as `store.documents.parse_object` does, and name the format of a file that is something else."""
     if (really := what_it_really_is(data[:64])) is not None:
         raise ConfigError(f"{where}: got {really}; expected a JSON object")
     try:
-        parsed = json.loads(data.decode(), parse_constant=_refuse, object_pairs_hook=_once_each if unique else None)
-    except UnicodeDecodeError:
-        raise ConfigError(f"{where}: got bytes that are not UTF-8, expected a JSON object; download it again") from None
-    except RecursionError:
-        raise ConfigError(f"{where}: got JSON nested too deeply, expected a JSON object; download it again") from None
-    except ValueError as error:
-        raise ConfigError(f"{where}: not JSON: {str(error)[:200]}; download it again") from None
-    if not isinstance(parsed, dict):
-        raise ConfigError(f"{where}: got a JSON {_JSON_NAMES[type(parsed)]}, expected an object; download it again")
-    return parsed
-
-
-_JSON_NAMES = {list: "list", str: "string", int: "number", float: "number", bool: "boolean", type(None): "null"}
-
-
-def _refuse(constant: str) -> NoReturn:
-    raise ValueError(f"{constant} is no JSON number")
-
-
-def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a repeated key")
-    return found
+        return documents.parse_object(data, where, unique=unique)
+    except ConfigError as error:
+        raise ConfigError(f"{error}; download it again") from None
 
 
 def what_it_really_is(start: bytes) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Any, Final, TypeGuard
 
@@ -102,7 +103,7 @@ def check_weights(where: str, sizes: Mapping[str, int], read: Read, config: Mapp
     headers: dict[str, dict[str, Tensor]] = {}
     for name in sorted(name for name in sizes if name.endswith(".safetensors") and not name.startswith(".")):
         try:
-            headers[name] = read_header(f"{where}/{name}", sizes[name], lambda at, length, name=name: read(name, at, length))  # type: ignore[misc]
+            headers[name] = read_header(f"{where}/{name}", sizes[name], partial(read, name))
         except ConfigError as error:
             yield from error.problems
     shards = [_SINGLE_NAME]

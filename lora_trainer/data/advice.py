@@ -12,6 +12,7 @@ from difflib import get_close_matches
 from typing import Final
 
 from lora_trainer.data.convert_columns import (
+    PLACES,
     Column,
     bare_number,
     column_of,
@@ -26,16 +27,7 @@ from lora_trainer.persona.vocabulary import Expression, Feeling
 CONVERT_COLUMNS: Final = "'lora-trainer convert' turns a whole file of such columns into records"
 RANGE: Final = "use 0 (barely) to 1 (fully)"
 
-_PLACES: Final[Mapping[Column, str]] = {
-    Column.INSTRUCTION: "instruction",
-    Column.SUMMARY: "context.summary",
-    Column.FEELING: "context.current_emotion.type",
-    Column.INTENSITY: "context.current_emotion.intensity",
-    Column.INPUT: "input",
-    Column.TEXT: "output.text",
-    Column.FACE: "output.emotion",
-}
-_LEAVES: Final = {place.rsplit(".", 1)[-1]: place for place in _PLACES.values() if place != "output.emotion"}
+_LEAVES: Final = {place.rsplit(".", 1)[-1]: place for place in PLACES.values() if place != "output.emotion"}
 
 # letters of other alphabets that look like Latin ones
 _LOOK_ALIKES: Final = str.maketrans(
@@ -82,7 +74,7 @@ def _place(parents: Sequence[str], key: str, value: object) -> str | None:
         # an object that belongs elsewhere as a whole
         whole = {Column.FEELING: "context.current_emotion", Column.TEXT: "output", Column.SUMMARY: "context"}
         return whole.get(column) if column else None
-    return _PLACES.get(column) if column else _LEAVES.get(plain.casefold())
+    return PLACES.get(column) if column else _LEAVES.get(plain.casefold())
 
 
 def _folded(key: str) -> str:

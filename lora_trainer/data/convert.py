@@ -16,6 +16,7 @@ from typing import Any, Final
 
 from lora_trainer.config import DEFAULT_LIMITS, LimitsConfig
 from lora_trainer.data.convert_columns import (
+    PLACES,
     Column,
     bare_number,
     blood_type_of,
@@ -62,15 +63,6 @@ _OPTIONS: Final[Mapping[Column, str]] = {
     Column.FEELING: "name the feeling in the file, or pass --feeling for records without one",
     Column.INTENSITY: "write it in the file, or pass --intensity for records without one",
     Column.FACE: "name the face in the file, or pass --face for records without one",
-}
-_FIELDS: Final[Mapping[Column, str]] = {
-    Column.INSTRUCTION: "instruction",
-    Column.SUMMARY: "context.summary",
-    Column.FEELING: "context.current_emotion.type",
-    Column.INTENSITY: "context.current_emotion.intensity",
-    Column.INPUT: "input",
-    Column.TEXT: "output.text",
-    Column.FACE: "output.emotion",
 }
 
 
@@ -417,8 +409,8 @@ def _assembled(
         if Column.INTENSITY in draft.values:
             values[Column.INTENSITY] = intensities.number(values[Column.INTENSITY])
     except RecordError as fault:
-        problems.append(_problem(draft.line, _FIELDS[Column.INTENSITY], fault))
-    for column, name in _FIELDS.items():
+        problems.append(_problem(draft.line, PLACES[Column.INTENSITY], fault))
+    for column, name in PLACES.items():
         if column is not Column.SUMMARY and values.get(column) is None:
             fix = _OPTIONS.get(column, f"add '{column}'")
             problems.append(_problem(draft.line, name, ConversionError("missing_field", "nothing", EXPECTED_BY_FIELD[name], fix)))

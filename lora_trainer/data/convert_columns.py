@@ -42,6 +42,16 @@ _NAMES: Final[Mapping[Column, str]] = {
     "답변감정 응답감정",
     Column.EMOTION: "emotion",
 }
+PLACES: Final[Mapping[Column, str]] = {
+    Column.INSTRUCTION: "instruction",
+    Column.SUMMARY: "context.summary",
+    Column.FEELING: "context.current_emotion.type",
+    Column.INTENSITY: "context.current_emotion.intensity",
+    Column.INPUT: "input",
+    Column.TEXT: "output.text",
+    Column.FACE: "output.emotion",
+}
+"""The field of a record that each column fills."""
 _COLUMNS: Final = {name: column for column, names in _NAMES.items() for name in names.split()}
 
 _FEELINGS: Final[Mapping[Feeling, str]] = {

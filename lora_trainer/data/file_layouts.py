@@ -195,9 +195,10 @@ def _objects_after(text: str, at: int) -> list[dict[str, Any]]:
     """Return the first objects in `text` from `at` on, up to 20, as far as they are complete; commas may separate them."""
     decoder = json.JSONDecoder()
     found: list[dict[str, Any]] = []
-    gap = re.compile(r"[\s,]*")
+    gap = re.compile(r"[\s,]+")
     while len(found) < 20:
-        at = gap.match(text, at).end()  # type: ignore[union-attr]  # matches everywhere
+        if separator := gap.match(text, at):
+            at = separator.end()
         if not text.startswith("{", at):
             break
         try:

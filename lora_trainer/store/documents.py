@@ -21,10 +21,19 @@ _KINDS: Final = {dict: "an object", list: "a list", type(None): "null"}
 _Type = TypeVar("_Type")
 
 
-def parse_object(data: bytes, where: str) -> dict[str, Any]:
-    """Parse a JSON object. Raise `ConfigError` for anything else, for NaN, for numbers without end, and for deep nesting."""
+def parse_object(data: bytes, where: str, *, unique: bool = False) -> dict[str, Any]:
+    """Parse a JSON object. Raise `ConfigError` for anything else, for NaN, for numbers without end, and for deep nesting.
+
+    With `unique`, refuse repeated keys as well.
+    """
     try:
-        document = json.loads(data.decode(), parse_constant=_refuse, parse_float=_finite, parse_int=_bounded)
+        document = json.loads(
+            data.decode(),
+            parse_constant=_refuse,
+            parse_float=_finite,
+            parse_int=_bounded,
+            object_pairs_hook=_once_each if unique else None,
+        )
         if _depth(document) > _MAX_DEPTH:
             raise RecursionError
     except UnicodeDecodeError:
@@ -92,6 +101,13 @@ def _depth(document: object) -> int:
 
 def _refuse(constant: str) -> NoReturn:
     raise ValueError(f"{constant} is no JSON number")
+
+
+def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a repeated key")
+    return found
 
 
 def _finite(text: str) -> float:

@@ -110,11 +110,11 @@ BROKEN: dict[str, tuple[Break, str]] = {
     # config.json
     "config is no JSON": (content("config.json", "{"), "config.json: not JSON"),
     "config is empty": (content("config.json", ""), "config.json: not JSON"),
-    "config is a list": (content("config.json", "[]"), "config.json: got a JSON list, expected an object"),
+    "config is a list": (content("config.json", "[]"), "config.json: got a list, expected a JSON object"),
     "config has NaN": (content("config.json", '{"model_type": NaN}'), "NaN is no JSON number"),
     "config has infinity": (config(rms_norm_eps=float("inf")), "Infinity is no JSON number"),
     "config is UTF-16": (content("config.json", "{}".encode("utf-16")), "not UTF-8"),
-    "config is deep": (content("config.json", "[" * 100_000), "nested too deeply"),
+    "config is deep": (content("config.json", "[" * 100_000), "got nesting of more than 32 levels"),
     "config is a web page": (content("config.json", "<!DOCTYPE html><html>"), "got a web page or XML answer"),
     "config is an LFS pointer": (content("config.json", "version https://git-lfs.github.com/spec/v1\n"), "run 'git lfs pull'"),
     "no model_type": (config(model_type=...), "model_type: got none, expected one of qwen2, qwen3, llama, mistral"),
@@ -141,7 +141,7 @@ BROKEN: dict[str, tuple[Break, str]] = {
     "tied as text": (config(tie_word_embeddings="yes"), "tie_word_embeddings: got 'yes'"),
     "end token beyond the vocabulary": (config(eos_token_id=4096), "eos_token_id: got 4096"),
     "layer types of another depth": (config(layer_types=["full_attention"] * 9), "layer_types: got 9 entries, expected 4"),
-    "generation config": (content("generation_config.json", "null"), "generation_config.json: got a JSON null"),
+    "generation config": (content("generation_config.json", "null"), "generation_config.json: got null"),
     "an adapter beside a base": (content("adapter_config.json", "{}"), "got an adapter's folder"),
     "an adapter's folder": (
         lambda f: ((f / "config.json").unlink(), content("adapter_config.json", "{}")(f)),
@@ -157,7 +157,7 @@ BROKEN: dict[str, tuple[Break, str]] = {
     "weights are torch.save's": (zipped, "got a zip archive such as torch.save writes"),
     "weights are an LFS pointer": (content(WEIGHTS, "version https://git-lfs.github.com/spec/v1\noid"), "Git LFS pointer"),
     "weights are GGUF": (content(WEIGHTS, b"GGUF\x03\x00\x00\x00" + bytes(99)), "GGUF"),
-    "a header that is a list": (content(WEIGHTS, (8).to_bytes(8, "little") + b"[]      "), "got a JSON list"),
+    "a header that is a list": (content(WEIGHTS, (8).to_bytes(8, "little") + b"[]      "), "got a list"),
     "a header with a tensor twice": (
         content(WEIGHTS, (40).to_bytes(8, "little") + b'{"a": {}, "a": {}}'.ljust(40)),
         "a repeated key",
@@ -188,7 +188,7 @@ BROKEN: dict[str, tuple[Break, str]] = {
     # tokenizer
     "tokenizer without a model": (content("tokenizer.json", '{"version":"1.0"}'), "tokenizer.json: not a tokenizer"),
     "tokenizer is no JSON": (content("tokenizer.json", "tokenizer"), "tokenizer.json: not JSON"),
-    "tokenizer settings are a list": (content("tokenizer_config.json", "[]"), "tokenizer_config.json: got a JSON list"),
+    "tokenizer settings are a list": (content("tokenizer_config.json", "[]"), "tokenizer_config.json: got a list"),
     "no end token": (settings(eos_token=None), "eos_token: got none; expected the token that ends a turn"),
     "an unknown end token": (
         settings(eos_token={"content": "<|nowhere|>"}),

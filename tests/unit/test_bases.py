@@ -178,19 +178,26 @@ for ask in (lambda: fetch_base(identify_base(config), config), lambda: tokenizer
 """
 
 
-@pytest.mark.parametrize("offline", ["0", "1"])
-def test_a_hub_that_cannot_be_reached(tmp_path: Path, offline: str) -> None:
-    """Run in a separate process, because the hub's library reads its environment at import."""
-    pytest.importorskip("huggingface_hub", reason="huggingface_hub is not installed: nothing can be fetched")
-    done = subprocess.run(
+def ask_a_dead_hub(home: Path, offline: str) -> subprocess.CompletedProcess[str]:
+    """Ask for base and tokenizer with the cache in `home`. In a process: the hub's library reads its variables at import."""
+    kept = {
+        name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING")) and "proxy" not in name.lower()
+    }
+    return subprocess.run(
         [sys.executable, "-c", HUB],
         cwd=REPOSITORY,
         # nothing listens on port 9 of loopback
-        env={**without_hub(), "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": offline},
+        env={**kept, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(home), "HF_HUB_OFFLINE": offline},
         capture_output=True,
         text=True,
         check=True,
     )
+
+
+@pytest.mark.parametrize("offline", ["0", "1"])
+def test_a_hub_that_cannot_be_reached(tmp_path: Path, offline: str) -> None:
+    pytest.importorskip("huggingface_hub", reason="huggingface_hub is not installed: nothing can be fetched")
+    done = ask_a_dead_hub(tmp_path, offline)
     lines = done.stdout.splitlines()
     assert len(lines) == 2
     for line in lines:
@@ -206,33 +213,12 @@ def test_a_hub_cache_filled_by_an_older_client_needs_no_hub(tmp_path: Path, offl
     pytest.importorskip("huggingface_hub", reason="huggingface_hub is not installed: nothing can be fetched")
     snapshot = tmp_path / "hub" / "models--Qwen--Qwen2.5-7B-Instruct" / "snapshots" / COMMIT
     shutil.copytree(REPOSITORY / "examples" / "tiny-base", snapshot)
-    done = subprocess.run(
-        [sys.executable, "-c", HUB],
-        cwd=REPOSITORY,
-        env={**without_hub(), "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": offline},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    done = ask_a_dead_hub(tmp_path, offline)
     assert done.stdout == ""
     # a download that was interrupted looks the same, and is found by its files
     (snapshot / "model.safetensors").unlink()
-    done = subprocess.run(
-        [sys.executable, "-c", HUB],
-        cwd=REPOSITORY,
-        env={**without_hub(), "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": offline},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    done = ask_a_dead_hub(tmp_path, offline)
     assert "*.safetensors missing" in done.stdout
-
-
-def without_hub() -> dict[str, str]:
-    """Return the environment without the hub's variables and proxies."""
-    return {
-        name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING")) and "proxy" not in name.lower()
-    }
 
 
 def test_without_the_training_stack(tmp_path: Path) -> None:

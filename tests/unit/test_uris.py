@@ -88,7 +88,7 @@ MISTYPED = [
     ("s3://team/%Y-%m-%d/", "'%Y' looks like a placeholder"),
     ("s3://team/`date`/", "'`date`' looks like a placeholder"),
     ("<s3://team/lora/>", "s3://team/lora/?"),
-    ("/work/s3:/team/lora/", "s3://team/lora/"),
+    ("/job/s3:/team/lora/", "s3://team/lora/"),
     ("/s3://team/lora/", "s3://team/lora/"),
     ("s3://localhost:9000/", "expected s3://bucket/prefix/, file:///folder/ or a folder"),
     ("kr.object.ncloudstorage.com/team/lora/", "s3://team/lora/"),
