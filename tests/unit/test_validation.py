@@ -303,7 +303,11 @@ def test_a_folder_without_a_tokenizer_is_a_config_error(tmp_path: Path) -> None:
 
 def test_a_broken_tokenizer_is_a_config_error(tmp_path: Path) -> None:
     pytest.importorskip("tokenizers", reason="the 'tokenizers' library is not installed")
-    for broken, said in (("{}", "not a tokenizer: fails"), ("[]", "got a JSON list"), ("version https://git-lfs", "LFS pointer")):
+    for broken, said in (
+        ("{}", "not a tokenizer: fails"),
+        ("[]", "got a list, expected a JSON object"),
+        ("version https://git-lfs", "LFS pointer"),
+    ):
         (tmp_path / "tokenizer.json").write_text(broken)
         with pytest.raises(ConfigError, match=said):
             TokenCounter(tmp_path)
