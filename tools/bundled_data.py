@@ -19,7 +19,7 @@ from statistics import mean
 from typing import Annotated, Final
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from lora_trainer.data.evaluation_prompts import evaluation_prompts
 from lora_trainer.data.records import TrainingRecord
@@ -52,12 +52,22 @@ class HandwrittenReply(_Part):
     text: str
 
 
+def _as_tuple(replies: object) -> object:
+    return tuple(replies) if isinstance(replies, list) else (replies,)
+
+
+Replies = Annotated[tuple[HandwrittenReply, ...], BeforeValidator(_as_tuple), Field(min_length=1, max_length=3)]
+"""One persona's replies to one input: a single one, or a list of two or three that differ in feeling or intensity."""
+
+
 class Situation(_Part):
     """An input, and the replies of all four personas or of some of them."""
 
     summary: str
     input: str
-    replies: Annotated[Mapping[BloodType, HandwrittenReply], Field(min_length=1)]
+    tags: tuple[str, ...] = ()
+    """Hard topics that the input belongs to. data/POLICY.md lists them."""
+    replies: Annotated[Mapping[BloodType, Replies], Field(min_length=1)]
 
 
 class Family(_Part):
@@ -103,7 +113,7 @@ def handwritten_records(blood_type: BloodType) -> list[TrainingRecord]:
         )
         for family in handwritten_families()
         for situation in family.situations
-        if (reply := situation.replies.get(blood_type))
+        for reply in situation.replies.get(blood_type, ())
     ]
 
 
