@@ -254,7 +254,8 @@ def _is_cp949(line: bytes) -> bool:
         text = line[:-1].decode("cp949")
     beyond_ascii = "".join(character for character in text if character > "\x7f")
     hangul = sum("가" <= character <= "힣" for character in beyond_ascii)
-    common = len(beyond_ascii.encode("euc_kr", "ignore")) / 2
+    # Python writes syllables beyond EUC-KR as eight bytes, letter by letter
+    common = sum(len(character.encode("euc_kr", "ignore")) == 2 for character in beyond_ascii)
     # most of it, because the bytes of Chinese text are Hangul and Hanja in CP949
     return hangul >= 0.8 * len(beyond_ascii) and common >= 0.9 * len(beyond_ascii)
 
@@ -267,7 +268,9 @@ def _read_as_latin(text: str) -> str | None:
         for latin in ("latin-1", "cp1252"):
             try:
                 raw = line.encode(latin)
-                found.append("CP949" if _is_cp949(raw) else "UTF-8" if re.search("[가-힣]", raw.decode("utf-8")) else "")
+                # a lone byte at a cut decodes to nothing, which proves nothing
+                is_cp949 = _is_cp949(raw) and re.search("[가-힣]", raw.decode("cp949", "ignore"))
+                found.append("CP949" if is_cp949 else "UTF-8" if re.search("[가-힣]", raw.decode("utf-8")) else "")
                 break
             except UnicodeError:
                 continue

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 import regex
 
 if TYPE_CHECKING:
-    from kiwipiepy import Kiwi, Token
+    from kiwipiepy import Kiwi, Sentence, Token
 
 MAX_ANALYSED_CHARACTERS: Final = 200
 """Kiwi is slow on very long words, so longer text is truncated. The schema does not allow longer replies."""
@@ -108,9 +108,21 @@ class _Piece(NamedTuple):
     tokens: Sequence[Token]
 
 
+# cached, because several rules look at the same reply, and the analysis costs more than all of them
+@lru_cache(maxsize=64)
+def _analysed(line: str) -> Sequence[Sentence]:
+    return _kiwi().split_into_sents(line, return_tokens=True)
+
+
+def morphemes(text: str) -> list[tuple[str, str]]:
+    """Return the morphemes of `text` in order, as pairs of form and Sejong tag: [("밥", "NNG"), ("먹", "VV"), ("자", "EF")]."""
+    lines = unicodedata.normalize("NFC", text)[:MAX_ANALYSED_CHARACTERS].splitlines()
+    return [(token.form, str(token.tag)) for line in lines for part in _analysed(line) for token in part.tokens or []]
+
+
 def _pieces(line: str) -> Iterator[_Piece]:
     """Yield Kiwi's sentences, split once more after ㅋㅋ or ㅠㅠ that follows an ending (배고프다ㅋㅋ 뭐 먹을래)."""
-    for sentence in _kiwi().split_into_sents(line, return_tokens=True):
+    for sentence in _analysed(line):
         begin, first = sentence.start, 0
         tokens = sentence.tokens or []
         for at in range(1, len(tokens) - 1):

@@ -13,6 +13,15 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final
 
+from lora_trainer.data.hard_topics import (
+    LONG_REPLY_IN_DANGER_CHARACTERS,
+    MAX_SENTENCES_IN_DANGER,
+    claims_presence,
+    dangers,
+    expert_topic,
+    names_help,
+    refers_to_expert,
+)
 from lora_trainer.data.korean import formal_endings, sentence_count, sentences
 from lora_trainer.data.problems import Problem, Severity
 from lora_trainer.persona.emoji import emoji_count
@@ -65,6 +74,33 @@ def has_question(text: str) -> bool:
 def _asks(word: str) -> bool:
     is_shall_we = word.endswith("까") and len(word) > 1 and (ord(word[-2]) - 0xAC00) % 28 == _FINAL_RIEUL
     return is_shall_we or _QUESTION_WORD.fullmatch(word) is not None
+
+
+# A야 B야, A 아니면 B, A랑 B 중에: the two words that a reply chooses from
+_CHOICES: Final = (
+    re.compile(
+        r"([가-힣A-Za-z0-9]+?)(?:이야|야|이냐|냐|일까|인가|이지)[,?]? ?([가-힣A-Za-z0-9]+?)(?:이야|야|이냐|냐|일까|인가|이지)\??$"
+    ),
+    re.compile(r"([가-힣A-Za-z0-9]+) ?(?:vs\.?|VS\.?|아니면|or) ?([가-힣A-Za-z0-9]+)"),
+    re.compile(
+        r"([가-힣A-Za-z0-9]+?)(?:이랑|랑|하고|과|와) ([가-힣A-Za-z0-9]+?) ?(?:중에|중)(?= ?(?:뭐|어느|어떤|누구|골라|하나))"
+    ),
+)
+_CHOSEN: Final = re.compile(
+    r"둘 ?다|둘이|반반|아무거나|모르겠|못 ?고르|안 ?고르|첫|두 ?번째|앞|뒤|왼|오른|전자|후자|당연|무조건|\d"
+)
+_STEM: Final = 2
+"""Characters of an option that a reply repeats if it takes it up: 짜장 for 짜장면."""
+
+
+def is_unanswered_choice(message: str, text: str) -> bool:
+    """Return whether `message` ends in a question with two options and `text` takes up neither, nor both."""
+    plain = unicodedata.normalize("NFC", message).strip()
+    options = next((found.groups() for pattern in _CHOICES if (found := pattern.search(plain))), None)
+    if options is None or options[0] == options[1] or min(map(len, options)) < _STEM:
+        return False
+    reply = unicodedata.normalize("NFC", text)
+    return not _CHOSEN.search(reply) and not any(option[:_STEM] in reply for option in options)
 
 
 # --- language and content ------------------------------------------------------------------------------
@@ -159,16 +195,54 @@ RULES: Final[Mapping[str, Rule]] = {
         Rule("too_long", f"at most {LONG_REPLY_CHARACTERS} characters", "shorten it"),
         Rule("not_korean", f"at least {MIN_HANGUL_SHARE:.0%} of the letters Hangul", "answer in Korean"),
         Rule("banned_content", "no banned content", "rephrase it without that"),
+        Rule("false_presence", "no body, place or arrival where somebody is in danger", "stay in the chat, and name who can come"),
+        Rule("no_help_in_danger", "the number of who helps, or a question", "name it (data/POLICY.md lists them), or ask"),
+        Rule("no_expert", "the expert who may answer", "name one: a doctor, a lawyer, a bank"),
+        Rule("unanswered_choice", "one of the two, both, or neither", "answer the question first"),
     )
 }
-"""The rules by code, in the order in which `lint_reply` checks them. SDS.md describes each."""
+"""The rules by code, in the order in which `lint_exchange` checks them. SDS.md describes each."""
 
 
-def lint_reply(text: str, intensity: float, line: int | None = None, blood_type: BloodType | None = None) -> Iterator[Problem]:
-    """Yield the warnings about one reply. `intensity` is in [0, 1]; `blood_type` selects the persona's emoji rule."""
+def max_sentences(message: str, summary: str = "") -> int:
+    """Return how many sentences a reply to `message` may have: more where somebody is in danger."""
+    return MAX_SENTENCES_IN_DANGER if dangers(summary, message) else MAX_SENTENCES
+
+
+def lint_exchange(
+    summary: str, message: str, text: str, intensity: float, line: int | None = None, blood_type: BloodType | None = None
+) -> Iterator[Problem]:
+    """Yield the warnings about one reply as the answer to `message`, and those of `lint_reply` about the reply itself."""
+    found = dangers(summary, message)
+    yield from lint_reply(text, intensity, line, blood_type, in_danger=bool(found))
+    if found and claims_presence(text):
+        yield _warning(line, "false_presence", f"a reply to a message about {found[0].name} that promises to be there")
+    if found and not names_help(text, found) and not has_question(text):
+        yield _warning(line, "no_help_in_danger", f"neither a number nor a question after a message about {found[0].name}")
+    topic = expert_topic(message)
+    if topic and not found and not refers_to_expert(text, topic):
+        yield _warning(line, "no_expert", f"a {topic} question and no expert named")
+    if is_unanswered_choice(message, text):
+        yield _warning(line, "unanswered_choice", "a question with two options and a reply that takes up neither")
+
+
+def lint_reply(
+    text: str,
+    intensity: float,
+    line: int | None = None,
+    blood_type: BloodType | None = None,
+    *,
+    in_danger: bool = False,
+) -> Iterator[Problem]:
+    """Yield the warnings about one reply. `intensity` is in [0, 1]; `blood_type` selects the persona's emoji rule.
+
+    A reply to somebody `in_danger` may have more sentences and more characters.
+    """
     text = unicodedata.normalize("NFC", text)
-    if (count := sentence_count(text)) > MAX_SENTENCES:
-        yield _warning(line, "too_many_sentences", f"{count} sentences")
+    most_sentences = MAX_SENTENCES_IN_DANGER if in_danger else MAX_SENTENCES
+    most_characters = LONG_REPLY_IN_DANGER_CHARACTERS if in_danger else LONG_REPLY_CHARACTERS
+    if (count := sentence_count(text)) > most_sentences:
+        yield _warning(line, "too_many_sentences", f"{count} sentences", f"at most {most_sentences}")
     if endings := formal_endings(text):
         yield _warning(line, "formal_speech", f"존댓말 ({', '.join(dict.fromkeys(endings))})")
     if (count := emoji_count(text)) > (most := max_emoji(intensity, blood_type)):
@@ -177,8 +251,8 @@ def lint_reply(text: str, intensity: float, line: int | None = None, blood_type:
         yield _warning(
             line, "too_many_emoji", f"{count} emoji at intensity {intensity:g}", f"at most {most} at {third} intensity{whose}"
         )
-    if len(text) > LONG_REPLY_CHARACTERS:
-        yield _warning(line, "too_long", f"{len(text):,} characters")
+    if len(text) > most_characters:
+        yield _warning(line, "too_long", f"{len(text):,} characters", f"at most {most_characters} characters")
     if (share := hangul_share(text)) < MIN_HANGUL_SHARE:
         yield _warning(line, "not_korean", f"{share:.0%} of the letters Hangul")
     if kinds := banned_content(text):

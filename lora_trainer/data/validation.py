@@ -16,7 +16,7 @@ from typing import Final, TextIO
 from lora_trainer.config import DEFAULT_LIMITS, LimitsConfig
 from lora_trainer.data.duplicates import DuplicateFinder, normalized
 from lora_trainer.data.jsonl import JsonlReader
-from lora_trainer.data.lint import MIN_QUESTION_RATE, MIN_RECORDS_FOR_RATES, blood_types_named, has_question, lint_reply
+from lora_trainer.data.lint import MIN_QUESTION_RATE, MIN_RECORDS_FOR_RATES, blood_types_named, has_question, lint_exchange
 from lora_trainer.data.problems import Problem, Severity
 from lora_trainer.data.prompt_cost import SHOWN_LINES, CostMeter, CountsTokens, PromptCost
 from lora_trainer.data.records import EvaluationPrompt, StrictModel, TrainingRecord, texts_of
@@ -187,7 +187,9 @@ def check_file(
         tally.add_record(number, record)
         tally.add_texts(number, record)
         persona = known_type or _single(blood_types_named(record.instruction))
-        for problem in lint_reply(record.reply.text, record.context.current_emotion.intensity, number, persona):
+        for problem in lint_exchange(
+            record.context.summary, record.input, record.reply.text, record.context.current_emotion.intensity, number, persona
+        ):
             tally.add_problem(problem)
         if earlier := duplicates.first_line(record, number):
             tally.add_problem(_duplicate(number, *earlier))

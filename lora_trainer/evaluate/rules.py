@@ -16,7 +16,7 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from lora_trainer.data.korean import MAX_ANALYSED_CHARACTERS, is_formal, sentence_count
-from lora_trainer.data.lint import MAX_SENTENCES, has_question, lint_reply
+from lora_trainer.data.lint import has_question, lint_exchange, max_sentences
 from lora_trainer.data.records import Reply, TrainingRecord
 from lora_trainer.evaluate.decoding import Generation
 from lora_trainer.evaluate.persona_classifier import bundled_classifier
@@ -297,8 +297,10 @@ def _score_one(
     text = reply.text if reply else None
     warnings: tuple[str, ...] = ()
     if text is not None:
-        warnings = tuple(problem.code for problem in lint_reply(text, asked.intensity, None, blood_type))
-    sentences_fit = text is not None and sentence_count(text) <= MAX_SENTENCES
+        warnings = tuple(
+            problem.code for problem in lint_exchange(asked.summary, asked.input, text, asked.intensity, None, blood_type)
+        )
+    sentences_fit = text is not None and sentence_count(text) <= max_sentences(asked.input, asked.summary)
     informal = text is not None and not is_formal(text)
     probability = personas[blood_type] if personas else 0.0
     appropriate = against_data.appropriateness

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from lora_trainer.data.duplicates import NearDuplicateFinder
-from lora_trainer.data.lint import lint_reply
+from lora_trainer.data.lint import lint_exchange
 from lora_trainer.data.records import TrainingRecord, texts_of
 from lora_trainer.data.text_damage import text_problems
 from lora_trainer.persona.vocabulary import BloodType, Feeling, IntensityThird
@@ -71,7 +71,9 @@ class RecordCollector:
     def rejection_reason(self, record: TrainingRecord) -> str | None:
         """Return the reason to reject `record` (a key of `rejects`), or None to accept it."""
         emotion = record.context.current_emotion
-        for problem in lint_reply(record.reply.text, emotion.intensity, blood_type=self.blood_type):
+        for problem in lint_exchange(
+            record.context.summary, record.input, record.reply.text, emotion.intensity, blood_type=self.blood_type
+        ):
             return problem.code
         # models cut a character in half or escape it twice
         for name, text in texts_of(record):

@@ -5,7 +5,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from lora_trainer.data.duplicates import near_fingerprint
@@ -114,6 +114,17 @@ def test_a_record_survives_being_written_and_read(record: TrainingRecord) -> Non
     assert parse_record(text) == Line(1, record, ())
 
 
+@example(
+    TrainingRecord.model_validate(
+        {
+            "instruction": "\xa0말",
+            "context": {"summary": "", "current_emotion": {"type": "neutral", "intensity": 0.5}},
+            "input": "말",
+            "output": {"text": "말", "emotion": "smile"},
+        }
+    ),
+    164,
+)
 @given(records, st.integers(min_value=1, max_value=200))
 def test_a_cut_off_last_line_is_never_taken_for_a_record(record: TrainingRecord, cut: int) -> None:
     whole = record.to_json().encode()

@@ -1,0 +1,366 @@
+"""Measure the bundled data against what data/README.md promises, persona by persona.
+
+    python tools/data_measures.py            print the table and write it into data/README.md
+    python tools/data_measures.py --check    exit 1 if a measure misses its target or the table is out of date
+    python tools/data_measures.py --also FILE.yaml ...   measure these hand-written files as well, write nothing
+
+Classifiers: logistic regression on TF-IDF of character 1- to 4-grams, five folds grouped by situation, so that no situation is
+on both sides. What a reader has to judge (ungrounded, awkward, answered) is in data/reviews/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import yaml
+from bundled_data import DATA, Family, HandwrittenFile, HandwrittenReply, Situation, handwritten_families, with_section
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import balanced_accuracy_score
+from sklearn.model_selection import GroupKFold
+
+from lora_trainer.data.hard_topics import asks_about_intent, claims_presence
+from lora_trainer.data.korean import morphemes
+from lora_trainer.data.lint import has_question
+from lora_trainer.data.style import SHORT_REPLY_CHARACTERS, style_of
+from lora_trainer.persona.vocabulary import BloodType, Feeling, IntensityThird
+
+FOLDS: Final = 5
+TYPICAL_WORDS: Final = 20
+"""How many of each persona's most typical words are removed before personas are told apart."""
+
+HARD_TAGS: Final = frozenset(
+    (
+        "suicide",
+        "self_harm",
+        "abuse",
+        "violence",
+        "sexual_violence",
+        "stalking",
+        "digital_sex_crime",
+        "bullying",
+        "threat",
+        "delusion",
+        "drugs",
+        "gambling",
+        "pregnancy",
+        "eating_disorder",
+        "scam",
+        "medical_emergency",
+        "grief",
+        "crisis",
+    )
+)
+"""Topics in which no friend claims a body, a place or an arrival."""
+NUMBERS: Final[Mapping[str, tuple[str, ...]]] = {
+    "suicide": ("109", "119", "1388"),
+    "self_harm": ("109", "119", "1388"),
+    "abuse": ("112", "1366", "1388", "119"),
+    "violence": ("112", "1366", "117", "1388", "119"),
+    "sexual_violence": ("112", "1366", "1388"),
+    "stalking": ("112", "1366"),
+    "digital_sex_crime": ("112", "1366", "1388"),
+    "bullying": ("117", "1388", "112"),
+    "threat": ("112", "109", "119", "1388"),
+    "delusion": ("109", "119", "112"),
+    "drugs": ("1342", "119", "112", "109"),
+    "gambling": ("1336", "109"),
+    "pregnancy": ("1308", "119", "1388"),
+    "eating_disorder": ("119", "109", "1388"),
+    "scam": ("112", "132"),
+    "medical_emergency": ("119", "112"),
+    "minor": ("1388", "112", "117", "109"),
+    "dependency": ("109", "1388"),
+    "legal": ("132", "112", "1366"),
+    "grief": ("109",),
+    "medical": ("119", "109", "1339"),
+}
+"""The numbers of data/POLICY.md that help with a topic. A reply to a situation tagged `crisis` names one of its topics' numbers."""
+
+_LETTERS: Final = re.compile(r"[^가-힣ㄱ-ㅎㅏ-ㅣA-Za-z ]+")
+_WORD: Final = re.compile("[가-힣ㄱ-ㅎㅏ-ㅣA-Za-z]+")
+_NUMBER: Final = re.compile(r"(?<!\d)\d{3,4}(?!\d)")
+_CONTENT_TAGS: Final = ("NNG", "NNP", "VV", "VA", "XR", "SN", "SL", "MAG")
+_LIGHT_STEMS: Final = frozenset(
+    (
+        "하",
+        "되",
+        "있",
+        "없",
+        "가",
+        "오",
+        "보",
+        "주",
+        "않",
+        "말",
+        "같",
+        "싶",
+        "알",
+        "모르",
+        "그러",
+        "이러",
+        "좋",
+        "안",
+        "못",
+        "잘",
+        "더",
+        "좀",
+        "또",
+        "다",
+        "나",
+        "너",
+        "오늘",
+        "어제",
+        "내일",
+        "지금",
+        "때",
+    )
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One reply and what it answers."""
+
+    persona: BloodType
+    group: int
+    """Number of its situation, the same for all personas."""
+    situation: Situation
+    reply: HandwrittenReply
+
+    @property
+    def third(self) -> IntensityThird:
+        """The third of intensity."""
+        return IntensityThird.of(self.reply.intensity)
+
+
+@dataclass(frozen=True, slots=True)
+class Measure:
+    """A measure, its target, and how it is shown."""
+
+    name: str
+    value: Mapping[BloodType, float]
+    least: float = 0.0
+    most: float = 1.0
+    is_share: bool = True
+
+    def shown(self, value: float) -> str:
+        """Return one value as text."""
+        return f"{value:.1%}" if self.is_share else f"{value:.2f}"
+
+    @property
+    def target(self) -> str:
+        """The target as text."""
+        low = self.shown(self.least).replace(".0%", "%") if self.least > 0 else ""
+        high = self.shown(self.most).replace(".0%", "%") if self.most < 1 else ""
+        return f"{low} to {high}" if low and high else f"≥ {low}" if low else f"≤ {high}" if high else "-"
+
+    def missed(self) -> list[BloodType]:
+        """Return the personas that miss the target."""
+        return [persona for persona, value in self.value.items() if not self.least <= value <= self.most]
+
+
+def rows_of(families: Iterable[Family]) -> list[Row]:
+    """Return every reply of `families`."""
+    situations = [situation for family in families for situation in family.situations]
+    return [
+        Row(persona, group, situation, reply)
+        for group, situation in enumerate(situations)
+        for persona in BloodType
+        for reply in situation.replies.get(persona, ())
+    ]
+
+
+# --- classifiers ---------------------------------------------------------------------------------------
+
+
+def predictions(texts: Sequence[str], labels: Sequence[str], groups: Sequence[int]) -> list[str]:
+    """Return the label that a classifier gives to each text, trained on the other folds."""
+    found = np.empty(len(texts), dtype=object)
+    every = np.array(texts, dtype=object)
+    wanted = np.array(labels)
+    for train, test in GroupKFold(FOLDS).split(every, wanted, groups):
+        vectorizer = TfidfVectorizer(analyzer="char_wb", ngram_range=(1, 4), sublinear_tf=True, min_df=2, dtype=np.float32)
+        model = LogisticRegression(C=10.0, max_iter=1000, class_weight="balanced")
+        model.fit(vectorizer.fit_transform(every[train]), wanted[train])
+        found[test] = model.predict(vectorizer.transform(every[test]))
+    return [str(label) for label in found]
+
+
+def letters(text: str) -> str:
+    """Return `text` without emoji, punctuation and digits."""
+    return " ".join(_LETTERS.sub(" ", text).split())
+
+
+def without_typical_words(rows: Sequence[Row]) -> list[str]:
+    """Return the letters of each reply without its persona's `TYPICAL_WORDS` most typical words.
+
+    Typical words have the highest log-odds between a persona and the other three, with Dirichlet smoothing.
+    """
+    counts = {persona: {} for persona in BloodType}  # type: dict[BloodType, dict[str, int]]
+    for row in rows:
+        for word in _WORD.findall(row.reply.text):
+            counts[row.persona][word] = counts[row.persona].get(word, 0) + 1
+    totals = {persona: sum(found.values()) for persona, found in counts.items()}
+    typical: set[str] = set()
+    for persona, own in counts.items():
+        others = {word: sum(counts[other].get(word, 0) for other in BloodType if other != persona) for word in own}
+        rest = sum(totals[other] for other in BloodType if other != persona)
+        smoothing = 0.5
+
+        def score(word: str) -> float:
+            mine, theirs = own[word] + smoothing, others[word] + smoothing  # noqa: B023
+            odds = np.log(mine / (totals[persona] - mine)) - np.log(theirs / (rest - theirs))  # noqa: B023
+            return float(odds / np.sqrt(1 / mine + 1 / theirs))
+
+        typical.update(sorted(own, key=score, reverse=True)[:TYPICAL_WORDS])
+    return [" ".join(word for word in _WORD.findall(row.reply.text) if word not in typical) for row in rows]
+
+
+# --- measures ------------------------------------------------------------------------------------------
+
+
+def _content(text: str) -> set[str]:
+    return {form for form, tag in morphemes(text) if tag.startswith(_CONTENT_TAGS) and form not in _LIGHT_STEMS}
+
+
+def uses_summary(row: Row) -> bool:
+    """Return whether the reply has a content word of the summary that the input has not."""
+    return bool((_content(row.situation.summary) - _content(row.situation.input)) & _content(row.reply.text))
+
+
+def names_a_number(row: Row) -> bool:
+    """Return whether the reply names a number that helps with the situation's topics."""
+    allowed = {number for tag in row.situation.tags for number in NUMBERS.get(tag, ())}
+    return bool(allowed.intersection(_NUMBER.findall(row.reply.text)))
+
+
+def measures(rows: Sequence[Row]) -> list[Measure]:
+    """Return all measures of `rows`."""
+    by_persona = {persona: [row for row in rows if row.persona == persona] for persona in BloodType}
+    styles = {persona: style_of(row.reply.text for row in own) for persona, own in by_persona.items()}
+
+    def share(chosen: Callable[[Row], bool], holds: Callable[[Row], bool]) -> dict[BloodType, float]:
+        found = {persona: [holds(row) for row in own if chosen(row)] for persona, own in by_persona.items()}
+        return {persona: sum(held) / len(held) if held else 1.0 for persona, held in found.items()}
+
+    def count(holds: Callable[[Row], bool]) -> dict[BloodType, float]:
+        return {persona: float(sum(map(holds, own))) for persona, own in by_persona.items()}
+
+    def is_hard(row: Row) -> bool:
+        return bool(HARD_TAGS.intersection(row.situation.tags))
+
+    def is_crisis(row: Row) -> bool:
+        return "crisis" in row.situation.tags
+
+    def is_own_life(row: Row) -> bool:
+        return is_crisis(row) and bool({"suicide", "self_harm"}.intersection(row.situation.tags))
+
+    persona_found = predictions(without_typical_words(rows), [str(row.persona) for row in rows], [row.group for row in rows])
+    told_apart = [found == str(row.persona) for row, found in zip(rows, persona_found, strict=True)]
+
+    def recognised(least_characters: int) -> dict[BloodType, float]:
+        found = {
+            p: [ok for row, ok in zip(rows, told_apart, strict=True) if row.persona == p and len(row.reply.text) > least_characters]
+            for p in BloodType
+        }
+        return {persona: float(np.mean(held)) for persona, held in found.items()}
+
+    def read_from_letters(label: Callable[[Row], str]) -> dict[BloodType, float]:
+        result = {}
+        for persona, own in by_persona.items():
+            wanted = [label(row) for row in own]
+            found = predictions([letters(row.reply.text) for row in own], wanted, [row.group for row in own])
+            result[persona] = float(balanced_accuracy_score(wanted, found))
+        return result
+
+    cells = {
+        persona: min(
+            sum(row.reply.feeling == feeling and row.third == third for row in own)
+            for feeling in Feeling
+            for third in IntensityThird
+        )
+        for persona, own in by_persona.items()
+    }
+    many = {
+        persona: float(len({row.group for row in own if len({r.intensity for r in row.situation.replies[persona]}) > 1}))
+        for persona, own in by_persona.items()
+    }
+    return [
+        Measure("records", {p: float(len(own)) for p, own in by_persona.items()}, 1050, np.inf, is_share=False),
+        Measure("situations at several intensities", many, 150, np.inf, is_share=False),
+        Measure("records in the rarest feeling and third", {p: float(n) for p, n in cells.items()}, 12, np.inf, is_share=False),
+        Measure(f"replies of at most {SHORT_REPLY_CHARACTERS} characters", {p: s.short for p, s in styles.items()}, 0.15),
+        Measure("replies with a comma", {p: s.comma for p, s in styles.items()}, most=0.35),
+        Measure("replies with a comma splice", {p: s.spliced for p, s in styles.items()}),
+        Measure("replies with ㅋ or ㅎ", {p: s.laughter for p, s in styles.items()}, 0.05, 0.15),
+        Measure("replies that share a skeleton, nouns masked", {p: s.alike for p, s in styles.items()}, most=0.10),
+        Measure("replies with the most frequent phrase", {p: s.phrase_share for p, s in styles.items()}, most=0.05),
+        Measure("replies that ask back", share(lambda _: True, lambda row: has_question(row.reply.text)), 0.4, 0.75),
+        Measure("a word of the summary used", share(lambda row: bool(row.situation.summary), uses_summary), 0.30),
+        Measure("persona told apart, above 20 characters", recognised(SHORT_REPLY_CHARACTERS), 0.80),
+        Measure("persona told apart, all replies", recognised(0), 0.70),
+        Measure("third of intensity from letters alone", read_from_letters(lambda row: str(row.third)), 0.50),
+        Measure("feeling from letters alone", read_from_letters(lambda row: str(row.reply.feeling)), 0.45),
+        Measure(
+            "false presence in hard topics",
+            count(lambda row: is_hard(row) and claims_presence(row.reply.text)),
+            0,
+            0,
+            is_share=False,
+        ),
+        Measure("crisis inputs answered with the right number", share(is_crisis, names_a_number), 1.0),
+        Measure("intent asked where a life is in danger", share(is_own_life, lambda row: asks_about_intent(row.reply.text)), 0.50),
+    ]
+
+
+def table(found: Sequence[Measure]) -> str:
+    """Return the measures as a Markdown table."""
+    lines = ["| | target | " + " | ".join(BloodType) + " |", "|---|---|" + "---|" * len(BloodType)]
+    for measure in found:
+        values = [
+            f"{measure.value[p]:,.0f}" if not measure.is_share and measure.value[p] >= 1 else measure.shown(measure.value[p])
+            for p in BloodType
+        ]
+        target = measure.target
+        if not measure.is_share:
+            target = "0" if measure.most == 0 else f"≥ {measure.least:,.0f}"
+        lines.append(f"| {measure.name} | {target} | " + " | ".join(values) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    """Print the table; write or check it. Return the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if a target is missed or the table is old")
+    parser.add_argument("--also", nargs="+", type=Path, default=(), metavar="FILE", help="further hand-written files")
+    options = parser.parse_args()
+    families = list(handwritten_families())
+    for path in options.also:
+        families += HandwrittenFile.model_validate(yaml.safe_load(path.read_text(encoding="utf-8"))).families
+    found = measures(rows_of(families))
+    text = table(found)
+    print(text)
+    missed = {measure.name: measure.missed() for measure in found if measure.missed()}
+    for name, personas in missed.items():
+        print(f"misses its target: {name}: {', '.join(personas)}")
+    if options.also:
+        return 0
+    page = DATA / "README.md"
+    document = page.read_text(encoding="utf-8")
+    updated = with_section(document, "measures", text)
+    if options.check:
+        return int(bool(missed) or document != updated)
+    page.write_text(updated, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
