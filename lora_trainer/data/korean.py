@@ -160,6 +160,7 @@ def _is_sentence(piece: str) -> bool:
 
 _PERHAPS_FORMAL: Final = regex.compile("[요욬욯욥욤용죠쇼뇨여염]|니다|니당|니닷|니까|시오|시다|네|넵|넹|옙")
 _QUOTED: Final = regex.compile("[\"“'‘「『][^\"”'’」』]{0,80}[\"”'’」』](?=[가-힣])")
+_LAUGHTER_IN_CODA: Final = regex.compile("[가-힣][ㄱ-ㅎ]")
 # 마요 means mayonnaise after these words and "don't" elsewhere (걱정 마요)
 _MAYONNAISE: Final = regex.compile("(참치|치킨|스팸|불닭|김치|명란|새우|와사비|콘) (마요)")
 _FORMAL_ENDINGS: Final = (
@@ -184,10 +185,17 @@ def formal_endings(text: str) -> list[str]:
     composed = unicodedata.normalize("NFC", text)[:MAX_ANALYSED_CHARACTERS]
     if not _PERHAPS_FORMAL.search(composed):
         return []
-    # the two options strip letters that chat appends to the last syllable: laughter (했어욬ㅋㅋ) and a playful ㅇ (했어용)
-    tokens = _kiwi().tokenize(_MAYONNAISE.sub(r"\1\2", _QUOTED.sub("", composed)), normalize_coda=True, z_coda=True)
+    tokens = _spoken_tokens(_MAYONNAISE.sub(r"\1\2", _QUOTED.sub("", composed)))
     found = (_formal_ending(tokens, index) for index in range(len(tokens)))
     return [ending for ending in found if ending]
+
+
+def _spoken_tokens(text: str) -> Sequence[Token]:
+    """Return the tokens of `text`, without letters that chat appends to a last syllable: 했어욬ㅋㅋ, 했어용."""
+    if text.splitlines() == [text] and not _LAUGHTER_IN_CODA.search(text):
+        # `sentences` has analysed this text, and only laughter makes a difference between the two analyses
+        return [token for part in _analysed(text) for token in part.tokens or []]
+    return _kiwi().tokenize(text, normalize_coda=True, z_coda=True)
 
 
 def is_formal(text: str) -> bool:

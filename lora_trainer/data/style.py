@@ -148,7 +148,7 @@ class StyleCounter:
     def __init__(self) -> None:
         self._lengths: list[int] = []
         self._counts: Counter[str] = Counter()
-        self._skeletons: Counter[int] = Counter()
+        self._skeletons: Counter[tuple[str, ...]] = Counter()
         self._phrases: Counter[tuple[str, ...]] = Counter()
 
     def add(self, text: str) -> None:
@@ -160,7 +160,7 @@ class StyleCounter:
         self._counts["comma"] += "," in text or "，" in text
         self._counts["laughter"] += _LAUGHTER.search(text) is not None
         self._counts["spliced"] += has_splice(tokens)
-        self._skeletons[hash(skeleton(tokens))] += 1
+        self._skeletons[skeleton(tokens)] += 1
         self._phrases.update(phrases(tokens))
 
     def result(self) -> Style:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 from typing import Final
 
 import emoji as emoji_library
@@ -17,6 +18,8 @@ _TEXT_STYLE: Final = "\ufe0e"
 _KEYCAP: Final = "\u20e3"
 
 
+# cached, because several rules count the emoji of the same reply
+@lru_cache(maxsize=64)
 def emoji_count(text: str) -> int:
     """Return the number of emoji in the first `MAX_SCANNED_CHARACTERS` of `text`.
 
@@ -24,8 +27,11 @@ def emoji_count(text: str) -> int:
     count even without U+FE0F, because people type ❤ and ☺ without it; earlier ones (©, ™, ↔) count only with it.
     """
     text = text[:MAX_SCANNED_CHARACTERS]
-    if not _PERHAPS_EMOJI.search(text):
+    first = _PERHAPS_EMOJI.search(text)
+    if not first:
         return 0
+    # the digit of a keycap comes before the first match
+    text = text[max(0, first.start() - 1) :]
     return sum(
         1
         for found in emoji_library.emoji_list(text)
