@@ -38,6 +38,12 @@ from lora_trainer.uris import check_server_url, shown
     "--base-model", "base__model", metavar="MODEL", help="Base whose tokenizer counts the tokens: hub id, folder or s3:// prefix."
 )
 @click.option("--no-tokens", is_flag=True, help="Don't count tokens: needs no tokenizer.")
+@click.option(
+    "--workers",
+    type=click.IntRange(1, 256),
+    metavar="N",
+    help="Processes that check lines, 600 MiB each. Default: the usable cores for a file above 8 MiB, else 1.",
+)
 @set_option("training.max_length_tokens=512")
 def validate(
     files: Sequence[str],
@@ -46,6 +52,7 @@ def validate(
     as_json: bool,
     config_file: Path | None,
     no_tokens: bool,
+    workers: int | None,
     overrides: Sequence[str],
     **options: Any,
 ) -> None:
@@ -112,6 +119,7 @@ def validate(
                     max_length_tokens=config.training.max_length_tokens,
                     template_overhead_tokens=overhead_tokens,
                     limits=config.limits,
+                    workers=workers,
                     on_problem=on_problem,
                 )
             # report the user's name, not our local copy's

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import unicodedata
 from hashlib import blake2b
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import regex
 
@@ -50,6 +50,18 @@ def _hash64(text: str) -> int:
     return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
+class Fingerprints(NamedTuple):
+    """The two hashes by which `DuplicateFinder` compares records."""
+
+    near: int
+    exact: int
+
+
+def fingerprints(record: TrainingRecord) -> Fingerprints:
+    """Return both fingerprints of a record."""
+    return Fingerprints(near_fingerprint(record), exact_fingerprint(record))
+
+
 class DuplicateFinder:
     """Find records that repeat an earlier one.
 
@@ -60,10 +72,10 @@ class DuplicateFinder:
         self._first: dict[int, tuple[int, int]] = {}
         """Near fingerprint -> line and exact fingerprint of the first record with it."""
 
-    def first_line(self, record: TrainingRecord, line: int) -> tuple[int, bool] | None:
+    def first_line(self, record: Fingerprints, line: int) -> tuple[int, bool] | None:
         """Return `(line, is_exact)` of the first record like this one, or None if this is the first."""
-        this = (line, exact_fingerprint(record))
-        first = self._first.setdefault(near_fingerprint(record), this)
+        this = (line, record.exact)
+        first = self._first.setdefault(record.near, this)
         return None if first is this else (first[0], first[1] == this[1])
 
 

@@ -42,6 +42,19 @@ class Line(NamedTuple, Generic[Record]):
     problems: tuple[Problem, ...]
 
 
+class RawLine(NamedTuple):
+    """One line as it stands in the file, for `parse_line`."""
+
+    number: int
+    """Line number from 1, counting blank lines."""
+    start: int
+    """Byte of the file at which `raw` begins."""
+    raw: bytes
+    """The bytes of the line, including its line break."""
+    notes: tuple[Problem, ...]
+    """Warnings about its bytes, such as a byte-order mark."""
+
+
 class JsonlReader(Generic[Record]):
     """Iterate once over the lines of one JSONL file, holding at most `limits.line_bytes` of it in memory.
 
@@ -61,6 +74,14 @@ class JsonlReader(Generic[Record]):
         self.blank_lines = 0
 
     def __iter__(self) -> Iterator[Line[Record]]:
+        for line in self.raw_lines():
+            yield parse_line(line, self._schema, self._limits)
+
+    def raw_lines(self) -> Iterator[RawLine | Line[Record]]:
+        """Yield what iterating yields, without parsing it: each line that can be parsed as a `RawLine`.
+
+        This is the part of reading that must happen in order; `parse_line` may run in another process.
+        """
         try:
             if problem := diagnose(self.path, self._limits, is_prompts=self._schema is EvaluationPrompt):
                 yield Line(0, None, (problem,))
@@ -95,7 +116,7 @@ class JsonlReader(Generic[Record]):
             except OSError as error:
                 yield _unreadable(error)
 
-    def _lines(self, file: BinaryIO) -> Iterator[Line[Record]]:
+    def _lines(self, file: BinaryIO) -> Iterator[RawLine | Line[Record]]:
         offset = 0
         crlf_seen = False
         max_bytes = self._limits.line_bytes
@@ -123,7 +144,7 @@ class JsonlReader(Generic[Record]):
                 notes.append(
                     _warning(number, "bom", "a byte-order mark before the line", "plain UTF-8", "save it as UTF-8 without a BOM")
                 )
-            if not raw.strip():
+            if _is_blank_line(raw):
                 self.blank_lines += 1
                 if notes:
                     yield Line(number, None, tuple(notes))
@@ -131,13 +152,7 @@ class JsonlReader(Generic[Record]):
             if raw.endswith(b"\r\n") and not crlf_seen:
                 crlf_seen = True
                 notes.append(_warning(number, "crlf", "CRLF line endings", "LF line endings", "convert the line endings"))
-            line: Line[Record] | None = _read_line(raw, number, start, self._schema, self._limits)
-            if line is None:
-                self.blank_lines += 1
-            elif notes:
-                yield Line(number, line.record, (*notes, *line.problems))
-            else:
-                yield line
+            yield RawLine(number, start, raw, tuple(notes))
         if self.lines_read == self.blank_lines:
             got = f"only blank lines ({self.lines_read:,})" if self.lines_read else "an empty file"
             yield _bad_file(
@@ -199,12 +214,30 @@ def parse_record(text: str, number: int = 1, limits: LimitsConfig = DEFAULT_LIMI
         return _bad_line(number, fault)
 
 
-def _read_line(raw: bytes, number: int, start: int, schema: type[Record], limits: LimitsConfig) -> Line[Record] | None:
-    """Parse line `number`, which begins at byte `start` of the file. Return None if it is blank."""
+def parse_line(line: RawLine | Line[Record], schema: type[Record], limits: LimitsConfig) -> Line[Record]:
+    """Parse one of the lines that `JsonlReader.raw_lines` yields. Never raises."""
+    if isinstance(line, Line):
+        return line
+    parsed = _read_line(line.raw, line.number, line.start, schema, limits)
+    return Line(line.number, parsed.record, (*line.notes, *parsed.problems)) if line.notes else parsed
+
+
+def _is_blank_line(raw: bytes) -> bool:
+    """Return whether a line has only white space, such as U+3000. Most lines begin with `{`, and need no decoding."""
+    stripped = raw.strip()
+    if not stripped or b" " < stripped[:1] < b"\x7f":
+        return not stripped
+    try:
+        return not stripped.decode("utf-8").strip()
+    except UnicodeDecodeError:
+        return False
+
+
+def _read_line(raw: bytes, number: int, start: int, schema: type[Record], limits: LimitsConfig) -> Line[Record]:
+    """Parse line `number`, which begins at byte `start` of the file."""
     is_last = not raw.endswith(b"\n")
     try:
-        text = raw.decode("utf-8")
-        return _read_text(text, number, schema, limits) if text.strip() else None
+        return _read_text(raw.decode("utf-8"), number, schema, limits)
     except UnicodeDecodeError as error:
         if is_last and error.reason == "unexpected end of data":
             return _bad_line(number, _truncated(len(raw)))

@@ -22,7 +22,7 @@ from lora_trainer.data.hard_topics import (
     names_help,
     refers_to_expert,
 )
-from lora_trainer.data.korean import formal_endings, sentence_count, sentences
+from lora_trainer.data.korean import MAX_ANALYSED_CHARACTERS, formal_endings, sentence_count, sentences
 from lora_trainer.data.problems import Problem, Severity
 from lora_trainer.persona.emoji import emoji_count
 from lora_trainer.persona.specs import persona_spec
@@ -95,7 +95,8 @@ _STEM: Final = 2
 
 def is_unanswered_choice(message: str, text: str) -> bool:
     """Return whether `message` ends in a question with two options and `text` takes up neither, nor both."""
-    plain = unicodedata.normalize("NFC", message).strip()
+    # only the end, because the patterns need quadratic time on a very long word
+    plain = unicodedata.normalize("NFC", message).strip()[-MAX_ANALYSED_CHARACTERS:]
     options = next((found.groups() for pattern in _CHOICES if (found := pattern.search(plain))), None)
     if options is None or options[0] == options[1] or min(map(len, options)) < _STEM:
         return False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -193,6 +193,46 @@ def _distribution_json(lengths: LengthDistribution) -> dict[str, object]:
     }
 
 
+class TokenLengths:
+    """Histograms of the lengths of records and of their parts."""
+
+    def __init__(self) -> None:
+        self._parts: dict[str, Counter[int]] = {name: Counter() for name in PART_NAMES}
+        self._whole: Counter[int] = Counter()
+        self._left_out = 0
+        self._left_out_lines: list[int] = []
+
+    def add(self, line: int, counts: Sequence[int], max_length_tokens: int) -> None:
+        """Add the record on line `line`; `counts` holds the tokens of each of `PART_NAMES`."""
+        for name, count in zip(PART_NAMES, counts, strict=True):
+            self._parts[name][count] += 1
+        whole = sum(counts)
+        self._whole[whole] += 1
+        if whole > max_length_tokens:
+            self._left_out += 1
+            if len(self._left_out_lines) < SHOWN_LINES:
+                self._left_out_lines.append(line)
+
+    def merge(self, later: TokenLengths) -> None:
+        """Add the records of later lines."""
+        for name, lengths in later._parts.items():
+            self._parts[name].update(lengths)
+        self._whole.update(later._whole)
+        self._left_out += later._left_out
+        self._left_out_lines = (self._left_out_lines + later._left_out_lines)[:SHOWN_LINES]
+
+    def result(self, max_length_tokens: int) -> PromptCost:
+        """Return the cost of all records."""
+        all_tokens = sum(length * times for length, times in self._whole.items())
+        return PromptCost(
+            max_length_tokens=max_length_tokens,
+            whole=LengthDistribution.of(self._whole, all_tokens),
+            parts={name: LengthDistribution.of(lengths, all_tokens) for name, lengths in self._parts.items()},
+            left_out=self._left_out,
+            left_out_lines=tuple(self._left_out_lines),
+        )
+
+
 class CostMeter:
     """Counts tokens in batches and keeps only histograms.
 
@@ -207,10 +247,7 @@ class CostMeter:
         self._count_cached = lru_cache(maxsize=_CACHED_TEXTS)(self._count_one)
         self._batch: list[tuple[int, PromptParts]] = []
         self._batch_characters = 0
-        self._lengths: dict[str, Counter[int]] = {name: Counter() for name in PART_NAMES}
-        self._whole: Counter[int] = Counter()
-        self._left_out = 0
-        self._left_out_lines: list[int] = []
+        self._lengths = TokenLengths()
 
     def add(self, line: int, record: TrainingRecord) -> None:
         """Count the record on line `line`."""
@@ -238,25 +275,12 @@ class CostMeter:
                 tokens[parts.reply],
                 self._template_tokens,
             )
-            for name, count in zip(PART_NAMES, counts, strict=True):
-                self._lengths[name][count] += 1
-            whole = sum(counts)
-            self._whole[whole] += 1
-            if whole > self._max_length_tokens:
-                self._left_out += 1
-                if len(self._left_out_lines) < SHOWN_LINES:
-                    self._left_out_lines.append(line)
+            self._lengths.add(line, counts, self._max_length_tokens)
         self._batch.clear()
         self._batch_characters = 0
 
-    def result(self) -> PromptCost:
-        """Return the cost of all records added so far."""
+    def taken(self) -> TokenLengths:
+        """Return the lengths of the records added since the last call."""
         self._flush()
-        all_tokens = sum(length * times for length, times in self._whole.items())
-        return PromptCost(
-            max_length_tokens=self._max_length_tokens,
-            whole=LengthDistribution.of(self._whole, all_tokens),
-            parts={name: LengthDistribution.of(lengths, all_tokens) for name, lengths in self._lengths.items()},
-            left_out=self._left_out,
-            left_out_lines=tuple(self._left_out_lines),
-        )
+        lengths, self._lengths = self._lengths, TokenLengths()
+        return lengths

@@ -7,12 +7,13 @@ the bundled data keeps, measured against real chats (`data/README.md`).
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib import resources
 from statistics import median
-from typing import Final
+from typing import Final, NamedTuple
 
 from lora_trainer.data.korean import morphemes
 
@@ -52,6 +53,16 @@ class Style:
     phrase: str
     """The phrase that most replies share, as morphemes. Empty without replies. Training text: show it only to its owner."""
     phrase_share: float
+
+    def as_json(self) -> dict[str, object]:
+        """Return JSON-compatible values, without the text of the phrase."""
+        return {
+            name: round(value, 4) if isinstance(value, float) else value for name, value in asdict(self).items() if name != "phrase"
+        }
+
+
+EMPTY_STYLE: Final = Style(0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, "", 0.0)
+"""The style of no replies."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +153,31 @@ def phrases(tokens: Sequence[tuple[str, str]]) -> set[tuple[str, ...]]:
     return {(word,) for word in content} | runs
 
 
+class ReplyStyle(NamedTuple):
+    """What `StyleCounter` counts of one reply."""
+
+    characters: int
+    has_comma: bool
+    has_laughter: bool
+    is_spliced: bool
+    skeleton: tuple[str, ...]
+    phrases: frozenset[tuple[str, ...]]
+
+
+def described(text: str) -> ReplyStyle:
+    """Return what `StyleCounter` counts of one reply."""
+    text = unicodedata.normalize("NFC", text)
+    tokens = morphemes(text)
+    return ReplyStyle(
+        characters=len(text),
+        has_comma="," in text or "，" in text,
+        has_laughter=_LAUGHTER.search(text) is not None,
+        is_spliced=has_splice(tokens),
+        skeleton=skeleton(tokens),
+        phrases=frozenset(phrases(tokens)),
+    )
+
+
 class StyleCounter:
     """Collect what `Style` describes, one reply at a time."""
 
@@ -151,23 +187,27 @@ class StyleCounter:
         self._skeletons: Counter[tuple[str, ...]] = Counter()
         self._phrases: Counter[tuple[str, ...]] = Counter()
 
-    def add(self, text: str) -> None:
-        """Add a reply, unless `MAX_STYLE_REPLIES` have been added."""
-        if len(self._lengths) >= MAX_STYLE_REPLIES:
+    @property
+    def is_full(self) -> bool:
+        """Whether `MAX_STYLE_REPLIES` have been added."""
+        return len(self._lengths) >= MAX_STYLE_REPLIES
+
+    def add(self, reply: ReplyStyle) -> None:
+        """Add a reply, unless the counter is full."""
+        if self.is_full:
             return
-        tokens = morphemes(text)
-        self._lengths.append(len(text))
-        self._counts["comma"] += "," in text or "，" in text
-        self._counts["laughter"] += _LAUGHTER.search(text) is not None
-        self._counts["spliced"] += has_splice(tokens)
-        self._skeletons[skeleton(tokens)] += 1
-        self._phrases.update(phrases(tokens))
+        self._lengths.append(reply.characters)
+        self._counts["comma"] += reply.has_comma
+        self._counts["laughter"] += reply.has_laughter
+        self._counts["spliced"] += reply.is_spliced
+        self._skeletons[reply.skeleton] += 1
+        self._phrases.update(reply.phrases)
 
     def result(self) -> Style:
         """Return the shares over the replies added so far."""
         count = len(self._lengths)
         if not count:
-            return Style(0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, "", 0.0)
+            return EMPTY_STYLE
         phrase, often = min(self._phrases.items(), key=lambda found: (-found[1], found[0]), default=((), 0))
         return Style(
             replies=count,
@@ -186,5 +226,5 @@ def style_of(replies: Iterable[str]) -> Style:
     """Return the style of `replies`."""
     counter = StyleCounter()
     for reply in replies:
-        counter.add(reply)
+        counter.add(described(reply))
     return counter.result()

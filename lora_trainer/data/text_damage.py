@@ -225,6 +225,23 @@ class _Field:
     """Texts that are not blank and have no Hangul syllable."""
     without_hangul_lines: list[int] = field(default_factory=list)
 
+    def merge(self, later: _Field) -> None:
+        """Add the counts of later lines."""
+        self.texts += later.texts
+        self.lost += later.lost
+        self.bare += later.bare
+        self.suspicious += later.suspicious
+        self.without_hangul += later.without_hangul
+        for lines, more in (
+            (self.lines, later.lines),
+            (self.bare_lines, later.bare_lines),
+            (self.uneven_lines, later.uneven_lines),
+            (self.suspicious_lines, later.suspicious_lines),
+            (self.without_hangul_lines, later.without_hangul_lines),
+        ):
+            for line in more:
+                _remember(lines, line)
+
 
 class LostText:
     """Judge over a whole file whether its Hangul was lost: replaced by question marks or boxes, or missing altogether.
@@ -275,6 +292,12 @@ class LostText:
         elif _LOST_SYLLABLE.search(text):
             counts.suspicious += 1
             _remember(counts.suspicious_lines, line)
+
+    def merge(self, later: LostText) -> None:
+        """Add the counts of later lines."""
+        for name, counts in later._fields.items():
+            self._fields.setdefault(name, _Field()).merge(counts)
+        self._is_certain |= later._is_certain
 
     def problems(self) -> Iterator[Problem]:
         """Yield one problem for each field that lost text, or may have."""

@@ -9,20 +9,23 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, TextIO
 
 from lora_trainer.config import DEFAULT_LIMITS, LimitsConfig
+from lora_trainer.data.checking import CheckSettings, Counts, LineBatch
 from lora_trainer.data.duplicates import DuplicateFinder, normalized
-from lora_trainer.data.jsonl import JsonlReader
-from lora_trainer.data.lint import MIN_QUESTION_RATE, MIN_RECORDS_FOR_RATES, blood_types_named, has_question, lint_exchange
+from lora_trainer.data.jsonl import JsonlReader, Line, RawLine
+from lora_trainer.data.lint import MIN_QUESTION_RATE, MIN_RECORDS_FOR_RATES
 from lora_trainer.data.problems import Problem, Severity
-from lora_trainer.data.prompt_cost import SHOWN_LINES, CostMeter, CountsTokens, PromptCost
-from lora_trainer.data.records import EvaluationPrompt, StrictModel, TrainingRecord, texts_of
+from lora_trainer.data.prompt_cost import CountsTokens, PromptCost
+from lora_trainer.data.records import EvaluationPrompt, TrainingRecord, texts_of
+from lora_trainer.data.style import EMPTY_STYLE, Style, StyleCounter
 from lora_trainer.data.text_damage import LostText
+from lora_trainer.data.workers import BATCH_BYTES, BATCH_LINES, checked_batches
 from lora_trainer.errors import DataError
-from lora_trainer.persona.emoji import emoji_count
 from lora_trainer.persona.vocabulary import BloodType, Feeling, IntensityThird
 
 SHOWN_PROBLEMS: Final = 50
@@ -55,6 +58,10 @@ class FileReport:
     """Mean number of emoji per reply; 0 for a third without records."""
     cost: PromptCost | None
     """None if no tokenizer was given."""
+    style: Style = EMPTY_STYLE
+    """How the first `MAX_STYLE_REPLIES` replies read together."""
+    emoji_by_intensity: Mapping[tuple[int, int], int] = field(default_factory=dict)
+    """Number of replies by intensity, in hundredths, and number of emoji."""
     is_prompts: bool = False
     """Whether the file contains evaluation prompts. They have no replies, so questions and emoji are 0."""
 
@@ -102,6 +109,7 @@ class FileReport:
             "question_rate": round(self.question_rate, 4),
             "emoji_mean": {str(third): round(self.emoji_mean[third], 4) for third in IntensityThird},
             "prompt_cost": self.cost and self.cost.as_json(),
+            "style": None if self.is_prompts else self.style.as_json(),
         }
         if with_problems:
             document["problems"] = [problem.as_json() for problem in self.problems]
@@ -109,22 +117,14 @@ class FileReport:
 
 
 @dataclass(slots=True)
-class _Tally:
-    """Running counts of one pass over a file."""
+class _Problems:
+    """The problems of one pass over a file: all are counted, the first ones kept."""
 
     on_problem: OnProblem | None
     counts: dict[Severity, Counter[str]] = field(default_factory=lambda: {severity: Counter() for severity in Severity})
     first: dict[Severity, list[Problem]] = field(default_factory=lambda: {severity: [] for severity in Severity})
-    records: int = 0
-    questions: int = 0
-    coverage: Counter[tuple[Feeling, IntensityThird]] = field(default_factory=Counter)
-    emoji: Counter[IntensityThird] = field(default_factory=Counter)
-    by_type: Counter[BloodType] = field(default_factory=Counter)
-    named_elsewhere: Counter[frozenset[BloodType]] = field(default_factory=Counter)
-    lines_naming: dict[frozenset[BloodType], list[int]] = field(default_factory=dict)
-    lost_text: LostText = field(default_factory=LostText)
 
-    def add_problem(self, problem: Problem) -> None:
+    def add(self, problem: Problem) -> None:
         self.counts[problem.severity][problem.code] += 1
         first = self.first[problem.severity]
         if len(first) < SHOWN_PROBLEMS:
@@ -132,25 +132,7 @@ class _Tally:
         if self.on_problem:
             self.on_problem(problem)
 
-    def add_texts(self, line: int, record: StrictModel) -> None:
-        for name, text in texts_of(record):
-            self.lost_text.add(line, name, text)
-
-    def add_record(self, line: int, record: TrainingRecord) -> None:
-        text, emotion = record.reply.text, record.context.current_emotion
-        third = IntensityThird.of(emotion.intensity)
-        self.records += 1
-        self.coverage[emotion.type, third] += 1
-        self.emoji[third] += emoji_count(text)
-        self.questions += has_question(text)
-        if named := blood_types_named(record.instruction):
-            self.by_type.update(named)
-            self.named_elsewhere[named] += 1
-            lines = self.lines_naming.setdefault(named, [])
-            if len(lines) < SHOWN_LINES:
-                lines.append(line)
-
-    def first_problems(self) -> tuple[Problem, ...]:
+    def shown(self) -> tuple[Problem, ...]:
         errors = self.first[Severity.ERROR]
         kept = [*errors, *self.first[Severity.WARNING]][:SHOWN_PROBLEMS]
         return tuple(sorted(kept, key=lambda problem: problem.line or 0))
@@ -164,8 +146,10 @@ def check_file(
     max_length_tokens: int = 1024,
     template_overhead_tokens: int = 0,
     limits: LimitsConfig = DEFAULT_LIMITS,
+    workers: int | None = None,
     on_problem: OnProblem | None = None,
     on_record: Callable[[TrainingRecord], None] | None = None,
+    on_reply: Callable[[str], None] | None = None,
 ) -> FileReport:
     """Read `path` once and report on it. Never raises for bad content, and keeps no records.
 
@@ -173,47 +157,63 @@ def check_file(
     file's name (`train_data_type_A.jsonl`), else to the one that most records name. With `tokenizer`, the report includes the
     cost of the prompts; `template_overhead_tokens` is what the base's chat template adds to each record (constant for ChatML).
     `on_problem` and `on_record` receive every problem and record in file order; problems of the whole file come last.
+    `on_reply` receives the texts of the first `MAX_STYLE_REPLIES` replies.
+
+    `workers` is the number of processes that check lines; the report is the same for any number. None decides by the file's size
+    and the machine. Raises `HardwareError` if one is killed.
     """
     reader = JsonlReader(path, limits=limits)
-    tally = _Tally(on_problem)
-    duplicates = DuplicateFinder()
-    meter = CostMeter(tokenizer, max_length_tokens, template_overhead_tokens) if tokenizer else None
     known_type = blood_type or type_in_name(path)
-    for number, record, problems in reader:
-        for problem in problems:
-            tally.add_problem(problem)
-        if record is None:
-            continue
-        tally.add_record(number, record)
-        tally.add_texts(number, record)
-        persona = known_type or _single(blood_types_named(record.instruction))
-        for problem in lint_exchange(
-            record.context.summary, record.input, record.reply.text, record.context.current_emotion.intensity, number, persona
-        ):
-            tally.add_problem(problem)
-        if earlier := duplicates.first_line(record, number):
-            tally.add_problem(_duplicate(number, *earlier))
-        if meter:
-            meter.add(number, record)
-        if on_record:
-            on_record(record)
-    expected_type = known_type or _most_named(tally.by_type)
-    for problem in (*tally.lost_text.problems(), *_file_problems(tally, expected_type)):
-        tally.add_problem(problem)
-    per_third = {third: sum(tally.coverage[feeling, third] for feeling in Feeling) for third in IntensityThird}
+    settings = CheckSettings(known_type, limits, tokenizer, max_length_tokens, template_overhead_tokens, on_record is not None)
+    found, counts, duplicates, style = _Problems(on_problem), Counts(), DuplicateFinder(), StyleCounter()
+    # lazily, so that replies are described only until there are enough
+    batches = (LineBatch(lines, not style.is_full) for lines in _in_batches(reader.raw_lines()))
+    with closing(checked_batches(batches, settings, workers)) as results:
+        for result in results:
+            counts.merge(result.counts)
+            for line in result.lines:
+                for problem in line.problems:
+                    found.add(problem)
+                if line.fingerprints and (earlier := duplicates.first_line(line.fingerprints, line.number)):
+                    found.add(_duplicate(line.number, *earlier))
+                if line.record and on_record:
+                    on_record(line.record)
+                if line.style and not style.is_full:
+                    style.add(line.style)
+                    if on_reply:
+                        on_reply(line.text)
+    expected_type = known_type or _most_named(counts.by_type)
+    for problem in (*counts.lost_text.problems(), *_file_problems(counts, expected_type)):
+        found.add(problem)
+    per_third = {third: sum(counts.coverage[feeling, third] for feeling in Feeling) for third in IntensityThird}
     return FileReport(
         file=str(path),
         blood_type=expected_type,
         lines=reader.lines_read,
         blank_lines=reader.blank_lines,
-        records=tally.records,
-        counts={severity: dict(codes) for severity, codes in tally.counts.items()},
-        problems=tally.first_problems(),
-        coverage=dict(tally.coverage),
-        question_rate=tally.questions / tally.records if tally.records else 0.0,
-        emoji_mean={third: tally.emoji[third] / count if count else 0.0 for third, count in per_third.items()},
-        cost=meter.result() if meter else None,
+        records=counts.records,
+        counts={severity: dict(codes) for severity, codes in found.counts.items()},
+        problems=found.shown(),
+        coverage=dict(counts.coverage),
+        question_rate=counts.questions / counts.records if counts.records else 0.0,
+        emoji_mean={third: counts.emoji[third] / count if count else 0.0 for third, count in per_third.items()},
+        cost=counts.lengths.result(max_length_tokens) if tokenizer else None,
+        style=style.result(),
+        emoji_by_intensity=dict(counts.emoji_by_intensity),
     )
+
+
+def _in_batches(lines: Iterable[RawLine | Line[TrainingRecord]]) -> Iterator[list[RawLine | Line[TrainingRecord]]]:
+    batch: list[RawLine | Line[TrainingRecord]] = []
+    size_bytes = 0
+    for line in lines:
+        batch.append(line)
+        size_bytes += len(line.raw) if isinstance(line, RawLine) else 0
+        if len(batch) == BATCH_LINES or size_bytes >= BATCH_BYTES:
+            yield batch
+            batch, size_bytes = [], 0
+    if batch:
+        yield batch
 
 
 def check_prompts(
@@ -225,33 +225,34 @@ def check_prompts(
 ) -> FileReport:
     """Read a file of evaluation prompts once and report on its schema, texts, coverage and repeated inputs."""
     reader = JsonlReader(path, EvaluationPrompt, limits=limits)
-    tally = _Tally(on_problem)
+    found, lost_text = _Problems(on_problem), LostText()
+    coverage: Counter[tuple[Feeling, IntensityThird]] = Counter()
     seen: dict[str, int] = {}
     for number, prompt, problems in reader:
         for problem in problems:
-            tally.add_problem(problem)
+            found.add(problem)
         if prompt is None:
             continue
         emotion = prompt.context.current_emotion
-        tally.records += 1
-        tally.coverage[emotion.type, IntensityThird.of(emotion.intensity)] += 1
+        coverage[emotion.type, IntensityThird.of(emotion.intensity)] += 1
         first = seen.setdefault(normalized(prompt.input), number)
         if first != number:
-            tally.add_problem(_duplicate(number, first, is_exact=False))
-        tally.add_texts(number, prompt)
+            found.add(_duplicate(number, first, is_exact=False))
+        for name, text in texts_of(prompt):
+            lost_text.add(number, name, text)
         if on_prompt:
             on_prompt(prompt)
-    for problem in tally.lost_text.problems():
-        tally.add_problem(problem)
+    for problem in lost_text.problems():
+        found.add(problem)
     return FileReport(
         file=str(path),
         blood_type=None,
         lines=reader.lines_read,
         blank_lines=reader.blank_lines,
-        records=tally.records,
-        counts={severity: dict(codes) for severity, codes in tally.counts.items()},
-        problems=tally.first_problems(),
-        coverage=dict(tally.coverage),
+        records=coverage.total(),
+        counts={severity: dict(codes) for severity, codes in found.counts.items()},
+        problems=found.shown(),
+        coverage=dict(coverage),
         question_rate=0.0,
         emoji_mean=dict.fromkeys(IntensityThird, 0.0),
         cost=None,
@@ -333,19 +334,15 @@ def type_in_name(path: Path) -> BloodType | None:
     return BloodType(found[1].upper()) if found else None
 
 
-def _single(named: frozenset[BloodType]) -> BloodType | None:
-    return next(iter(named)) if len(named) == 1 else None
-
-
 def _most_named(by_type: Counter[BloodType]) -> BloodType | None:
     return by_type.most_common(1)[0][0] if by_type else None
 
 
-def _file_problems(tally: _Tally, expected_type: BloodType | None) -> Iterator[Problem]:
-    for named, count in tally.named_elsewhere.items():
+def _file_problems(counts: Counts, expected_type: BloodType | None) -> Iterator[Problem]:
+    for named, count in counts.named_elsewhere.items():
         if expected_type is None or expected_type in named:
             continue
-        lines = tally.lines_naming[named]
+        lines = counts.lines_naming[named]
         more = ", …" if count > len(lines) else ""
         yield Problem(
             None,
@@ -357,13 +354,13 @@ def _file_problems(tally: _Tally, expected_type: BloodType | None) -> Iterator[P
             f"{expected_type}형",
             "check that this is the right persona's file",
         )
-    if tally.records >= MIN_RECORDS_FOR_RATES and tally.questions < MIN_QUESTION_RATE * tally.records:
+    if counts.records >= MIN_RECORDS_FOR_RATES and counts.questions < MIN_QUESTION_RATE * counts.records:
         yield Problem(
             None,
             "output.text",
             Severity.WARNING,
             "few_questions",
-            f"a question in {tally.questions / tally.records:.0%} of {tally.records:,} replies",
+            f"a question in {counts.questions / counts.records:.0%} of {counts.records:,} replies",
             f"at least {MIN_QUESTION_RATE:.0%}",
             "ask something back more often",
         )

@@ -6,7 +6,15 @@ import time
 
 import pytest
 
-from lora_trainer.data.duplicates import DuplicateFinder, NearDuplicateFinder, jaccard, near_fingerprint, normalized, shingles
+from lora_trainer.data.duplicates import (
+    DuplicateFinder,
+    NearDuplicateFinder,
+    fingerprints,
+    jaccard,
+    near_fingerprint,
+    normalized,
+    shingles,
+)
 from lora_trainer.data.records import TrainingRecord
 
 SAMPLE_REPLY = "오! 나 금방 도착해! 1층 창가 자리에 앉아있어줘!"
@@ -49,18 +57,18 @@ def test_input_and_reply_are_kept_apart() -> None:
 
 def test_the_first_of_equal_records_is_named() -> None:
     finder = DuplicateFinder()
-    assert finder.first_line(record("가자"), 1) is None
-    assert finder.first_line(record("먹자"), 2) is None
-    assert finder.first_line(record("가자"), 3) == (1, True)
-    assert finder.first_line(record("가자!!"), 4) == (1, False)
-    assert finder.first_line(record("가자", intensity=0.5), 5) == (1, False)
+    assert finder.first_line(fingerprints(record("가자")), 1) is None
+    assert finder.first_line(fingerprints(record("먹자")), 2) is None
+    assert finder.first_line(fingerprints(record("가자")), 3) == (1, True)
+    assert finder.first_line(fingerprints(record("가자!!")), 4) == (1, False)
+    assert finder.first_line(fingerprints(record("가자", intensity=0.5)), 5) == (1, False)
 
 
 def test_the_first_record_is_found_among_thousands() -> None:
     finder = DuplicateFinder()
     many = [record(f"{number}번 가자") for number in range(3000)]
-    assert [finder.first_line(one, line) for line, one in enumerate(many, 1)] == [None] * 3000
-    assert [finder.first_line(one, 0) for one in many] == [(line, True) for line in range(1, 3001)]
+    assert [finder.first_line(fingerprints(one), line) for line, one in enumerate(many, 1)] == [None] * 3000
+    assert [finder.first_line(fingerprints(one), 0) for one in many] == [(line, True) for line in range(1, 3001)]
 
 
 def test_shingles_are_five_characters_without_decoration() -> None:
