@@ -76,8 +76,10 @@ format: $(VENV)/.installed ## Format the code and apply ruff's fixes
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-data-check: $(VENV)/.installed ## Check that data/ and its tables are what their sources build
+data-check: $(VENV)/.installed ## Check that data/ and its tables are what their sources build, and that it keeps its targets
 	$(BIN)/python tools/bundled_data.py --check
+	$(BIN)/python tools/preferences.py --check
+	$(BIN)/python tools/data_measures.py --check
 
 chart-lint: $(VENV)/.installed $(VENV_CHART)/.installed ## Lint the chart and k8s/: helm lint --strict with each example, YAML, generated files
 	$(BIN)/python tools/chart_files.py --check

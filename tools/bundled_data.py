@@ -1,17 +1,13 @@
-"""Build `data/train_data_type_*.jsonl` from hand-written records and records that the grammar composes.
+"""Build `data/train_data_type_*.jsonl` from the hand-written situations of `data/handwritten/*.yaml`, in their order.
 
-    python tools/bundled_data.py            write the files
-    python tools/bundled_data.py --check    compare the files with the sources; exit 1 if one is out of date
-
-Hand-written records come first, in the order of `data/handwritten/*.yaml`. Composed records then fill every pair of
-feeling and intensity third up to the same count, without repeating a hand-written record.
+python tools/bundled_data.py            write the files
+python tools/bundled_data.py --check    compare the files with the sources; exit 1 if one is out of date
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections import Counter
 from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
@@ -21,22 +17,14 @@ from typing import Annotated, Final
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from lora_trainer.data.evaluation_prompts import evaluation_prompts
 from lora_trainer.data.records import TrainingRecord
-from lora_trainer.generator.collector import RecordCollector, all_cells
-from lora_trainer.generator.compose import compose
 from lora_trainer.generator.dataset_summary import summarise
 from lora_trainer.generator.teacher import families
 from lora_trainer.persona.specs import persona_spec
 from lora_trainer.persona.vocabulary import BloodType, Expression, Feeling, IntensityThird
 
 REPOSITORY: Final = Path(__file__).resolve().parents[1]
-
-
 DATA: Final = REPOSITORY / "data"
-RECORDS_IN_A_CELL: Final = 36
-"""Records per feeling and intensity third, so 1,080 per file."""
-SEED: Final = 20
 
 
 class _Part(BaseModel):
@@ -117,32 +105,16 @@ def handwritten_records(blood_type: BloodType) -> list[TrainingRecord]:
     ]
 
 
-def build(blood_type: BloodType) -> list[TrainingRecord]:
-    """Return all records of one persona, the hand-written ones first."""
-    by_hand = handwritten_records(blood_type)
-    have = Counter((r.context.current_emotion.type, IntensityThird.of(r.context.current_emotion.intensity)) for r in by_hand)
-    wanted = [cell for cell in all_cells() for _ in range(RECORDS_IN_A_CELL - have[cell])]
-    collector = RecordCollector(blood_type)
-    collector.exclude_inputs(prompt.input for prompt in evaluation_prompts())
-    collector.exclude_similar(by_hand)
-    compose(collector, wanted, SEED)
-    if len(collector.accepted) < len(wanted):
-        got = len(collector.accepted)
-        raise ValueError(f"{blood_type}: the grammar composed {got} records, expected {len(wanted)}; add scenes or slot values")
-    return [*by_hand, *collector.accepted]
-
-
 def coverage(records: Mapping[BloodType, list[TrainingRecord]]) -> str:
     """Return statistics of the files as two Markdown tables."""
     summaries = {name: summarise(name, found) for name, found in records.items()}
-    by_hand = {name: len(handwritten_records(name)) for name in records}
     lines = ["| | " + " | ".join(records) + " |", "|---|" + "---|" * len(records)]
 
     def row(name: str, value: Callable[[BloodType], str]) -> None:
         lines.append(f"| {name} | " + " | ".join(value(persona) for persona in records) + " |")
 
     row("records", lambda p: f"{summaries[p].records:,}")
-    row("by hand, composed", lambda p: f"{by_hand[p]:,}, {summaries[p].records - by_hand[p]:,}")
+    row("situations", lambda p: f"{sum(1 for f in handwritten_families() for s in f.situations if p in s.replies):,}")
     row("replies that ask back", lambda p: f"{summaries[p].question_rate:.0%}")
     row(
         "emoji per reply at low, middle, high intensity",
@@ -174,7 +146,7 @@ def main() -> int:
     differ = 0
     prompts = (REPOSITORY / "lora_trainer/data/assets/eval_prompts.jsonl").read_text(encoding="utf-8")
     files = {DATA / "eval_prompts.jsonl": prompts}
-    records = {blood_type: build(blood_type) for blood_type in BloodType}
+    records = {blood_type: handwritten_records(blood_type) for blood_type in BloodType}
     for blood_type, found in records.items():
         files[DATA / f"train_data_type_{blood_type}.jsonl"] = "".join(record.to_json() + "\n" for record in found)
     page = DATA / "README.md"

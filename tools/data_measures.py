@@ -87,6 +87,7 @@ NUMBERS: Final[Mapping[str, tuple[str, ...]]] = {
 _LETTERS: Final = re.compile(r"[^가-힣ㄱ-ㅎㅏ-ㅣA-Za-z ]+")
 _WORD: Final = re.compile("[가-힣ㄱ-ㅎㅏ-ㅣA-Za-z]+")
 _NUMBER: Final = re.compile(r"(?<!\d)\d{3,4}(?!\d)")
+_PERCENTAGE: Final = re.compile(r"(\d+\.\d+)%")
 _CONTENT_TAGS: Final = ("NNG", "NNP", "VV", "VA", "XR", "SN", "SL", "MAG")
 _LIGHT_STEMS: Final = frozenset(
     (
@@ -188,7 +189,7 @@ def predictions(texts: Sequence[str], labels: Sequence[str], groups: Sequence[in
     wanted = np.array(labels)
     for train, test in GroupKFold(FOLDS).split(every, wanted, groups):
         vectorizer = TfidfVectorizer(analyzer="char_wb", ngram_range=(1, 4), sublinear_tf=True, min_df=2, dtype=np.float32)
-        model = LogisticRegression(C=10.0, max_iter=1000, class_weight="balanced")
+        model = LogisticRegression(C=3.0, max_iter=1000, class_weight="balanced")
         model.fit(vectorizer.fit_transform(every[train]), wanted[train])
         found[test] = model.predict(vectorizer.transform(every[test]))
     return [str(label) for label in found]
@@ -336,6 +337,17 @@ def table(found: Sequence[Measure]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def is_close(one: str, other: str) -> bool:
+    """Return whether two documents differ in nothing but percentages, by at most a point.
+
+    A classifier can decide a close case differently on another machine.
+    """
+    if _PERCENTAGE.sub("%", one) != _PERCENTAGE.sub("%", other):
+        return False
+    pairs = zip(_PERCENTAGE.findall(one), _PERCENTAGE.findall(other), strict=True)
+    return all(abs(float(mine) - float(theirs)) <= 1 for mine, theirs in pairs)
+
+
 def main() -> int:
     """Print the table; write or check it. Return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -357,7 +369,7 @@ def main() -> int:
     document = page.read_text(encoding="utf-8")
     updated = with_section(document, "measures", text)
     if options.check:
-        return int(bool(missed) or document != updated)
+        return int(bool(missed) or not is_close(document, updated))
     page.write_text(updated, encoding="utf-8")
     return 0
 

@@ -13,6 +13,7 @@ from conftest import REPOSITORY, load_tool
 from lora_trainer.data.duplicates import NearDuplicateFinder, jaccard, normalized, shingles
 from lora_trainer.data.evaluation_prompts import evaluation_prompts
 from lora_trainer.data.records import TrainingRecord
+from lora_trainer.data.style import SHORT_REPLY_CHARACTERS
 from lora_trainer.data.validation import FileReport, check_file
 from lora_trainer.persona.specs import persona_spec
 from lora_trainer.persona.vocabulary import BloodType, Feeling, IntensityThird
@@ -48,7 +49,7 @@ def checked(blood_type: BloodType) -> tuple[FileReport, tuple[TrainingRecord, ..
 def test_every_line_is_a_record_without_errors_or_warnings(blood_type: BloodType) -> None:
     report, _ = checked(blood_type)
     assert [problem.render(path_of(blood_type).name) for problem in report.problems] == []
-    assert report.records == report.lines >= 1000
+    assert report.records == report.lines >= 1050
 
 
 @each_persona
@@ -69,7 +70,7 @@ def test_every_record_begins_with_the_personas_own_instruction(blood_type: Blood
 def test_every_feeling_is_shown_at_every_strength(blood_type: BloodType) -> None:
     report, _ = checked(blood_type)
     planned = {(feeling, third) for feeling in Feeling for third in IntensityThird}
-    assert {cell for cell in planned if report.coverage.get(cell, 0) < 10} == set()
+    assert {cell for cell in planned if report.coverage.get(cell, 0) < 12} == set()
 
 
 @each_persona
@@ -85,9 +86,10 @@ def test_replies_differ(blood_type: BloodType) -> None:
 
 
 @each_persona
-def test_half_to_three_quarters_of_the_replies_ask_back(blood_type: BloodType) -> None:
+def test_about_half_of_the_replies_ask_back(blood_type: BloodType) -> None:
     report, _ = checked(blood_type)
-    assert 0.5 <= report.question_rate <= 0.75
+    # the gates accept 40 to 85 %, and an adapter asks about as often as its data
+    assert 0.45 <= report.question_rate <= 0.75
 
 
 @each_persona
@@ -131,20 +133,30 @@ def test_the_files_are_what_the_sources_build(monkeypatch: pytest.MonkeyPatch) -
 
 
 @each_persona
-def test_four_hundred_and_more_were_written_by_hand(blood_type: BloodType) -> None:
-    by_hand = tool.handwritten_records(blood_type)
-    assert len(by_hand) >= 400
-    assert list(checked(blood_type)[1][: len(by_hand)]) == by_hand
-    # no two hand-written replies have much more than a phrase in common
-    parts = [shingles(record.reply.text) for record in by_hand]
+def test_no_two_replies_have_much_more_than_a_phrase_in_common(blood_type: BloodType) -> None:
+    parts = [shingles(record.reply.text) for record in checked(blood_type)[1] if len(record.reply.text) > SHORT_REPLY_CHARACTERS]
     assert max(jaccard(one, other) for at, one in enumerate(parts) for other in parts[:at]) < 0.5
+
+
+def test_the_tags_are_those_of_the_policy() -> None:
+    tags = {tag for family in tool.handwritten_families() for situation in family.situations for tag in situation.tags}
+    for page in ("POLICY.md", "POLICY.ko.md"):
+        text = (DATA / page).read_text(encoding="utf-8")
+        assert {tag for tag in tags if f"`{tag}`" not in text} == set(), page
+
+
+@pytest.mark.slow  # make data-check, a stage of .ci/run, does the same
+def test_the_files_keep_their_targets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["data_measures.py", "--check"])
+    monkeypatch.syspath_prepend(str(REPOSITORY / "tools"))
+    assert load_tool("data_measures").main() == 0, "run: python tools/data_measures.py"
 
 
 def test_situations_come_from_many_families() -> None:
     families = tool.handwritten_families()
-    assert len({family.family for family in families}) >= 60
+    assert len({family.family for family in families}) >= 120
     complete = [s for family in families for s in family.situations if len(s.replies) == len(BloodType)]
-    assert len(complete) >= 300
+    assert len(complete) >= 900
 
 
 def test_inputs_have_many_lengths_and_registers() -> None:
