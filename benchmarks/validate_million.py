@@ -1,15 +1,18 @@
-"""Measure the validation of a file with a million records: wall time, and peak memory compared with a thousand records.
+"""Measure the validation of a file with a million records: wall time, and peak memory compared with 50,000 records.
 
     python benchmarks/validate_million.py --tokenizer FOLDER
+    python benchmarks/validate_million.py --tokenizer FOLDER --lines 200000 --before CHECKOUT --out FILE
 
-Writes both files to a temporary folder (about 550 MB), checks each in its own process and writes
-`benchmarks/results/validate-million.json`. A fixed seed makes the files the same everywhere. The exit code is 1 if a million
-lines take over 300 MiB more than a thousand.
+Writes both files to a temporary folder (about 550 MB), checks each with as many processes as `validate` would use, and writes
+`benchmarks/results/validate-million.json`. `--before` measures the same files with the code of another checkout, right before
+this one's. A fixed seed makes the files the same everywhere. The exit code is 1 if the large file takes over 300 MiB more than
+the small one.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import platform
@@ -24,7 +27,10 @@ from importlib import metadata
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+SMALL_LINES = 50_000
+"""Enough for `validate` to use several processes."""
 ALLOWED_GROWTH_MIB = 300
+SAMPLED_EVERY_S = 1.0
 
 CHECK = """
 import sys
@@ -106,26 +112,45 @@ def _particle(noun: str) -> str:
     return "이라니" if (ord(noun[-1]) - 0xAC00) % 28 else "라니"
 
 
-def measure(command: list[str], folder: Path) -> dict[str, object]:
-    """Measure wall time and peak memory of one process, whose standard output goes to a file in `folder`."""
+def tree_mib(pid: int) -> float:
+    """Return the memory of a process and its descendants: the sum of their proportional set sizes. 0 without Linux's /proc."""
+    proc = Path(f"/proc/{pid}")
+    try:
+        rollup = (proc / "smaps_rollup").read_text().splitlines()
+        children = [int(child) for task in proc.glob("task/*/children") for child in task.read_text().split()]
+    except OSError:
+        # it has just ended
+        return 0.0
+    pss = sum(int(line.split()[1]) for line in rollup if line.startswith("Pss:"))
+    return pss / 1024 + sum(map(tree_mib, children))
+
+
+def measure(command: list[str], folder: Path, checkout: Path) -> dict[str, object]:
+    """Measure wall time and peak memory of one command, whose standard output goes to a file in `folder`."""
+    environment = {**os.environ, "PYTHONPATH": str(checkout)}
+    peak_mib = 0.0
     with (folder / "report.json").open("wb") as out:
         begin = time.perf_counter()
-        process = subprocess.Popen(command, stdout=out, cwd=ROOT)
-        _, status, usage = os.wait4(process.pid, 0)
+        process = subprocess.Popen(command, stdout=out, cwd=checkout, env=environment)
+        while not (ended := os.wait4(process.pid, os.WNOHANG))[0]:
+            peak_mib = max(peak_mib, tree_mib(process.pid))
+            time.sleep(SAMPLED_EVERY_S)
+        _, status, usage = ended
         wall_s = time.perf_counter() - begin
     process.returncode = os.waitstatus_to_exitcode(status)
-    report = json.loads((folder / "report.json").read_text())["files"][0]
-    # kilobytes on Linux, bytes on macOS
-    peak_bytes = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    raw = (folder / "report.json").read_bytes()
+    report = json.loads(raw)["files"][0]
     return {
-        "wall_s": round(wall_s, 2),
-        "cpu_s": round(usage.ru_utime + usage.ru_stime, 2),
-        "peak_rss_mib": round(peak_bytes / 2**20, 1),
+        "wall_s": round(wall_s, 1),
+        # of the process and of the workers that it waited for
+        "cpu_s": round(usage.ru_utime + usage.ru_stime, 1),
+        "peak_mib": round(peak_mib, 1),
         "exit_code": process.returncode,
         "records": report["records"],
         "errors": report["errors"],
         "warnings": report["warnings"],
         "problems_written": len(report["problems"]),
+        "problems_sha256": hashlib.sha256(json.dumps(report["problems"]).encode()).hexdigest()[:16],
         "mean_tokens": report["prompt_cost"]["whole"]["mean_tokens"],
     }
 
@@ -137,7 +162,7 @@ def machine() -> dict[str, object]:
     models = [line.partition(":")[2].strip() for line in described if line.startswith("model name")]
     return {
         "cpu": models[0] if models else platform.processor(),
-        "cores": os.cpu_count(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "os": f"{platform.system()} {platform.release()}",
         "load_average_before": round(os.getloadavg()[0], 1),
     }
@@ -150,13 +175,16 @@ def main() -> int:
     parser.add_argument(
         "--command", help="command to measure instead of the library, such as 'python -m entrypoint validate {file} --json'"
     )
+    parser.add_argument("--lines", type=int, default=1_000_000, help="lines of the large file")
+    parser.add_argument("--before", type=Path, help="another checkout, to measure the same files with its code")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/validate-million.json")
     options = parser.parse_args()
     measured_on = machine()
-    results: dict[str, dict[str, object]] = {}
+    checkouts = {"before": options.before, "after": ROOT} if options.before else {"after": ROOT}
+    results: dict[str, dict[str, dict[str, object]]] = {side: {} for side in checkouts}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        for count in (1_000, 1_000_000):
+        for count in (SMALL_LINES, options.lines):
             file = folder / f"{count}.jsonl"
             with file.open("w", encoding="utf-8") as out:
                 out.writelines(line + "\n" for line in lines(count))
@@ -164,16 +192,25 @@ def main() -> int:
                 command = [part.format(file=file, tokenizer=options.tokenizer) for part in shlex.split(options.command)]
             else:
                 command = [sys.executable, "-c", CHECK, str(file), str(options.tokenizer.resolve())]
-            results[f"{count}_lines"] = {"file_mib": round(file.stat().st_size / 2**20, 1), **measure(command, folder)}
-            print(count, results[f"{count}_lines"], flush=True)
-    peaks = [float(str(result["peak_rss_mib"])) for result in results.values()]
-    growth_mib = round(peaks[1] - peaks[0], 1)
+            for side, checkout in checkouts.items():
+                load = round(os.getloadavg()[0], 1)
+                found = measure(command, folder, checkout.resolve())
+                results[side][f"{count}_lines"] = {
+                    "file_mib": round(file.stat().st_size / 2**20, 1),
+                    "load_average_before": load,
+                    **found,
+                }
+                print(side, count, found, flush=True)
+    small, large = results["after"].values()
+    growth_mib = round(float(str(large["peak_mib"])) - float(str(small["peak_mib"])), 1)
     document = {
-        "what": "validate with the token cost of every record, all problems as JSON",
-        "command": options.command or "python benchmarks/validate_million.py --tokenizer FOLDER",
+        "what": "validate with the token cost of every record, all problems as JSON; memory of all processes",
+        "command": options.command
+        or f"python benchmarks/validate_million.py --tokenizer FOLDER --lines {options.lines}"
+        + (" --before CHECKOUT" if options.before else ""),
         "machine": measured_on,
         "versions": {"python": platform.python_version()}
-        | {name: metadata.version(name) for name in ("pydantic", "regex", "tokenizers")},
+        | {name: metadata.version(name) for name in ("kiwipiepy", "pydantic", "regex", "tokenizers")},
         "results": results,
         "growth_mib": growth_mib,
         "allowed_growth_mib": ALLOWED_GROWTH_MIB,

@@ -80,7 +80,8 @@ def validate(
     from lora_trainer.data.compression import SUFFIXES
     from lora_trainer.data.evaluation_prompts import FILE_NAME
     from lora_trainer.data.prompt_cost import TokenCounter, chatml_overhead_tokens
-    from lora_trainer.data.validation import FileReport, OnProblem, check_file, check_prompts, write_json
+    from lora_trainer.data.validation import FileReport, Note, OnProblem, check_file, check_prompts, write_json
+    from lora_trainer.report.data_notes import MAX_CLASSIFIED_REPLIES, data_notes, rates_of_report
     from lora_trainer.report.validation_table import validation_table
     from lora_trainer.store.retry import RetryBudget
 
@@ -111,7 +112,14 @@ def validate(
         def check(path: Path, on_problem: OnProblem | None = None) -> FileReport:
             if path.name.lower() in {FILE_NAME + suffix for suffix in SUFFIXES}:
                 report = check_prompts(path, limits=config.limits, on_problem=on_problem)
+                notes: tuple[Note, ...] = ()
             else:
+                replies: list[str] = []
+
+                def keep(text: str) -> None:
+                    if len(replies) < MAX_CLASSIFIED_REPLIES:
+                        replies.append(text)
+
                 report = check_file(
                     path,
                     persona,
@@ -121,9 +129,11 @@ def validate(
                     limits=config.limits,
                     workers=workers,
                     on_problem=on_problem,
+                    on_reply=keep,
                 )
+                notes = data_notes(rates_of_report(report, replies), config.training, config.gates)
             # report the user's name, not our local copy's
-            return replace(report, file=names[path])
+            return replace(report, file=names[path], notes=notes)
 
         if as_json:
             reports = write_json(sys.stdout, paths, check)

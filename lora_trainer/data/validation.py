@@ -12,7 +12,7 @@ from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final, TextIO
+from typing import Final, NamedTuple, TextIO
 
 from lora_trainer.config import DEFAULT_LIMITS, LimitsConfig
 from lora_trainer.data.checking import CheckSettings, Counts, LineBatch
@@ -33,6 +33,13 @@ SHOWN_PROBLEMS: Final = 50
 OnProblem = Callable[[Problem], None]
 
 _NAMED_FILE: Final = re.compile(r"train_data_type_(AB|A|B|O)(\.\w+)*", re.IGNORECASE)
+
+
+class Note(NamedTuple):
+    """Something to know before training that is neither an error nor a warning."""
+
+    code: str
+    text: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +69,8 @@ class FileReport:
     """How the first `MAX_STYLE_REPLIES` replies read together."""
     emoji_by_intensity: Mapping[tuple[int, int], int] = field(default_factory=dict)
     """Number of replies by intensity, in hundredths, and number of emoji."""
+    notes: tuple[Note, ...] = ()
+    """Empty unless the caller adds them; `report.data_notes` writes them."""
     is_prompts: bool = False
     """Whether the file contains evaluation prompts. They have no replies, so questions and emoji are 0."""
 
@@ -110,6 +119,7 @@ class FileReport:
             "emoji_mean": {str(third): round(self.emoji_mean[third], 4) for third in IntensityThird},
             "prompt_cost": self.cost and self.cost.as_json(),
             "style": None if self.is_prompts else self.style.as_json(),
+            "notes": [note._asdict() for note in self.notes],
         }
         if with_problems:
             document["problems"] = [problem.as_json() for problem in self.problems]

@@ -11,6 +11,9 @@ from lora_trainer.config import GatesConfig
 from lora_trainer.evaluate.metrics import Estimate, EvaluationMetrics, GateResult, RepliesMetrics, Verdict
 
 _LOWER_BOUND_GATES: Final = ("exact_json", "stop", "one_or_two_sentences", "informal_speech", "persona")
+Relation = Literal[">=", ">", "<="]
+_RELATIONS: Final[Mapping[str, Relation]] = {"emoji_intensity": ">", "question_rate_max": "<=", "win_rate": ">"}
+"""How a gate's bound relates to its threshold, if not by `>=`."""
 ADVICE: Final[Mapping[str, str]] = {
     "exact_json": "look at the worst replies in report.html; too few steps or too high a learning rate breaks the JSON",
     "stop": "replies reach evaluation.max_new_tokens: train longer, or raise it if the replies in the data are long",
@@ -40,31 +43,49 @@ def decide(evaluation: EvaluationMetrics, config: GatesConfig) -> Verdict:
     return Verdict(gate_id=gate_id(evaluation.evaluation_id, config), passed=all(gate.passed for gate in gates), gates=gates)
 
 
+def value_misses(name: str, value: float, config: GatesConfig) -> bool:
+    """Return whether `value` itself, rather than its bound, misses the gate `name`; False if the gate is disabled."""
+    threshold: float | None = getattr(config, name)
+    return threshold is not None and not _passes(value, _relation(name), threshold)
+
+
+def _relation(name: str) -> Relation:
+    return _RELATIONS.get(name, ">=")
+
+
+def _passes(value: float, relation: Relation, threshold: float) -> bool:
+    return {">=": value >= threshold, ">": value > threshold, "<=": value <= threshold}[relation]
+
+
 def _gates(evaluation: EvaluationMetrics, config: GatesConfig) -> Iterator[GateResult]:
     adapter: RepliesMetrics = evaluation.greedy.adapter
     for name in _LOWER_BOUND_GATES:
         threshold: float | None = getattr(config, name)
         if threshold is not None:
-            yield _gate(name, getattr(adapter, name), "lower 95 % bound (Clopper-Pearson)", ">=", threshold)
+            yield _gate(name, getattr(adapter, name), "lower 95 % bound (Clopper-Pearson)", threshold)
     if config.emoji_intensity is not None:
-        yield _gate(
-            "emoji_intensity", adapter.emoji_intensity, "lower 95 % bound (bootstrap by prompt)", ">", config.emoji_intensity
-        )
+        yield _gate("emoji_intensity", adapter.emoji_intensity, "lower 95 % bound (bootstrap by prompt)", config.emoji_intensity)
     if config.question_rate_min is not None:
-        yield _gate("question_rate_min", adapter.question, "lower 95 % bound (Clopper-Pearson)", ">=", config.question_rate_min)
+        yield _gate("question_rate_min", adapter.question, "lower 95 % bound (Clopper-Pearson)", config.question_rate_min)
     if config.question_rate_max is not None:
-        yield _gate("question_rate_max", adapter.question, "upper 95 % bound (Clopper-Pearson)", "<=", config.question_rate_max)
+        yield _gate("question_rate_max", adapter.question, "upper 95 % bound (Clopper-Pearson)", config.question_rate_max)
     if config.win_rate is not None:
-        yield _gate("win_rate", evaluation.greedy.win_rate, "lower 95 % bound (bootstrap by prompt)", ">", config.win_rate)
+        yield _gate("win_rate", evaluation.greedy.win_rate, "lower 95 % bound (bootstrap by prompt)", config.win_rate)
 
 
-def _gate(name: str, estimate: Estimate, measure: str, relation: Literal[">=", ">", "<="], threshold: float) -> GateResult:
+def _gate(name: str, estimate: Estimate, measure: str, threshold: float) -> GateResult:
+    relation = _relation(name)
     bound = estimate.upper if relation == "<=" else estimate.lower
     # without any readable reply there is no bound, so assume the worst possible value
     compared = bound if bound is not None else (1.0 if relation == "<=" else -1.0)
-    passed = {">=": compared >= threshold, ">": compared > threshold, "<=": compared <= threshold}[relation]
     return GateResult(
-        name=name, measure=measure, value=estimate.value, compared=compared, relation=relation, threshold=threshold, passed=passed
+        name=name,
+        measure=measure,
+        value=estimate.value,
+        compared=compared,
+        relation=relation,
+        threshold=threshold,
+        passed=_passes(compared, relation, threshold),
     )
 
 

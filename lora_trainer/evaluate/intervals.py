@@ -7,7 +7,7 @@ difference between the two shows the effect of the correlation.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final
@@ -97,6 +97,16 @@ def spearman(x: Sequence[float | None], y: Sequence[float | None]) -> float:
         return 0.0
     left, right = zip(*pairs, strict=True)
     return float(_weighted_rank_correlation(left, right, np.ones((1, len(pairs))))[0])
+
+
+def spearman_of_counts(counts: Mapping[tuple[float, float], int]) -> float:
+    """Return Spearman's rank correlation of pairs, each with the number of times that it occurs; 0 if either side is constant."""
+    import numpy as np
+
+    if not counts:
+        return 0.0
+    left, right = zip(*counts, strict=True)
+    return float(_weighted_rank_correlation(left, right, np.array([list(counts.values())], dtype=np.float64))[0])
 
 
 def _weighted_rank_correlation(x: Sequence[Any], y: Sequence[Any], weights: Array) -> Array:

@@ -8,13 +8,18 @@ from dataclasses import dataclass
 from statistics import mean
 from typing import TYPE_CHECKING
 
+from lora_trainer.config import GatesConfig, TrainingConfig
 from lora_trainer.data.duplicates import NearDuplicateFinder, normalized
 from lora_trainer.data.korean import sentence_count
-from lora_trainer.data.lint import has_question
+from lora_trainer.data.lint import MAX_SENTENCES, has_question
 from lora_trainer.data.records import TrainingRecord
+from lora_trainer.data.style import Style, StyleCounter, described
+from lora_trainer.data.validation import Note
+from lora_trainer.evaluate.intervals import spearman_of_counts
 from lora_trainer.generator.collector import Cell
 from lora_trainer.persona.emoji import emoji_count
 from lora_trainer.persona.vocabulary import BloodType, Expression, Feeling, IntensityThird
+from lora_trainer.report.data_notes import DataRates, data_notes, style_facts
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -41,6 +46,9 @@ class DatasetSummary:
     """Replies similar to an earlier one (Jaccard index of character 5-grams of 0.7 or more)."""
     near_duplicate_dialogues: int
     """The same for input and reply together."""
+    emoji_intensity: float
+    """Spearman's rank correlation of intensity and number of emoji."""
+    style: Style
 
     @property
     def near_duplicate_rate(self) -> float:
@@ -59,6 +67,8 @@ def summarise(blood_type: BloodType, records: Iterable[TrainingRecord]) -> Datas
     replies, dialogues = NearDuplicateFinder(), NearDuplicateFinder()
     near_replies = near_dialogues = questions = 0
     unique: set[str] = set()
+    emoji_counts: Counter[tuple[float, float]] = Counter()
+    style = StyleCounter()
     for record in records:
         text, emotion = record.reply.text, record.context.current_emotion
         third = IntensityThird.of(emotion.intensity)
@@ -68,6 +78,9 @@ def summarise(blood_type: BloodType, records: Iterable[TrainingRecord]) -> Datas
         questions += has_question(text)
         emoji[round(emotion.intensity, 1)].append(emoji_count(text))
         by_third[third].append(emoji_count(text))
+        emoji_counts[emotion.intensity, emoji_count(text)] += 1
+        if not style.is_full:
+            style.add(described(text))
         reply_characters.append(len(text))
         input_characters.append(len(record.input))
         unique.add(normalized(text))
@@ -90,6 +103,8 @@ def summarise(blood_type: BloodType, records: Iterable[TrainingRecord]) -> Datas
         unique_replies=len(unique),
         near_duplicate_replies=near_replies,
         near_duplicate_dialogues=near_dialogues,
+        emoji_intensity=spearman_of_counts(emoji_counts),
+        style=style.result(),
     )
 
 
@@ -122,6 +137,7 @@ def dataset_table(summary: DatasetSummary, rejects: Mapping[str, int]) -> Render
         parts.append(rejected)
     else:
         parts.append(Text("no rejected records"))
+    parts.extend(Text(f"note: {note.text}") for note in notes_of(summary))
     return Group(*parts)
 
 
@@ -145,4 +161,19 @@ def facts_of(summary: DatasetSummary) -> list[tuple[str, str]]:
         ("unique replies", f"{summary.unique_replies / count:.2%}"),
         ("near-duplicates, by reply", f"{summary.near_duplicate_replies / count:.2%}"),
         ("near-duplicates, by input and reply", f"{summary.near_duplicate_dialogues / count:.2%}"),
+        *style_facts(summary.style),
     ]
+
+
+def notes_of(summary: DatasetSummary, taken_for: Mapping[BloodType, int] | None = None) -> tuple[Note, ...]:
+    """Return what to know before training on these records, by the default settings. `taken_for` adds the persona classifier."""
+    count = max(1, summary.records)
+    measured = {
+        "one_or_two_sentences": sum(times for number, times in summary.sentences.items() if number <= MAX_SENTENCES) / count,
+        "emoji_intensity": summary.emoji_intensity,
+        "question_rate_min": summary.question_rate,
+        "question_rate_max": summary.question_rate,
+    }
+    if taken_for:
+        measured["persona"] = taken_for.get(summary.blood_type, 0) / count
+    return data_notes(DataRates(summary.records, summary.cells, summary.blood_type, measured), TrainingConfig(), GatesConfig())

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from lora_trainer.data.records import TrainingRecord
-from lora_trainer.generator.dataset_summary import DatasetSummary, facts_of
+from lora_trainer.generator.dataset_summary import DatasetSummary, facts_of, notes_of
 from lora_trainer.persona.specs import persona_spec
 from lora_trainer.persona.vocabulary import BloodType, Feeling, IntensityThird
 from lora_trainer.report import plots
@@ -117,6 +117,7 @@ def _section(section: PersonaSection) -> dict[str, object]:
         "output": section.output,
         "records": summary.records,
         "facts": [*facts_of(summary), *section.notes],
+        "notes": [note.text for note in notes_of(summary, section.taken_for)],
         "grid": grid,
         "emoji": [f"{summary.emoji_by_third[third]:.2f}" for third in IntensityThird],
         "figures": figures,

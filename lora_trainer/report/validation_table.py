@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from lora_trainer.data.prompt_cost import PART_NAMES, PromptCost
 from lora_trainer.data.validation import FileReport, plural
 from lora_trainer.persona.vocabulary import Feeling, IntensityThird
+from lora_trainer.report.data_notes import style_facts
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -43,8 +44,11 @@ def validation_table(report: FileReport) -> RenderableType:
     )
     if report.records:
         parts.append(_coverage_table(report))
+        if not report.is_prompts:
+            parts.append(_style_table(report))
     if report.cost:
         parts.extend(_cost_tables(report.cost))
+    parts.extend(Text(f"note: {note.text}") for note in report.notes)
     return Group(*parts)
 
 
@@ -64,6 +68,19 @@ def _coverage_table(report: FileReport) -> RenderableType:
     if not report.is_prompts:
         table.add_section()
         table.add_row("emoji per reply", *(f"{report.emoji_mean[third]:.2f}" for third in IntensityThird))
+    return table
+
+
+def _style_table(report: FileReport) -> RenderableType:
+    from rich.table import Table
+
+    replies = report.style.replies
+    which = "All replies" if replies == report.records else f"The first {replies:,} replies"
+    table = Table(show_header=False, box=None, title=f"{which} together", title_justify="left")
+    table.add_column()
+    table.add_column(justify="right")
+    for name, value in style_facts(report.style):
+        table.add_row(name, value)
     return table
 
 
