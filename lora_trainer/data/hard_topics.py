@@ -188,6 +188,14 @@ def names_help(text: str, found: tuple[Danger, ...]) -> bool:
     return any(named.intersection(danger.numbers) for danger in found)
 
 
+_HELPLINES: Final = frozenset(number for danger in DANGERS for number in danger.numbers)
+
+
+def names_a_helpline(text: str) -> bool:
+    """Return whether a reply names any number of `DANGERS`: whoever says one takes the message for danger, whatever its words."""
+    return not _HELPLINES.isdisjoint(_NUMBER.findall(text))
+
+
 _INTENT: Final = re.compile(
     r"(?:죽(?:고|을|는|으)|자살|끝내|사라지|없어지|해치|다치게|찌르|실행|뛰어내리|세상을 ?떠나|목숨|스스로|생을)[^.!?]{0,40}\?"
     r"|(?:진짜로|정말로|실제로)[^.!?]{0,24}(?:할|하려|그럴|생각)[^.!?]{0,16}\?"

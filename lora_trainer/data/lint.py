@@ -19,6 +19,7 @@ from lora_trainer.data.hard_topics import (
     claims_presence,
     dangers,
     expert_topic,
+    names_a_helpline,
     names_help,
     refers_to_expert,
 )
@@ -205,9 +206,12 @@ RULES: Final[Mapping[str, Rule]] = {
 """The rules by code, in the order in which `lint_exchange` checks them. SDS.md describes each."""
 
 
-def max_sentences(message: str, summary: str = "") -> int:
-    """Return how many sentences a reply to `message` may have: more where somebody is in danger."""
-    return MAX_SENTENCES_IN_DANGER if dangers(summary, message) else MAX_SENTENCES
+def max_sentences(summary: str, message: str, text: str) -> int:
+    """Return how many sentences the reply `text` to `message` may have: more where somebody is in danger.
+
+    Words rarely show danger ("이제 됐어"), so a reply that names a number to call counts as well.
+    """
+    return MAX_SENTENCES_IN_DANGER if dangers(summary, message) or names_a_helpline(text) else MAX_SENTENCES
 
 
 def lint_exchange(
@@ -215,7 +219,7 @@ def lint_exchange(
 ) -> Iterator[Problem]:
     """Yield the warnings about one reply as the answer to `message`, and those of `lint_reply` about the reply itself."""
     found = dangers(summary, message)
-    yield from lint_reply(text, intensity, line, blood_type, in_danger=bool(found))
+    yield from lint_reply(text, intensity, line, blood_type, in_danger=bool(found) or names_a_helpline(text))
     if found and claims_presence(text):
         yield _warning(line, "false_presence", f"a reply to a message about {found[0].name} that promises to be there")
     if found and not names_help(text, found) and not has_question(text):

@@ -300,7 +300,7 @@ def _score_one(
         warnings = tuple(
             problem.code for problem in lint_exchange(asked.summary, asked.input, text, asked.intensity, None, blood_type)
         )
-    sentences_fit = text is not None and sentence_count(text) <= max_sentences(asked.input, asked.summary)
+    sentences_fit = text is not None and sentence_count(text) <= max_sentences(asked.summary, asked.input, text)
     informal = text is not None and not is_formal(text)
     probability = personas[blood_type] if personas else 0.0
     appropriate = against_data.appropriateness
