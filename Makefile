@@ -76,7 +76,8 @@ format: $(VENV)/.installed ## Format the code and apply ruff's fixes
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-data-check: $(VENV)/.installed ## Check that data/ and its tables are what their sources build, and that it keeps its targets
+data-check: $(VENV)/.installed ## Check that the vocabularies are complete, and data/ is what its sources build and keeps its targets
+	$(BIN)/python tools/vocabulary.py
 	$(BIN)/python tools/bundled_data.py --check
 	$(BIN)/python tools/preferences.py --check
 	$(BIN)/python tools/data_measures.py --check

@@ -6,7 +6,7 @@ import re
 import unicodedata
 from collections.abc import Iterable, Mapping
 from enum import StrEnum
-from typing import Final
+from typing import Final, TypeVar
 
 from lora_trainer.persona.vocabulary import BloodType, Expression, Feeling
 
@@ -52,41 +52,9 @@ PLACES: Final[Mapping[Column, str]] = {
     Column.FACE: "output.emotion",
 }
 """The field of a record that each column fills."""
+_Value = TypeVar("_Value", bound=Feeling | Expression)
 _COLUMNS: Final = {name: column for column, names in _NAMES.items() for name in names.split()}
 
-_FEELINGS: Final[Mapping[Feeling, str]] = {
-    Feeling.NEUTRAL: "담담함 담담 담담해 중립 무감정 무덤덤 무덤덤함 평온 평온함 평범 차분 차분함 덤덤 덤덤함 calm normal",
-    Feeling.HAPPY: "기쁨 기뻐 기쁜 행복 행복함 행복해 즐거움 즐거워 happiness joy joyful glad pleased delighted cheerful",
-    Feeling.EXCITED: "신남 신나 신나함 흥분 흥분됨 설렘 설레 들뜸 기대 기대감 excitement thrilled",
-    Feeling.LOVE: "애정 사랑 사랑함 사랑해 사랑스러움 loving affection",
-    Feeling.SURPRISED: "놀람 놀라움 놀라 깜짝놀람 surprise shocked astonished",
-    Feeling.WORRIED: "걱정 걱정됨 걱정돼 불안 불안함 염려 근심 초조 초조함 두려움 무서움 공포 worry fear anxiety "
-    "anxious nervous concerned",
-    Feeling.SAD: "슬픔 슬퍼 슬픈 우울 우울함 서운함 속상함 외로움 실망 sadness unhappy depressed",
-    Feeling.ANGRY: "화 화남 화나 분노 짜증 짜증남 anger mad furious annoyed",
-    Feeling.EMBARRASSED: "민망함 민망 민망해 당황 당황함 당황스러움 당혹 부끄러움 창피 창피함 쑥스러움 "
-    "embarrassment ashamed awkward flustered",
-    Feeling.TIRED: "피곤함 피곤 피곤해 지침 지쳐 피로 졸림 tiredness exhausted sleepy",
-}
-_FACES: Final[Mapping[Expression, str]] = {
-    Expression.NEUTRAL: "무표정 담담함 담담한얼굴 중립",
-    Expression.SMILE: "미소 웃음 웃는얼굴 웃는 기쁨 smiling",
-    Expression.LAUGH: "활짝웃음 활짝웃는얼굴 큰웃음 폭소 laughing laughter",
-    Expression.LOVE: "사랑스러운눈빛 사랑 애정 하트 heart loving",
-    Expression.WINK: "윙크 winking",
-    Expression.PROUD: "뿌듯한얼굴 뿌듯함 뿌듯 자랑스러움 pride",
-    Expression.SURPRISE: "놀란얼굴 놀람 놀라움 surprised shocked",
-    Expression.THINK: "생각하는얼굴 생각 생각중 고민 thinking thoughtful",
-    Expression.WORRY: "걱정스러운얼굴 걱정 걱정하는얼굴 worried anxious",
-    Expression.SAD: "슬픈얼굴 슬픔 슬퍼 sadness",
-    Expression.CRY: "우는얼굴 울음 눈물 crying tears",
-    Expression.ANGRY: "화난얼굴 화 화남 분노 anger mad",
-    Expression.POUT: "삐친얼굴 삐침 삐짐 뾰로통 pouting sulky",
-    Expression.SHY: "수줍은얼굴 수줍음 부끄러움 쑥스러움 blush blushing embarrassed",
-    Expression.SLEEPY: "졸린얼굴 졸림 피곤함 tired yawn",
-}
-_FEELING_LABELS: Final = {name: feeling for feeling, names in _FEELINGS.items() for name in (str(feeling), *names.split())}
-_FACE_LABELS: Final = {name: face for face, names in _FACES.items() for name in (str(face), *names.split())}
 # the middle of each third of the range
 _INTENSITY_LABELS: Final = {
     name: value
@@ -104,6 +72,14 @@ _NUMBER: Final = re.compile(r"[+-]?\d{1,9}(?:[.,]\d{1,18})?")
 
 def _key(name: str) -> str:
     return _DECORATION.sub("", unicodedata.normalize("NFKC", name)).casefold()
+
+
+def _labels(vocabulary: Iterable[_Value]) -> dict[str, _Value]:
+    return {_key(label): word for word in vocabulary for label in (str(word), word.gloss, *word.aliases)}
+
+
+_FEELING_LABELS: Final = _labels(Feeling)
+_FACE_LABELS: Final = _labels(Expression)
 
 
 def column_of(name: object) -> Column | None:

@@ -26,6 +26,7 @@ from lora_trainer.data.style import EMPTY_STYLE, Style, StyleCounter
 from lora_trainer.data.text_damage import LostText
 from lora_trainer.data.workers import BATCH_BYTES, BATCH_LINES, checked_batches
 from lora_trainer.errors import DataError
+from lora_trainer.persona.specs import persona_spec
 from lora_trainer.persona.vocabulary import BloodType, Feeling, IntensityThird
 
 SHOWN_PROBLEMS: Final = 50
@@ -170,10 +171,13 @@ def check_file(
     `on_reply` receives the texts of the first `MAX_STYLE_REPLIES` replies.
 
     `workers` is the number of processes that check lines; the report is the same for any number. None decides by the file's size
-    and the machine. Raises `HardwareError` if one is killed.
+    and the machine. Raises `HardwareError` if one is killed, and `ConfigError` if a persona's specification is incomplete.
     """
     reader = JsonlReader(path, limits=limits)
     known_type = blood_type or type_in_name(path)
+    for each in [known_type] if known_type else BloodType:
+        # an incomplete specification ends the check here, before any worker starts
+        persona_spec(each)
     settings = CheckSettings(known_type, limits, tokenizer, max_length_tokens, template_overhead_tokens, on_record is not None)
     found, counts, duplicates, style = _Problems(on_problem), Counts(), DuplicateFinder(), StyleCounter()
     # lazily, so that replies are described only until there are enough

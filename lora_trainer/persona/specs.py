@@ -2,19 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from enum import StrEnum
 from functools import cache
 from importlib import resources
-from typing import Annotated, Self
+from typing import Annotated, Any, Self, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from lora_trainer.errors import ConfigError
 from lora_trainer.persona.emoji import is_emoji
 from lora_trainer.persona.vocabulary import BloodType, Feeling, IntensityThird
 
 _Text = Annotated[str, Field(min_length=1)]
 _Texts = Annotated[tuple[_Text, ...], Field(min_length=3)]
+_Value = TypeVar("_Value")
+
+
+def _has_every(vocabulary: type[StrEnum]) -> AfterValidator:
+    def check(found: Mapping[Any, _Value]) -> Mapping[Any, _Value]:
+        if missing := [f"missing {word}" for word in vocabulary if word not in found]:
+            raise ValueError("\n".join(missing))
+        return found
+
+    return AfterValidator(check)
+
+
+_every_feeling = _has_every(Feeling)
+_every_third = _has_every(IntensityThird)
 
 
 class _Spec(BaseModel):
@@ -24,32 +40,28 @@ class _Spec(BaseModel):
 class EmojiRule(_Spec):
     """The emoji that a persona uses, and their number per reply."""
 
-    by_feeling: Mapping[Feeling, Annotated[tuple[str, ...], Field(min_length=2)]] = Field(
+    by_feeling: Annotated[Mapping[Feeling, Annotated[tuple[str, ...], Field(min_length=2)]], _every_feeling] = Field(
         description="The persona's emoji for each feeling. A reply may add others that fit the situation (a cake, a dog)."
     )
-    most: Mapping[IntensityThird, Annotated[int, Field(ge=0, le=6)]] = Field(
+    most: Annotated[Mapping[IntensityThird, Annotated[int, Field(ge=0, le=6)]], _every_third] = Field(
         description="Most emoji in one reply; the linter warns above this. A reply without emoji is fine at any intensity."
     )
-    usual: Mapping[IntensityThird, tuple[int, int]] = Field(description="Fewest and most emoji in a typical reply.")
+    usual: Annotated[Mapping[IntensityThird, tuple[int, int]], _every_third] = Field(
+        description="Fewest and most emoji in a typical reply."
+    )
 
     @model_validator(mode="after")
-    def _complete(self) -> Self:
+    def _consistent(self) -> Self:
         problems = [
-            f"{name}: expected every one of {', '.join(expected)}"
-            for name, expected in (("by_feeling", Feeling), ("most", IntensityThird), ("usual", IntensityThird))
-            if set(getattr(self, name)) != set(expected)
-        ]
-        problems += [
             f"by_feeling: {text!r} is not one emoji" for texts in self.by_feeling.values() for text in texts if not is_emoji(text)
         ]
-        if not problems:
-            problems += [
-                f"usual.{third}: expected 0 <= fewest <= most <= {self.most[third]}, got {self.usual[third]}"
-                for third in IntensityThird
-                if not 0 <= self.usual[third][0] <= self.usual[third][1] <= self.most[third]
-            ]
+        problems += [
+            f"usual.{third}: expected 0 <= fewest <= most <= {self.most[third]}, got {self.usual[third]}"
+            for third in IntensityThird
+            if not 0 <= self.usual[third][0] <= self.usual[third][1] <= self.most[third]
+        ]
         if problems:
-            raise ValueError("; ".join(problems))
+            raise ValueError("\n".join(problems))
         return self
 
 
@@ -67,20 +79,58 @@ class PersonaSpec(_Spec):
     phrases: _Texts = Field(description="Its characteristic endings, words and phrases.")
     asking_back: _Text = Field(description="How it asks questions back.")
     asks: _Texts = Field(description="Questions in a wording that only this persona uses.")
-    feelings: Mapping[Feeling, _Text] = Field(description="How it expresses each feeling.")
+    feelings: Annotated[Mapping[Feeling, _Text], _every_feeling] = Field(description="How it expresses each feeling.")
     emoji: EmojiRule
     never: _Texts = Field(description="What it never does.")
     examples: _Texts = Field(description="Replies that no other persona would give.")
 
-    @model_validator(mode="after")
-    def _complete(self) -> Self:
-        if missing := set(Feeling) - set(self.feelings):
-            raise ValueError(f"feelings: missing {', '.join(sorted(missing))}; expected every one of {', '.join(Feeling)}")
-        return self
+
+def parse_spec(text: str, name: str) -> PersonaSpec:
+    """Parse the YAML `text` of the specification `name`. Raises `ConfigError` with one line per problem."""
+    try:
+        return PersonaSpec.model_validate(yaml.safe_load(text))
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{name}: not YAML: {' '.join(str(error).split())}") from None
+    except ValidationError as error:
+        raise ConfigError([f"{name}: {line}" for problem in error.errors() for line in _described(problem)]) from None
+
+
+def _described(problem: Any) -> Iterator[str]:
+    # pydantic adds [key] to the place of a key that is not in the vocabulary
+    place = ".".join(str(part) for part in problem["loc"] if part != "[key]")
+    where = f"{place}: " if place else ""
+    if problem["type"] == "value_error":
+        yield from (f"{where}{line}" for line in str(problem["ctx"]["error"]).splitlines())
+    elif problem["type"] in ("missing", "extra_forbidden"):
+        yield f"{where}{'missing' if problem['type'] == 'missing' else 'unknown'} key"
+    else:
+        yield f"{where}got {problem['input']!r:.100}; {problem['msg'][:1].lower()}{problem['msg'][1:]}"
 
 
 @cache
 def persona_spec(blood_type: BloodType) -> PersonaSpec:
-    """Return the specification in the package's `definitions/<blood type>.yaml`."""
-    text = resources.files("lora_trainer.persona").joinpath(f"definitions/{blood_type}.yaml").read_text(encoding="utf-8")
-    return PersonaSpec.model_validate(yaml.safe_load(text))
+    """Return the specification in the package's `definitions/<blood type>.yaml`.
+
+    Raises `ConfigError` with the problems of all four specifications if this one is incomplete or invalid, as it is after a value
+    was added to a vocabulary.
+    """
+    try:
+        return _read_spec(blood_type)
+    except ConfigError:
+        problems: list[str] = []
+        for each in BloodType:
+            try:
+                _read_spec(each)
+            except ConfigError as error:
+                problems += error.problems
+        advice = "python tools/vocabulary.py lists everything that a value of a vocabulary needs"
+        raise ConfigError([*problems, f"incomplete personas: complete these files (CONTRIBUTING.md); {advice}"]) from None
+
+
+def _read_spec(blood_type: BloodType) -> PersonaSpec:
+    name = f"definitions/{blood_type}.yaml"
+    try:
+        text = resources.files("lora_trainer.persona").joinpath(name).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"lora_trainer/persona/{name}: cannot be read: {error}") from None
+    return parse_spec(text, f"lora_trainer/persona/{name}")

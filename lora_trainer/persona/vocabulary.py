@@ -1,11 +1,11 @@
-"""The blood types and the two closed emotion vocabularies. SDS.md lists the same values; a test compares the two lists."""
+"""The blood types and the two closed emotion vocabularies. `tools/vocabulary.py` reports what a new value still needs elsewhere."""
 
 from __future__ import annotations
 
 import re
 import unicodedata
 from enum import StrEnum
-from typing import Final
+from typing import Final, Self
 
 from lora_trainer.lists import listed
 
@@ -58,39 +58,61 @@ def _described(name: object) -> str:
     return f"{described} ({'; '.join(notes)})" if notes else described
 
 
-class Feeling(StrEnum):
+class _Word(StrEnum):
+    """A value of a vocabulary: the word in the data, its Korean gloss, and other labels that `convert` understands."""
+
+    gloss: str
+    aliases: tuple[str, ...]
+
+    def __new__(cls, word: str, gloss: str, aliases: str = "") -> Self:
+        member = str.__new__(cls, word)
+        member._value_ = word
+        member.gloss = gloss
+        member.aliases = tuple(aliases.split())
+        return member
+
+
+class Feeling(_Word):
     """`current_emotion.type`: what the AI feels while it answers."""
 
-    NEUTRAL = "neutral"
-    HAPPY = "happy"
-    EXCITED = "excited"
-    LOVE = "love"
-    SURPRISED = "surprised"
-    WORRIED = "worried"
-    SAD = "sad"
-    ANGRY = "angry"
-    EMBARRASSED = "embarrassed"
-    TIRED = "tired"
+    NEUTRAL = "neutral", "담담함", "담담 담담해 중립 무감정 무덤덤 무덤덤함 평온 평온함 평범 차분 차분함 덤덤 덤덤함 calm normal"
+    HAPPY = "happy", "기쁨", "기뻐 기쁜 행복 행복함 행복해 즐거움 즐거워 happiness joy joyful glad pleased delighted cheerful"
+    EXCITED = "excited", "신남", "신나 신나함 흥분 흥분됨 설렘 설레 들뜸 기대 기대감 excitement thrilled"
+    LOVE = "love", "애정", "사랑 사랑함 사랑해 사랑스러움 loving affection"
+    SURPRISED = "surprised", "놀람", "놀라움 놀라 깜짝놀람 surprise shocked astonished"
+    WORRIED = (
+        "worried",
+        "걱정",
+        "걱정됨 걱정돼 불안 불안함 염려 근심 초조 초조함 두려움 무서움 공포 worry fear anxiety anxious nervous concerned",
+    )
+    SAD = "sad", "슬픔", "슬퍼 슬픈 우울 우울함 서운함 속상함 외로움 실망 sadness unhappy depressed"
+    ANGRY = "angry", "화", "화남 화나 분노 짜증 짜증남 anger mad furious annoyed"
+    EMBARRASSED = (
+        "embarrassed",
+        "민망함",
+        "민망 민망해 당황 당황함 당황스러움 당혹 부끄러움 창피 창피함 쑥스러움 embarrassment ashamed awkward flustered",
+    )
+    TIRED = "tired", "피곤함", "피곤 피곤해 지침 지쳐 피로 졸림 tiredness exhausted sleepy"
 
 
-class Expression(StrEnum):
+class Expression(_Word):
     """`emotion` of a reply: what the AI's face shows while it says `text`."""
 
-    NEUTRAL = "neutral"
-    SMILE = "smile"
-    LAUGH = "laugh"
-    LOVE = "love"
-    WINK = "wink"
-    PROUD = "proud"
-    SURPRISE = "surprise"
-    THINK = "think"
-    WORRY = "worry"
-    SAD = "sad"
-    CRY = "cry"
-    ANGRY = "angry"
-    POUT = "pout"
-    SHY = "shy"
-    SLEEPY = "sleepy"
+    NEUTRAL = "neutral", "무표정", "담담함 담담한얼굴 중립"
+    SMILE = "smile", "미소", "웃음 웃는얼굴 웃는 기쁨 smiling"
+    LAUGH = "laugh", "활짝 웃음", "활짝웃는얼굴 큰웃음 폭소 laughing laughter"
+    LOVE = "love", "사랑스러운 눈빛", "사랑 애정 하트 heart loving"
+    WINK = "wink", "윙크", "winking"
+    PROUD = "proud", "뿌듯한 얼굴", "뿌듯함 뿌듯 자랑스러움 pride"
+    SURPRISE = "surprise", "놀란 얼굴", "놀람 놀라움 surprised shocked"
+    THINK = "think", "생각하는 얼굴", "생각 생각중 고민 thinking thoughtful"
+    WORRY = "worry", "걱정스러운 얼굴", "걱정 걱정하는얼굴 worried anxious"
+    SAD = "sad", "슬픈 얼굴", "슬픔 슬퍼 sadness"
+    CRY = "cry", "우는 얼굴", "울음 눈물 crying tears"
+    ANGRY = "angry", "화난 얼굴", "화 화남 분노 anger mad"
+    POUT = "pout", "삐친 얼굴", "삐침 삐짐 뾰로통 pouting sulky"
+    SHY = "shy", "수줍은 얼굴", "수줍음 부끄러움 쑥스러움 blush blushing embarrassed"
+    SLEEPY = "sleepy", "졸린 얼굴", "졸림 피곤함 tired yawn"
 
 
 LOW_INTENSITY_BELOW: Final = 0.34

@@ -7,6 +7,7 @@ import gzip
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import zipfile
@@ -36,14 +37,7 @@ RECORDS: Final = [record for line in LINES if (record := parse_record(line).reco
 PLANTED: Final = "아무도보면안되는말"
 
 
-def glosses(marker: str) -> dict[str, str]:
-    """Return the Korean gloss of each value of a vocabulary in SDS.md."""
-    text = (REPOSITORY / "SDS.md").read_text(encoding="utf-8").split(f"<!-- {marker}:begin -->")[1].split("<!--")[0]
-    cells = [line.split("|")[1:3] for line in text.splitlines() if line.startswith("| `")]
-    return {value.strip(" `"): gloss.strip() for value, gloss in cells}
-
-
-FEELINGS, FACES = glosses("feelings"), glosses("expressions")
+FEELINGS, FACES = ({str(word): word.gloss for word in vocabulary} for vocabulary in (Feeling, Expression))
 
 
 def flat(record: TrainingRecord) -> dict[str, Any]:
@@ -236,9 +230,14 @@ def test_nan_is_an_empty_cell(tmp_path: Path) -> None:
     assert (record.context.summary, record.context.current_emotion.type) == ("", Feeling.HAPPY)
 
 
-def test_every_gloss_of_the_specification_is_understood() -> None:
-    assert {feeling: feeling_of(gloss) for feeling, gloss in FEELINGS.items()} == {str(one): one for one in Feeling}
-    assert {face: face_of(gloss) for face, gloss in FACES.items()} == {str(one): one for one in Expression}
+@pytest.mark.parametrize(("vocabulary", "meaning"), [(Feeling, feeling_of), (Expression, face_of)])
+def test_every_label_of_a_vocabulary_means_one_value(
+    vocabulary: type[Feeling | Expression], meaning: Callable[[str], object]
+) -> None:
+    for word in vocabulary:
+        assert re.search("[가-힣]", word.gloss)
+        for label in (word, word.upper(), word.gloss, word.gloss.replace(" ", ""), *word.aliases):
+            assert meaning(label) is word, label
 
 
 # --- what a record lacks ---------------------------------------------------------------------------------

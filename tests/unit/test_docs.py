@@ -20,7 +20,6 @@ from entrypoint.cli import cli
 from lora_trainer.config import ALL_LINEAR, MemoryConfig, TrainingConfig, config_table, setting_names
 from lora_trainer.data.jsonl import Line, parse_record
 from lora_trainer.errors import ExitCode, HardwareError
-from lora_trainer.persona.vocabulary import Expression, Feeling
 from lora_trainer.run.identity import run_ingredients
 from lora_trainer.train.memory_plan import GIB, MemoryPlan, ModelShape, plan_memory
 from lora_trainer.train.tokenization import record_messages
@@ -184,13 +183,6 @@ def test_exit_codes_say_what_help_says_of_a_retry(name: str, may: str, must_not:
     )
     expected = {"may be retried": may, "must not be retried": must_not, "": ""}
     assert {code: cells[-1] for code, *cells in rows(name, "exit-codes")} == {code: expected[retry] for code, retry in said.items()}
-
-
-@pytest.mark.parametrize(("marker", "vocabulary"), [("feelings", Feeling), ("expressions", Expression)])
-def test_vocabularies(marker: str, vocabulary: type[Feeling | Expression]) -> None:
-    described = rows("SDS.md", marker)
-    assert [value for value, _ in described] == [str(value) for value in vocabulary]
-    assert all(re.search("[가-힣]", gloss) for _, gloss in described)
 
 
 def test_problem_codes() -> None:

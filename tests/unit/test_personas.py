@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from pydantic import ValidationError
+import yaml
 
 from lora_trainer.data.lint import lint_reply
-from lora_trainer.persona.specs import PersonaSpec, persona_spec
+from lora_trainer.errors import ConfigError
+from lora_trainer.persona.specs import parse_spec, persona_spec
 from lora_trainer.persona.vocabulary import BloodType, Feeling, IntensityThird
 
 
@@ -54,10 +55,12 @@ def spoiled(**changes: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"tone": None}, "tone"),
-        ({"mood": "x"}, "mood"),
+        ({"tone": None}, "tone: missing key"),
+        ({"mood": "x"}, "mood: unknown key"),
         ({"feelings__sad": None}, "feelings: missing sad"),
-        ({"emoji__by_feeling__sad": None}, "by_feeling: expected every one of"),
+        ({"feelings__gloomy": "x"}, "feelings.gloomy: got 'gloomy'"),
+        ({"emoji__by_feeling__sad": None}, "emoji.by_feeling: missing sad"),
+        ({"emoji__most__low": None}, "emoji.most: missing low"),
         ({"emoji__by_feeling__sad": ["😢", "슬픔"]}, "'슬픔' is not one emoji"),
         ({"emoji__usual__low": [0, 2]}, "usual.low: expected 0 <= fewest <= most <= 1"),
         ({"emoji__most__high": 7}, "emoji.most.high"),
@@ -65,6 +68,22 @@ def spoiled(**changes: Any) -> dict[str, Any]:
     ],
 )
 def test_a_mistake_in_a_specification_is_named(changes: dict[str, Any], said: str) -> None:
-    with pytest.raises(ValidationError) as caught:
-        PersonaSpec.model_validate(spoiled(**changes))
-    assert said in str(caught.value)
+    with pytest.raises(ConfigError) as caught:
+        parse_spec(yaml.safe_dump(spoiled(**changes), allow_unicode=True), "A.yaml")
+    (problem,) = caught.value.problems
+    assert problem.startswith("A.yaml: ")
+    assert said in problem
+
+
+def test_all_mistakes_of_a_specification_are_named_together() -> None:
+    changes = {"feelings__sad": None, "feelings__angry": None, "emoji__by_feeling__sad": None, "tone": ""}
+    with pytest.raises(ConfigError) as caught:
+        parse_spec(yaml.safe_dump(spoiled(**changes)), "A.yaml")
+    places = [problem.split(": ")[1:] for problem in caught.value.problems]
+    assert [place for place, *_ in places] == ["tone", "feelings", "feelings", "emoji.by_feeling"]
+
+
+@pytest.mark.parametrize("text", ["", "- a", "a: [", "\0"])
+def test_a_file_that_is_no_specification_is_named(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"^A\.yaml: "):
+        parse_spec(text, "A.yaml")

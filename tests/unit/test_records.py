@@ -90,7 +90,7 @@ def test_every_word_of_the_vocabularies_is_accepted(feeling: Feeling, expression
     assert parse_record(json.dumps(data)).record is not None
 
 
-FEELINGS = "one of neutral, happy, excited, love, surprised, worried, sad, angry, embarrassed, tired"
+FEELINGS = f"one of {', '.join(Feeling)}"
 REPLY = 'an object {"text": ..., "emotion": ...}, as a JSON string'
 
 

@@ -31,45 +31,6 @@ from tools.tiny_base.frames import CHOICE, SLOT, Exchange, families, phrases
 
 MAX_INPUT_CHARACTERS: Final = 320
 
-# The AI's feelings for each mood of the input, most likely first.
-MOOD_FEELINGS: Final[dict[str, tuple[Feeling, ...]]] = {
-    "good": (Feeling.HAPPY, Feeling.EXCITED, Feeling.LOVE, Feeling.SURPRISED, Feeling.NEUTRAL, Feeling.EMBARRASSED, Feeling.TIRED),
-    "bad": (Feeling.WORRIED, Feeling.SAD, Feeling.ANGRY, Feeling.TIRED, Feeling.NEUTRAL, Feeling.SURPRISED, Feeling.LOVE),
-    "plain": tuple(Feeling),
-}
-
-# The faces for a weak and for a strong feeling.
-FACES: Final[dict[Feeling, tuple[tuple[Expression, ...], tuple[Expression, ...]]]] = {
-    Feeling.NEUTRAL: ((Expression.NEUTRAL, Expression.THINK), (Expression.NEUTRAL, Expression.SMILE)),
-    Feeling.HAPPY: ((Expression.SMILE, Expression.WINK), (Expression.LAUGH, Expression.SMILE)),
-    Feeling.EXCITED: ((Expression.SMILE, Expression.PROUD), (Expression.LAUGH, Expression.PROUD)),
-    Feeling.LOVE: ((Expression.SHY, Expression.SMILE), (Expression.LOVE, Expression.WINK)),
-    Feeling.SURPRISED: ((Expression.THINK, Expression.SURPRISE), (Expression.SURPRISE,)),
-    Feeling.WORRIED: ((Expression.THINK, Expression.WORRY), (Expression.WORRY,)),
-    Feeling.SAD: ((Expression.SAD, Expression.WORRY), (Expression.CRY, Expression.SAD)),
-    Feeling.ANGRY: ((Expression.POUT,), (Expression.ANGRY, Expression.POUT)),
-    Feeling.EMBARRASSED: ((Expression.SHY, Expression.THINK), (Expression.SHY, Expression.POUT)),
-    Feeling.TIRED: ((Expression.SLEEPY, Expression.NEUTRAL), (Expression.SLEEPY,)),
-}
-
-FACE_EMOJI: Final[dict[Expression, str]] = {
-    Expression.NEUTRAL: "🙂😌",
-    Expression.SMILE: "😊😄🙂☕🌸🍀",
-    Expression.LAUGH: "😂🤣😆🎉🔥",
-    Expression.LOVE: "🥰😍💕💖💛",
-    Expression.WINK: "😉👍✨😜",
-    Expression.PROUD: "😎💪🏆👏",
-    Expression.SURPRISE: "😮😲😳👀",
-    Expression.THINK: "🤔💭💡",
-    Expression.WORRY: "😟🥺😥🙏",
-    Expression.SAD: "😢😔😞🌧",
-    Expression.CRY: "😭😢💔",
-    Expression.ANGRY: "😡😠💢🔥",
-    Expression.POUT: "😤🙄😑",
-    Expression.SHY: "☺🙈🤭😳",
-    Expression.SLEEPY: "😴🥱😪🌙",
-}
-
 # Particles that depend on the word's last letter: the forms after a consonant and after a vowel. 로 also follows ㄹ.
 PARTICLES: Final[dict[str, tuple[str, str]]] = {
     "은": ("은", "는"),
@@ -242,7 +203,7 @@ def _with_emoji(rng: random.Random, sentences: list[str], face: Expression, inte
     if third is IntensityThird.LOW:
         return sentences
     counts = (1, 1, 1, 2) if third is IntensityThird.MIDDLE else (1, 2, 2, 3)
-    chosen = [rng.choice(FACE_EMOJI[face] if rng.random() < 0.7 else phrases().emoji) for _ in range(rng.choice(counts))]
+    chosen = [rng.choice(phrases().face_emoji[face] if rng.random() < 0.7 else phrases().emoji) for _ in range(rng.choice(counts))]
     at = len(sentences) - 1 if rng.random() < 0.6 else rng.randrange(len(sentences))
     return [*sentences[:at], f"{sentences[at]} {''.join(chosen)}", *sentences[at + 1 :]]
 
@@ -283,12 +244,12 @@ def make_record(rng: random.Random) -> Record:
     mood = rng.choice(("good", "bad", "plain"))
     exchanges: tuple[Exchange, ...] = getattr(family, mood)
     remarks: tuple[str, ...] = getattr(lines.remarks, mood)
-    feelings = MOOD_FEELINGS[mood]
+    feelings: tuple[Feeling, ...] = getattr(lines.feelings, mood)
     # usually pick one of the three most likely feelings
     feeling = rng.choice(feelings[:3] if mood != "plain" and rng.random() < 0.6 else feelings)
     intensity = round(rng.random(), rng.choice((1, 1, 2)))
-    weak, strong = FACES[feeling]
-    face = rng.choice(strong if intensity >= 0.5 else weak)
+    faces = lines.faces[feeling]
+    face = rng.choice(faces.strong if intensity >= 0.5 else faces.weak)
     user_polite, manner = rng.random() < 0.15, _manner(rng)
     polite = manner.polite
 
@@ -363,7 +324,7 @@ def alphabet() -> Iterator[str]:
                 yield syllable(initial, medial, final)
     yield from "ㄱㄴㄷㄹㅁㅂㅅㅇㅈㅊㅋㅌㅍㅎㄲㄸㅃㅆㅉㅏㅑㅓㅕㅗㅛㅜㅠㅡㅣㅔㅐ"
     yield from phrases().emoji
-    yield from "".join(FACE_EMOJI.values())
+    yield from "".join(phrases().face_emoji.values())
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Final, Self, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from lora_trainer.persona.vocabulary import Feeling
+from lora_trainer.persona.vocabulary import Expression, Feeling
 
 FOLDER: Final = Path(__file__).with_name("frames")
 PHRASES: Final = "phrases.yaml"
@@ -87,9 +87,31 @@ class Remarks(_Part):
     plain: _Texts
 
 
+class Moods(_Part):
+    """The AI's feelings by the mood of the input, most likely first."""
+
+    good: Annotated[tuple[Feeling, ...], Field(min_length=3)]
+    bad: Annotated[tuple[Feeling, ...], Field(min_length=3)]
+
+    @property
+    def plain(self) -> tuple[Feeling, ...]:
+        """Return every feeling: a plain input suggests none."""
+        return tuple(Feeling)
+
+
+class Faces(_Part):
+    """What the AI's face shows for a feeling, by intensity."""
+
+    weak: Annotated[tuple[Expression, ...], Field(min_length=1)]
+    strong: Annotated[tuple[Expression, ...], Field(min_length=1)]
+
+
 class Phrases(_Part):
     """Lines that fit any situation. Comments in `frames/phrases.yaml` explain each list."""
 
+    feelings: Moods
+    faces: Mapping[Feeling, Faces]
+    face_emoji: Mapping[Expression, _Text]
     openers: Mapping[Feeling, _Texts]
     anything: _Texts
     remarks: Remarks
@@ -112,6 +134,8 @@ class Phrases(_Part):
     def _check_frames(self) -> Self:
         _raise_all(
             [
+                *(f"faces: none for the feeling {feeling}" for feeling in Feeling if feeling not in self.faces),
+                *(f"face_emoji: none for the face {face}" for face in Expression if face not in self.face_emoji),
                 *(f"openers: no lines for the feeling {feeling}" for feeling in Feeling if feeling not in self.openers),
                 *(problem for feeling, frames in self.openers.items() for problem in _frame_problems(f"openers.{feeling}", frames)),
                 *_frame_problems("anything", self.anything),
