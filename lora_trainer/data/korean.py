@@ -111,7 +111,7 @@ class _Piece(NamedTuple):
 # cached, because several rules look at the same reply, and the analysis costs more than all of them
 @lru_cache(maxsize=64)
 def _analysed(line: str) -> Sequence[Sentence]:
-    return _kiwi().split_into_sents(line, return_tokens=True)
+    return _kiwi().split_into_sents(line, return_tokens=True, return_sub_sents=False)
 
 
 def morphemes(text: str) -> list[tuple[str, str]]:

@@ -112,8 +112,9 @@ _HANGUL = re.compile("[가-힣ㄱ-ㅎㅏ-ㅣ]")
 
 def hangul_share(text: str) -> float:
     """Return the share of Hangul, jamo included, among the letters of `text`, in [0, 1]; 1 if there are no letters."""
-    letters = [sign for sign in unicodedata.normalize("NFC", text) if sign.isalpha()]
-    return sum(1 for sign in letters if _HANGUL.match(sign)) / len(letters) if letters else 1.0
+    plain = unicodedata.normalize("NFC", text)
+    letters = sum(map(str.isalpha, plain))
+    return len(_HANGUL.findall(plain)) / letters if letters else 1.0
 
 
 # match control tokens with a space too: `escape_control_tokens` inserts one
