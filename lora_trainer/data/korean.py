@@ -61,7 +61,7 @@ def _kiwi() -> Kiwi:
 # words that never form a sentence, even in a row
 _INTERJECTION: Final = regex.compile(
     "(?:[오와우아어앗엇헉헐음흠흥응웅엥에야하호히헤후휴으이잉힝흑쳇칫캬꺄악윽읏옹앙엉얍참짠쉿굿콜옛크]|아이[고구쿠]|[에아][고구]|어머나?|세상에|맙소사"
-    "|대박|진짜|정말|그래|그럼|그치|글쎄|아니|맞아|안녕|오케이|오키|[화파]이팅|[아앗]싸|저런|이런|있지|오예|오호|푸하하|예|그랬구나|그렇구나|그러게|그렇지|아하|하암|자자|에잇|헥헥|흐음|흐어|잠깐|어휴|ok(?:ay)?|wow|lol|yay|hi)+",
+    "|대박|진짜로?|정말|미쳤다|그래|그럼|그치|글쎄|아니|맞아|안녕|오케이|오키|[화파]이팅|[아앗]싸|저런|이런|있지|오예|오호|푸하하|예|그랬구나|그렇구나|그러게|그렇지|아하|하암|자자|에잇|헥헥|흐음|흐어|잠깐|어휴|ok(?:ay)?|wow|lol|yay|hi)+",
     regex.IGNORECASE,
 )
 # interjections when alone, but words of a sentence otherwise (왜 그래)

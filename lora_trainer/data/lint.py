@@ -23,7 +23,7 @@ from lora_trainer.data.hard_topics import (
     names_help,
     refers_to_expert,
 )
-from lora_trainer.data.korean import MAX_ANALYSED_CHARACTERS, formal_endings, sentence_count, sentences
+from lora_trainer.data.korean import formal_endings, sentence_count, sentences
 from lora_trainer.data.problems import Problem, Severity
 from lora_trainer.persona.emoji import emoji_count
 from lora_trainer.persona.specs import persona_spec
@@ -77,18 +77,19 @@ def _asks(word: str) -> bool:
     return is_shall_we or _QUESTION_WORD.fullmatch(word) is not None
 
 
-# A야 B야, A 아니면 B, A랑 B 중에: the two words that a reply chooses from
+# the words that a reply chooses from: A야 B야, A 아니면 B, A vs B, A랑 B 중에
+_OPTION: Final = "([가-힣A-Za-z0-9]{1,12}?)"
+_IS_IT: Final = "(?:이야|야|이냐|냐|일까|인가|이지)"
 _CHOICES: Final = (
-    re.compile(
-        r"([가-힣A-Za-z0-9]+?)(?:이야|야|이냐|냐|일까|인가|이지)[,?]? ?([가-힣A-Za-z0-9]+?)(?:이야|야|이냐|냐|일까|인가|이지)\??$"
-    ),
-    re.compile(r"([가-힣A-Za-z0-9]+) ?(?:vs\.?|VS\.?|아니면|or) ?([가-힣A-Za-z0-9]+)"),
-    re.compile(
-        r"([가-힣A-Za-z0-9]+?)(?:이랑|랑|하고|과|와) ([가-힣A-Za-z0-9]+?) ?(?:중에|중)(?= ?(?:뭐|어느|어떤|누구|골라|하나))"
-    ),
+    re.compile(rf"(?<!\S){_OPTION}{_IS_IT}[,?]? ?{_OPTION}{_IS_IT}\?*$"),
+    re.compile(r"(?:^|[.!?] )((?:\S{1,20} )?\S{1,20}) ?(?:아니면|vs\.?|VS\.?|or) ?(\S{1,20}(?: \S{1,20}){0,2})$"),
+    re.compile(rf"(?<!\S){_OPTION}(?:이랑|랑|하고|과|와) {_OPTION} ?(?:중에|중)(?= ?(?:뭐|어느|어떤|어디|누구|골라|하나))"),
 )
+# options that are no names of things can be taken up in any words (갈 거야 말 거야, 먹었어 아니면 아직이야)
+_NO_NAME: Final = re.compile(r"(?:거|게|것|줘|해|어|아|까|지|냐|임|음|는|은|을|할|될|려)[?]*$")
 _CHOSEN: Final = re.compile(
-    r"둘 ?다|둘이|반반|아무거나|모르겠|못 ?고르|안 ?고르|첫|두 ?번째|앞|뒤|왼|오른|전자|후자|당연|무조건|\d"
+    r"둘 ?다|둘이|반반|아무거나|모르|몰라|못 ?봐|못 ?보|안 ?보여|못 ?고르|안 ?고르|첫|두 ?번째|앞|뒤|왼|오른|전자|후자"
+    r"|당연|무조건|걸로|거로|쪽|\d"
 )
 _STEM: Final = 2
 """Characters of an option that a reply repeats if it takes it up: 짜장 for 짜장면."""
@@ -96,13 +97,16 @@ _STEM: Final = 2
 
 def is_unanswered_choice(message: str, text: str) -> bool:
     """Return whether `message` ends in a question with two options and `text` takes up neither, nor both."""
-    # only the end, because the patterns need quadratic time on a very long word
-    plain = unicodedata.normalize("NFC", message).strip()[-MAX_ANALYSED_CHARACTERS:]
+    plain = unicodedata.normalize("NFC", message).strip()
     options = next((found.groups() for pattern in _CHOICES if (found := pattern.search(plain))), None)
-    if options is None or options[0] == options[1] or min(map(len, options)) < _STEM:
+    if options is None:
+        return False
+    first, second = options[0].split()[-1], options[1].split()[0]
+    if first == second or any(len(option) < _STEM or _NO_NAME.search(option) for option in (first, second)):
         return False
     reply = unicodedata.normalize("NFC", text)
-    return not _CHOSEN.search(reply) and not any(option[:_STEM] in reply for option in options)
+    words = " ".join(options).split()
+    return not _CHOSEN.search(reply) and not any(word[:_STEM] in reply for word in words if len(word) >= _STEM)
 
 
 # --- language and content ------------------------------------------------------------------------------
