@@ -229,8 +229,7 @@ def lint_exchange(
         yield _warning(line, "false_presence", f"a reply to a message about {found[0].name} that promises to be there")
     if found and not names_help(text, found) and not has_question(text):
         yield _warning(line, "no_help_in_danger", f"neither a number nor a question after a message about {found[0].name}")
-    topic = expert_topic(message)
-    if topic and not found and not refers_to_expert(text, topic):
+    if not found and (topic := expert_topic(message)) and not refers_to_expert(text, topic):
         yield _warning(line, "no_expert", f"a {topic} question and no expert named")
     if is_unanswered_choice(message, text):
         yield _warning(line, "unanswered_choice", "a question with two options and a reply that takes up neither")

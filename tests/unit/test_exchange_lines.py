@@ -114,7 +114,7 @@ RULES: dict[str, tuple[Callable[[Exchange], bool], Callable[[Exchange], bool], C
 
 # name: least precision and least recall over all lines
 FLOORS = {
-    "danger": (0.95, 0.80),
+    "danger": (0.95, 0.85),
     "presence": (0.95, 0.95),
     "intent": (0.95, 0.95),
     "number": (0.95, 0.95),
@@ -124,7 +124,7 @@ FLOORS = {
     "splice": (0.95, 0.80),
     "false_presence": (0.95, 0.90),
     "no_help_in_danger": (0.90, 0.90),
-    "no_expert": (0.95, 0.80),
+    "no_expert": (0.95, 0.85),
     "unanswered_choice": (0.90, 0.40),
 }
 
