@@ -135,14 +135,18 @@ def validate(
             # report the user's name, not our local copy's
             return replace(report, file=names[path], notes=notes)
 
-        if as_json:
-            reports = write_json(sys.stdout, paths, check)
-        else:
-            console = terminal.console(sys.stdout)
-            reports = []
-            for path in paths:
-                reports.append(check(path))
-                console.print(validation_table(reports[-1]), crop=False)
+        try:
+            if as_json:
+                reports = write_json(sys.stdout, paths, check)
+            else:
+                console = terminal.console(sys.stdout)
+                reports = []
+                for path in paths:
+                    reports.append(check(path))
+                    console.print(validation_table(reports[-1]), crop=False)
+        except Interrupted:
+            click.echo("interrupted: not every line was checked; run the same command again", err=True)
+            raise
     if not all(report.is_accepted(strict=strict) for report in reports):
         raise click.exceptions.Exit(ExitCode.DATA)
 

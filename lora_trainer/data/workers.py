@@ -10,7 +10,7 @@ import multiprocessing
 import os
 import signal
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -36,7 +36,9 @@ MAX_WORKERS: Final = 8
 WORKER_MIB: Final = 600
 
 
-def checked_batches(batches: Iterable[LineBatch], settings: CheckSettings, workers: int | None) -> Iterator[CheckedBatch]:
+def checked_batches(
+    batches: Iterable[LineBatch], settings: CheckSettings, workers: int | None
+) -> Generator[CheckedBatch, None, None]:
     """Yield the result of each batch, in order.
 
     `workers` is the number of processes; None uses the usable cores for a file of more than `ONE_PROCESS_BYTES`. Reads at most
@@ -53,12 +55,13 @@ def checked_batches(batches: Iterable[LineBatch], settings: CheckSettings, worke
                 workers = usable_workers()
                 break
     batches = chain(head, batches)
-    if workers is None or workers == 1:
+    pool = _new_pool(settings, workers) if workers and workers > 1 else None
+    if pool is None or workers is None:
         checker = BatchChecker(settings)
         yield from map(checker.check, batches)
         return
     try:
-        yield from _in_processes(batches, settings, workers)
+        yield from _in_processes(batches, pool, BATCHES_IN_FLIGHT * workers)
     except BrokenProcessPool:
         raise HardwareError(
             f"one of {workers} processes that check the data was killed, most often because memory ran out: each needs about "
@@ -66,24 +69,33 @@ def checked_batches(batches: Iterable[LineBatch], settings: CheckSettings, worke
         ) from None
 
 
-def _in_processes(batches: Iterator[LineBatch], settings: CheckSettings, workers: int) -> Iterator[CheckedBatch]:
+def _new_pool(settings: CheckSettings, workers: int) -> ProcessPoolExecutor | None:
+    """Return a pool whose processes start with their first batches, or None if the system has no semaphores for one."""
     # spawn: a fork of a process with threads, as tokenizers and torch start them, can deadlock
     context = multiprocessing.get_context("spawn")
     # starting this helper of multiprocessing unblocks signals, so do it before they are blocked
     resource_tracker.ensure_running()
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(settings,))
+    try:
+        return ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(settings,))
+    except (OSError, NotImplementedError):
+        # a container whose /dev/shm is missing or read-only
+        return None
+
+
+def _in_processes(batches: Iterator[LineBatch], pool: ProcessPoolExecutor, most_waiting: int) -> Iterator[CheckedBatch]:
     waiting: deque[Future[CheckedBatch]] = deque()
     try:
         for batch in batches:
             with _signals_blocked():
                 waiting.append(pool.submit(_check, batch))
-            if len(waiting) >= BATCHES_IN_FLIGHT * workers:
+            if len(waiting) >= most_waiting:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
     finally:
-        # after an error or an interruption, workers end with the batch that they are checking
-        pool.shutdown(wait=False, cancel_futures=True)
+        # after an error or an interruption, wait for the batches being checked, a second at most: a process that exits without
+        # closing its pool leaves a warning about leaked semaphores
+        pool.shutdown(wait=True, cancel_futures=True)
 
 
 @contextmanager

@@ -7,7 +7,7 @@ difference between the two shows the effect of the correlation.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final
@@ -99,14 +99,15 @@ def spearman(x: Sequence[float | None], y: Sequence[float | None]) -> float:
     return float(_weighted_rank_correlation(left, right, np.ones((1, len(pairs))))[0])
 
 
-def spearman_of_counts(counts: Mapping[tuple[float, float], int]) -> float:
+def spearman_of_counts(counts: Iterable[tuple[tuple[float, float], int]]) -> float:
     """Return Spearman's rank correlation of pairs, each with the number of times that it occurs; 0 if either side is constant."""
     import numpy as np
 
-    if not counts:
+    pairs = list(counts)
+    if not pairs:
         return 0.0
-    left, right = zip(*counts, strict=True)
-    return float(_weighted_rank_correlation(left, right, np.array([list(counts.values())], dtype=np.float64))[0])
+    left, right = zip(*(pair for pair, _ in pairs), strict=True)
+    return float(_weighted_rank_correlation(left, right, np.array([[times for _, times in pairs]], dtype=np.float64))[0])
 
 
 def _weighted_rank_correlation(x: Sequence[Any], y: Sequence[Any], weights: Array) -> Array:

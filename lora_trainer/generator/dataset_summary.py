@@ -103,7 +103,7 @@ def summarise(blood_type: BloodType, records: Iterable[TrainingRecord]) -> Datas
         unique_replies=len(unique),
         near_duplicate_replies=near_replies,
         near_duplicate_dialogues=near_dialogues,
-        emoji_intensity=spearman_of_counts(emoji_counts),
+        emoji_intensity=spearman_of_counts(emoji_counts.items()),
         style=style.result(),
     )
 

@@ -91,7 +91,7 @@ def rates_of_report(report: FileReport, replies: Sequence[str]) -> DataRates:
     measured = {
         "one_or_two_sentences": 1 - warnings.get("too_many_sentences", 0) / max(1, report.records),
         "informal_speech": 1 - warnings.get("formal_speech", 0) / max(1, report.records),
-        "emoji_intensity": spearman_of_counts(report.emoji_by_intensity),
+        "emoji_intensity": spearman_of_counts(report.emoji_by_intensity.items()),
         "question_rate_min": report.question_rate,
         "question_rate_max": report.question_rate,
     }
