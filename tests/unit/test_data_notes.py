@@ -35,8 +35,12 @@ GOOD = {
 EVEN = {(feeling, third): RECORDS_PER_CELL for feeling in Feeling for third in IntensityThird}
 
 
-def rates(records: int = ENOUGH_RECORDS, cells: dict[tuple[Feeling, IntensityThird], int] = EVEN, **measured: float) -> DataRates:
-    return DataRates(records, cells, BloodType.A, GOOD | measured)
+def rates(
+    measured: dict[str, float] | None = None,
+    records: int = ENOUGH_RECORDS,
+    cells: dict[tuple[Feeling, IntensityThird], int] = EVEN,
+) -> DataRates:
+    return DataRates(records, cells, BloodType.A, GOOD | (measured or {}))
 
 
 def notes_about(given: DataRates, gates: GatesConfig | None = None) -> dict[str, str]:
@@ -105,7 +109,7 @@ def test_a_good_file_has_no_note() -> None:
 
 def test_too_few_records_say_how_many_are_enough() -> None:
     cells = {(Feeling.HAPPY, IntensityThird.HIGH): 34, (Feeling.SAD, IntensityThird.LOW): 1}
-    text = notes_about(rates(35, cells))["too_few_records"]
+    text = notes_about(rates(records=35, cells=cells))["too_few_records"]
     assert "35 records" in text
     assert f"at least {ENOUGH_RECORDS}" in text
     assert f"{CELLS - 1} of the {CELLS}" in text
@@ -129,7 +133,7 @@ def test_a_feeling_without_records_is_named_by_count() -> None:
     ],
 )
 def test_a_missed_gate_is_a_note_with_both_numbers(name: str, value: float, facts: tuple[str, ...]) -> None:
-    found = notes_about(rates(**{name: value}))
+    found = notes_about(rates({name: value}))
     assert list(found) == [name]
     assert f"gates.{name}" in found[name]
     assert all(fact in found[name] for fact in facts)
@@ -138,9 +142,9 @@ def test_a_missed_gate_is_a_note_with_both_numbers(name: str, value: float, fact
 def test_thresholds_are_those_of_the_gates() -> None:
     threshold = GatesConfig().question_rate_max
     assert threshold is not None
-    assert not notes_about(rates(question_rate_max=threshold))
-    assert not notes_about(rates(question_rate_max=0.92), GatesConfig(question_rate_max=0.95))
-    assert not notes_about(rates(question_rate_max=0.92), GatesConfig(question_rate_max=None))
+    assert not notes_about(rates({"question_rate_max": threshold}))
+    assert not notes_about(rates({"question_rate_max": 0.92}), GatesConfig(question_rate_max=0.95))
+    assert not notes_about(rates({"question_rate_max": 0.92}), GatesConfig(question_rate_max=None))
     assert set(NOTES) - {"too_few_records", "empty_cells"} <= set(GatesConfig.model_fields)
 
 
