@@ -168,7 +168,16 @@ def test_a_summary_about_a_film_does_not_hide_what_its_reader_feels() -> None:
     assert [danger.name for danger in dangers(film, "나도 그냥 죽고 싶다")] == ["suicide"]
 
 
-@pytest.mark.parametrize(("text", "names_one"), [("109에 전화해", True), ("109동 앞 놀이터", False), ("112번 버스 타", False)])
+@pytest.mark.parametrize(
+    ("text", "names_one"),
+    [
+        ("109에 전화해", True),
+        ("119 호출해", True),
+        ("112 층간소음도 받아", True),
+        ("109동 앞 놀이터", False),
+        ("112번 버스 타", False),
+    ],
+)
 def test_a_number_is_no_flat_and_no_bus(text: str, names_one: bool) -> None:
     assert names_help(text, DANGERS) is names_one
 
