@@ -113,7 +113,7 @@ def _compose_one(blood_type: BloodType, cell: Cell, scene: Scene, take: Take, rn
     intensity = rng.choice(INTENSITIES[third])
     asks = rng.random() < _ASKS_RATE.get(blood_type, QUESTION_RATE)
     sentences = [fill(rng.choice(take.say), values) + _closing(blood_type, cell, scene, rng, is_last=not asks)]
-    if rng.random() < _REACTION_RATE[third] and (reactions := load_reactions()[blood_type][feeling][third]):
+    if rng.random() < _REACTION_RATE[third] and (reactions := load_reactions()[blood_type].get(feeling, {}).get(third)):
         sentences[0] = f"{rng.choice(reactions)} {sentences[0]}"
     if asks:
         sentences.append(_question_lead(blood_type, rng) + fill(rng.choice(take.ask), values))

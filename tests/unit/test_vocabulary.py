@@ -82,22 +82,16 @@ def test_nothing_is_missing() -> None:
 
 def test_what_a_feeling_needs_is_reported_by_file_and_count(new_feeling: Path) -> None:
     code, lines = missing_in(new_feeling)
-    definitions = {
-        f"{DEFINITIONS}/{blood_type}.yaml": "2 entries missing: feelings: bored; emoji.by_feeling: bored"
-        for blood_type in BloodType
-    }
-    records = {
-        f"data/train_data_type_{blood_type}.jsonl": "36 records missing: bored low 12, bored middle 12, bored high 12"
-        for blood_type in BloodType
-    }
-    assert code == 1
-    assert lines == {
+    expected = {
         "SDS.md": "1 rows missing: the tables differ from the vocabularies (python tools/vocabulary.py --write)",
-        **definitions,
         PROMPTS: "6 prompts missing: bored low 2, bored middle 2, bored high 2",
-        **records,
         TINY_BASE: "3 entries missing: feelings: bored (good or bad); faces: bored; openers: bored",
     }
+    for blood_type in BloodType:
+        expected[f"{DEFINITIONS}/{blood_type}.yaml"] = "2 entries missing: feelings: bored; emoji.by_feeling: bored"
+        expected[f"data/train_data_type_{blood_type}.jsonl"] = "36 records missing: bored low 12, bored middle 12, bored high 12"
+    assert code == 1
+    assert lines == expected
 
 
 def test_what_an_expression_needs_is_reported_by_file_and_count(tmp_path: Path) -> None:
