@@ -13,10 +13,11 @@ import click
 
 from entrypoint import terminal
 from entrypoint.data_inputs import local_input
-from entrypoint.options import Command, Intensity, config_option, given_settings, set_option
+from entrypoint.options import Intensity, LanguageCommand, config_option, given_settings, language_option, set_option
 from lora_trainer.config_sources import settle_each
 from lora_trainer.errors import ConfigError, ExitCode
 from lora_trainer.escaping import one_line
+from lora_trainer.messages import Message, counted, marked, speaker
 from lora_trainer.persona.vocabulary import BloodType, Expression, Feeling, parse_blood_types
 from lora_trainer.store.keys import local_file
 
@@ -24,7 +25,7 @@ _SHOWN_PROBLEMS: Final = 50
 _Word = TypeVar("_Word", Feeling, Expression)
 
 
-@click.command(cls=Command)
+@click.command(cls=LanguageCommand)
 @click.argument("source", metavar="INPUT")
 @click.option("-o", "--output", default="-", show_default=True, metavar="FILE", help="JSONL file to write; - is standard output.")
 @click.option("--force", is_flag=True, help="Replace an existing FILE.")
@@ -48,6 +49,7 @@ _Word = TypeVar("_Word", Feeling, Expression)
 @click.option("--sheet", metavar="NAME", help="Sheet of an XLSX file, if it has several.")
 @config_option
 @set_option("limits.text_characters=50000")
+@language_option
 def convert(
     source: str,
     output: str,
@@ -62,6 +64,7 @@ def convert(
     sheet: str | None,
     config_file: Path | None,
     overrides: Sequence[str],
+    language: str,
 ) -> None:
     """Turn a file in another format into JSONL for 'run'.
 
@@ -84,9 +87,10 @@ def convert(
     """
     from lora_trainer.data.convert import Defaults, convert_file
     from lora_trainer.data.convert_columns import face_of, feeling_of
-    from lora_trainer.data.validation import plural, type_in_name
+    from lora_trainer.data.validation import type_in_name
     from lora_trainer.store.retry import RetryBudget
 
+    say = speaker(language)
     config = settle_each(given_settings({}, overrides), config_file=config_file, fallback={"blood_type": "A"})[0]
     persona = _one_blood_type(blood_type)
     named_feeling = _named("--feeling", feeling, Feeling, feeling_of)
@@ -98,7 +102,7 @@ def convert(
             Path(scratch),
             RetryBudget(config.storage),
             max_bytes=config.limits.decompressed_bytes,
-            expected="a file to convert",
+            expected=Message("a file to convert"),
         )
         defaults = Defaults(
             instruction=instruction,
@@ -110,25 +114,43 @@ def convert(
             split_turns=split_turns,
             sheet=sheet,
         )
-        name = "standard input" if source == "-" else source
+        name = say(Message("standard input")) if source == "-" else source
         conversion = convert_file(path, defaults, config.limits, name=name)
     for note in conversion.notes:
-        click.echo(one_line(f"note: {name}: {note}"), err=True)
+        click.echo(one_line(say(Message("note: {file}: {note}", file=name, note=marked(note)))), err=True)
     lines = conversion.problem_lines(name)
     for line in lines[:_SHOWN_PROBLEMS]:
-        click.echo(one_line(f"error: {line}"), err=True)
+        click.echo(one_line(say(Message("error: {problem}", problem=marked(line)))), err=True)
     if (hidden := len(lines) - _SHOWN_PROBLEMS) > 0:
-        click.echo(f"error: {name}: {plural(hidden, 'more problem')} not shown", err=True)
+        more = counted(
+            hidden, "error: {file}: {count:,} more problem not shown", "error: {file}: {count:,} more problems not shown", file=name
+        )
+        click.echo(say(more), err=True)
     if conversion.records:
         _write((record.to_json() for record in conversion.records), target)
-    where = "" if not conversion.records else f" to {target}" if target else " to standard output"
-    click.echo(
-        f"{plural(len(conversion.records), 'record')} written{where}, {conversion.failed:,} not converted"
-        + (f"; now run: lora-trainer validate {target}" if target and conversion.records else ""),
-        err=True,
-    )
+    click.echo(say(_end(len(conversion.records), conversion.failed, target)), err=True)
     if conversion.failed:
         raise click.exceptions.Exit(ExitCode.DATA)
+
+
+def _end(records: int, failed: int, target: Path | None) -> Message:
+    """Return what was written, and what to do next."""
+    if not records:
+        return Message("0 records written, {failed:,} not converted", failed=failed)
+    if target is None:
+        return counted(
+            records,
+            "{count:,} record written to standard output, {failed:,} not converted",
+            "{count:,} records written to standard output, {failed:,} not converted",
+            failed=failed,
+        )
+    return counted(
+        records,
+        "{count:,} record written to {file}, {failed:,} not converted; now run: lora-trainer validate {file}",
+        "{count:,} records written to {file}, {failed:,} not converted; now run: lora-trainer validate {file}",
+        failed=failed,
+        file=target,
+    )
 
 
 def _one_blood_type(text: str | None) -> BloodType | None:
@@ -138,7 +160,7 @@ def _one_blood_type(text: str | None) -> BloodType | None:
     try:
         (found,) = parse_blood_types(text)
     except ValueError:
-        raise ConfigError(f"--blood-type: got {text!r:.100}, expected A, B, O or AB") from None
+        raise ConfigError(Message("--blood-type: got {text!r:.100}, expected A, B, O or AB", text=text)) from None
     return found
 
 
@@ -147,7 +169,9 @@ def _named(option: str, text: str | None, vocabulary: type[_Word], meaning: Call
     if text is None:
         return None
     if (found := meaning(text)) is None:
-        raise ConfigError(f"{option}: got {text!r:.100}, expected one of {', '.join(vocabulary)}")
+        raise ConfigError(
+            Message("{option}: got {text!r:.100}, expected one of {names}", option=option, text=text, names=", ".join(vocabulary))
+        )
     return found
 
 
@@ -155,18 +179,28 @@ def _target(output: str, *, is_forced: bool) -> Path:
     """Return the path of the output. Raises `ConfigError` for one that must not be written."""
     path = local_file(output)
     if path is None:
-        raise ConfigError(f"--output: got {output}, expected a local file; validate it, then copy it to the store")
+        raise ConfigError(
+            Message("--output: got {file}, expected a local file; validate it, then copy it to the store", file=output)
+        )
     try:
         is_folder, is_there = path.is_dir(), path.exists()
     except OSError as error:
-        raise ConfigError(f"--output: {output}: got {error.strerror or error}, expected a file that can be written") from None
+        raise ConfigError(_not_writable(output, error.strerror or str(error))) from None
     if is_folder:
-        raise ConfigError(f"--output: got the folder {output}, expected a file such as train_data_type_A.jsonl")
+        raise ConfigError(Message("--output: got the folder {file}, expected a file such as train_data_type_A.jsonl", file=output))
     if path.suffix.lower() not in (".jsonl", ".ndjson"):
-        raise ConfigError(f"--output: got {output}, expected a name that ends in .jsonl, such as train_data_type_A.jsonl")
+        raise ConfigError(
+            Message("--output: got {file}, expected a name that ends in .jsonl, such as train_data_type_A.jsonl", file=output)
+        )
     if is_there and not is_forced:
-        raise ConfigError(f"--output: {output}: got an existing file, expected none; choose another name or pass --force")
+        raise ConfigError(
+            Message("--output: {file}: got an existing file, expected none; choose another name or pass --force", file=output)
+        )
     return path
+
+
+def _not_writable(file: Path | str, reason: str) -> Message:
+    return Message("--output: {file}: got {reason}, expected a file that can be written", file=file, reason=reason)
 
 
 def _write(lines: Iterable[str], target: Path | None) -> None:
@@ -187,4 +221,4 @@ def _write(lines: Iterable[str], target: Path | None) -> None:
         with suppress(OSError, ValueError):
             partial.unlink(missing_ok=True)
         reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
-        raise ConfigError(f"--output: {target}: got {reason}, expected a file that can be written") from None
+        raise ConfigError(_not_writable(target, reason)) from None

@@ -15,14 +15,23 @@ from pydantic import SecretStr
 
 from entrypoint import terminal
 from entrypoint.data_inputs import local_input
-from entrypoint.options import Command, LocalPath, check_credentials, config_option, given_settings, set_option
+from entrypoint.options import (
+    LanguageCommand,
+    LocalPath,
+    check_credentials,
+    config_option,
+    given_settings,
+    language_option,
+    set_option,
+)
 from lora_trainer.config_sources import settle_each
 from lora_trainer.errors import ConfigError, ExitCode, Interrupted, LoraTrainerError
+from lora_trainer.messages import Message, speaker, translated
 from lora_trainer.persona.vocabulary import BloodType, parse_blood_types
 from lora_trainer.uris import check_server_url, shown
 
 
-@click.command(cls=Command)
+@click.command(cls=LanguageCommand)
 @click.argument("files", nargs=-1, required=True, metavar="FILE...")
 @click.option(
     "--blood-type",
@@ -45,6 +54,7 @@ from lora_trainer.uris import check_server_url, shown
     help="Processes that check lines, 600 MiB each. Default: the usable cores for a file above 8 MiB, else 1.",
 )
 @set_option("training.max_length_tokens=512")
+@language_option
 def validate(
     files: Sequence[str],
     blood_type: str | None,
@@ -54,6 +64,7 @@ def validate(
     no_tokens: bool,
     workers: int | None,
     overrides: Sequence[str],
+    language: str,
     **options: Any,
 ) -> None:
     """Check training data: schema, lint, coverage, and what the prompts cost.
@@ -88,7 +99,9 @@ def validate(
     options["blood_type"] = blood_type
     config, *more = settle_each(given_settings(options, overrides), config_file=config_file, fallback={"blood_type": "A"})
     if blood_type and more:
-        raise ConfigError(f"--blood-type: got {blood_type!r}, expected one persona, which the files belong to")
+        raise ConfigError(
+            Message("--blood-type: got {blood_type!r}, expected one persona, which the files belong to", blood_type=blood_type)
+        )
     check_credentials(files, base="" if no_tokens else config.base.model)
     persona = config.blood_type if blood_type else None
     retry_budget = RetryBudget(config.storage)
@@ -98,16 +111,19 @@ def validate(
             counter = TokenCounter(tokenizer_folder(config.base, retry_budget))
             overhead_tokens = chatml_overhead_tokens(counter)
         except LoraTrainerError as error:
-            click.echo(
-                f"tokens not counted: {error}\n(--no-tokens, or --base-model with a folder that holds tokenizer.json)", err=True
+            reason = "\n".join(translated(problem, language) for problem in error.problems)
+            note = Message(
+                "tokens not counted: {reason}\n(--no-tokens, or --base-model with a folder that holds tokenizer.json)",
+                reason=reason,
             )
+            click.echo(translated(note, language), err=True)
     with tempfile.TemporaryDirectory() as scratch:
         paths: list[Path] = []
         names: dict[Path, str] = {}
         for number, name in enumerate(files):
             path = local_input(name, Path(scratch) / str(number), retry_budget, max_bytes=config.limits.decompressed_bytes)
             paths.append(path)
-            names[path] = "standard input" if name == "-" else name
+            names[path] = translated(Message("standard input"), language) if name == "-" and not as_json else name
 
         def check(path: Path, on_problem: OnProblem | None = None) -> FileReport:
             if path.name.lower() in {FILE_NAME + suffix for suffix in SUFFIXES}:
@@ -143,15 +159,16 @@ def validate(
                 reports = []
                 for path in paths:
                     reports.append(check(path))
-                    console.print(validation_table(reports[-1]), crop=False)
+                    console.print(validation_table(reports[-1], language), crop=False)
         except Interrupted:
-            click.echo("interrupted: not every line was checked; run the same command again", err=True)
+            note = Message("interrupted: not every line was checked; run the same command again")
+            click.echo(translated(note, language), err=True)
             raise
     if not all(report.is_accepted(strict=strict) for report in reports):
         raise click.exceptions.Exit(ExitCode.DATA)
 
 
-@click.command(cls=Command)
+@click.command(cls=LanguageCommand)
 @click.option(
     "--blood-type",
     "--blood_type",
@@ -239,6 +256,7 @@ def validate(
 @click.option(
     "--temperature", type=click.FloatRange(0, 2), default=1.0, show_default=True, metavar="X", help="teacher: sampling temperature."
 )
+@language_option
 def generate(
     blood_types: str,
     count: int,
@@ -256,6 +274,7 @@ def generate(
     request_timeout: float,
     retries: int,
     temperature: float,
+    language: str,
 ) -> None:
     """Generate tiki-taka data: dialogues in the training format, balanced over feelings and intensities.
 
@@ -295,6 +314,7 @@ def generate(
         report=report,
         work_dir=work_dir,
         overwrite=overwrite,
+        language=language,
         teacher=teacher.TeacherSettings(
             base_url=base_url,
             model=model,
@@ -311,22 +331,32 @@ def generate(
     )
     bar = Progress(console=terminal.console(sys.stderr), disable=not sys.stderr.isatty(), transient=True)
     console = terminal.console(sys.stdout)
+    say = speaker(language)
     try:
         with bar:
             for done in command.generate(settings, bar, budget_from_environment()):
-                console.print(dataset_summary.dataset_table(done.summary, done.rejects))
+                console.print(dataset_summary.dataset_table(done.summary, done.rejects, language))
                 for name, value in done.notes:
-                    console.print(f"{name}: {value}", soft_wrap=True)
-                console.print(
-                    f"{'written' if done.is_new else 'unchanged'}: {done.uri} ({done.duration_s:g} s)\n",
-                    soft_wrap=True,
+                    console.print(f"{say(name)}: {value}", soft_wrap=True)
+                end = (
+                    Message("written: {uri} ({seconds:g} s)", uri=done.uri, seconds=done.duration_s)
+                    if done.is_new
+                    else Message("unchanged: {uri} ({seconds:g} s)", uri=done.uri, seconds=done.duration_s)
                 )
+                console.print(say(end) + "\n", soft_wrap=True)
     except Interrupted:
-        kept = "; the records received so far are kept, run the same command again to resume" if engine == "teacher" else ""
-        click.echo(f"interrupted: nothing half-written is visible{kept}", err=True)
+        kept = (
+            Message(
+                "interrupted: nothing half-written is visible; the records received so far are kept, run the same command again to "
+                "resume"
+            )
+            if engine == "teacher"
+            else Message("interrupted: nothing half-written is visible")
+        )
+        click.echo(say(kept), err=True)
         raise
     if report:
-        console.print(f"report: {report}", soft_wrap=True)
+        console.print(say(Message("report: {file}", file=report)), soft_wrap=True)
 
 
 def _named_blood_types(text: str) -> tuple[BloodType, ...]:

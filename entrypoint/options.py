@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -11,7 +12,8 @@ import click
 from lora_trainer.config import RunConfig, Tracker
 from lora_trainer.config_sources import parse_override
 from lora_trainer.credentials import Service, check
-from lora_trainer.errors import ConfigError
+from lora_trainer.errors import ConfigError, LoraTrainerError
+from lora_trainer.messages import LANGUAGES, language_of, translated
 from lora_trainer.uris import local_path, shown
 
 _TRACKER_SERVICES: Final[Mapping[Tracker, Service]] = {"mlflow": Service.MLFLOW, "wandb": Service.WANDB}
@@ -85,6 +87,29 @@ class Command(click.Command):
         if problems:
             raise ConfigError(problems)
         return rest
+
+
+class LanguageCommand(Command):
+    """A command with `--lang`, whose errors are in that language as far as its catalogue holds them."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except LoraTrainerError as error:
+            error.problems = tuple(translated(problem, ctx.params["language"]) for problem in error.problems)
+            raise
+
+
+def language_option(command: _F) -> _F:
+    """Add `--lang`."""
+    return click.option(
+        "--lang",
+        "language",
+        type=click.Choice(LANGUAGES),
+        default=lambda: language_of(os.environ),
+        show_default="by the locale",
+        help="Language of what people read. Logs, --json and this help stay English.",
+    )(command)
 
 
 def _texts(value: object) -> Iterator[str]:

@@ -22,10 +22,11 @@ from lora_trainer.data.convert_columns import (
     percentage,
 )
 from lora_trainer.data.strict_json import is_quotable, visible_name
+from lora_trainer.messages import Message, joined
 from lora_trainer.persona.vocabulary import Expression, Feeling
 
-CONVERT_COLUMNS: Final = "'lora-trainer convert' turns a whole file of such columns into records"
-RANGE: Final = "use 0 (barely) to 1 (fully)"
+CONVERT_COLUMNS: Final = Message("'lora-trainer convert' turns a whole file of such columns into records")
+RANGE: Final = Message("use 0 (barely) to 1 (fully)")
 
 _LEAVES: Final = {place.rsplit(".", 1)[-1]: place for place in PLACES.values() if place != "output.emotion"}
 
@@ -37,30 +38,34 @@ _CAMEL: Final = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
 _MAX_COMPARED_CHARACTERS: Final = 60
 
 
-def key_advice(parents: Sequence[str], key: str, value: object, siblings: Sequence[str], missing: Sequence[str] = ()) -> str:
+def key_advice(parents: Sequence[str], key: str, value: object, siblings: Sequence[str], missing: Sequence[str] = ()) -> Message:
     """Return what to do with the unknown `key` of the object at `parents`, where only `siblings` are known.
 
     The object lacks the keys `missing`, one of which `key` may mean.
     """
     if len(key) > _MAX_COMPARED_CHARACTERS:
-        return "check the quotes around it; if it is text of the record, it belongs in a field"
+        return Message("check the quotes around it; if it is text of the record, it belongs in a field")
     plain = _folded(key)
     for name in siblings:
         if plain.casefold() == name:
-            return f"write it as '{name}'{_difference(key, name)}"
+            return _respelled(key, name)
     if place := _place(parents, key, value):
         *above, name = place.split(".")
         if above == list(parents):
-            return f"rename it to '{name}'"
+            return Message("rename it to '{name}'", name=name)
         is_flat = not parents and len(above) > 0 and not isinstance(value, Mapping)
-        return f"move its value to {place}" + (f"; {CONVERT_COLUMNS}" if is_flat else "")
+        move = Message("move its value to {place}", place=place)
+        return Message("{fix}; {convert}", fix=move, convert=CONVERT_COLUMNS) if is_flat else move
     if close := get_close_matches(plain.casefold(), siblings, n=1, cutoff=0.7):
-        return f"did you mean '{close[0]}'?"
+        return Message("did you mean '{name}'?", name=close[0])
     if column_of(key) is Column.BLOOD_TYPE:
-        return "leave it out of this file, whose name says the blood type"
+        return Message("leave it out of this file, whose name says the blood type")
     if missing:
-        return f"if it is the {' or the '.join(missing)}, rename it; otherwise leave it out of this file, and keep the source"
-    return "leave it out of this file, and keep the source; what the friend should know belongs in context.summary"
+        return Message(
+            "if it is the {names}, rename it; otherwise leave it out of this file, and keep the source",
+            names=joined(missing, "{first} or the {rest}"),
+        )
+    return Message("leave it out of this file, and keep the source; what the friend should know belongs in context.summary")
 
 
 def _place(parents: Sequence[str], key: str, value: object) -> str | None:
@@ -83,38 +88,41 @@ def _folded(key: str) -> str:
     return re.sub(r"[\s\-]+", "_", _CAMEL.sub("_", plain.strip()))
 
 
-def _difference(key: str, name: str) -> str:
-    """Return in which way `key` differs from `name`, which looks the same."""
-    reasons = []
+def _respelled(key: str, name: str) -> Message:
+    """Return how to write `key`, which differs from `name` only in a way that is hard to see."""
+    reasons: list[str] = []
     if visible_name(key) != key:
-        reasons.append("a byte-order mark or another invisible character")
+        reasons.append(Message("a byte-order mark or another invisible character"))
     visible = visible_name(key)
     if visible.strip() != visible:
-        reasons.append("white space around it")
+        reasons.append(Message("white space around it"))
     if any(sign.isalpha() and not sign.isascii() for sign in visible):
         odd = next(sign for sign in visible if sign.isalpha() and not sign.isascii())
-        reasons.append(f"the letter U+{ord(odd):04X}, which only looks like a Latin one")
+        reasons.append(Message("the letter U+{point:04X}, which only looks like a Latin one", point=ord(odd)))
     if not reasons and visible.casefold() != visible:
-        reasons.append("upper case")
-    return f", without {' and '.join(reasons)}" if reasons else ""
+        reasons.append(Message("upper case"))
+    if not reasons:
+        return Message("write it as '{name}'", name=name)
+    return Message("write it as '{name}', without {reasons}", name=name, reasons=joined(reasons, "{first} and {rest}"))
 
 
-def label_advice(field: str, value: object, labels: Sequence[str]) -> str:
+def label_advice(field: str, value: object, labels: Sequence[str]) -> Message:
     """Return which of `labels` the unknown `value` of `field` means."""
     is_feeling = field.endswith("type")
     if not isinstance(value, str) or len(value) > _MAX_COMPARED_CHARACTERS:
-        return "choose the closest one"
+        return Message("choose the closest one")
     meant = feeling_of(_folded(value)) if is_feeling else face_of(_folded(value))
     if meant:
-        return f"write '{meant}'"
+        return Message("write '{name}'", name=meant)
     plain = _folded(value).casefold()
     other: type[Feeling | Expression] = Expression if is_feeling else Feeling
     if plain in tuple(other):
-        what = "a face, which output.emotion takes" if is_feeling else "a feeling, which current_emotion.type takes"
-        return f"'{plain}' is {what}; choose the closest one"
+        if is_feeling:
+            return Message("'{name}' is a face, which output.emotion takes; choose the closest one", name=plain)
+        return Message("'{name}' is a feeling, which current_emotion.type takes; choose the closest one", name=plain)
     if close := get_close_matches(plain, labels, n=1, cutoff=0.7):
-        return f"did you mean '{close[0]}'?"
-    return "choose the closest one"
+        return Message("did you mean '{name}'?", name=close[0])
+    return Message("choose the closest one")
 
 
 def is_label(value: str) -> bool:
@@ -122,40 +130,45 @@ def is_label(value: str) -> bool:
     return (value.isascii() and is_quotable(value)) or feeling_of(value) is not None or face_of(value) is not None
 
 
-def intensity_advice(value: object) -> str:
+def intensity_advice(value: object) -> Message:
     """Return the number from 0 to 1 that `value` probably means."""
     percent = percentage(value)
     if percent is not None and 0 <= percent <= 100:
-        return f"write {percent / 100:g}"
+        return Message("write {number:g}", number=percent / 100)
     number = bare_number(value)
     if number is not None and isinstance(value, str) and 0 <= number <= 1:
-        return f"write {number:g}, without quotes"
+        return Message("write {number:g}, without quotes", number=number)
     if number is not None and 10 < number <= 100:
-        return f"{RANGE}; {number:g} looks like a percentage: write {number / 100:g}"
+        return Message(
+            "{range}; {number:g} looks like a percentage: write {meant:g}", range=RANGE, number=number, meant=number / 100
+        )
     if number is not None and 2 <= number <= 10:
-        return f"{RANGE}; {number:g} looks like {number:g} of 10: write {number / 10:g}"
+        return Message(
+            "{range}; {number:g} looks like {number:g} of 10: write {meant:g}", range=RANGE, number=number, meant=number / 10
+        )
     if isinstance(value, str) and (word := intensity_word(value)) is not None:
-        return f"write a number, such as {word:g}"
-    return f"{RANGE}, as a number" if isinstance(value, str | bool) else RANGE
+        return Message("write a number, such as {number:g}", number=word)
+    return Message("{range}, as a number", range=RANGE) if isinstance(value, str | bool) else RANGE
 
 
-def type_advice(field: str, value: object) -> str:
+def type_advice(field: str, value: object) -> Message:
     """Return what to write in `field` in place of `value`, which has another type."""
     if field == "context.current_emotion.intensity":
         return intensity_advice(value)
     if value is None:
-        return 'write it, or ""' if field == "context.summary" else "write the value"
+        return Message('write it, or ""') if field == "context.summary" else Message("write the value")
     if field == "context.current_emotion":
-        return 'write {"type": ..., "intensity": ...}'
+        return Message('write {"type": ..., "intensity": ...}')
     if field == "context":
-        what = "put this text into its summary" if isinstance(value, str) else "an object, not a list"
-        return f'write {{"summary": ..., "current_emotion": ...}}; {what}'
+        if isinstance(value, str):
+            return Message('write {"summary": ..., "current_emotion": ...}; put this text into its summary')
+        return Message('write {"summary": ..., "current_emotion": ...}; an object, not a list')
     if field == "output":
         if isinstance(value, str):
-            return "it is JSON within JSON within JSON: encode the reply once less"
-        return "write the one reply, as an object" if isinstance(value, list) else "write the reply"
+            return Message("it is JSON within JSON within JSON: encode the reply once less")
+        return Message("write the one reply, as an object") if isinstance(value, list) else Message("write the reply")
     if isinstance(value, int | float) and not isinstance(value, bool):
-        return "write it in quotes, if it is the text"
+        return Message("write it in quotes, if it is the text")
     if isinstance(value, list):
-        return "join its parts into one text, or write a record for each turn"
-    return "write it as text"
+        return Message("join its parts into one text, or write a record for each turn")
+    return Message("write it as text")

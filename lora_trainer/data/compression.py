@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Final, cast
 
 from backports.zstd import DecompressionParameter, ZstdError, ZstdFile
 
+from lora_trainer.messages import Message
+
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
 
@@ -96,10 +98,10 @@ class _BoundedReader(io.RawIOBase):
         try:
             chunk: bytes = self._stream.read1(len(view))
         except EOFError:
-            raise CorruptStreamError("a truncated compressed stream") from None
+            raise CorruptStreamError(Message("a truncated compressed stream")) from None
         # do not chain these errors: their messages quote bytes of the file
         except (gzip.BadGzipFile, zlib.error, ZstdError):
-            raise CorruptStreamError("a damaged compressed stream, or data that is not compressed") from None
+            raise CorruptStreamError(Message("a damaged compressed stream, or data that is not compressed")) from None
         self._read_bytes += len(chunk)
         if self._read_bytes > self._max_bytes:
             raise DecompressedTooLargeError(self._max_bytes, self._size_bytes, is_ratio=self._is_ratio)

@@ -34,6 +34,7 @@ from lora_trainer.data.record_errors import described
 from lora_trainer.data.records import EXPECTED_BY_FIELD, TrainingRecord
 from lora_trainer.data.strict_json import decode_json, is_quotable
 from lora_trainer.errors import DataError
+from lora_trainer.messages import Message, marked
 from lora_trainer.persona.prompt import OUTPUT_LINE
 from lora_trainer.persona.specs import persona_spec
 from lora_trainer.persona.vocabulary import BloodType, Expression, Feeling
@@ -59,10 +60,10 @@ _OWN_PROMPT: Final = re.compile(
 _TABLE_NAMES: Final = frozenset(map(str, Column))
 _FENCED: Final = re.compile(r"\s*```(?:json)?\s*(\{.*\})\s*```\s*", re.DOTALL)
 _OPTIONS: Final[Mapping[Column, str]] = {
-    Column.INSTRUCTION: "pass --blood-type or --instruction",
-    Column.FEELING: "name the feeling in the file, or pass --feeling for records without one",
-    Column.INTENSITY: "write it in the file, or pass --intensity for records without one",
-    Column.FACE: "name the face in the file, or pass --face for records without one",
+    Column.INSTRUCTION: Message("pass --blood-type or --instruction"),
+    Column.FEELING: Message("name the feeling in the file, or pass --feeling for records without one"),
+    Column.INTENSITY: Message("write it in the file, or pass --intensity for records without one"),
+    Column.FACE: Message("name the face in the file, or pass --face for records without one"),
 }
 
 
@@ -123,7 +124,9 @@ def convert_file(path: Path, defaults: Defaults, limits: LimitsConfig = DEFAULT_
             Problem(None, "", Severity.ERROR, fault.code, fault.got, fault.expected, fault.fix).render(name or path)
         ) from None
     except OSError as error:
-        raise DataError(f"{name or path}: got {error.strerror or error}, expected a file that can be read") from None
+        raise DataError(
+            Message("{file}: got {reason}, expected a file that can be read", file=name or path, reason=error.strerror or error)
+        ) from None
     conversion = Conversion(notes=source.notes)
     drafts: list[_Draft] = []
     for item in source.items:
@@ -137,7 +140,9 @@ def convert_file(path: Path, defaults: Defaults, limits: LimitsConfig = DEFAULT_
     _convert(drafts, conversion, defaults, limits)
     conversion.problems.sort(key=lambda problem: problem.line or 0)
     if not conversion.records and not conversion.problems:
-        raise DataError(f"{name or path}: got no records, expected at least one; check that it is the right file")
+        raise DataError(
+            Message("{file}: got no records, expected at least one; check that it is the right file", file=name or path)
+        )
     return conversion
 
 
@@ -166,13 +171,25 @@ def _convert(drafts: Sequence[_Draft], conversion: Conversion, defaults: Default
         conversion.problems.extend(problems)
     conversion.notes.extend(intensities.notes())
     if others:
-        conversion.notes.append(f"left out the records of other personas than {defaults.blood_type} ({others:,})")
+        conversion.notes.append(
+            Message(
+                "left out the records of other personas than {blood_type} ({others:,})",
+                blood_type=defaults.blood_type,
+                others=others,
+            )
+        )
     if len(personas) > 1:
         counts = ", ".join(f"{persona} {count:,}" for persona, count in sorted(personas.items()))
-        conversion.notes.append(f"the file has records of several personas ({counts}): convert it once for each, with --blood-type")
+        conversion.notes.append(
+            Message(
+                "the file has records of several personas ({counts}): convert it once for each, with --blood-type", counts=counts
+            )
+        )
     if left_out:
         keys = ", ".join(f"'{key}'" if is_quotable(key) else f"one of {len(key)} characters" for key in list(left_out)[:10])
-        conversion.notes.append(f"left out keys that no record has: {keys}{', …' if len(left_out) > 10 else ''}")
+        conversion.notes.append(
+            Message("left out keys that no record has: {keys}", keys=f"{keys}{', …' if len(left_out) > 10 else ''}")
+        )
 
 
 # --- from an object to the values of a record ------------------------------------------------------------
@@ -194,7 +211,7 @@ def _drafts(item: Item, value: Mapping[str, Any], defaults: Defaults, limits: Li
     else:
         raise ConversionError(
             "not_convertible",
-            str(shape),
+            Message(str(shape)),
             "a question and its answer",
             "write the records in the format; docs/data-format.md describes it",
         )
@@ -221,8 +238,8 @@ def _of_columns(line: int, value: Mapping[str, Any], limits: LimitsConfig) -> _D
         if columns.count(column) > 1:
             raise ConversionError(
                 "same_column",
-                f"{columns.count(column)} keys that mean {column}",
-                f"one key for {column}",
+                Message("{count} keys that mean {column}", count=columns.count(column), column=column),
+                Message("one key for {column}", column=column),
                 "rename or remove the others",
             )
     values: dict[Column, Any] = {column: value[name] for name, column in zip(names, columns, strict=True) if column}
@@ -287,7 +304,7 @@ def _of_chat(line: int, value: Mapping[str, Any], defaults: Defaults, limits: Li
     if not talk or roles != [_USER, _ASSISTANT] * pairs:
         raise ConversionError(
             "turns",
-            f"{len(talk)} turns that do not alternate",
+            Message("{count} turns that do not alternate", count=len(talk)),
             "a user's turn and an answer, by turns",
             "remove what has no counterpart",
         )
@@ -309,7 +326,10 @@ def _turns(value: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for turn in turns if isinstance(turns, list) else [None]:
         if not isinstance(turn, dict):
             raise ConversionError(
-                "turns", described(turn) + " as a turn", "an object with role and content", "write each turn as an object"
+                "turns",
+                Message("{value} as a turn", value=described(turn)),
+                "an object with role and content",
+                "write each turn as an object",
             )
         role = turn.get("role", turn.get("from", turn.get("speaker")))
         known = _ROLES.get(role.strip().lower()) if isinstance(role, str) else None
@@ -345,7 +365,10 @@ def _with_reply(values: dict[Column, Any], limits: LimitsConfig) -> dict[Column,
         return values
     if unknown := [key for key in reply if key not in ("text", "emotion")]:
         raise ConversionError(
-            "unknown_field", f"a reply with {len(unknown)} other keys", EXPECTED_BY_FIELD["output"], "remove or rename them"
+            "unknown_field",
+            Message("a reply with {count} other keys", count=len(unknown)),
+            EXPECTED_BY_FIELD["output"],
+            "remove or rename them",
         )
     if reply.get("text") is None:
         raise ConversionError(
@@ -412,7 +435,7 @@ def _assembled(
         problems.append(_problem(draft.line, PLACES[Column.INTENSITY], fault))
     for column, name in PLACES.items():
         if column is not Column.SUMMARY and values.get(column) is None:
-            fix = _OPTIONS.get(column, f"add '{column}'")
+            fix = _OPTIONS.get(column, Message("add '{key}'", key=column))
             problems.append(_problem(draft.line, name, ConversionError("missing_field", "nothing", EXPECTED_BY_FIELD[name], fix)))
     if problems:
         return problems, {}
@@ -480,12 +503,14 @@ class _Intensities:
 
     def notes(self) -> list[str]:
         """Return how numbers and words were read, if not as they are."""
-        notes = []
+        notes: list[str] = []
         if self._percentages:
-            notes.append(f"read intensities above 1 as percentages ({self._percentages:,}): 80 became 0.8")
+            notes.append(
+                Message("read intensities above 1 as percentages ({percentages:,}): 80 became 0.8", percentages=self._percentages)
+            )
         if self._words:
             words = ", ".join(f"{word} → {number:g} ({count:,})" for (word, number), count in sorted(self._words.items()))
-            notes.append(f"turned words for the intensity into numbers: {words}")
+            notes.append(Message("turned words for the intensity into numbers: {words}", words=words))
         return notes
 
 
@@ -493,7 +518,7 @@ def _problem(line: int, name: str, fault: RecordError) -> Problem:
     return Problem(line, name, Severity.ERROR, fault.code, fault.got, fault.expected, fault.fix)
 
 
-def _rendered(problems: Sequence[Problem], name: str) -> list[str]:
+def _rendered(problems: Sequence[Problem], name: str) -> list[Message]:
     if len(problems) <= 3:
         return [problem.render(name) for problem in problems]
     first = problems[0]
@@ -501,5 +526,14 @@ def _rendered(problems: Sequence[Problem], name: str) -> list[str]:
     what = f"{first.field}: " if first.field else ""
     more = ", …" if len(problems) > 5 else ""
     return [
-        f"{name}: {what}got {first.got} in {len(problems):,} records (line {lines}{more}), expected {first.expected}; {first.fix}"
+        Message(
+            "{file}: {field}got {got} in {count:,} records (line {lines}), expected {expected}; {fix}",
+            file=name,
+            field=what,
+            got=marked(first.got),
+            count=len(problems),
+            lines=f"{lines}{more}",
+            expected=marked(first.expected),
+            fix=marked(first.fix),
+        )
     ]

@@ -29,6 +29,7 @@ from lora_trainer.data.file_layouts import (
 from lora_trainer.data.problems import ConversionError, RecordError
 from lora_trainer.data.record_errors import described
 from lora_trainer.data.strict_json import RECORD_SHAPE, decode_json, is_quotable
+from lora_trainer.messages import Message, marked
 
 MAX_BYTES: Final = 256 * 2**20
 """Largest file that `convert` reads, decompressed: it holds the whole file in memory."""
@@ -86,8 +87,8 @@ def _content(path: Path, limits: LimitsConfig) -> bytes:
     max_bytes = min(MAX_BYTES, limits.decompressed_bytes)
     too_large = ConversionError(
         "too_large",
-        f"more than {max_bytes:,} bytes of content",
-        f"at most {max_bytes:,}",
+        Message("more than {max_bytes:,} bytes of content", max_bytes=max_bytes),
+        Message("at most {most:,}", most=max_bytes),
         "split the file, or raise limits.decompressed_bytes",
     )
     try:
@@ -117,7 +118,7 @@ def _of_text(text: str, limits: LimitsConfig) -> Source:
         return Source(list(_of_columns(text, limits)))
     if layout is Layout.WRAPPER:
         items = list(_scanned(text, 2, limits, is_wrapped=True)) or list(_scanned(text, 1, limits, is_wrapped=True))
-        return Source(items, ["left out what stands around the list of records"])
+        return Source(items, [Message("left out what stands around the list of records")])
     if layout is Layout.PYTHON:
         return Source(list(_of_python(text, limits)))
     if layout in (Layout.ARRAY, Layout.PRETTY, Layout.CONCATENATED, Layout.SEPARATED, Layout.TRAILING):
@@ -191,7 +192,10 @@ def _scanned(text: str, depth: int, limits: LimitsConfig, *, is_wrapped: bool = 
 
 def _leftover(text: str) -> RecordError:
     return ConversionError(
-        "not_an_object", f"{len(text):,} characters outside the objects", RECORD_SHAPE, "remove them, or write them as an object"
+        "not_an_object",
+        Message("{count:,} characters outside the objects", count=len(text)),
+        RECORD_SHAPE,
+        "remove them, or write them as an object",
     )
 
 
@@ -239,8 +243,8 @@ def python_as_json(text: str) -> str:
     if len(text) > _MAX_PYTHON_CHARACTERS:
         raise ConversionError(
             "too_large",
-            f"a Python literal of {len(text):,} characters",
-            f"at most {_MAX_PYTHON_CHARACTERS:,}",
+            Message("a Python literal of {count:,} characters", count=len(text)),
+            Message("at most {most:,}", most=_MAX_PYTHON_CHARACTERS),
             "write it with json.dumps",
         )
     try:
@@ -281,7 +285,7 @@ def _of_rows(rows: Sequence[tuple[int, Sequence[Cell]]], header: int | None) -> 
     if header is None:
         raise ConversionError(
             "no_header",
-            f"no column names that are known in the first {_HEADER_ROWS} rows",
+            Message("no column names that are known in the first {rows} rows", rows=_HEADER_ROWS),
             "a row with instruction, summary, feeling, intensity, input, reply and face, or their Korean names",
             "name the columns; docs/data-format.md lists the names",
         )
@@ -293,12 +297,12 @@ def _of_rows(rows: Sequence[tuple[int, Sequence[Cell]]], header: int | None) -> 
             same = ", ".join(f"'{name}'" for name, found in zip(names, columns, strict=True) if found is column)
             raise ConversionError(
                 "same_column",
-                f"the columns {same}, which all mean {column}",
-                f"one column for {column}",
+                Message("the columns {same}, which all mean {column}", same=same, column=column),
+                Message("one column for {column}", column=column),
                 "rename or remove the others",
             )
     if header:
-        source.notes.append(f"took row {line} as the column names and left out what is above it")
+        source.notes.append(Message("took row {line} as the column names and left out what is above it", line=line))
     # a header that a damaged file lacks may be training text, so only plain names are quoted
     unknown = [
         f"'{name}'" if isinstance(name, str) and is_quotable(name) else f"number {number}"
@@ -307,7 +311,9 @@ def _of_rows(rows: Sequence[tuple[int, Sequence[Cell]]], header: int | None) -> 
     ]
     if unknown:
         more = ", …" if len(unknown) > _MAX_NAMED else ""
-        source.notes.append(f"left out columns that no record has: {', '.join(unknown[:_MAX_NAMED])}{more}")
+        source.notes.append(
+            Message("left out columns that no record has: {names}", names=f"{', '.join(unknown[:_MAX_NAMED])}{more}")
+        )
     for line, row in rows[header + 1 :]:
         if any(not _is_empty(cell) for cell in row) and not all(_is_rule(cell) for cell in row):
             source.items.append(Item(line, _of_row(row, columns)))
@@ -318,8 +324,8 @@ def _of_row(row: Sequence[Cell], columns: Sequence[Column | None]) -> Mapping[st
     if any(not _is_empty(cell) for cell in row[len(columns) :]):
         return ConversionError(
             "too_many_cells",
-            f"{len(row)} cells",
-            f"{len(columns)}, as in the row of names",
+            Message("{count} cells", count=len(row)),
+            Message("{count}, as in the row of names", count=len(columns)),
             "quote cells that contain the separator",
         )
     found: dict[str, Any] = {}
@@ -327,7 +333,9 @@ def _of_row(row: Sequence[Cell], columns: Sequence[Column | None]) -> Mapping[st
         if column is None or _is_empty(cell):
             continue
         if isinstance(cell, RecordError):
-            return ConversionError(cell.code, f"{cell.got} in the column {column}", cell.expected, cell.fix)
+            return ConversionError(
+                cell.code, Message("{got} in the column {column}", got=marked(cell.got), column=column), cell.expected, cell.fix
+            )
         is_number = isinstance(cell, int | float) and not isinstance(cell, bool)
         found[column] = f"{cell:.15g}" if column in _TEXT_COLUMNS and is_number else cell
     return found

@@ -18,6 +18,7 @@ from xml.parsers import expat
 
 from lora_trainer.config import LimitsConfig
 from lora_trainer.data.problems import ConversionError, RecordError
+from lora_trainer.messages import Message, counted
 
 Cell = str | int | float | bool | None | RecordError
 """A value, None for an empty cell, or why a cell has none."""
@@ -125,11 +126,13 @@ def _read(parts: _Parts, name: str | None) -> Sheet:
     sheet.rows = reader.rows
     if reader.merges:
         _mark_merged(sheet.rows, reader.merges)
-        sheet.notes.append(f"the sheet has {len(reader.merges):,} merged ranges; only the first cell of each has its value")
+        sheet.notes.append(
+            Message("the sheet has {count:,} merged ranges; only the first cell of each has its value", count=len(reader.merges))
+        )
     if reader.hidden_rows:
-        sheet.notes.append(f"read {reader.hidden_rows:,} hidden rows as well")
+        sheet.notes.append(Message("read {hidden_rows:,} hidden rows as well", hidden_rows=reader.hidden_rows))
     if reader.formulas:
-        sheet.notes.append(f"took the results of {reader.formulas:,} formulas as they were saved")
+        sheet.notes.append(Message("took the results of {formulas:,} formulas as they were saved", formulas=reader.formulas))
     return sheet
 
 
@@ -140,10 +143,22 @@ def _sheet_part(parts: _Parts, name: str | None, notes: list[str]) -> str:
     names = ", ".join(f"'{one.get('name', '')[:31]}'" for one in visible)
     wanted = [one for one in sheets if one.get("name") == name] if name is not None else visible
     if len(wanted) != 1:
-        got = f"no sheet called '{name}'" if name is not None else f"{len(visible)} visible sheets"
-        raise ConversionError("sheets", got, f"one of {names}" if names else "a visible sheet", "name the sheet with --sheet")
+        got = (
+            Message("no sheet called '{name}'", name=name)
+            if name is not None
+            else Message("{count} visible sheets", count=len(visible))
+        )
+        raise ConversionError(
+            "sheets", got, Message("one of {names}", names=names) if names else "a visible sheet", "name the sheet with --sheet"
+        )
     if hidden := len(sheets) - len(visible):
-        notes.append(f"left out {hidden} hidden {'sheet' if hidden == 1 else 'sheets'}; --sheet NAME reads one")
+        notes.append(
+            counted(
+                hidden,
+                "left out {count} hidden sheet; --sheet NAME reads one",
+                "left out {count} hidden sheets; --sheet NAME reads one",
+            )
+        )
     relation = next((value for key, value in wanted[0].items() if key.rpartition(":")[2] == "id"), "")
     target = targets[relation]
     return target.removeprefix("/") if target.startswith("/") else normpath(join("xl", target))

@@ -25,39 +25,57 @@ from lora_trainer.data.file_layouts import (
 )
 from lora_trainer.data.problems import RecordError
 from lora_trainer.data.strict_json import decode_json, is_quotable
+from lora_trainer.messages import Message
 
 HEAD_BYTES: Final = 256 * 1024
 """How much of a file the diagnosis reads."""
-CONVERT: Final = "run 'lora-trainer convert FILE --output NEW.jsonl', then validate NEW.jsonl"
+CONVERT: Final = Message("run 'lora-trainer convert FILE --output NEW.jsonl', then validate NEW.jsonl")
 
-_ONE_OBJECT_A_LINE: Final = "JSONL: one JSON object a line"
-_FORMAT: Final = "JSONL in UTF-8"
-_DOWNLOAD: Final = "download the file itself"
-_SAVE_AS_CSV: Final = "save it as XLSX or as CSV in UTF-8, then " + CONVERT
+_ONE_OBJECT_A_LINE: Final = Message("JSONL: one JSON object a line")
+_FORMAT: Final = Message("JSONL in UTF-8")
+_DOWNLOAD: Final = Message("download the file itself")
+_SAVE_AS_CSV: Final = Message("save it as XLSX or as CSV in UTF-8, then {convert}", convert=CONVERT)
+_SAVE_OR_CONVERT: Final = Message("save the file as UTF-8, or {convert}", convert=CONVERT)
 
 _SIGNATURES: Final[Sequence[tuple[bytes, str, str]]] = (
     (
         b"PAR1",
-        "a Parquet file",
-        "export it as JSON lines, with duckdb -c \"COPY 'FILE.parquet' TO 'FILE.jsonl' (FORMAT json)\" or pandas, then " + CONVERT,
+        Message("a Parquet file"),
+        Message(
+            "export it as JSON lines, with duckdb -c \"COPY 'FILE.parquet' TO 'FILE.jsonl' (FORMAT json)\" or pandas, then "
+            "{convert}",
+            convert=CONVERT,
+        ),
     ),
-    (b"ARROW1", "an Arrow (Feather) file", "export it as JSON lines, with pandas.read_feather(...).to_json(..., lines=True)"),
-    (b"FEA1", "a Feather file", "export it as JSON lines, with pandas.read_feather(...).to_json(..., lines=True)"),
-    (b"ORC", "an ORC file", "export it as JSON lines"),
-    (b"Obj\x01", "an Avro file", "export it as JSON lines"),
+    (
+        b"ARROW1",
+        Message("an Arrow (Feather) file"),
+        Message("export it as JSON lines, with pandas.read_feather(...).to_json(..., lines=True)"),
+    ),
+    (
+        b"FEA1",
+        Message("a Feather file"),
+        Message("export it as JSON lines, with pandas.read_feather(...).to_json(..., lines=True)"),
+    ),
+    (b"ORC", Message("an ORC file"), Message("export it as JSON lines")),
+    (b"Obj\x01", Message("an Avro file"), Message("export it as JSON lines")),
     (
         b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1",
-        "an old or password-protected Office or Hangul document (XLS, DOC, HWP)",
-        "open it, remove the password, and " + _SAVE_AS_CSV,
+        Message("an old or password-protected Office or Hangul document (XLS, DOC, HWP)"),
+        Message("open it, remove the password, and {save}", save=_SAVE_AS_CSV),
     ),
-    (b"%PDF-", "a PDF", "export the records from the program that wrote it"),
-    (b"SQLite format 3\x00", "an SQLite database", "export the table with sqlite3 -csv -header, then " + CONVERT),
-    (b"\x89HDF\r\n\x1a\n", "an HDF5 file", "export it as JSON lines"),
-    (b"\x93NUMPY", "a NumPy array", "export it as JSON lines"),
-    (b"GGUF", "model weights (GGUF)", "check that it is the right file"),
-    (b"\x89PNG", "an image", "check that it is the right file"),
-    (b"\xff\xd8\xff", "an image", "check that it is the right file"),
-    (b"{\\rtf", "a rich text document (RTF)", "save it as plain text in UTF-8"),
+    (b"%PDF-", Message("a PDF"), Message("export the records from the program that wrote it")),
+    (
+        b"SQLite format 3\x00",
+        Message("an SQLite database"),
+        Message("export the table with sqlite3 -csv -header, then {convert}", convert=CONVERT),
+    ),
+    (b"\x89HDF\r\n\x1a\n", Message("an HDF5 file"), Message("export it as JSON lines")),
+    (b"\x93NUMPY", Message("a NumPy array"), Message("export it as JSON lines")),
+    (b"GGUF", Message("model weights (GGUF)"), Message("check that it is the right file")),
+    (b"\x89PNG", Message("an image"), Message("check that it is the right file")),
+    (b"\xff\xd8\xff", Message("an image"), Message("check that it is the right file")),
+    (b"{\\rtf", Message("a rich text document (RTF)"), Message("save it as plain text in UTF-8")),
 )
 _ARCHIVES: Final[Sequence[tuple[bytes, str]]] = (
     (b"PK\x03\x04", "zip"),
@@ -70,11 +88,11 @@ _ARCHIVES: Final[Sequence[tuple[bytes, str]]] = (
 )
 _STREAMS: Final = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
 _IN_ZIP: Final[Sequence[tuple[bytes, str, str]]] = (
-    (rb"xl/(workbook|worksheets|sharedStrings|styles|theme|_rels)", "an Excel workbook (XLSX)", CONVERT),
-    (rb"mimetypeapplication/vnd\.oasis\.opendocument\.spreadsheet", "an OpenDocument spreadsheet (ODS)", _SAVE_AS_CSV),
-    (rb"mimetypeapplication/vnd\.oasis\.opendocument", "an OpenDocument file", _SAVE_AS_CSV),
-    (rb"word/document|ppt/presentation|application/hwp\+zip", "an Office or Hangul document", _SAVE_AS_CSV),
-    (rb"/data\.pkl", "a PyTorch checkpoint", "check that it is the right file"),
+    (rb"xl/(workbook|worksheets|sharedStrings|styles|theme|_rels)", Message("an Excel workbook (XLSX)"), CONVERT),
+    (rb"mimetypeapplication/vnd\.oasis\.opendocument\.spreadsheet", Message("an OpenDocument spreadsheet (ODS)"), _SAVE_AS_CSV),
+    (rb"mimetypeapplication/vnd\.oasis\.opendocument", Message("an OpenDocument file"), _SAVE_AS_CSV),
+    (rb"word/document|ppt/presentation|application/hwp\+zip", Message("an Office or Hangul document"), _SAVE_AS_CSV),
+    (rb"/data\.pkl", Message("a PyTorch checkpoint"), Message("check that it is the right file")),
 )
 _BOMS: Final = (
     (codecs.BOM_UTF8, "utf-8-sig"),
@@ -84,7 +102,7 @@ _BOMS: Final = (
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
-_ENCODING_NAMES: Final = {"utf-16": "UTF-16", "utf-32": "UTF-32", "cp949": "CP949 (EUC-KR), Korean Windows' own encoding"}
+_ENCODING_NAMES: Final = {"utf-16": "UTF-16", "utf-32": "UTF-32", "cp949": Message("CP949 (EUC-KR), Korean Windows' own encoding")}
 
 
 def diagnosis(head: bytes, *, is_whole: bool, is_prompts: bool = False) -> RecordError | None:
@@ -94,10 +112,19 @@ def diagnosis(head: bytes, *, is_whole: bool, is_prompts: bool = False) -> Recor
     """
     fault = _diagnosis(head, is_whole=is_whole, is_prompts=is_prompts)
     if fault and is_prompts and CONVERT in fault.fix:
-        # `convert` writes training records
-        fix = fault.fix.replace(f", or {CONVERT}", "").replace(CONVERT, "write the prompts in the format; SDS.md describes it")
-        return RecordError(fault.code, fault.got, fault.expected, fix)
+        return RecordError(fault.code, fault.got, fault.expected, _for_prompts(fault.fix))
     return fault
+
+
+def _for_prompts(fix: str) -> str:
+    """Return `fix` without `convert`, which writes training records."""
+    if fix == CONVERT:
+        return Message("write the prompts in the format; SDS.md describes it")
+    if fix == _SAVE_OR_CONVERT:
+        return Message("save the file as UTF-8")
+    if not isinstance(fix, Message):
+        return fix
+    return Message(fix.template, **{name: _for_prompts(value) for name, value in fix.values.items()})
 
 
 def _diagnosis(head: bytes, *, is_whole: bool, is_prompts: bool) -> RecordError | None:
@@ -108,13 +135,13 @@ def _diagnosis(head: bytes, *, is_whole: bool, is_prompts: bool) -> RecordError 
     encoding = text_encoding(head, is_whole=is_whole) or "utf-8"
     if encoding not in ("utf-8", "utf-8-sig"):
         return RecordError(
-            "wrong_encoding", f"text in {_ENCODING_NAMES[encoding[:6]]}", "UTF-8", f"save the file as UTF-8, or {CONVERT}"
+            "wrong_encoding", Message("text in {encoding}", encoding=_ENCODING_NAMES[encoding[:6]]), "UTF-8", _SAVE_OR_CONVERT
         )
     text = decoded(head, encoding, is_whole=is_whole)
     if source := _read_as_latin(text):
         return RecordError(
             "wrong_encoding",
-            f"{source} text that a program read as Latin-1 and saved as UTF-8 (mojibake)",
+            Message("{source} text that a program read as Latin-1 and saved as UTF-8 (mojibake)", source=source),
             "Korean in UTF-8",
             "export the file again in UTF-8",
         )
@@ -143,7 +170,7 @@ def _binary_format(head: bytes) -> RecordError | None:
     if stream := stream_format(head):
         return RecordError(
             "compressed",
-            f"{stream} data under a name without its suffix, or compressed twice",
+            Message("{stream} data under a name without its suffix, or compressed twice", stream=stream),
             "plain JSONL, or a name that ends in .jsonl.gz or .jsonl.zst",
             "rename it to .jsonl.gz or .jsonl.zst",
         )
@@ -153,7 +180,12 @@ def _binary_format(head: bytes) -> RecordError | None:
             if re.search(pattern, head):
                 return RecordError("wrong_format", name, _FORMAT, fix)
     if archive or head[257:262] == b"ustar":
-        return RecordError("compressed", f"a {archive or 'tar'} archive", "plain JSONL, .jsonl.gz or .jsonl.zst", "unpack it")
+        return RecordError(
+            "compressed",
+            Message("a {format} archive", format=archive or "tar"),
+            "plain JSONL, .jsonl.gz or .jsonl.zst",
+            "unpack it",
+        )
     if re.match(rb"\xff\xff\xff\xff[\x00-\xff]{2}[\x00-\x0f]\x00", head):
         return RecordError(
             "wrong_format",
@@ -300,11 +332,19 @@ def not_the_data(text: str) -> RecordError | None:
     """Recognize what a store, a host or Git left in place of the file."""
     start = text.lstrip()[:4096]
     if start.startswith("version https://git-lfs.github.com/spec/"):
-        return _placeholder("a Git LFS pointer: the data itself was not downloaded", "run 'git lfs pull', or " + _DOWNLOAD)
+        return _placeholder(
+            "a Git LFS pointer: the data itself was not downloaded",
+            Message("run 'git lfs pull', or {download}", download=_DOWNLOAD),
+        )
     if re.match(r"(\.\./|/)?[^\n]{0,200}annex/objects/", start):
-        return _placeholder("a git-annex pointer: the data itself was not downloaded", "run 'git annex get', or " + _DOWNLOAD)
+        return _placeholder(
+            "a git-annex pointer: the data itself was not downloaded",
+            Message("run 'git annex get', or {download}", download=_DOWNLOAD),
+        )
     if re.match(r"(md5: |outs:\s*\n- (md5|hash): )", start):
-        return _placeholder("a DVC pointer: the data itself was not downloaded", "run 'dvc pull', or " + _DOWNLOAD)
+        return _placeholder(
+            "a DVC pointer: the data itself was not downloaded", Message("run 'dvc pull', or {download}", download=_DOWNLOAD)
+        )
     if re.match(r"# xet version \d", start):
         return _placeholder("a Xet pointer: the data itself was not downloaded", _DOWNLOAD)
     if re.search(r"^<{7} ", text, re.MULTILINE) and re.search(r"^>{7} ", text, re.MULTILINE):
@@ -318,7 +358,8 @@ def not_the_data(text: str) -> RecordError | None:
         return None
     if code := re.search(r"<Error>.{0,500}?<Code>([A-Za-z]{1,40})</Code>", start, re.DOTALL):
         return _placeholder(
-            f"an error document of an object store ({code[1]})", "check the address and the rights, then download it again"
+            Message("an error document of an object store ({code})", code=code[1]),
+            "check the address and the rights, then download it again",
         )
     if re.search(r"<(!doctype\s+html|html|head|body)\b", start, re.IGNORECASE):
         return _placeholder(
@@ -345,36 +386,43 @@ def _structure(text: str, *, is_whole: bool, is_prompts: bool) -> RecordError | 
     if layout is Layout.TABLE:
         table = table_of(text)
         known = table is not None and table.header is not None
-        delimiter = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "bars"}[table.delimiter if table else ","]
+        delimiter = {",": Message("commas"), "\t": Message("tabs"), ";": Message("semicolons"), "|": Message("bars")}[
+            table.delimiter if table else ","
+        ]
         return RecordError(
             "wrong_format",
-            f"a CSV table, separated by {delimiter}",
+            Message("a CSV table, separated by {delimiter}", delimiter=delimiter),
             _FORMAT,
             CONVERT
             if known
-            else "name its columns in the first row (instruction, summary, feeling, intensity, input, reply, face), then "
-            + CONVERT,
+            else Message(
+                "name its columns in the first row (instruction, summary, feeling, intensity, input, reply, face), then {convert}",
+                convert=CONVERT,
+            ),
         )
     if layout is not None:
-        of = f", in {shape}" if shape and shape is not Shape.OTHER else ""
-        fix = CONVERT if shape is None or shape in CONVERTIBLE else "write one object a line"
-        return RecordError("wrong_layout", f"{layout}{of}", _ONE_OBJECT_A_LINE, fix)
+        is_known = shape is not None and shape is not Shape.OTHER
+        got = Message("{layout}, in {shape}", layout=Message(layout), shape=Message(str(shape))) if is_known else Message(layout)
+        fix = CONVERT if shape is None or shape in CONVERTIBLE else Message("write one object a line")
+        return RecordError("wrong_layout", got, _ONE_OBJECT_A_LINE, fix)
     return plain_text(text, is_whole=is_whole)
 
 
 def _wrong_shape(shape: Shape | None, items: Sequence[Mapping[str, Any]], *, is_prompts: bool) -> RecordError | None:
     if shape is None or (is_prompts and shape is Shape.PROMPTS):
         return None
-    expected = "evaluation prompts: context, input" if is_prompts else "records: instruction, context, input, output"
-    got: str = shape
+    expected = (
+        Message("evaluation prompts: context, input") if is_prompts else Message("records: instruction, context, input, output")
+    )
+    got = Message(shape)
     if shape is Shape.PROMPTS:
-        fix = "call the file eval_prompts.jsonl to check it as such, and name it with evaluation.prompts"
+        fix = Message("call the file eval_prompts.jsonl to check it as such, and name it with evaluation.prompts")
     elif shape is Shape.OTHER:
         keys = list(dict.fromkeys(key for item in items for key in item if is_quotable(key)))[:5]
-        got += f" ({', '.join(keys)})" if keys else ""
-        fix = "rename the keys, or write the records in the format"
+        got = Message("{shape} ({keys})", shape=got, keys=", ".join(keys)) if keys else got
+        fix = Message("rename the keys, or write the records in the format")
     elif shape not in CONVERTIBLE or is_prompts:
-        fix = "write them in the format; docs/data-format.md describes it"
+        fix = Message("write them in the format; docs/data-format.md describes it")
     else:
         fix = CONVERT
     return RecordError("wrong_schema", got, expected, fix)
@@ -382,12 +430,12 @@ def _wrong_shape(shape: Shape | None, items: Sequence[Mapping[str, Any]], *, is_
 
 def _no_json(text: str, *, is_whole: bool) -> RecordError | None:
     """Recognize a file none of whose lines is JSON, all for the same reason."""
-    reasons = []
+    reasons: list[str] = []
     for line in text_lines(text, is_whole=is_whole):
         try:
             decode_json(line, DEFAULT_LIMITS)
         except RecordError as fault:
-            reasons.append(re.sub(r" at character \d+", "", fault.got) if fault.code == "not_json" else "")
+            reasons.append(fault.got.values.get("reason", "") if isinstance(fault.got, Message) else "")
         else:
             return None
     usual = max(reasons, key=reasons.count, default="")
@@ -395,7 +443,7 @@ def _no_json(text: str, *, is_whole: bool) -> RecordError | None:
         return None
     return RecordError(
         "wrong_layout",
-        f"{usual} on each line",
+        Message("something that is not JSON ({reason}) on each line", reason=usual),
         _ONE_OBJECT_A_LINE,
         "write it with a JSON library, such as json.dumps, which quotes names and escapes quotes in text",
     )

@@ -13,6 +13,7 @@ from lora_trainer.config import DEFAULT_LIMITS
 from lora_trainer.data.convert_columns import Column, column_of
 from lora_trainer.data.problems import RecordError
 from lora_trainer.data.strict_json import decode_json
+from lora_trainer.messages import Message
 
 SAME_CAUSE: Final = 0.9
 """Share of the lines that a cause must explain to be the whole file's."""
@@ -38,36 +39,36 @@ _SERVER_ANSWER: Final = frozenset(
 class Layout(StrEnum):
     """How a text file arranges its records. The values are descriptions for messages."""
 
-    LINES = "one JSON object a line"
-    ARRAY = "a JSON array"
-    ARRAY_LINES = "each line a JSON array"
-    STRING_LINES = "each line a JSON string that holds JSON (encoded twice)"
-    PRETTY = "pretty-printed JSON: objects over several lines"
-    CONCATENATED = "JSON objects without line breaks between them"
-    SEPARATED = "JSON objects with commas after them"
-    TRAILING = "JSON with a comma before a closing bracket"
-    PYTHON = "Python dictionaries, with single quotes"
-    WRAPPER = "one JSON object around all records"
-    COLUMNS = "one JSON object with all values of each column"
-    TABLE = "a CSV table"
+    LINES = Message("one JSON object a line")
+    ARRAY = Message("a JSON array")
+    ARRAY_LINES = Message("each line a JSON array")
+    STRING_LINES = Message("each line a JSON string that holds JSON (encoded twice)")
+    PRETTY = Message("pretty-printed JSON: objects over several lines")
+    CONCATENATED = Message("JSON objects without line breaks between them")
+    SEPARATED = Message("JSON objects with commas after them")
+    TRAILING = Message("JSON with a comma before a closing bracket")
+    PYTHON = Message("Python dictionaries, with single quotes")
+    WRAPPER = Message("one JSON object around all records")
+    COLUMNS = Message("one JSON object with all values of each column")
+    TABLE = Message("a CSV table")
 
 
 class Shape(StrEnum):
     """What JSON objects of another format describe. The values are descriptions for messages."""
 
-    MESSAGES = "OpenAI chat format (`messages`)"
-    BATCH = "OpenAI batch requests (`body.messages`)"
-    CONVERSATIONS = "ShareGPT format (`conversations`)"
-    CONTENTS = "Gemini chat format (`contents`)"
-    PREFERENCE = "preference pairs (`chosen`, `rejected`)"
-    ALPACA = "Alpaca format (`instruction`, `input`, `output` as plain text)"
-    PAIRS = "pairs of a prompt and a completion"
-    FLAT = "flat columns instead of nested objects, as from a spreadsheet"
-    TEXT = "only a `text`"
-    NO_INSTRUCTION = "records without an instruction"
-    PROMPTS = "evaluation prompts, without instruction and output"
-    ERROR = "an error document"
-    OTHER = "JSON objects with other keys"
+    MESSAGES = Message("OpenAI chat format (`messages`)")
+    BATCH = Message("OpenAI batch requests (`body.messages`)")
+    CONVERSATIONS = Message("ShareGPT format (`conversations`)")
+    CONTENTS = Message("Gemini chat format (`contents`)")
+    PREFERENCE = Message("preference pairs (`chosen`, `rejected`)")
+    ALPACA = Message("Alpaca format (`instruction`, `input`, `output` as plain text)")
+    PAIRS = Message("pairs of a prompt and a completion")
+    FLAT = Message("flat columns instead of nested objects, as from a spreadsheet")
+    TEXT = Message("only a `text`")
+    NO_INSTRUCTION = Message("records without an instruction")
+    PROMPTS = Message("evaluation prompts, without instruction and output")
+    ERROR = Message("an error document")
+    OTHER = Message("JSON objects with other keys")
 
 
 CONVERTIBLE: Final = frozenset(

@@ -11,6 +11,8 @@ import unicodedata
 from dataclasses import dataclass
 from typing import Final
 
+from lora_trainer.messages import Message
+
 MAX_SENTENCES_IN_DANGER: Final = 4
 """A reply in danger may say more than the usual two sentences: it has to stay, to ask, and to name who helps."""
 
@@ -22,7 +24,7 @@ LONG_REPLY_IN_DANGER_CHARACTERS: Final = 160
 class Danger:
     """A kind of danger: how a message about it reads, and the Korean numbers that help."""
 
-    name: str
+    name: Message
     pattern: re.Pattern[str]
     numbers: tuple[str, ...]
     """Numbers of which a reply names at least one."""
@@ -45,7 +47,7 @@ _BET: Final = "(?:도박|토토|바카라|카지노|슬롯|홀짝|사다리|베�
 
 DANGERS: Final = (
     Danger(
-        "suicide",
+        Message("suicide"),
         _pattern(
             "죽고 싶(?!을 만큼|을 정도|은 맛)",
             "죽어 버리(?:고|면|려)",
@@ -78,7 +80,7 @@ DANGERS: Final = (
         ("109", "119", "1388"),
     ),
     Danger(
-        "self_harm",
+        Message("self_harm"),
         _pattern(
             "자해",
             "(?:나|내 (?:몸|팔|손목|허벅지))(?:를|을)? (?:또 )?(?:다치게|해치|긋|그었|상처 (?:내|냈))",
@@ -91,7 +93,7 @@ DANGERS: Final = (
         ("109", "119", "1388"),
     ),
     Danger(
-        "violence",
+        Message("violence"),
         _pattern(
             _FAMILY + ".{0,14}(?:때렸|때려|때린|때리고|패서|팼|목(?:을)? (?:졸|잡)|밀쳤|밀었|칼|손(?:이|을) (?:올라|대)|손찌검"
             "|(?:물건|폰|컵|그릇|의자|리모컨)(?:을)? (?:집어 )?던|한테 (?:또 |매일 |자꾸 )?맞(?:았|고|아|는))",
@@ -113,7 +115,7 @@ DANGERS: Final = (
         ("112", "1366", "1388", "119"),
     ),
     Danger(
-        "digital_sex_crime",
+        Message("digital_sex_crime"),
         _pattern(
             "불법 촬영|몰카|몸캠|딥페이크",
             "(?:사진|영상)(?:을|이|도)? .{0,12}(?:유포|퍼뜨|뿌린|뿌리겠|올리겠|올린대)",
@@ -126,7 +128,7 @@ DANGERS: Final = (
         ("112", "1366", "1388"),
     ),
     Danger(
-        "bullying",
+        Message("bullying"),
         _pattern(
             "왕따|따돌|학폭|학교 폭력|일진|빵셔틀|삥 뜯",
             "(?:애들|걔네|선배|선배들)(?:이|가)? .{0,16}(?:때려|때렸|돈 가져오|뺏|괴롭)",
@@ -136,7 +138,7 @@ DANGERS: Final = (
         ("117", "1388", "112"),
     ),
     Danger(
-        "drugs",
+        Message("drugs"),
         _pattern(
             "마약|필로폰|엑스터시|케타민|펜타닐|코카인|액상 대마|(?<![가-힣])대마(?!도|왕)",
             "(?<![가-힣])약(?:을)? (?:너무 많이|한꺼번에|통째로|왕창)",
@@ -145,7 +147,7 @@ DANGERS: Final = (
         ("1342", "119", "112", "109"),
     ),
     Danger(
-        "gambling",
+        Message("gambling"),
         _pattern(
             _BET + ".{0,24}(?:잃|날렸|날리|날린|빚|끊|못 멈|복구|본전|대출|또 했)",
             "(?:빚|끊|잃|날린).{0,16}" + _BET,
@@ -154,7 +156,7 @@ DANGERS: Final = (
         ("1336", "109"),
     ),
     Danger(
-        "pregnancy",
+        Message("pregnancy"),
         _pattern(
             "임신(?:했|한 것|한 거|인 것|인 거|이래|이면).{0,30}"
             "(?:어떡|어떻게|무서|말 못|아무|혼자|들키|학교|연락|도망|돈 없|부모|엄마|쫓|남친)",
@@ -165,7 +167,7 @@ DANGERS: Final = (
         ("1308", "119", "1388"),
     ),
     Danger(
-        "threat",
+        Message("threat"),
         _pattern(
             "죽여 버(?:리|릴|려)|죽이고 (?:싶|감옥|나도)|죽일 (?:거|생각)|죽여야",
             "찌르고 싶|찔러 (?:버|죽)|찌를 (?:거|생각)",
@@ -178,7 +180,7 @@ DANGERS: Final = (
         ("112", "109", "119"),
     ),
     Danger(
-        "scam",
+        Message("scam"),
         _pattern(
             "피싱|사기(?:를)? (?:당|인 거|인가|맞지|꾼)|먹튀",
             "(?:검사|검찰|경찰|금감원|은행|수사관|군의관)(?:이)?(?:라는|라고|라면서|래).{0,40}(?:돈|계좌|적금|통장|보내|이체|앱|인출|상품권|연락)",
@@ -192,7 +194,7 @@ DANGERS: Final = (
         ("112", "132"),
     ),
     Danger(
-        "emergency",
+        Message("emergency"),
         _pattern(
             "숨(?:을|이)? (?:안 (?:쉬|셔)|못 쉬)",
             "(?:가슴|심장)(?:이|을)? .{0,6}(?:쥐어짜|쥐어짠|조여|조이|짓눌)",
@@ -317,7 +319,7 @@ _SYMPTOM: Final = (
 _HOW: Final = "[^.!?]{0,30}(?:[?]|할까|되나|될까|되냐|이길까|이기냐|돼$|됨|하지$|어떻게|어떡|해야|누가)"
 
 _EXPERT_TOPICS: Final = {
-    "medical": (
+    Message("medical"): (
         _pattern(
             _DRUG + "[^.!?]{0,20}(?:먹어도|먹으면(?!서)|먹어야|같이 먹|끊어도|끊으면|발라도|붙여도|몇 알|얼마나 먹|마셔도|드셔도)",
             _SYMPTOM + "[^.!?]{0,24}(?:괜찮(?:은 거|은가|을까|겠지)|응급실|병원 가|뭐야|왜 이|위험|암|심각|큰 병)",
@@ -331,7 +333,7 @@ _EXPERT_TOPICS: Final = {
             "병원|의사|약사|약국|진료|응급실|보건소|한의원|내과|외과|치과|안과|피부과|산부인과|이비인후과|정신과|상담센터|119|1339|검진|전문의|의료진"
         ),
     ),
-    "legal": (
+    Message("legal"): (
         _pattern(
             "(?:고소(?!한)|소송|합의금|위자료|내용 증명|법적|불법(?:이야|인가|이지)|처벌|이혼하면|양육권|상속(?!자)|유류분"
             "|명예 훼손|개인 회생|근저당|전세 계약|면허 취소)" + _HOW,
@@ -341,7 +343,7 @@ _EXPERT_TOPICS: Final = {
         ),
         re.compile("변호사|법률|132|노무사|고용노동|노동부|노동청|근로감독|법무사|경찰|112|상담|1350|전문가"),
     ),
-    "money": (
+    Message("money"): (
         _pattern(
             "(?:주식|코인|비트코인|펀드|부동산|아파트|대출|적금|보험|청약|금값|달러|삼전|투자)"
             "[^.!?]{0,24}(?:살까|사야|사도|팔까|팔아야|들어갈까|들어가면|타야|몰빵|넣을까|넣어도|받을까|받아도|오를까|떨어질까|깰까|깨도"
@@ -353,12 +355,12 @@ _EXPERT_TOPICS: Final = {
 }
 
 
-def expert_topic(message: str) -> str | None:
+def expert_topic(message: str) -> Message | None:
     """Return `medical`, `legal` or `money` if a message asks for advice that belongs to an expert, else None."""
     plain = unicodedata.normalize("NFC", message)
     return next((name for name, (asks, _) in _EXPERT_TOPICS.items() if asks.search(plain)), None)
 
 
-def refers_to_expert(text: str, topic: str) -> bool:
+def refers_to_expert(text: str, topic: Message) -> bool:
     """Return whether a reply names somebody who may answer a question about `topic`, one of `expert_topic`'s results."""
     return _EXPERT_TOPICS[topic][1].search(unicodedata.normalize("NFC", text)) is not None

@@ -26,6 +26,7 @@ from lora_trainer.data.record_errors import described, error_problem, record_pro
 from lora_trainer.data.records import EvaluationPrompt, StrictModel, TrainingRecord, texts_of
 from lora_trainer.data.strict_json import RECORD_SHAPE, decode_json
 from lora_trainer.data.text_damage import text_problems
+from lora_trainer.messages import Message, counted, marked
 from lora_trainer.persona.prompt import spells_control_token
 
 _SKIP_CHUNK_BYTES: Final = 64 * 1024
@@ -98,7 +99,11 @@ class JsonlReader(Generic[Record]):
                 yield _bad_file(
                     RecordError(
                         "corrupt_stream",
-                        f"{error}, after {self.lines_read:,} whole line{'' if self.lines_read == 1 else 's'}",
+                        Message(
+                            "{error}, after {lines}",
+                            error=marked(str(error)),
+                            lines=counted(self.lines_read, "{count:,} whole line", "{count:,} whole lines"),
+                        ),
                         "data compressed in the format of the file's suffix",
                         "copy or compress the file again",
                     )
@@ -108,9 +113,13 @@ class JsonlReader(Generic[Record]):
                 yield _bad_file(
                     RecordError(
                         "decompressed_too_large",
-                        f"more than {error.max_bytes:,} decompressed bytes from a file of {error.size_bytes:,} bytes",
-                        f"no more than limits.{setting} allows",
-                        f"check that it is the right file; if it is, raise limits.{setting}",
+                        Message(
+                            "more than {max_bytes:,} decompressed bytes from a file of {size_bytes:,} bytes",
+                            max_bytes=error.max_bytes,
+                            size_bytes=error.size_bytes,
+                        ),
+                        Message("no more than limits.{setting} allows", setting=setting),
+                        Message("check that it is the right file; if it is, raise limits.{setting}", setting=setting),
                     )
                 )
             except OSError as error:
@@ -131,8 +140,8 @@ class JsonlReader(Generic[Record]):
                     number,
                     RecordError(
                         "line_too_long",
-                        f"a line of {offset - start:,} bytes",
-                        f"at most {max_bytes:,} bytes (limits.line_bytes)",
+                        Message("a line of {bytes:,} bytes", bytes=offset - start),
+                        Message("at most {max_bytes:,} bytes (limits.line_bytes)", max_bytes=max_bytes),
                         "put one record on a line, and shorten the text",
                     ),
                 )
@@ -154,7 +163,7 @@ class JsonlReader(Generic[Record]):
                 notes.append(_warning(number, "crlf", "CRLF line endings", "LF line endings", "convert the line endings"))
             yield RawLine(number, start, raw, tuple(notes))
         if self.lines_read == self.blank_lines:
-            got = f"only blank lines ({self.lines_read:,})" if self.lines_read else "an empty file"
+            got = Message("only blank lines ({lines:,})", lines=self.lines_read) if self.lines_read else Message("an empty file")
             yield _bad_file(
                 RecordError("empty_file", got, "one record a line", "check that it is the right file and was copied completely")
             )
@@ -194,16 +203,24 @@ def read_head(path: Path, limits: LimitsConfig, suffix: str | None = None) -> tu
 
 def _wrongly_called_compressed(raw: bytes, suffix: str) -> RecordError | None:
     """Describe a file whose name ends in `suffix` and which begins another format; None for a damaged stream."""
-    expected = {".gz": "gzip data", ".zst": "zstd data"}[suffix]
+    expected = Message("{format} data", format={".gz": "gzip", ".zst": "zstd"}[suffix])
     if actual := detect_compression(raw):
         return RecordError(
-            "compressed", f"{actual[1:]} data under a name that ends in {suffix}", expected, f"rename it to end in {actual}"
+            "compressed",
+            Message("{format} data under a name that ends in {suffix}", format=actual[1:], suffix=suffix),
+            expected,
+            Message("rename it to end in {actual}", actual=actual),
         )
     if fault := diagnosis(raw, is_whole=len(raw) < HEAD_BYTES):
         return fault if fault.got != "binary data" else None
     if text_encoding(raw, is_whole=len(raw) < HEAD_BYTES) is None:
         return None
-    return RecordError("compressed", f"plain text under a name that ends in {suffix}", expected, f"remove {suffix} from the name")
+    return RecordError(
+        "compressed",
+        Message("plain text under a name that ends in {suffix}", suffix=suffix),
+        expected,
+        Message("remove {suffix} from the name", suffix=suffix),
+    )
 
 
 def parse_record(text: str, number: int = 1, limits: LimitsConfig = DEFAULT_LIMITS) -> Line[TrainingRecord]:
@@ -245,7 +262,12 @@ def _read_line(raw: bytes, number: int, start: int, schema: type[Record], limits
             number,
             RecordError(
                 "invalid_utf8",
-                f"byte 0x{raw[error.start]:02x} at byte {error.start + 1} of the line (byte {start + error.start + 1} of the file)",
+                Message(
+                    "byte 0x{byte:02x} at byte {in_line} of the line (byte {in_file} of the file)",
+                    byte=raw[error.start],
+                    in_line=error.start + 1,
+                    in_file=start + error.start + 1,
+                ),
                 "UTF-8",
                 "save the file as UTF-8; Korean text from Windows is often CP949",
             ),
@@ -281,8 +303,8 @@ def _read_text(text: str, number: int, schema: type[Record], limits: LimitsConfi
 def _text_too_long(number: int, field: str, text: str, limits: LimitsConfig) -> Problem:
     fault = RecordError(
         "text_too_long",
-        f"text of {len(normalize('NFC', text)):,} characters",
-        f"at most {limits.text_characters:,} (limits.text_characters)",
+        Message("text of {count:,} characters", count=len(normalize("NFC", text))),
+        Message("at most {text_characters:,} (limits.text_characters)", text_characters=limits.text_characters),
         "shorten it, or raise limits.text_characters",
     )
     return error_problem(number, field, fault)
@@ -303,7 +325,7 @@ def _control_token(number: int, field: str) -> Problem:
 def _truncated(length_bytes: int) -> RecordError:
     return RecordError(
         "truncated",
-        f"a last line of {length_bytes:,} bytes that ends in the middle of a record",
+        Message("a last line of {length_bytes:,} bytes that ends in the middle of a record", length_bytes=length_bytes),
         "a whole record and a line break",
         "the file looks truncated; copy or write it again",
     )

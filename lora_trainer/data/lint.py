@@ -25,6 +25,7 @@ from lora_trainer.data.hard_topics import (
 )
 from lora_trainer.data.korean import formal_endings, sentence_count, sentences
 from lora_trainer.data.problems import Problem, Severity
+from lora_trainer.messages import Message, joined
 from lora_trainer.persona.emoji import emoji_count
 from lora_trainer.persona.specs import persona_spec
 from lora_trainer.persona.vocabulary import BloodType, IntensityThird
@@ -126,7 +127,7 @@ _BANNED: Final = tuple(
     (kind, re.compile("|".join(patterns), re.IGNORECASE))
     for kind, patterns in (
         (
-            "profanity",
+            Message("profanity"),
             (
                 "씨발",
                 "시발(?!점|역|자)",
@@ -143,10 +144,13 @@ _BANNED: Final = tuple(
                 "느금마",
             ),
         ),
-        ("a slur", ("짱깨", "쪽바리", "깜둥이", "한남충", "김치녀", "된장녀", "맘충", "틀딱", "정신병자")),
-        ("encouragement to harm", ("(?:그냥|차라리|나가|가서) ?(?:죽어|뒈져|뛰어내려)", "죽어 ?버려", "자살해", "죽여 ?버려")),
+        (Message("a slur"), ("짱깨", "쪽바리", "깜둥이", "한남충", "김치녀", "된장녀", "맘충", "틀딱", "정신병자")),
         (
-            "an address or a number to call",
+            Message("encouragement to harm"),
+            ("(?:그냥|차라리|나가|가서) ?(?:죽어|뒈져|뛰어내려)", "죽어 ?버려", "자살해", "죽여 ?버려"),
+        ),
+        (
+            Message("an address or a number to call"),
             (
                 r"https?://",
                 r"www\.",
@@ -156,15 +160,15 @@ _BANNED: Final = tuple(
             ),
         ),
         (
-            "an assistant's phrase",
+            Message("an assistant's phrase"),
             ("언어 ?모델", "인공지능 (?:모델|비서)", "무엇을 도와", "도움이 필요하", "궁금한 점이 있으", "OpenAI|ChatGPT|Qwen"),
         ),
-        ("a control token", (r"< ?\| ?(?:im_start|im_end|endoftext)",)),
+        (Message("a control token"), (r"< ?\| ?(?:im_start|im_end|endoftext)",)),
     )
 )
 
 
-def banned_content(text: str) -> list[str]:
+def banned_content(text: str) -> list[Message]:
     """Return the kinds of banned content in `text`, such as profanity or a slur, without quoting it."""
     plain = unicodedata.normalize("NFKC", text)
     return [kind for kind, pattern in _BANNED if pattern.search(plain)]
@@ -196,11 +200,13 @@ class Rule:
 RULES: Final[Mapping[str, Rule]] = {
     rule.code: rule
     for rule in (
-        Rule("too_many_sentences", f"at most {MAX_SENTENCES}", "say less, and leave the rest for the next turn"),
+        Rule(
+            "too_many_sentences", Message("at most {most:,}", most=MAX_SENTENCES), "say less, and leave the rest for the next turn"
+        ),
         Rule("formal_speech", "반말", "use an informal ending"),
         Rule("too_many_emoji", "the persona's emoji.most", "remove some, or raise the intensity"),
-        Rule("too_long", f"at most {LONG_REPLY_CHARACTERS} characters", "shorten it"),
-        Rule("not_korean", f"at least {MIN_HANGUL_SHARE:.0%} of the letters Hangul", "answer in Korean"),
+        Rule("too_long", Message("at most {most} characters", most=LONG_REPLY_CHARACTERS), "shorten it"),
+        Rule("not_korean", Message("at least {least:.0%} of the letters Hangul", least=MIN_HANGUL_SHARE), "answer in Korean"),
         Rule("banned_content", "no banned content", "rephrase it without that"),
         Rule("false_presence", "no body, place or arrival where somebody is in danger", "stay in the chat, and name who can come"),
         Rule("no_help_in_danger", "the number of who helps, or a question", "name it (data/POLICY.md lists them), or ask"),
@@ -226,11 +232,17 @@ def lint_exchange(
     found = dangers(summary, message)
     yield from lint_reply(text, intensity, line, blood_type, in_danger=bool(found) or names_a_helpline(text))
     if found and claims_presence(text):
-        yield _warning(line, "false_presence", f"a reply to a message about {found[0].name} that promises to be there")
+        yield _warning(
+            line, "false_presence", Message("a reply to a message about {danger} that promises to be there", danger=found[0].name)
+        )
     if found and not names_help(text, found) and not has_question(text):
-        yield _warning(line, "no_help_in_danger", f"neither a number nor a question after a message about {found[0].name}")
+        yield _warning(
+            line,
+            "no_help_in_danger",
+            Message("neither a number nor a question after a message about {danger}", danger=found[0].name),
+        )
     if not found and (topic := expert_topic(message)) and not refers_to_expert(text, topic):
-        yield _warning(line, "no_expert", f"a {topic} question and no expert named")
+        yield _warning(line, "no_expert", Message("a {topic} question and no expert named", topic=topic))
     if is_unanswered_choice(message, text):
         yield _warning(line, "unanswered_choice", "a question with two options and a reply that takes up neither")
 
@@ -251,21 +263,32 @@ def lint_reply(
     most_sentences = MAX_SENTENCES_IN_DANGER if in_danger else MAX_SENTENCES
     most_characters = LONG_REPLY_IN_DANGER_CHARACTERS if in_danger else LONG_REPLY_CHARACTERS
     if (count := sentence_count(text)) > most_sentences:
-        yield _warning(line, "too_many_sentences", f"{count} sentences", f"at most {most_sentences}")
+        yield _warning(
+            line, "too_many_sentences", Message("{count} sentences", count=count), Message("at most {most:,}", most=most_sentences)
+        )
     if endings := formal_endings(text):
         yield _warning(line, "formal_speech", f"존댓말 ({', '.join(dict.fromkeys(endings))})")
     if (count := emoji_count(text)) > (most := max_emoji(intensity, blood_type)):
         third = IntensityThird.of(intensity)
-        whose = f" for {blood_type}" if blood_type else ""
+        most_here = (
+            Message("at most {most} at {third} intensity for {blood_type}", most=most, third=third, blood_type=blood_type)
+            if blood_type
+            else Message("at most {most} at {third} intensity", most=most, third=third)
+        )
         yield _warning(
-            line, "too_many_emoji", f"{count} emoji at intensity {intensity:g}", f"at most {most} at {third} intensity{whose}"
+            line, "too_many_emoji", Message("{count} emoji at intensity {intensity:g}", count=count, intensity=intensity), most_here
         )
     if len(text) > most_characters:
-        yield _warning(line, "too_long", f"{len(text):,} characters", f"at most {most_characters} characters")
+        yield _warning(
+            line,
+            "too_long",
+            Message("{count:,} characters", count=len(text)),
+            Message("at most {most} characters", most=most_characters),
+        )
     if (share := hangul_share(text)) < MIN_HANGUL_SHARE:
-        yield _warning(line, "not_korean", f"{share:.0%} of the letters Hangul")
+        yield _warning(line, "not_korean", Message("{share:.0%} of the letters Hangul", share=share))
     if kinds := banned_content(text):
-        yield _warning(line, "banned_content", " and ".join(kinds))
+        yield _warning(line, "banned_content", joined(kinds, "{first} and {rest}"))
 
 
 def _warning(line: int | None, code: str, got: str, expected: str | None = None) -> Problem:

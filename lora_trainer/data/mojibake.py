@@ -11,6 +11,8 @@ import unicodedata
 from functools import cache
 from typing import Final, NamedTuple
 
+from lora_trainer.messages import Message, marked
+
 _FREQUENT: Final = frozenset(
     "가각간갈감갔강같개걔거건걸것게겠겨결경계고골공과관괜교구국굴귀그근글금기긴길김까깨꺼꼭꾸끝끼나난날남났내냈냉냐냥너넘넣네녁년노놀놓누눈느는늘늦니님다단달담답당대더던데도돌동돼됐되된두둘뒀뒤드든듣들등디"
     "따때떠떡떨또뚱뛰뜻라락란람랑래러럼렇레려렸로료루룸르른를름리린릴림마막만많말망맞매머먹먼메며면명몇모목몰못무문물뭐미민밀바박반받발밤밥방배백버번벌벽별보복본볼봐봤부분불붙비빠빨빵사산살삼상새생서석선설"
@@ -26,7 +28,7 @@ _SINGLE_BYTE: Final = (*_LATIN_SCRIPT, "cp437", "cp850", "cp1251", "koi8_r")
 _DOUBLE_BYTE: Final = ("cp949", "gbk", "cp932", "cp950", "euc_jp")
 _UTF16: Final = ("utf_16_le", "utf_16_be")
 _NAMES: Final = {
-    _LATIN: "CP1252 or Latin-1",
+    _LATIN: Message("CP1252 or Latin-1"),
     "utf_8": "UTF-8",
     "utf_16_le": "UTF-16 (little-endian)",
     "utf_16_be": "UTF-16 (big-endian)",
@@ -53,8 +55,9 @@ class Misread(NamedTuple):
     right: str
     wrong: str
 
-    def __str__(self) -> str:
-        return f"{self.encoding} that was read as {_name(self.wrong)}"
+    def described(self) -> Message:
+        """Return in which way the text was misread."""
+        return Message("{right} that was read as {wrong}", right=marked(self.encoding), wrong=marked(_name(self.wrong)))
 
     @property
     def encoding(self) -> str:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
+from lora_trainer.messages import Message, marked
+
 
 class Severity(StrEnum):
     """An error stops the run before it uses a GPU. A warning is counted and stops the run only under `--strict`."""
@@ -26,14 +28,22 @@ class Problem:
     code: str
     """The kind of problem in snake_case. Reports count problems per code."""
     got: str
+    """In English, as are the two below. A `Message` if it has values, so that it can be shown in another language."""
     expected: str
     fix: str
 
-    def render(self, file: str | Path) -> str:
+    def render(self, file: str | Path) -> Message:
         """Return the line `file:line: field: got ..., expected ...; fix`."""
         where = str(file) if self.line is None else f"{file}:{self.line}"
         what = f"{self.field}: " if self.field else ""
-        return f"{where}: {what}got {self.got}, expected {self.expected}; {self.fix}"
+        return Message(
+            "{where}: {field}got {got}, expected {expected}; {fix}",
+            where=where,
+            field=what,
+            got=marked(self.got),
+            expected=marked(self.expected),
+            fix=marked(self.fix),
+        )
 
     def as_json(self) -> dict[str, object]:
         """Return all fields, for `validate --json`."""
@@ -42,9 +52,9 @@ class Problem:
             "field": self.field,
             "severity": str(self.severity),
             "code": self.code,
-            "got": self.got,
-            "expected": self.expected,
-            "fix": self.fix,
+            "got": str(self.got),
+            "expected": str(self.expected),
+            "fix": str(self.fix),
         }
 
 

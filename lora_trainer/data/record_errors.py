@@ -32,6 +32,7 @@ from lora_trainer.data.strict_json import (
     shown_key,
 )
 from lora_trainer.data.text_damage import text_problems
+from lora_trainer.messages import Message, counted
 
 
 def record_problems(
@@ -39,7 +40,11 @@ def record_problems(
 ) -> Iterator[Problem]:
     """Yield everything that is wrong with the invalid record `data` on line `number`: schema errors, NaN and damaged text."""
     if schema is TrainingRecord and "context" not in data and item_shape(data) is Shape.FLAT:
-        yield error_problem(number, "", RecordError("flat_record", str(Shape.FLAT), RECORD_SHAPE, f"nest them; {CONVERT_COLUMNS}"))
+        yield error_problem(
+            number,
+            "",
+            RecordError("flat_record", Message(Shape.FLAT), RECORD_SHAPE, Message("nest them; {convert}", convert=CONVERT_COLUMNS)),
+        )
         return
     data = {**data, "output": _parsed(data["output"], limits)} if "output" in data else data
     non_finite = list(non_finite_numbers(data))
@@ -74,11 +79,11 @@ def _not_finite(path: Sequence[str], value: float) -> RecordError:
     fields = (".".join(path[:length]) for length in range(len(path), 0, -1))
     field = next((field for field in fields if field in EXPECTED_BY_FIELD), "")
     if field == "context.summary":
-        fix = 'write it, or ""'
+        fix = Message('write it, or ""')
     elif field == "context.current_emotion.intensity":
-        fix = "write a number from 0 to 1"
+        fix = Message("write a number from 0 to 1")
     else:
-        fix = "write the value; pandas writes NaN for an empty cell"
+        fix = Message("write the value; pandas writes NaN for an empty cell")
     return RecordError("not_finite", described(value), EXPECTED_BY_FIELD[field] if field else "a value that JSON has", fix)
 
 
@@ -112,7 +117,7 @@ def _fault(kind: str, field: str, value: object) -> RecordError:
     """Translate `kind`, pydantic's error type for `field`, into a `RecordError` for the author."""
     expected = EXPECTED_BY_FIELD[field]
     if kind == "missing":
-        return RecordError("missing_field", "nothing", expected, f"add '{field.rsplit('.', 1)[-1]}'")
+        return RecordError("missing_field", "nothing", expected, Message("add '{key}'", key=field.rsplit(".", 1)[-1]))
     if kind == "enum":
         got = f"'{value}'" if isinstance(value, str) and is_label(value) else described(value)
         return RecordError("unknown_value", got, expected, label_advice(field, value, VOCABULARIES[field]))
@@ -131,7 +136,9 @@ def _unknown_field(path: list[str], number: int, schema: type[BaseModel], value:
         siblings = list(EvaluationPrompt.model_fields)
     field = _shown_path(path)
     advice = key_advice(parents, key, value, siblings, missing)
-    fault = RecordError("unknown_field", f"the key {quoted_key(key)}", "only " + ", ".join(siblings), advice)
+    fault = RecordError(
+        "unknown_field", Message("the key {key}", key=quoted_key(key)), Message("only {names}", names=", ".join(siblings)), advice
+    )
     return error_problem(number, field, fault)
 
 
@@ -147,9 +154,9 @@ def described(value: object) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, int):
-        return str(value) if abs(value) < 10**MAX_QUOTED_CHARACTERS else "a very large number"
+        return str(value) if abs(value) < 10**MAX_QUOTED_CHARACTERS else Message("a very large number")
     if isinstance(value, float):
         return repr(value) if math.isfinite(value) else "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
     if isinstance(value, str):
-        return f"text of {len(value)} character{'' if len(value) == 1 else 's'}"
-    return "a list" if isinstance(value, list) else "an object"
+        return counted(len(value), "text of {count} character", "text of {count} characters")
+    return Message("a list") if isinstance(value, list) else Message("an object")

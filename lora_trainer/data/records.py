@@ -15,21 +15,22 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, Strict, Valid
 from lora_trainer.config import DEFAULT_LIMITS
 from lora_trainer.data.problems import RecordError
 from lora_trainer.data.strict_json import RECORD_SHAPE, decode_json
+from lora_trainer.messages import Message
 from lora_trainer.persona.vocabulary import Expression, Feeling
 
-_REPLY_SHAPE: Final = 'an object {"text": ..., "emotion": ...}'
+_REPLY_SHAPE: Final = Message('an object {"text": ..., "emotion": ...}')
 EXPECTED_BY_FIELD: Final[Mapping[str, str]] = {
     "": RECORD_SHAPE,
-    "instruction": "text that says who the friend is",
-    "context": 'an object {"summary": ..., "current_emotion": ...}',
-    "context.summary": "text, which may be empty",
-    "context.current_emotion": 'an object {"type": ..., "intensity": ...}',
-    "context.current_emotion.type": "one of " + ", ".join(Feeling),
-    "context.current_emotion.intensity": "a number from 0 to 1",
-    "input": "what the user says, as text",
-    "output": _REPLY_SHAPE + ", as a JSON string",
-    "output.text": "what the friend says, as text",
-    "output.emotion": "one of " + ", ".join(Expression),
+    "instruction": Message("text that says who the friend is"),
+    "context": Message('an object {"summary": ..., "current_emotion": ...}'),
+    "context.summary": Message("text, which may be empty"),
+    "context.current_emotion": Message('an object {"type": ..., "intensity": ...}'),
+    "context.current_emotion.type": Message("one of {names}", names=", ".join(Feeling)),
+    "context.current_emotion.intensity": Message("a number from 0 to 1"),
+    "input": Message("what the user says, as text"),
+    "output": Message("{shape}, as a JSON string", shape=_REPLY_SHAPE),
+    "output.text": Message("what the friend says, as text"),
+    "output.emotion": Message("one of {names}", names=", ".join(Expression)),
 }
 """The "expected ..." text of messages, by the field's dotted path in the file."""
 TEXT_FIELDS: Final = ("instruction", "context.summary", "input", "output.text")
@@ -59,17 +60,21 @@ def _writable(text: str, pattern: re.Pattern[str] = _UNWANTED) -> str:
     if found := pattern.search(text):
         point = ord(found.group())
         if 0xD800 <= point <= 0xDFFF:
-            raise lone_surrogate_error(f"half of a surrogate pair (\\u{point:04x}) at character {found.start() + 1}")
+            raise lone_surrogate_error(
+                Message(
+                    "half of a surrogate pair (\\u{point:04x}) at character {character}", point=point, character=found.start() + 1
+                )
+            )
         if found.group() in _BIDI:
             raise RecordError(
                 "bidi_control",
-                f"bidirectional control U+{point:04X} at character {found.start() + 1}",
+                Message("bidirectional control U+{point:04X} at character {character}", point=point, character=found.start() + 1),
                 "text without bidirectional controls",
                 "remove the character; Korean needs none",
             )
         raise RecordError(
             "control_character",
-            f"control character U+{point:04X} at character {found.start() + 1}",
+            Message("control character U+{point:04X} at character {character}", point=point, character=found.start() + 1),
             "text without control characters",
             "read the source as UTF-16, which writes zero bytes between letters" if not point else "remove the character",
         )
@@ -152,8 +157,8 @@ class TrainingRecord(StrictModel):
             if fault.code != "not_json":
                 raise
             is_json = value.lstrip().startswith(("{", "["))
-            encode = "write it with a JSON library: json.dumps of the reply, inside json.dumps of the record"
-            nest = 'put the text into {"text": ..., "emotion": ...}, inside json.dumps of the record'
+            encode = Message("write it with a JSON library: json.dumps of the reply, inside json.dumps of the record")
+            nest = Message('put the text into {"text": ..., "emotion": ...}, inside json.dumps of the record')
             fix = encode if is_json else nest
             raise RecordError("output_not_json", fault.got, EXPECTED_BY_FIELD["output"], fix) from None
 

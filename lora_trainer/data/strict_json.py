@@ -11,8 +11,23 @@ from typing import Any, Final
 
 from lora_trainer.config import LimitsConfig
 from lora_trainer.data.problems import IncompleteJsonError, RecordError
+from lora_trainer.messages import Message
 
-RECORD_SHAPE: Final = "one JSON object on the line: instruction, context, input, output"
+RECORD_SHAPE: Final = Message("one JSON object on the line: instruction, context, input, output")
+# what the json module says
+_REASONS: Final = (
+    Message("expecting value"),
+    Message("expecting property name enclosed in double quotes"),
+    Message("expecting ':' delimiter"),
+    Message("expecting ',' delimiter"),
+    Message("extra data"),
+    Message("unterminated string starting"),
+    Message("invalid control character"),
+    Message("invalid \\escape"),
+    Message("invalid \\uxxxx escape"),
+    Message("illegal trailing comma before end of object"),
+    Message("illegal trailing comma before end of array"),
+)
 MAX_QUOTED_CHARACTERS: Final = 24
 """Longest number that messages quote."""
 
@@ -36,11 +51,15 @@ def decode_json(text: str, limits: LimitsConfig) -> object:
     except RecordError:
         raise
     except json.JSONDecodeError as error:
-        got = f"something that is not JSON ({error.msg.lower().removesuffix(' at')} at character {error.pos + 1})"
+        got = Message(
+            "something that is not JSON ({reason} at character {character})",
+            reason=Message(error.msg.lower().removesuffix(" at")),
+            character=error.pos + 1,
+        )
         if error.msg == "Extra data":
-            fix = "put one record on a line, with nothing after it"
+            fix = Message("put one record on a line, with nothing after it")
         else:
-            fix = "write it with a JSON library, which escapes quotes and line breaks in text"
+            fix = Message("write it with a JSON library, which escapes quotes and line breaks in text")
         # truncated inside a string, or before the last brace
         is_open = error.msg.startswith("Unterminated string") or not text.rstrip().endswith("}")
         is_object = text.lstrip().startswith("{") and error.msg != "Extra data"
@@ -72,7 +91,7 @@ def shown_key(key: str) -> str | None:
 def quoted_key(key: str) -> str:
     """Return `key` in quotes if a message may quote it, and its length otherwise."""
     shown = shown_key(key)
-    return f"of {len(key)} characters" if shown is None else f"'{shown}'"
+    return Message("of {count} characters", count=len(key)) if shown is None else f"'{shown}'"
 
 
 def _check_depth(text: str, max_depth: int) -> None:
@@ -88,7 +107,7 @@ def _check_depth(text: str, max_depth: int) -> None:
             if depth > max_depth:
                 raise RecordError(
                     "too_deep",
-                    f"lists or objects nested more than {max_depth} deep (limits.nesting_depth)",
+                    Message("lists or objects nested more than {max_depth} deep (limits.nesting_depth)", max_depth=max_depth),
                     RECORD_SHAPE,
                     "check how the file was exported: a record nests two objects and its output",
                 )
@@ -103,8 +122,8 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(pairs) > _MAX_KEYS:
         raise RecordError(
             "too_many_keys",
-            f"an object of {len(pairs):,} keys",
-            f"at most {_MAX_KEYS}",
+            Message("an object of {count:,} keys", count=len(pairs)),
+            Message("at most {most:,}", most=_MAX_KEYS),
             "check how the file was exported: a record has four keys",
         )
     found = dict(pairs)
@@ -112,7 +131,10 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         keys = [key for key, _ in pairs]
         repeated = next(key for key in keys if keys.count(key) > 1)
         raise RecordError(
-            "duplicate_key", f"the key {quoted_key(repeated)} more than once", "each key once", "keep the one that is meant"
+            "duplicate_key",
+            Message("the key {key} more than once", key=quoted_key(repeated)),
+            "each key once",
+            "keep the one that is meant",
         )
     return found
 

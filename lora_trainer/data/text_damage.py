@@ -15,6 +15,7 @@ from typing import Final
 
 from lora_trainer.data.mojibake import common_syllables, find_mojibake
 from lora_trainer.data.problems import Problem, RecordError, Severity
+from lora_trainer.messages import Message, counted, marked
 
 # U+FFFD as such, and as its UTF-8 looks in other encodings; double-byte ones read two of them as three characters
 _REPLACED: Final = re.compile(
@@ -92,25 +93,36 @@ def _faults(text: str) -> Iterator[RecordError]:
         signs = [sign if len(sign) == 1 else "\ufffd" for sign in found]
         yield RecordError(
             "replacement_character",
-            f"{_counted(signs)} in place of lost characters, the first at character {text.index(found[0]) + 1}",
+            Message(
+                "{counted} in place of lost characters, the first at character {character}",
+                counted=_counted(signs),
+                character=text.index(found[0]) + 1,
+            ),
             "the characters themselves",
             "read the source again in its own encoding, often UTF-8 or CP949; this file no longer has them",
         )
     if misread := find_mojibake(text):
-        recoded = f", or mend it with text.encode('{misread.wrong}').decode('{misread.right}')"
-        mending = recoded if misread.is_reversible(text) else ""
-        yield RecordError("mojibake", str(misread), "Korean text", f"read the source again as {misread.encoding}{mending}")
+        fix = Message("read the source again as {encoding}", encoding=marked(misread.encoding))
+        if misread.is_reversible(text):
+            fix = Message(
+                "{fix}, or mend it with text.encode('{wrong}').decode('{right}')", fix=fix, wrong=misread.wrong, right=misread.right
+            )
+        yield RecordError("mojibake", misread.described(), "Korean text", fix)
     if match := _NONCHARACTER.search(text):
         yield RecordError(
             "noncharacter",
-            f"the noncharacter U+{ord(match.group()):04X} at character {match.start() + 1}",
+            Message(
+                "the noncharacter U+{code_point:04X} at character {character}",
+                code_point=ord(match.group()),
+                character=match.start() + 1,
+            ),
             "text",
             "read the source again: it holds other data than text, or has another encoding",
         )
     if at := _escaped_korean(text):
         yield RecordError(
             "escaped_text",
-            f"Korean as literal escapes (such as \\uXXXX) from character {at}",
+            Message("Korean as literal escapes (such as \\uXXXX) from character {at}", at=at),
             "the characters themselves",
             "decode the text once more: it was encoded twice, for example by json.dumps of a text that already was JSON",
         )
@@ -123,7 +135,7 @@ def _suspicions(line: int | None, name: str, text: str) -> Iterator[Problem]:
             name,
             Severity.WARNING,
             "escape_sequence",
-            f"an escape sequence of JSON, HTML or a URL as text at character {match.start() + 1}",
+            Message("an escape sequence of JSON, HTML or a URL as text at character {character}", character=match.start() + 1),
             "the character that it stands for",
             "decode the text once more before it is written",
         )
@@ -134,7 +146,11 @@ def _suspicions(line: int | None, name: str, text: str) -> Iterator[Problem]:
             name,
             Severity.WARNING,
             "invisible_character",
-            f"the invisible {_counted(found)}, the first at character {without_emoji.index(found[0]) + 1}",
+            Message(
+                "the invisible {counted}, the first at character {character}",
+                counted=_counted(found),
+                character=without_emoji.index(found[0]) + 1,
+            ),
             "visible characters",
             "remove this character, not the words around it; people don't see it, but the model learns it",
         )
@@ -144,7 +160,11 @@ def _suspicions(line: int | None, name: str, text: str) -> Iterator[Problem]:
             name,
             Severity.WARNING,
             "private_use_character",
-            f"the private-use character U+{ord(match.group()):04X} at character {match.start() + 1}",
+            Message(
+                "the private-use character U+{code_point:04X} at character {character}",
+                code_point=ord(match.group()),
+                character=match.start() + 1,
+            ),
             "characters that mean the same everywhere",
             "write what it showed in the font of its source (an icon, an old syllable)",
         )
@@ -154,7 +174,11 @@ def _suspicions(line: int | None, name: str, text: str) -> Iterator[Problem]:
             name,
             Severity.WARNING,
             "stray_jamo",
-            f"the conjoining or half-width jamo U+{ord(match.group()):04X} at character {match.start() + 1}",
+            Message(
+                "the conjoining or half-width jamo U+{code_point:04X} at character {character}",
+                code_point=ord(match.group()),
+                character=match.start() + 1,
+            ),
             "whole syllables, or compatibility jamo (ㅋㅋ)",
             "write the whole syllables; unicodedata.normalize('NFC', text) does not compose these",
         )
@@ -172,9 +196,9 @@ def _missing_value(line: int | None, name: str) -> Problem:
     )
 
 
-def _counted(found: list[str]) -> str:
+def _counted(found: list[str]) -> Message:
     names = ", ".join(f"U+{ord(sign):04X}" for sign in sorted(set(found))[:5])
-    return f"{names} {len(found):,} time{'' if len(found) == 1 else 's'}"
+    return counted(len(found), "{names} {count:,} time", "{names} {count:,} times", names=names)
 
 
 def _escaped_korean(text: str) -> int:
@@ -309,7 +333,12 @@ class LostText:
             if counts.lost and (is_share or is_bare or self._is_certain):
                 fault = RecordError(
                     "lost_text",
-                    f"words of question marks in {counts.lost:,} of {counts.texts:,} texts ({_lines(counts.lines, counts.lost)})",
+                    Message(
+                        "words of question marks in {lost:,} of {texts:,} texts ({lines})",
+                        lost=counts.lost,
+                        texts=counts.texts,
+                        lines=_lines(counts.lines, counts.lost),
+                    ),
                     "Korean text",
                     "export the source again as UTF-8; this file has lost its Hangul, and nothing can bring it back from here",
                 )
@@ -320,8 +349,12 @@ class LostText:
                     name,
                     Severity.WARNING,
                     "no_hangul",
-                    f"no Hangul syllable in {counts.without_hangul:,} of {counts.texts:,} texts "
-                    f"({_lines(counts.without_hangul_lines, counts.without_hangul)})",
+                    Message(
+                        "no Hangul syllable in {without_hangul:,} of {texts:,} texts ({lines})",
+                        without_hangul=counts.without_hangul,
+                        texts=counts.texts,
+                        lines=_lines(counts.without_hangul_lines, counts.without_hangul),
+                    ),
                     "Korean text",
                     "compare with the source: an encoding may have removed it, or a program may have encoded the text once more",
                 )
@@ -331,7 +364,7 @@ class LostText:
                     name,
                     Severity.WARNING,
                     "question_marks",
-                    f"words of question marks ({_lines(counts.uneven_lines, len(counts.uneven_lines))})",
+                    Message("words of question marks ({lines})", lines=_lines(counts.uneven_lines, len(counts.uneven_lines))),
                     "Korean text",
                     "compare with the source: an encoding without Hangul writes ? for it",
                 )
@@ -341,8 +374,12 @@ class LostText:
                     name,
                     Severity.WARNING,
                     "question_marks",
-                    f"question marks inside or before words in {counts.suspicious:,} of {counts.texts:,} texts "
-                    f"({_lines(counts.suspicious_lines, counts.suspicious)})",
+                    Message(
+                        "question marks inside or before words in {suspicious:,} of {texts:,} texts ({lines})",
+                        suspicious=counts.suspicious,
+                        texts=counts.texts,
+                        lines=_lines(counts.suspicious_lines, counts.suspicious),
+                    ),
                     "whole words",
                     "compare with the source: an encoding that lacks a syllable writes ? for it; export it as UTF-8",
                 )
@@ -354,4 +391,4 @@ def _remember(lines: list[int], line: int) -> None:
 
 
 def _lines(lines: list[int], count: int) -> str:
-    return f"line {', '.join(map(str, lines))}{', …' if count > len(lines) else ''}"
+    return Message("line {lines}", lines=f"{', '.join(map(str, lines))}{', …' if count > len(lines) else ''}")

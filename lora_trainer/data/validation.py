@@ -26,6 +26,7 @@ from lora_trainer.data.style import EMPTY_STYLE, Style, StyleCounter
 from lora_trainer.data.text_damage import LostText
 from lora_trainer.data.workers import BATCH_BYTES, BATCH_LINES, checked_batches
 from lora_trainer.errors import DataError
+from lora_trainer.messages import Message, counted, joined
 from lora_trainer.persona.specs import persona_spec
 from lora_trainer.persona.vocabulary import BloodType, Feeling, IntensityThird
 
@@ -40,7 +41,7 @@ class Note(NamedTuple):
     """Something to know before training that is neither an error nor a warning."""
 
     code: str
-    text: str
+    text: Message
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,8 +98,12 @@ class FileReport:
         name = name or str(self.file)
         shown = [problem.render(name) for problem in self.problems if problem.severity in severities]
         hidden = self.errors + self.warnings - len(shown)
-        more = f" ({hidden:,} not shown; 'validate --json' lists all)" if hidden else ""
-        return [*shown, f"{name}: {plural(self.errors, 'error')}, {plural(self.warnings, 'warning')}{more}"]
+        errors = counted(self.errors, "{count:,} error", "{count:,} errors")
+        warnings = counted(self.warnings, "{count:,} warning", "{count:,} warnings")
+        total = Message("{file}: {errors}, {warnings}", file=name, errors=errors, warnings=warnings)
+        if hidden:
+            total = Message("{total} ({hidden:,} not shown; 'validate --json' lists all)", total=total, hidden=hidden)
+        return [*shown, total]
 
     def as_json(self, *, with_problems: bool = True) -> dict[str, object]:
         """Return JSON-compatible values. `with_problems` includes the listed problems; `write_json` streams all of them instead."""
@@ -336,7 +341,9 @@ def _duplicate(line: int, first_line: int, is_exact: bool) -> Problem:
         "",
         Severity.WARNING,
         "duplicate" if is_exact else "near_duplicate",
-        f"the same record as line {first_line}" if is_exact else f"nearly the same input and reply as line {first_line}",
+        Message("the same record as line {first_line}", first_line=first_line)
+        if is_exact
+        else Message("nearly the same input and reply as line {first_line}", first_line=first_line),
         "distinct records",
         "remove one of the two" if is_exact else "vary the wording, or remove one of the two",
     )
@@ -363,8 +370,13 @@ def _file_problems(counts: Counts, expected_type: BloodType | None) -> Iterator[
             "instruction",
             Severity.WARNING,
             "other_blood_type",
-            f"{' and '.join(f'{name}형' for name in BloodType if name in named)} in {plural(count, 'record')} "
-            f"(line {', '.join(map(str, lines))}{more})",
+            counted(
+                count,
+                "{names} in {count:,} record (line {lines})",
+                "{names} in {count:,} records (line {lines})",
+                names=joined([f"{name}형" for name in BloodType if name in named], "{first} and {rest}"),
+                lines=f"{', '.join(map(str, lines))}{more}",
+            ),
             f"{expected_type}형",
             "check that this is the right persona's file",
         )
@@ -374,12 +386,9 @@ def _file_problems(counts: Counts, expected_type: BloodType | None) -> Iterator[
             "output.text",
             Severity.WARNING,
             "few_questions",
-            f"a question in {counts.questions / counts.records:.0%} of {counts.records:,} replies",
-            f"at least {MIN_QUESTION_RATE:.0%}",
+            Message(
+                "a question in {rate:.0%} of {records:,} replies", rate=counts.questions / counts.records, records=counts.records
+            ),
+            Message("at least {rate:.0%}", rate=MIN_QUESTION_RATE),
             "ask something back more often",
         )
-
-
-def plural(count: int, word: str) -> str:
-    """Return `count` and `word`, with an `s` unless the count is 1."""
-    return f"{count:,} {word}" if count == 1 else f"{count:,} {word}s"

@@ -17,6 +17,7 @@ from lora_trainer.data.style import Style, StyleCounter, described
 from lora_trainer.data.validation import Note
 from lora_trainer.evaluate.intervals import spearman_of_counts
 from lora_trainer.generator.collector import Cell
+from lora_trainer.messages import ENGLISH, Message, speaker
 from lora_trainer.persona.emoji import emoji_count
 from lora_trainer.persona.vocabulary import BloodType, Expression, Feeling, IntensityThird
 from lora_trainer.report.data_notes import DataRates, data_notes, style_facts
@@ -108,59 +109,66 @@ def summarise(blood_type: BloodType, records: Iterable[TrainingRecord]) -> Datas
     )
 
 
-def dataset_table(summary: DatasetSummary, rejects: Mapping[str, int]) -> RenderableType:
+def dataset_table(summary: DatasetSummary, rejects: Mapping[str, int], language: str = ENGLISH) -> RenderableType:
     """Render the summary and the rejections for a terminal."""
+    say = speaker(language)
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text
 
     table = Table(
-        "feeling", title=f"{summary.blood_type}: {summary.records:,} records by feeling and intensity", title_justify="left"
+        say(Message("feeling")),
+        title=say(
+            Message(
+                "{blood_type}: {count:,} records by feeling and intensity", blood_type=summary.blood_type, count=summary.records
+            )
+        ),
+        title_justify="left",
     )
     for third in IntensityThird:
         table.add_column(str(third), justify="right")
     for feeling in Feeling:
         table.add_row(str(feeling), *(f"{summary.cells.get((feeling, third), 0):,}" for third in IntensityThird))
     table.add_section()
-    table.add_row("emoji per reply", *(f"{summary.emoji_by_third[third]:.2f}" for third in IntensityThird))
+    table.add_row(say(Message("emoji per reply")), *(f"{summary.emoji_by_third[third]:.2f}" for third in IntensityThird))
     facts = Table(show_header=False, box=None)
     facts.add_column()
     facts.add_column(justify="right")
     for name, value in facts_of(summary):
-        facts.add_row(name, value)
+        facts.add_row(say(name), value)
     parts: list[RenderableType] = [table, facts]
     if rejects:
-        rejected = Table("reason", title="Rejected records", title_justify="left")
-        rejected.add_column("count", justify="right")
+        rejected = Table(say(Message("reason")), title=say(Message("Rejected records")), title_justify="left")
+        rejected.add_column(say(Message("count")), justify="right")
         for reason, times in sorted(rejects.items(), key=lambda item: -item[1]):
             rejected.add_row(reason, f"{times:,}")
         parts.append(rejected)
     else:
-        parts.append(Text("no rejected records"))
-    parts.extend(Text(f"note: {note.text}") for note in notes_of(summary))
+        parts.append(Text(say(Message("no rejected records"))))
+    parts.extend(Text(say(Message("note: {note}", note=note.text))) for note in notes_of(summary))
     return Group(*parts)
 
 
-def facts_of(summary: DatasetSummary) -> list[tuple[str, str]]:
+def facts_of(summary: DatasetSummary) -> list[tuple[Message, str]]:
     """Return the scalar statistics as name and value."""
     count = max(1, summary.records)
     return [
-        ("replies that ask a question", f"{summary.question_rate:.1%}"),
+        (Message("replies that ask a question"), f"{summary.question_rate:.1%}"),
         (
-            "sentences per reply: " + ", ".join(map(str, summary.sentences)),
+            Message("sentences per reply: {numbers}", numbers=", ".join(map(str, summary.sentences))),
             " / ".join(f"{times / count:.1%}" for times in summary.sentences.values()),
         ),
         (
-            "characters per reply, mean and maximum",
+            Message("characters per reply, mean and maximum"),
             f"{mean(summary.reply_characters or [0]):.1f}, {max(summary.reply_characters, default=0)}",
         ),
         (
-            "characters per input, mean and maximum",
+            Message("characters per input, mean and maximum"),
             f"{mean(summary.input_characters or [0]):.1f}, {max(summary.input_characters, default=0)}",
         ),
-        ("unique replies", f"{summary.unique_replies / count:.2%}"),
-        ("near-duplicates, by reply", f"{summary.near_duplicate_replies / count:.2%}"),
-        ("near-duplicates, by input and reply", f"{summary.near_duplicate_dialogues / count:.2%}"),
+        (Message("unique replies"), f"{summary.unique_replies / count:.2%}"),
+        (Message("near-duplicates, by reply"), f"{summary.near_duplicate_replies / count:.2%}"),
+        (Message("near-duplicates, by input and reply"), f"{summary.near_duplicate_dialogues / count:.2%}"),
         *style_facts(summary.style),
     ]
 

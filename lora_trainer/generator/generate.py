@@ -23,6 +23,7 @@ from lora_trainer.generator.compose import compose
 from lora_trainer.generator.dataset_summary import DatasetSummary, summarise
 from lora_trainer.generator.html_report import PersonaSection, dataset_page, evenly_spaced
 from lora_trainer.generator.teacher import Checkpoint, Teacher, TeacherSettings
+from lora_trainer.messages import ENGLISH, Message
 from lora_trainer.persona.vocabulary import BloodType
 from lora_trainer.store.interface import Storage
 from lora_trainer.store.keys import local_file, split_uri
@@ -54,6 +55,8 @@ class GenerateSettings:
     overwrite: bool = False
     teacher: TeacherSettings | None = None
     """Required by `engine="teacher"`."""
+    language: str = ENGLISH
+    """Language of the report."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,8 +98,13 @@ def generate(
         notes, checkpoint = _fill(settings, collector, advance)
         if len(collector.accepted) < settings.count:
             raise DataError(
-                f"{blood_type}: composed {len(collector.accepted):,} records, expected {settings.count:,}: the grammar cannot "
-                "produce more distinct records; lower --count or use --engine teacher"
+                Message(
+                    "{blood_type}: composed {count:,} records, expected {expected:,}: the grammar cannot produce more distinct "
+                    "records; lower --count or use --engine teacher",
+                    blood_type=blood_type,
+                    count=len(collector.accepted),
+                    expected=settings.count,
+                )
             )
         is_new = _write(collector.accepted, storage, key, uri, overwrite=settings.overwrite)
         if checkpoint:
@@ -118,7 +126,9 @@ def generate(
         yield done
     if settings.report:
         settings.report.parent.mkdir(parents=True, exist_ok=True)
-        settings.report.write_text(dataset_page("Generated persona data", _facts(settings), sections), encoding="utf-8")
+        settings.report.write_text(
+            dataset_page(Message("Generated persona data"), _facts(settings), sections, settings.language), encoding="utf-8"
+        )
 
 
 def _fill(
@@ -129,18 +139,18 @@ def _fill(
         return [], None
     if settings.teacher is None:
         raise ConfigError(
-            "--engine teacher: got no --model, expected the name of the teacher model; see 'lora-trainer generate --help'"
+            Message("--engine teacher: got no --model, expected the name of the teacher model; see 'lora-trainer generate --help'")
         )
     checkpoint = Checkpoint.of(settings.work_dir, collector.blood_type, settings.count, settings.seed, settings.teacher)
     teacher = Teacher(settings.teacher, collector, checkpoint, settings.seed)
     teacher.generate(settings.count, on_record)
     usage = teacher.usage
     return [
-        ("requests, including retries", f"{usage.requests:,}"),
-        ("prompt tokens", f"{usage.prompt_tokens:,}"),
-        ("completion tokens", f"{usage.completion_tokens:,}"),
-        ("records resumed from an interrupted run", f"{usage.resumed_records:,}"),
-        *((f"requests failed: {kind}", f"{times:,}") for kind, times in usage.failures.most_common()),
+        (Message("requests, including retries"), f"{usage.requests:,}"),
+        (Message("prompt tokens"), f"{usage.prompt_tokens:,}"),
+        (Message("completion tokens"), f"{usage.completion_tokens:,}"),
+        (Message("records resumed from an interrupted run"), f"{usage.resumed_records:,}"),
+        *((Message("requests failed: {kind}", kind=kind), f"{times:,}") for kind, times in usage.failures.most_common()),
     ], checkpoint
 
 
@@ -149,7 +159,13 @@ def _target(settings: GenerateSettings, blood_type: BloodType, retry_budget: Ret
     if output.endswith(".jsonl"):
         folder, key = split_uri(output)
         if len(settings.blood_types) > 1:
-            raise ConfigError(f"--output: got one file ({output}) for {len(settings.blood_types)} personas, expected a folder")
+            raise ConfigError(
+                Message(
+                    "--output: got one file ({file}) for {count} personas, expected a folder",
+                    file=output,
+                    count=len(settings.blood_types),
+                )
+            )
     else:
         folder, key = output, f"train_data_type_{blood_type}.jsonl"
     storage = open_storage(folder, retry_budget)
@@ -172,7 +188,9 @@ def _write(records: Sequence[TrainingRecord], storage: Storage, key: str, uri: s
 
 
 def _already_exists(uri: str) -> ConfigError:
-    return ConfigError(f"{uri}: got an existing file, expected none; choose another --output or pass --overwrite")
+    return ConfigError(
+        Message("{file}: got an existing file, expected none; choose another --output or pass --overwrite", file=uri)
+    )
 
 
 def _read(uri: str, retry_budget: RetryBudget | None) -> list[TrainingRecord]:
@@ -184,7 +202,7 @@ def _read(uri: str, retry_budget: RetryBudget | None) -> list[TrainingRecord]:
             path = Path(scratch) / Path(key).name
             open_storage(folder, retry_budget).download(key, path)
         elif not path.is_file():
-            raise ConfigError(f"--against: {uri}: no such file; expected a JSONL file of training data")
+            raise ConfigError(Message("--against: {file}: no such file; expected a JSONL file of training data", file=uri))
         lines = list(JsonlReader(path))
         problems = [problem.render(uri) for line in lines for problem in line.problems if problem.severity is Severity.ERROR]
         if problems:
@@ -201,11 +219,11 @@ def _bar(progress: Progress | None, blood_type: BloodType, count: int) -> Callab
 
 def _facts(settings: GenerateSettings) -> list[tuple[str, str]]:
     facts = [
-        ("engine", settings.engine),
-        ("seed", str(settings.seed)),
-        ("records per persona", f"{settings.count:,}"),
+        (Message("engine"), settings.engine),
+        (Message("seed"), str(settings.seed)),
+        (Message("records per persona"), f"{settings.count:,}"),
         ("lora-trainer", __version__),
     ]
     if settings.teacher and settings.engine == "teacher":
-        facts += [("model", settings.teacher.model), ("server", settings.teacher.base_url)]
+        facts += [(Message("model"), settings.teacher.model), (Message("server"), settings.teacher.base_url)]
     return facts

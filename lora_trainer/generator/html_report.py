@@ -8,6 +8,7 @@ from typing import Final
 
 from lora_trainer.data.records import TrainingRecord
 from lora_trainer.generator.dataset_summary import DatasetSummary, facts_of, notes_of
+from lora_trainer.messages import ENGLISH, Message, Say, speaker
 from lora_trainer.persona.specs import persona_spec
 from lora_trainer.persona.vocabulary import BloodType, Feeling, IntensityThird
 from lora_trainer.report import plots
@@ -37,13 +38,16 @@ def evenly_spaced(records: Sequence[TrainingRecord]) -> list[TrainingRecord]:
     return list(records[::step][:SAMPLES])
 
 
-def dataset_page(title: str, facts: Sequence[tuple[str, str]], sections: Sequence[PersonaSection]) -> str:
+def dataset_page(title: str, facts: Sequence[tuple[str, str]], sections: Sequence[PersonaSection], language: str = ENGLISH) -> str:
     """Render the page. `facts` describe the whole run: engine, seed, version."""
+    say = speaker(language)
     return render_page(
         "dataset_page.html.jinja",
-        title=title,
-        facts=facts,
-        sections=[_section(section) for section in sections],
+        language=language,
+        say=say,
+        title=say(title),
+        facts=[(say(name), value) for name, value in facts],
+        sections=[_section(section, say) for section in sections],
         thirds=list(IntensityThird),
         personas=list(BloodType),
         confusion=[_confusion(section) for section in sections],
@@ -56,7 +60,7 @@ def _confusion(section: PersonaSection) -> tuple[str, list[tuple[int, float]], s
     return name, counts, f"{section.taken_for.get(name, 0) / everything:.1%}"
 
 
-def _section(section: PersonaSection) -> dict[str, object]:
+def _section(section: PersonaSection, say: Say) -> dict[str, object]:
     summary, spec = section.summary, persona_spec(section.summary.blood_type)
     most = max(summary.cells.values(), default=1)
     grid = [
@@ -66,34 +70,45 @@ def _section(section: PersonaSection) -> dict[str, object]:
     intensities = [f"{intensity:.1f}" for intensity in summary.emoji_by_intensity]
     figures = [
         (
-            "Emoji by intensity",
+            say(Message("Emoji by intensity")),
             plots.svg(
                 plots.bars(
-                    intensities, [value for _, value in summary.emoji_by_intensity.values()], "intensity", "mean emoji per reply"
+                    intensities,
+                    [value for _, value in summary.emoji_by_intensity.values()],
+                    say(Message("intensity")),
+                    say(Message("mean emoji per reply")),
                 ),
-                label="Mean number of emoji per reply at each intensity",
+                label=say(Message("Mean number of emoji per reply at each intensity")),
             ),
         ),
         (
-            "Reply length",
-            plots.svg(plots.histogram(summary.reply_characters, "characters", "replies"), label="Histogram of reply lengths"),
-        ),
-        (
-            "Sentences per reply",
+            say(Message("Reply length")),
             plots.svg(
-                plots.bars([str(number) for number in summary.sentences], list(summary.sentences.values()), "sentences", "replies"),
-                label="Replies by number of sentences",
+                plots.histogram(summary.reply_characters, say(Message("characters")), say(Message("replies"))),
+                label=say(Message("Histogram of reply lengths")),
             ),
         ),
         (
-            "Emotions",
+            say(Message("Sentences per reply")),
+            plots.svg(
+                plots.bars(
+                    [str(number) for number in summary.sentences],
+                    list(summary.sentences.values()),
+                    say(Message("sentences")),
+                    say(Message("replies")),
+                ),
+                label=say(Message("Replies by number of sentences")),
+            ),
+        ),
+        (
+            say(Message("Emotions")),
             plots.svg(
                 plots.horizontal_bars(
                     [str(face) for face, _ in sorted(summary.expressions.items(), key=lambda item: -item[1])],
                     sorted(summary.expressions.values(), reverse=True),
-                    "replies",
+                    say(Message("replies")),
                 ),
-                label="Replies by emotion",
+                label=say(Message("Replies by emotion")),
                 height=4.2,
             ),
         ),
@@ -102,10 +117,12 @@ def _section(section: PersonaSection) -> dict[str, object]:
         ordered = sorted(section.rejects.items(), key=lambda item: -item[1])
         figures.append(
             (
-                "Rejected drafts, by reason",
+                say(Message("Rejected drafts, by reason")),
                 plots.svg(
-                    plots.horizontal_bars([reason for reason, _ in ordered], [times for _, times in ordered], "drafts"),
-                    label="Rejected drafts by reason",
+                    plots.horizontal_bars(
+                        [reason for reason, _ in ordered], [times for _, times in ordered], say(Message("drafts"))
+                    ),
+                    label=say(Message("Rejected drafts by reason")),
                     height=0.9 + 0.35 * len(ordered),
                 ),
             )
@@ -116,8 +133,8 @@ def _section(section: PersonaSection) -> dict[str, object]:
         "tone": spec.tone,
         "output": section.output,
         "records": summary.records,
-        "facts": [*facts_of(summary), *section.notes],
-        "notes": [note.text for note in notes_of(summary, section.taken_for)],
+        "facts": [(say(name), value) for name, value in (*facts_of(summary), *section.notes)],
+        "notes": [say(Message("note: {note}", note=note.text)) for note in notes_of(summary, section.taken_for)],
         "grid": grid,
         "emoji": [f"{summary.emoji_by_third[third]:.2f}" for third in IntensityThird],
         "figures": figures,

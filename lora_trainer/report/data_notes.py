@@ -18,6 +18,7 @@ from lora_trainer.data.validation import FileReport, Note
 from lora_trainer.evaluate.gates import value_misses
 from lora_trainer.evaluate.intervals import spearman_of_counts
 from lora_trainer.evaluate.persona_classifier import bundled_classifier
+from lora_trainer.messages import Message
 from lora_trainer.persona.vocabulary import BloodType, Feeling, IntensityThird
 
 RECORDS_PER_CELL: Final = 10
@@ -27,40 +28,57 @@ ENOUGH_RECORDS: Final = RECORDS_PER_CELL * CELLS
 MAX_CLASSIFIED_REPLIES: Final = 1000
 """The persona's share is measured on so many replies. It is within 3 percentage points of the whole file's."""
 
-NOTES: Final[Mapping[str, str]] = {
-    "too_few_records": "{records:,} records are too few to train on: have at least {enough:,}, which is {per_cell} for each of the "
-    "{feelings} feelings at low, middle and high intensity ({thin} of the {cells} combinations have fewer). "
-    "About {held_out:,} would be held out, too few to measure a loss.",
-    "empty_cells": "{empty} of the {cells} combinations of a feeling and low, middle or high intensity have no record: "
-    "the adapter does not learn to answer them; {per_cell} records for each are a good start.",
-    "one_or_two_sentences": "{value:.1%} of the replies have one or two sentences, but gates.one_or_two_sentences expects at least "
-    "{threshold:.0%} of an adapter's: it learns the long replies, so shorten them.",
-    "informal_speech": "{value:.1%} of the replies are in 반말 throughout, but gates.informal_speech expects at least "
-    "{threshold:.0%} of an adapter's: it learns the 존댓말, so rewrite those replies.",
-    "persona": "The persona classifier recognises {persona} in {value:.1%} of the replies, but gates.persona expects at least "
-    "{threshold:.0%} of an adapter's: give the replies more of this persona's voice, or lower the gate for a persona of your own.",
-    "emoji_intensity": "Emoji hardly increase with intensity (rank correlation {value:.2f}), but gates.emoji_intensity expects "
-    "more than {threshold:.2f} of an adapter: use fewer emoji at low and more at high intensity.",
-    "question_rate_min": "{value:.1%} of the replies ask a question, but gates.question_rate_min expects at least {threshold:.0%} "
-    "of an adapter's: it learns to ask as rarely, so add questions.",
-    "question_rate_max": "{value:.1%} of the replies ask a question, but gates.question_rate_max accepts at most {threshold:.0%} "
-    "of an adapter's: it learns to ask as often, so remove some questions.",
+NOTES: Final[Mapping[str, Message]] = {
+    "too_few_records": Message(
+        "{records:,} records are too few to train on: have at least {enough:,}, which is {per_cell} for each of the "
+        "{feelings} feelings at low, middle and high intensity ({thin} of the {cells} combinations have fewer). About"
+        " {held_out:,} would be held out, too few to measure a loss."
+    ),
+    "empty_cells": Message(
+        "{empty} of the {cells} combinations of a feeling and low, middle or high intensity have no record: the "
+        "adapter does not learn to answer them; {per_cell} records for each are a good start."
+    ),
+    "one_or_two_sentences": Message(
+        "{value:.1%} of the replies have one or two sentences, but gates.one_or_two_sentences expects at least "
+        "{threshold:.0%} of an adapter's: it learns the long replies, so shorten them."
+    ),
+    "informal_speech": Message(
+        "{value:.1%} of the replies are in 반말 throughout, but gates.informal_speech expects at least {threshold:.0%} "
+        "of an adapter's: it learns the 존댓말, so rewrite those replies."
+    ),
+    "persona": Message(
+        "The persona classifier recognises {persona} in {value:.1%} of the replies, but gates.persona expects at "
+        "least {threshold:.0%} of an adapter's: give the replies more of this persona's voice, or lower the gate for "
+        "a persona of your own."
+    ),
+    "emoji_intensity": Message(
+        "Emoji hardly increase with intensity (rank correlation {value:.2f}), but gates.emoji_intensity expects more "
+        "than {threshold:.2f} of an adapter: use fewer emoji at low and more at high intensity."
+    ),
+    "question_rate_min": Message(
+        "{value:.1%} of the replies ask a question, but gates.question_rate_min expects at least {threshold:.0%} of "
+        "an adapter's: it learns to ask as rarely, so add questions."
+    ),
+    "question_rate_max": Message(
+        "{value:.1%} of the replies ask a question, but gates.question_rate_max accepts at most {threshold:.0%} of an"
+        " adapter's: it learns to ask as often, so remove some questions."
+    ),
 }
 """The sentence of each note, by its code. Those about a gate have the gate's name."""
 
-STYLE_FACTS: Final[Mapping[str, str]] = {
-    "median_characters": "median characters per reply",
-    "short": "replies of at most {short_characters} characters",
-    "comma": "replies with a comma",
-    "spliced": "replies with a comma between two sentences",
-    "laughter": "replies with ㅋ or ㅎ",
-    "alike": "replies that are another reply with other nouns",
-    "phrase_share": "replies that share the most frequent phrase",
+STYLE_FACTS: Final[Mapping[str, Message]] = {
+    "median_characters": Message("median characters per reply"),
+    "short": Message("replies of at most {short_characters} characters"),
+    "comma": Message("replies with a comma"),
+    "spliced": Message("replies with a comma between two sentences"),
+    "laughter": Message("replies with ㅋ or ㅎ"),
+    "alike": Message("replies that are another reply with other nouns"),
+    "phrase_share": Message("replies that share the most frequent phrase"),
 }
 """The label of each value of `Style`, by the name of its field."""
 
 
-def style_facts(style: Style) -> list[tuple[str, str]]:
+def style_facts(style: Style) -> list[tuple[Message, str]]:
     """Return the values of `style` as label and value. The most frequent phrase is training text, so only its share is shown."""
     values = {
         "median_characters": f"{style.median_characters:g}",
@@ -71,7 +89,7 @@ def style_facts(style: Style) -> list[tuple[str, str]]:
         "alike": f"{style.alike:.1%}",
         "phrase_share": f"{style.phrase_share:.1%}",
     }
-    return [(STYLE_FACTS[name].format(short_characters=SHORT_REPLY_CHARACTERS), value) for name, value in values.items()]
+    return [(Message(STYLE_FACTS[name].template, short_characters=SHORT_REPLY_CHARACTERS), value) for name, value in values.items()]
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,4 +149,4 @@ def _notes(rates: DataRates, training: TrainingConfig, gates: GatesConfig) -> It
 
 
 def _note(code: str, **values: object) -> Note:
-    return Note(code, NOTES[code].format(**values))
+    return Note(code, Message(NOTES[code].template, **values))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import io
 import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -61,7 +62,10 @@ def svg(*draws: Callable[[Axes], None], label: str, width: float = 5.6, height: 
             axes.label_outer()
         figure.align_ylabels()
         out = io.StringIO()
-        figure.savefig(out, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+        with warnings.catch_warnings():
+            # the text stays text, and the browser's font has the glyphs
+            warnings.filterwarnings("ignore", "Glyph .* missing from font")
+            figure.savefig(out, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     element = out.getvalue()
     element = _NUMBERED_ID.sub("", element[element.index("<svg") :]).replace(_INK, "currentColor")
     head, rest = element.split(">", 1)

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from lora_trainer.data.prompt_cost import PART_NAMES, PromptCost
-from lora_trainer.data.validation import FileReport, plural
+from lora_trainer.data.validation import FileReport
+from lora_trainer.messages import ENGLISH, Message, Say, counted, speaker
 from lora_trainer.persona.vocabulary import Feeling, IntensityThird
 from lora_trainer.report.data_notes import style_facts
 
@@ -14,86 +15,98 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 
-def validation_table(report: FileReport) -> RenderableType:
+def validation_table(report: FileReport, language: str = ENGLISH) -> RenderableType:
     """Return the problems, coverage and token cost of a file."""
+    say = speaker(language)
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text
 
     parts: list[RenderableType] = [
         # one line each, which a terminal folds by itself
-        Text(line, no_wrap=True, overflow="ignore")
+        Text(say(line), no_wrap=True, overflow="ignore")
         for line in report.problem_lines()
     ]
-    what = "evaluation prompt" if report.is_prompts else "record"
     codes = [(severity, code, count) for severity, found in report.counts.items() for code, count in sorted(found.items())]
     if codes:
-        table = Table("severity", "code", title="Problems", title_justify="left")
-        table.add_column("count", justify="right")
+        table = Table(say(Message("severity")), say(Message("code")), title=say(Message("Problems")), title_justify="left")
+        table.add_column(say(Message("count")), justify="right")
         for severity, code, count in codes:
             table.add_row(str(severity), code, f"{count:,}")
         parts.append(table)
     if not report.lines:
         # the problem concerns the whole file, of which no line was read
         return Group(*parts)
-    parts.append(
-        Text(
-            f"{plural(report.records, what)} in {plural(report.lines, 'line')} ({report.blank_lines:,} blank)"
-            + ("" if report.is_prompts else _persona_and_questions(report))
-        )
-    )
+    parts.append(Text(say(_totals(report))))
     if report.records:
-        parts.append(_coverage_table(report))
+        parts.append(_coverage_table(report, say))
         if not report.is_prompts:
-            parts.append(_style_table(report))
+            parts.append(_style_table(report, say))
     if report.cost:
-        parts.extend(_cost_tables(report.cost))
-    parts.extend(Text(f"note: {note.text}") for note in report.notes)
+        parts.extend(_cost_tables(report.cost, say))
+    parts.extend(Text(say(Message("note: {note}", note=note.text))) for note in report.notes)
     return Group(*parts)
 
 
-def _persona_and_questions(report: FileReport) -> str:
-    return f"; persona {report.blood_type or 'unknown'}; {report.question_rate:.0%} of the replies ask a question"
+def _totals(report: FileReport) -> Message:
+    if report.is_prompts:
+        records = counted(report.records, "{count:,} evaluation prompt", "{count:,} evaluation prompts")
+    else:
+        records = counted(report.records, "{count:,} record", "{count:,} records")
+    lines = counted(report.lines, "{count:,} line", "{count:,} lines")
+    totals = Message("{records} in {lines} ({blank:,} blank)", records=records, lines=lines, blank=report.blank_lines)
+    if report.is_prompts:
+        return totals
+    return Message(
+        "{totals}; persona {persona}; {rate:.0%} of the replies ask a question",
+        totals=totals,
+        persona=report.blood_type or Message("unknown"),
+        rate=report.question_rate,
+    )
 
 
-def _coverage_table(report: FileReport) -> RenderableType:
+def _coverage_table(report: FileReport, say: Say) -> RenderableType:
     from rich.table import Table
 
-    what = "Prompts" if report.is_prompts else "Records"
-    table = Table("feeling", title=f"{what} by feeling and intensity", title_justify="left")
+    title = Message("Prompts by feeling and intensity") if report.is_prompts else Message("Records by feeling and intensity")
+    table = Table(say(Message("feeling")), title=say(title), title_justify="left")
     for third in IntensityThird:
         table.add_column(str(third), justify="right")
     for feeling in Feeling:
         table.add_row(str(feeling), *(f"{report.coverage.get((feeling, third), 0):,}" for third in IntensityThird))
     if not report.is_prompts:
         table.add_section()
-        table.add_row("emoji per reply", *(f"{report.emoji_mean[third]:.2f}" for third in IntensityThird))
+        table.add_row(say(Message("emoji per reply")), *(f"{report.emoji_mean[third]:.2f}" for third in IntensityThird))
     return table
 
 
-def _style_table(report: FileReport) -> RenderableType:
+def _style_table(report: FileReport, say: Say) -> RenderableType:
     from rich.table import Table
 
     replies = report.style.replies
-    which = "All replies" if replies == report.records else f"The first {replies:,} replies"
-    table = Table(show_header=False, box=None, title=f"{which} together", title_justify="left")
+    title = (
+        Message("All replies together")
+        if replies == report.records
+        else Message("The first {replies:,} replies together", replies=replies)
+    )
+    table = Table(show_header=False, box=None, title=say(title), title_justify="left")
     table.add_column()
     table.add_column(justify="right")
     for name, value in style_facts(report.style):
-        table.add_row(name, value)
+        table.add_row(say(name), value)
     return table
 
 
-def _cost_tables(cost: PromptCost) -> Iterator[RenderableType]:
+def _cost_tables(cost: PromptCost, say: Say) -> Iterator[RenderableType]:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table("part", title="Tokens per record", title_justify="left")
-    for name in ("mean", "p50", "p95", "max", "share"):
-        table.add_column(name, justify="right")
+    table = Table(say(Message("part")), title=say(Message("Tokens per record")), title_justify="left")
+    for heading in (Message("mean"), Message("p50"), Message("p95"), Message("max"), Message("share")):
+        table.add_column(say(heading), justify="right")
     rows = [(name, cost.parts[name]) for name in PART_NAMES]
-    for name, lengths in [*rows, ("whole", cost.whole)]:
-        if name == "whole":
+    for name, lengths in [*rows, (say(Message("whole")), cost.whole)]:
+        if lengths is cost.whole:
             table.add_section()
         table.add_row(
             name,
@@ -106,5 +119,12 @@ def _cost_tables(cost: PromptCost) -> Iterator[RenderableType]:
     yield table
     lines = ", ".join(map(str, cost.left_out_lines))
     more = ", …" if cost.left_out > len(cost.left_out_lines) else ""
-    where = f": line {lines}{more}" if cost.left_out else ""
-    yield Text(f"{plural(cost.left_out, 'record')} longer than {cost.max_length_tokens:,} tokens would be left out{where}")
+    left_out = counted(
+        cost.left_out,
+        "{count:,} record longer than {most:,} tokens would be left out",
+        "{count:,} records longer than {most:,} tokens would be left out",
+        most=cost.max_length_tokens,
+    )
+    if cost.left_out:
+        left_out = Message("{records}: line {lines}", records=left_out, lines=f"{lines}{more}")
+    yield Text(say(left_out))
