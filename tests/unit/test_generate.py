@@ -11,7 +11,6 @@ import pytest
 
 from entrypoint.cli import run_cli
 from lora_trainer.data.duplicates import jaccard, shingles
-from lora_trainer.data.evaluation_prompts import evaluation_prompts
 from lora_trainer.data.jsonl import JsonlReader
 from lora_trainer.data.korean import PARTICLES, sentence_count, with_particle
 from lora_trainer.data.lint import has_question, lint_reply
@@ -225,7 +224,6 @@ def test_prompts_of_the_evaluation_are_refused() -> None:
     collector = RecordCollector(BloodType.A)
     collector.exclude_inputs([record.input])
     assert collector.rejection_reason(record) == "evaluation_prompt"
-    assert len(evaluation_prompts()) == 120
 
 
 @pytest.mark.parametrize(("said", "code"), [("나 지금 \ufffd야", "replacement_character"), ("안\u200b녕", "invisible_character")])
