@@ -52,8 +52,7 @@ def extracted() -> list[str]:
     found: dict[str, None] = {}
     for package in PACKAGES:
         for path in sorted((REPOSITORY / package).rglob("*.py")):
-            if path.name != "prompt.py":
-                found.update(dict.fromkeys(in_module(path.read_text(encoding="utf-8"), str(path.relative_to(REPOSITORY)))))
+            found.update(dict.fromkeys(in_module(path.read_text(encoding="utf-8"), str(path.relative_to(REPOSITORY)))))
     for path in sorted((REPOSITORY / "lora_trainer").rglob("*.jinja")):
         found.update(dict.fromkeys(re.findall(r'\bsay\("([^"]+)"\)', path.read_text(encoding="utf-8"))))
     return list(found)

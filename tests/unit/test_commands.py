@@ -246,6 +246,7 @@ CHECKS: Final[dict[str, Callable[[Command], None]]] = {
     "aws": check_aws,
     "cosign": check_cosign,
     "docker": check_docker,
+    "cat": check_exists,
     "echo": check_exists,
     "head": check_exists,
     "helm": check_helm,

@@ -12,7 +12,7 @@ import pytest
 from conftest import load_tool
 
 from entrypoint.cli import run_cli
-from lora_trainer.data.problems import Problem
+from lora_trainer.data.problems import Problem, Severity
 from lora_trainer.data.validation import check_file
 from lora_trainer.messages import Message, counted, joined, language_of, translated
 
@@ -275,3 +275,44 @@ def test_generate_and_its_report_speak_korean(tmp_path: Path, capsys: pytest.Cap
     headings = re.findall(r"<(?:h1|h3)>([^<]+)</", text) + re.findall(r'aria-label="([^"]+)"', text)
     assert len(headings) >= 8
     assert all(HANGUL.search(heading) for heading in headings), headings
+
+
+# --- docs/data.ko.md -------------------------------------------------------------------------------------
+
+GUIDE: Final = (tool.REPOSITORY / "docs" / "data.ko.md").read_text(encoding="utf-8")
+
+
+def table(marker: str) -> list[list[str]]:
+    found = re.search(f"<!-- {marker}:begin -->\n(.*?)<!-- {marker}:end -->", GUIDE, re.DOTALL)
+    assert found
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in found[1].splitlines()]
+    return [rows[0], *rows[2:]]
+
+
+def test_the_guide_quotes_real_messages() -> None:
+    quoted = [row[0].strip("`").removeprefix("현재: ") for row in table("messages")[1:]]
+    assert len(quoted) >= 15
+    for message in quoted:
+        assert any(message in text for text in ENTRIES.values()), message
+
+
+def test_the_sheet_of_the_guide_becomes_data_without_a_problem(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    sheet = table("sheet")
+    # `convert` looks at the content and not at the name
+    Path("대화.xlsx").write_text("\n".join(",".join(row) for row in sheet), encoding="utf-8")
+    for name in ("convert", "validate"):
+        line = next(line for line in GUIDE.splitlines() if line.startswith(f".venv/bin/lora-trainer {name}"))
+        code, out, error = run(capsys, *line.split()[1:])
+        assert code == 0, error
+    assert "오류 0개, 경고 0개" in out
+    assert f"레코드 {len(sheet) - 1}개" in out
+
+
+def test_the_problem_that_the_guide_explains_looks_like_that() -> None:
+    example = next(line for line in GUIDE.splitlines() if ": output.text: 현재: " in line)
+    got, fix = Message("{count} sentences", count=3), "say less, and leave the rest for the next turn"
+    problem = Problem(3, "output.text", Severity.WARNING, "too_many_sentences", got, Message("at most {most:,}", most=2), fix)
+    assert translated(problem.render("my-data/train_data_type_A.jsonl"), "ko") == example
