@@ -31,6 +31,7 @@ from lora_trainer.data.jsonl import JsonlReader
 from lora_trainer.data.records import TrainingRecord
 from lora_trainer.errors import ConfigError, DataError, StorageError
 from lora_trainer.generator.collector import INTENSITIES, QUESTION_RATE, Cell, RecordCollector, wanted_cells
+from lora_trainer.messages import Message, marked
 from lora_trainer.persona.specs import PersonaSpec, persona_spec
 from lora_trainer.persona.vocabulary import BloodType, Expression, IntensityThird
 
@@ -172,7 +173,11 @@ class Checkpoint:
             return []
         records = [line.record for line in JsonlReader(self.path)]
         if None in records:
-            raise DataError(f"{self.path}: got lines that are not records, expected a checkpoint of 'generate'; remove the file")
+            raise DataError(
+                Message(
+                    "{file}: got lines that are not records, expected a checkpoint of 'generate'; remove the file", file=self.path
+                )
+            )
         return [record for record in records if record is not None]
 
     def append(self, record: TrainingRecord) -> None:
@@ -283,16 +288,25 @@ class Teacher:
             )
             return _Result(raw.parse(), requests=1 + raw.retries_taken)
         except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
-            return _Result(failure="refused", fatal=f"does not accept the API key (HTTP {error.status_code}); set OPENAI_API_KEY")
+            return _Result(
+                failure="refused",
+                fatal=Message("does not accept the API key (HTTP {status}); set OPENAI_API_KEY", status=error.status_code),
+            )
         except openai.NotFoundError:
             return _Result(
                 failure="refused",
-                fatal=f"has no model {self._settings.model!r} at this URL (HTTP 404); check --model and that the URL ends in /v1",
+                fatal=Message(
+                    "has no model {model!r} at this URL (HTTP 404); check --model and that the URL ends in /v1",
+                    model=self._settings.model,
+                ),
             )
         except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
             return _Result(
                 failure="refused",
-                fatal=f"rejects every request variant (HTTP {error.status_code}); check that it is a chat completions API",
+                fatal=Message(
+                    "rejects every request variant (HTTP {status}); check that it is a chat completions API",
+                    status=error.status_code,
+                ),
                 rejected_variant=variant,
             )
         except openai.RateLimitError as error:
@@ -320,7 +334,7 @@ class Teacher:
                 logs.get_logger().warning("teacher_asked_otherwise", limit=limit, structured_outputs=is_structured)
             return [spec.cell for spec in specs]
         if result.fatal:
-            raise ConfigError(f"{where}: {result.fatal}")
+            raise ConfigError(Message("{where}: {problem}", where=where, problem=marked(result.fatal)))
         if result.failure:
             self.usage.failures[result.failure] += 1
             # concurrent requests all get a 429 when the limit is reached: count a single failure
@@ -330,9 +344,16 @@ class Teacher:
             logs.get_logger().warning("teacher_request_failed", kind=result.failure, in_a_row=self._failed_in_a_row)
             if self._failed_in_a_row >= MAX_FAILED_IN_A_ROW:
                 raise StorageError(
-                    f"{where}: {self._failed_in_a_row} requests in a row failed, the last one with {result.failure}, each after "
-                    f"{self._settings.max_retries} retries; {len(self._collector.accepted):,} records are kept in "
-                    f"{self._checkpoint.path}: rerun the same command to resume"
+                    Message(
+                        "{where}: {count} requests in a row failed, the last one with {failure}, each after {retries} retries; "
+                        "{records:,} records are kept in {file}: rerun the same command to resume",
+                        where=where,
+                        count=self._failed_in_a_row,
+                        failure=result.failure,
+                        retries=self._settings.max_retries,
+                        records=len(self._collector.accepted),
+                        file=self._checkpoint.path,
+                    )
                 )
             return [spec.cell for spec in specs]
         self._failed_in_a_row = 0
@@ -342,9 +363,15 @@ class Teacher:
         if self._unusable_in_a_row >= MAX_UNUSABLE_IN_A_ROW:
             reasons = ", ".join(f"{reason} {times:,}" for reason, times in self._collector.rejects.most_common(5))
             raise DataError(
-                f"{where}: {self._unusable_in_a_row} responses in a row without an acceptable record ({reasons}), "
-                f"expected short Korean 반말 as requested; try another model. {len(self._collector.accepted):,} records "
-                f"are kept in {self._checkpoint.path}"
+                Message(
+                    "{where}: {count} responses in a row without an acceptable record ({reasons}), expected short Korean 반말 as "
+                    "requested; try another model. {records:,} records are kept in {file}",
+                    where=where,
+                    count=self._unusable_in_a_row,
+                    reasons=reasons,
+                    records=len(self._collector.accepted),
+                    file=self._checkpoint.path,
+                )
             )
         return left
 
