@@ -31,7 +31,8 @@ from lora_trainer.errors import DataError, ExitCode, LoraTrainerError
 from lora_trainer.persona.prompt import system_message
 from lora_trainer.persona.vocabulary import BloodType, Expression, Feeling
 
-LINES: Final = (REPOSITORY / "data" / "train_data_type_A.jsonl").read_text(encoding="utf-8").splitlines()[:20]
+# the records that dialogues.xlsx holds
+LINES: Final = (REPOSITORY / "tests" / "assets" / "dialogues.jsonl").read_text(encoding="utf-8").splitlines()
 RAW: Final[list[dict[str, Any]]] = [json.loads(line) for line in LINES]
 RECORDS: Final = [record for line in LINES if (record := parse_record(line).record)]
 PLANTED: Final = "아무도보면안되는말"
