@@ -254,7 +254,7 @@ def test_convert_speaks_korean(tmp_path: Path, capsys: pytest.CaptureFixture[str
     source.write_text("입력,답변,감정,감정 강도,표정,메모\n안녕,왔어?,기쁨,80,미소,a\n뭐 해,,기쁨,60,미소,b\n", encoding="utf-8")
     code, _, error = run(capsys, "convert", "--lang", "ko", "--blood-type", "A", str(source), "--output", str(target))
     assert code == 3
-    assert f"레코드 1개를 {target} 파일에 썼습니다. 변환하지 못한 레코드: 1개" in error
+    assert f"레코드 1개를 {target} 파일에 저장했습니다. 변환하지 못한 레코드: 1개" in error
     assert f"lora-trainer validate {target}" in error
     assert f"참고: {source}: 레코드에 없는 열을 제외했습니다: '메모'" in error
     assert f"오류: {source}:3: output.text: " in error
