@@ -1,10 +1,7 @@
 """Train the persona classifier on the bundled data and measure how well it tells the four personas apart.
 
-    python tools/persona_classifier.py            train, and write lora_trainer/evaluate/assets/persona_classifier.npz
-    python tools/persona_classifier.py --check    measure the shipped file; exit 1 if data/README.md has other numbers
-
-The tool measures accuracy on the held-out replies, and separately on the hand-written ones among them. Those are harder,
-because composed replies share sentences with the training replies.
+python tools/persona_classifier.py            train, and write lora_trainer/evaluate/assets/persona_classifier.npz
+python tools/persona_classifier.py --check    measure the shipped file; exit 1 if data/README.md has other numbers
 """
 
 from __future__ import annotations
@@ -45,11 +42,10 @@ def train() -> PersonaClassifier:
     return PersonaClassifier.train([record.reply.text for record in records], personas)
 
 
-def measure(classifier: PersonaClassifier, among: frozenset[str] | None = None) -> Matrix:
-    """Return the confusion matrix of the held-out replies, restricted to the texts in `among` if given."""
+def measure(classifier: PersonaClassifier) -> Matrix:
+    """Return the confusion matrix of the held-out replies."""
     records, personas = replies(held_out=True)
-    chosen = [(r.reply.text, p) for r, p in zip(records, personas, strict=True) if among is None or r.reply.text in among]
-    return confusion([persona for _, persona in chosen], classifier.predict(text for text, _ in chosen))
+    return confusion(personas, classifier.predict(record.reply.text for record in records))
 
 
 def table(matrix: Matrix) -> str:
@@ -61,13 +57,10 @@ def table(matrix: Matrix) -> str:
     return "\n".join(lines)
 
 
-def section(everything: Matrix, by_hand: Matrix) -> str:
+def section(found: Matrix) -> str:
     """Return the section of `data/README.md` with the measurement."""
-    count, of_them = (sum(sum(row.values()) for row in matrix.values()) for matrix in (everything, by_hand))
-    return (
-        f"{table(everything)}\n\n{accuracy(everything):.1%} of {count:,} replies are recognized; of the {of_them:,} hand-written "
-        f"ones among them, which are harder, {accuracy(by_hand):.1%}.\n"
-    )
+    count = sum(sum(row.values()) for row in found.values())
+    return f"{table(found)}\n\n{accuracy(found):.1%} of {count:,} replies are recognized.\n"
 
 
 def main() -> int:
@@ -77,11 +70,9 @@ def main() -> int:
     if not parser.parse_args().check:
         train().save(ARTEFACT)
         print(f"written: {ARTEFACT.relative_to(REPOSITORY)}, {ARTEFACT.stat().st_size / 1024:.0f} KiB")
-    from bundled_data import handwritten_records, with_section
+    from bundled_data import with_section
 
-    by_hand = frozenset(record.reply.text for name in BloodType for record in handwritten_records(name))
-    classifier = PersonaClassifier.load(ARTEFACT)
-    text = section(measure(classifier), measure(classifier, by_hand))
+    text = section(measure(PersonaClassifier.load(ARTEFACT)))
     print(text)
     page = REPOSITORY / "data" / "README.md"
     document = page.read_text(encoding="utf-8")

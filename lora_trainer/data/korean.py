@@ -111,7 +111,8 @@ class _Piece(NamedTuple):
 # cached, because several rules look at the same reply, and the analysis costs more than all of them
 @lru_cache(maxsize=64)
 def _analysed(line: str) -> Sequence[Sentence]:
-    return _kiwi().split_into_sents(line, return_tokens=True, return_sub_sents=False)
+    found: Sequence[Sentence] = _kiwi().split_into_sents(line, return_tokens=True, return_sub_sents=False)
+    return found
 
 
 def morphemes(text: str) -> list[tuple[str, str]]:
@@ -195,7 +196,8 @@ def _spoken_tokens(text: str) -> Sequence[Token]:
     if text.splitlines() == [text] and not _LAUGHTER_IN_CODA.search(text):
         # `sentences` has analysed this text, and only laughter makes a difference between the two analyses
         return [token for part in _analysed(text) for token in part.tokens or []]
-    return _kiwi().tokenize(text, normalize_coda=True, z_coda=True)
+    found: Sequence[Token] = _kiwi().tokenize(text, normalize_coda=True, z_coda=True)
+    return found
 
 
 def is_formal(text: str) -> bool:

@@ -64,7 +64,8 @@ class _Word(StrEnum):
     gloss: str
     aliases: tuple[str, ...]
 
-    def __new__(cls, word: str, gloss: str, aliases: str = "") -> Self:
+    # `gloss` has a default because type checkers take a lookup by value, Feeling("happy"), for a call of this
+    def __new__(cls, word: str, gloss: str = "", aliases: str = "") -> Self:
         member = str.__new__(cls, word)
         member._value_ = word
         member.gloss = gloss
