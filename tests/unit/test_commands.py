@@ -74,7 +74,9 @@ def check_lora_trainer(command: Command) -> None:
         return
     found = cli.commands[name]
     try:
-        context = found.make_context(name, arguments, obj=Interruption())
+        # a parent, because a command keeps the names of its help option from the first context that it is given
+        parent = click.Context(cli, **cli.context_settings)
+        context = found.make_context(name, arguments, parent=parent, obj=Interruption())
     except click.exceptions.Exit:
         # --help ends the parsing
         return
