@@ -223,9 +223,13 @@ def without_code_fences(text: str) -> str:
     return bare
 
 
+_PREFIXED_JSON: Final = re.compile(r"\s*[\w .:-]{1,40}\{\s*\"")
+
+
 def table_of(text: str) -> Table | None:
     """Return the dialect of a CSV table, or None if `text` is none."""
-    if text.lstrip()[:1] in "{[<":
+    # JSON, XML, or JSON behind the prefix of a log or of server-sent events, whose commas can look like columns
+    if text.lstrip()[:1] in "{[<" or _PREFIXED_JSON.match(text):
         return None
     consistent: Table | None = None
     for delimiter in "\t,;|":
