@@ -11,8 +11,10 @@ on both sides. What a reader has to judge (ungrounded, awkward, answered) is in 
 from __future__ import annotations
 
 import argparse
+import math
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +37,7 @@ from lora_trainer.persona.vocabulary import BloodType, Feeling, IntensityThird
 FOLDS: Final = 5
 TYPICAL_WORDS: Final = 20
 """How many of each persona's most typical words are removed before personas are told apart."""
+_SMOOTHING: Final = 0.5
 
 HARD_TAGS: Final = frozenset(
     (
@@ -200,28 +203,28 @@ def letters(text: str) -> str:
     return " ".join(_LETTERS.sub(" ", text).split())
 
 
+def _log_odds(own: int, of_own: int, others: int, of_others: int) -> float:
+    """Return how much likelier a word is in one persona's words than in the others', in standard deviations."""
+    mine, theirs = own + _SMOOTHING, others + _SMOOTHING
+    odds = math.log(mine / (of_own - mine)) - math.log(theirs / (of_others - theirs))
+    return odds / math.sqrt(1 / mine + 1 / theirs)
+
+
 def without_typical_words(rows: Sequence[Row]) -> list[str]:
     """Return the letters of each reply without its persona's `TYPICAL_WORDS` most typical words.
 
     Typical words have the highest log-odds between a persona and the other three, with Dirichlet smoothing.
     """
-    counts = {persona: {} for persona in BloodType}  # type: dict[BloodType, dict[str, int]]
+    counts: dict[BloodType, Counter[str]] = {persona: Counter() for persona in BloodType}
     for row in rows:
-        for word in _WORD.findall(row.reply.text):
-            counts[row.persona][word] = counts[row.persona].get(word, 0) + 1
-    totals = {persona: sum(found.values()) for persona, found in counts.items()}
+        counts[row.persona].update(_WORD.findall(row.reply.text))
+    everyone = sum(counts.values(), Counter())
     typical: set[str] = set()
-    for persona, own in counts.items():
-        others = {word: sum(counts[other].get(word, 0) for other in BloodType if other != persona) for word in own}
-        rest = sum(totals[other] for other in BloodType if other != persona)
-        smoothing = 0.5
-
-        def score(word: str) -> float:
-            mine, theirs = own[word] + smoothing, others[word] + smoothing  # noqa: B023
-            odds = np.log(mine / (totals[persona] - mine)) - np.log(theirs / (rest - theirs))  # noqa: B023
-            return float(odds / np.sqrt(1 / mine + 1 / theirs))
-
-        typical.update(sorted(own, key=score, reverse=True)[:TYPICAL_WORDS])
+    for own in counts.values():
+        scores = {
+            word: _log_odds(own[word], own.total(), everyone[word] - own[word], everyone.total() - own.total()) for word in own
+        }
+        typical.update(sorted(own, key=scores.__getitem__, reverse=True)[:TYPICAL_WORDS])
     return [" ".join(word for word in _WORD.findall(row.reply.text) if word not in typical) for row in rows]
 
 

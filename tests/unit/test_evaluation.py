@@ -50,6 +50,8 @@ from lora_trainer.persona.vocabulary import BloodType, Expression, Feeling, Inte
 
 A = BloodType.A
 ALL_POINTS = sum(RULES.values())
+# a reply carries the persona's probability with four digits and its score with six
+ROUNDING = RULES["persona"] * 0.5e-4 + ALL_POINTS * 0.5e-6
 # in A's manner: two informal sentences and one emoji
 GOOD = "괜찮아, 천천히 해도 돼. 내가 옆에 있을게 🤗"
 
@@ -393,7 +395,7 @@ def points(found: ScoredReply, *, without_persona: bool = True) -> float:
 
 def test_a_good_reply_has_all_points(data: TrainingData) -> None:
     (found,) = judged(data, said(GOOD))
-    assert points(found) == pytest.approx(ALL_POINTS - RULES["persona"], abs=2e-4)
+    assert points(found) == pytest.approx(ALL_POINTS - RULES["persona"], abs=ROUNDING)
     assert found.persona_probability > 0.95
     assert found.taken_for == A
     assert (found.exact_json, found.emotion_in_vocabulary, found.stopped) == (True, True, True)
@@ -436,7 +438,7 @@ def test_the_persona_rule_is_the_classifiers_probability(data: TrainingData) -> 
     assert sum(reply.persona_probability for reply in found.values()) == pytest.approx(1, abs=1e-3)
     assert {reply.taken_for for reply in found.values()} == {A}
     for name, reply in found.items():
-        assert points(reply) == pytest.approx(ALL_POINTS - RULES["persona"], abs=2e-4), name
+        assert points(reply) == pytest.approx(ALL_POINTS - RULES["persona"], abs=ROUNDING), name
     assert found[A].score > found[BloodType.O].score
 
 
@@ -456,7 +458,7 @@ def test_what_cannot_be_read_has_no_points_but_for_its_end(data: TrainingData) -
 def test_where_the_data_is_silent_no_emotion_is_wrong(data: TrainingData) -> None:
     (found,) = judged(data, said("괜찮아, 천천히 해도 돼", "angry"), feeling="tired")
     assert found.emotion_appropriateness is None
-    assert points(found) == pytest.approx(ALL_POINTS - RULES["persona"], abs=2e-4)
+    assert points(found) == pytest.approx(ALL_POINTS - RULES["persona"], abs=ROUNDING)
 
 
 def test_a_copy_is_known_for_one(data: TrainingData) -> None:

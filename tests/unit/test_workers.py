@@ -16,6 +16,7 @@ import pytest
 from lora_trainer.config import DEFAULT_LIMITS
 from lora_trainer.data.checking import CheckedBatch, CheckSettings, LineBatch
 from lora_trainer.data.jsonl import RawLine
+from lora_trainer.data.prompt_cost import CountsTokens
 from lora_trainer.data.validation import FileReport, OnProblem, check_file, write_json
 from lora_trainer.data.workers import BATCHES_IN_FLIGHT, checked_batches, usable_workers
 from lora_trainer.errors import ConfigError, ExitCode, HardwareError
@@ -128,8 +129,8 @@ def batches_of(count: int, taken: list[int]) -> Iterator[LineBatch]:
         yield LineBatch([RawLine(number + 1, 0, line(said=f"{number}").encode(), ())], False)
 
 
-def settings(tokenizer: object = None) -> CheckSettings:
-    return CheckSettings(None, DEFAULT_LIMITS, tokenizer, 1024, 0, False)  # type: ignore[arg-type]
+def settings(tokenizer: CountsTokens | None = None) -> CheckSettings:
+    return CheckSettings(None, DEFAULT_LIMITS, tokenizer, 1024, 0, False)
 
 
 def test_only_a_window_of_the_file_is_in_memory() -> None:
