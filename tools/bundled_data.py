@@ -56,6 +56,8 @@ class Situation(_Part):
     tags: tuple[str, ...] = ()
     """Hard topics that the input belongs to. data/POLICY.md lists them."""
     replies: Annotated[Mapping[BloodType, Replies], Field(min_length=1)]
+    slots: Mapping[str, tuple[str, ...]] = {}
+    """Words of the texts, and what may stand in their place."""
 
 
 class Family(_Part):
