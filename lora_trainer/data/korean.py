@@ -8,6 +8,7 @@ use loads the model, which takes about a second and 450 MiB.
 from __future__ import annotations
 
 import unicodedata
+import warnings
 from collections.abc import Iterator, Sequence
 from functools import cache, lru_cache
 from itertools import zip_longest
@@ -49,8 +50,11 @@ _REACTIONS: Final = (
 def _kiwi() -> Kiwi:
     from kiwipiepy import Kiwi
 
-    # one worker is enough for short single lines, and leaves the other cores to the job
-    kiwi = Kiwi(num_workers=1)
+    with warnings.catch_warnings():
+        # 0 meant all cores before kiwipiepy 0.21, which it still warns of
+        warnings.simplefilter("ignore", DeprecationWarning)
+        # no threads: single short lines have no use for them, and `data.workers` forks
+        kiwi = Kiwi(num_workers=0)
     for word in _REACTIONS:
         kiwi.add_user_word(word, "IC", 0)
     return kiwi
@@ -123,7 +127,11 @@ def morphemes(text: str) -> list[tuple[str, str]]:
 
 def _pieces(line: str) -> Iterator[_Piece]:
     """Yield Kiwi's sentences, split once more after ㅋㅋ or ㅠㅠ that follows an ending (배고프다ㅋㅋ 뭐 먹을래)."""
+    has_laughter = _LAUGH_OR_CRY.search(line) is not None
     for sentence in _analysed(line):
+        if not has_laughter:
+            yield _Piece(sentence.text.strip(), sentence.tokens or [])
+            continue
         begin, first = sentence.start, 0
         tokens = sentence.tokens or []
         for at in range(1, len(tokens) - 1):

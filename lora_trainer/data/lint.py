@@ -11,6 +11,7 @@ import re
 import unicodedata
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Final
 
 from lora_trainer.data.hard_topics import (
@@ -179,6 +180,8 @@ def banned_content(text: str) -> list[Message]:
 _BLOOD_TYPE = re.compile("(?<![A-Za-z])(AB|A|B|O) ?형(?!광|태|식|용|상)", re.IGNORECASE)
 
 
+# cached, because a file repeats one instruction
+@lru_cache(maxsize=64)
 def blood_types_named(instruction: str) -> frozenset[BloodType]:
     """Return the blood types that an instruction names, as in `A형`. `AB형` names neither A nor B."""
     plain = unicodedata.normalize("NFKC", instruction)

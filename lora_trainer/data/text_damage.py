@@ -70,7 +70,9 @@ def _ordinary() -> frozenset[str]:
     plain = {chr(point) for point in range(0x20, 0x7F)} - set("\\%&<=_") | set("\t\n\r")
     jamo = {chr(point) for point in range(0x3131, 0x3164)}
     pictures = {chr(point) for first, end in ((0x2600, 0x27C0), (0x1F300, 0x1FB00)) for point in range(first, end)}
-    return common_syllables() | plain | jamo | pictures | set("…‘’“”·~♡〜！？～")
+    # syllables that chats have and KS X 1001 lacks: 설렜어, and frequent misspellings (됬어, 졋어)
+    typed = set("렜됏됬졋썻웟쳣왤")
+    return common_syllables() | typed | plain | jamo | pictures | set("…‘’“”·~♡〜！？～")
 
 
 def text_problems(line: int | None, name: str, text: str) -> tuple[Problem, ...]:

@@ -1,7 +1,8 @@
 """Check the batches of a large file in several processes, and return the results in the file's order.
 
-Processes, because the analyser and Python share the work about equally: threads would leave Python's half on one core. A worker
-starts in about two seconds and takes 600 MiB, most of it Kiwi's model, so small files are checked in the caller's process.
+Processes, because the analyser and Python share the work about equally: threads would leave Python's half on one core. On Linux
+they are forked from a process of their own that has loaded the analyser's model, so that all share its 450 MiB. Starting takes
+about two seconds, so small files are checked in the caller's process.
 """
 
 from __future__ import annotations
@@ -9,13 +10,14 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from itertools import chain
-from multiprocessing import resource_tracker
+from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
 from threading import Thread
 from typing import Final
@@ -33,7 +35,11 @@ BATCHES_IN_FLIGHT: Final = 3
 """Batches for each worker that are being checked or whose results wait. More would only take memory."""
 MAX_WORKERS: Final = 8
 """The process that reads the file and finds duplicates keeps about this many busy."""
-WORKER_MIB: Final = 600
+IS_MODEL_SHARED: Final = sys.platform == "linux"
+"""Elsewhere, system libraries don't survive a fork, and each worker loads its own model."""
+SHARED_MIB: Final = 600 if IS_MODEL_SHARED else 0
+"""Memory of the process that workers are forked from."""
+WORKER_MIB: Final = 100 if IS_MODEL_SHARED else 600
 
 
 def checked_batches(
@@ -64,15 +70,16 @@ def checked_batches(
         yield from _in_processes(batches, pool, BATCHES_IN_FLIGHT * workers)
     except BrokenProcessPool:
         raise HardwareError(
-            f"one of {workers} processes that check the data was killed, most often because memory ran out: each needs about "
-            f"{WORKER_MIB} MiB; free memory or raise its limit, or check the file with 'validate --workers 1'"
+            f"one of {workers} processes that check the data was killed, most often because memory ran out: they need about "
+            f"{SHARED_MIB + workers * WORKER_MIB:,} MiB; free memory or raise its limit, or check it with 'validate --workers 1'"
         ) from None
 
 
 def _new_pool(settings: CheckSettings, workers: int) -> ProcessPoolExecutor | None:
     """Return a pool whose processes start with their first batches, or None if the system has no semaphores for one."""
-    # spawn: a fork of a process with threads, as tokenizers and torch start them, can deadlock
-    context = multiprocessing.get_context("spawn")
+    # no plain fork: this process may have threads, as tokenizers and torch start them, and its fork could deadlock
+    context = multiprocessing.get_context("forkserver" if IS_MODEL_SHARED else "spawn")
+    context.set_forkserver_preload(["lora_trainer.data.worker_preload"])
     # starting this helper of multiprocessing unblocks signals, so do it before they are blocked
     resource_tracker.ensure_running()
     try:
@@ -96,6 +103,8 @@ def _in_processes(batches: Iterator[LineBatch], pool: ProcessPoolExecutor, most_
         # after an error or an interruption, wait for the batches being checked, a second at most: a process that exits without
         # closing its pool leaves a warning about leaked semaphores
         pool.shutdown(wait=True, cancel_futures=True)
+        # there is no public way, and it would keep its memory until the job ends
+        forkserver._forkserver._stop()  # type: ignore[attr-defined]
 
 
 @contextmanager
@@ -111,7 +120,7 @@ def _signals_blocked() -> Iterator[None]:
 def usable_workers() -> int:
     """Return how many workers make sense here, from 1 to `MAX_WORKERS`: by usable cores, CPU quota and free memory."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(cores, _quota_cores(), _free_mib() // WORKER_MIB, MAX_WORKERS))
+    return max(1, min(cores, _quota_cores(), (_free_mib() - SHARED_MIB) // WORKER_MIB, MAX_WORKERS))
 
 
 _CGROUP: Final = Path("/sys/fs/cgroup")
@@ -129,7 +138,7 @@ def _free_mib() -> int:
     limit, used = _words(_CGROUP / "memory.max"), _words(_CGROUP / "memory.current")
     if limit and used and limit[0] != "max":
         found.append((int(limit[0]) - int(used[0])) // 2**20)
-    return min(found, default=MAX_WORKERS * WORKER_MIB)
+    return min(found, default=SHARED_MIB + MAX_WORKERS * WORKER_MIB)
 
 
 def _words(path: Path) -> list[str]:

@@ -44,6 +44,8 @@ def escape_control_tokens(text: str) -> str:
     Tokenizers turn the spellings `<|...|>` (ChatML) and `<...>` into control tokens wherever they occur, so a user's text could
     close its own turn. Escaping here rather than by a tokenizer option also protects servers that apply the chat template.
     """
+    if "<" not in text and "|>" not in text:
+        return text
     return _TAG.sub("< ", text.replace("<|", "< |").replace("|>", "| >"))
 
 
