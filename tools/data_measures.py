@@ -157,11 +157,13 @@ class Measure:
 
     def shown(self, value: float) -> str:
         """Return one value as text."""
-        return f"{value:.1%}" if self.is_share else f"{value:.2f}"
+        return f"{value:.1%}" if self.is_share else f"{value:,.0f}" if value >= 1 else f"{value:.2f}"
 
     @property
     def target(self) -> str:
         """The target as text."""
+        if not self.is_share:
+            return "0" if self.most == 0 else f"≥ {self.least:,.0f}"
         low = self.shown(self.least).replace(".0%", "%") if self.least > 0 else ""
         high = self.shown(self.most).replace(".0%", "%") if self.most < 1 else ""
         return f"{low} to {high}" if low and high else f"≥ {low}" if low else f"≤ {high}" if high else "-"
@@ -329,14 +331,8 @@ def table(found: Sequence[Measure]) -> str:
     """Return the measures as a Markdown table."""
     lines = ["| | target | " + " | ".join(BloodType) + " |", "|---|---|" + "---|" * len(BloodType)]
     for measure in found:
-        values = [
-            f"{measure.value[p]:,.0f}" if not measure.is_share and measure.value[p] >= 1 else measure.shown(measure.value[p])
-            for p in BloodType
-        ]
-        target = measure.target
-        if not measure.is_share:
-            target = "0" if measure.most == 0 else f"≥ {measure.least:,.0f}"
-        lines.append(f"| {measure.name} | {target} | " + " | ".join(values) + " |")
+        values = [measure.shown(measure.value[p]) for p in BloodType]
+        lines.append(f"| {measure.name} | {measure.target} | " + " | ".join(values) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -363,16 +359,20 @@ def main() -> int:
     found = measures(rows_of(families))
     text = table(found)
     print(text)
-    missed = {measure.name: measure.missed() for measure in found if measure.missed()}
-    for name, personas in missed.items():
-        print(f"misses its target: {name}: {', '.join(personas)}")
+    missed = [measure for measure in found if measure.missed()]
+    for measure in missed:
+        values = ", ".join(f"{persona} {measure.shown(measure.value[persona])}" for persona in measure.missed())
+        print(f"misses its target: {measure.name}: got {values}, expected {measure.target}")
     if options.also:
         return 0
     page = DATA / "README.md"
     document = page.read_text(encoding="utf-8")
     updated = with_section(document, "measures", text)
     if options.check:
-        return int(bool(missed) or not is_close(document, updated))
+        is_old = not is_close(document, updated)
+        if is_old:
+            print("data/README.md: the table of measures is out of date; run python tools/data_measures.py")
+        return int(bool(missed) or is_old)
     page.write_text(updated, encoding="utf-8")
     return 0
 

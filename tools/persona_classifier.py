@@ -78,6 +78,8 @@ def main() -> int:
     document = page.read_text(encoding="utf-8")
     updated = with_section(document, "confusion", text)
     if parser.parse_args().check:
+        if document != updated:
+            print("data/README.md: the confusion matrix is out of date; run python tools/persona_classifier.py")
         return int(document != updated)
     page.write_text(updated, encoding="utf-8")
     return 0

@@ -67,6 +67,8 @@ def main() -> int:
             path.write_text(text, encoding="utf-8", newline="\n")
         state = "up to date" if is_same else "out of date" if check else "written"
         print(f"{path.relative_to(DATA.parent)}: {text.count(chr(10)):,} pairs, {state}")
+    if check and differ:
+        print("run python tools/preferences.py")
     return int(check and differ > 0)
 
 

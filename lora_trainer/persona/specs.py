@@ -10,8 +10,10 @@ from typing import Annotated, Any, Self, TypeVar
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
 
 from lora_trainer.errors import ConfigError
+from lora_trainer.messages import Message
 from lora_trainer.persona.emoji import is_emoji
 from lora_trainer.persona.vocabulary import BloodType, Feeling, IntensityThird
 
@@ -22,8 +24,8 @@ _Value = TypeVar("_Value")
 
 def _has_every(vocabulary: type[StrEnum]) -> AfterValidator:
     def check(found: Mapping[Any, _Value]) -> Mapping[Any, _Value]:
-        if missing := [f"missing {word}" for word in vocabulary if word not in found]:
-            raise ValueError("\n".join(missing))
+        if missing := [str(word) for word in vocabulary if word not in found]:
+            raise PydanticCustomError("lacks_words", "missing words", {"words": missing})
         return found
 
     return AfterValidator(check)
@@ -53,7 +55,10 @@ class EmojiRule(_Spec):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         problems = [
-            f"by_feeling: {text!r} is not one emoji" for texts in self.by_feeling.values() for text in texts if not is_emoji(text)
+            f"by_feeling.{feeling}: {text!r} is not one emoji"
+            for feeling, texts in self.by_feeling.items()
+            for text in texts
+            if not is_emoji(text)
         ]
         problems += [
             f"usual.{third}: expected 0 <= fewest <= most <= {self.most[third]}, got {self.usual[third]}"
@@ -92,17 +97,22 @@ def parse_spec(text: str, name: str) -> PersonaSpec:
     except yaml.YAMLError as error:
         raise ConfigError(f"{name}: not YAML: {' '.join(str(error).split())}") from None
     except ValidationError as error:
-        raise ConfigError([f"{name}: {line}" for problem in error.errors() for line in _described(problem)]) from None
+        lines = [line for problem in error.errors() for line in _described(problem)]
+        raise ConfigError([Message("{name}: {line}", name=name, line=line) for line in lines]) from None
 
 
 def _described(problem: Any) -> Iterator[str]:
     # pydantic adds [key] to the place of a key that is not in the vocabulary
     place = ".".join(str(part) for part in problem["loc"] if part != "[key]")
     where = f"{place}: " if place else ""
-    if problem["type"] == "value_error":
+    if problem["type"] == "lacks_words":
+        yield from (Message("{where}missing {word}", where=where, word=word) for word in problem["ctx"]["words"])
+    elif problem["type"] == "missing":
+        yield Message("{where}missing key", where=where)
+    elif problem["type"] == "extra_forbidden":
+        yield Message("{where}unknown key", where=where)
+    elif problem["type"] == "value_error":
         yield from (f"{where}{line}" for line in str(problem["ctx"]["error"]).splitlines())
-    elif problem["type"] in ("missing", "extra_forbidden"):
-        yield f"{where}{'missing' if problem['type'] == 'missing' else 'unknown'} key"
     else:
         yield f"{where}got {problem['input']!r:.100}; {problem['msg'][:1].lower()}{problem['msg'][1:]}"
 
@@ -123,8 +133,11 @@ def persona_spec(blood_type: BloodType) -> PersonaSpec:
                 _read_spec(each)
             except ConfigError as error:
                 problems += error.problems
-        advice = "python tools/vocabulary.py lists everything that a value of a vocabulary needs"
-        raise ConfigError([*problems, f"incomplete personas: complete these files (CONTRIBUTING.md); {advice}"]) from None
+        advice = Message(
+            "incomplete personas: complete these files (CONTRIBUTING.md); "
+            "python tools/vocabulary.py lists everything that a value of a vocabulary needs"
+        )
+        raise ConfigError([*problems, advice]) from None
 
 
 def _read_spec(blood_type: BloodType) -> PersonaSpec:

@@ -118,7 +118,7 @@ def test_too_few_records_say_how_many_are_enough() -> None:
 
 def test_a_feeling_without_records_is_named_by_count() -> None:
     cells = {cell: count * 2 for cell, count in EVEN.items() if cell[0] is not Feeling.TIRED}
-    assert "3 of the 30" in notes_about(rates(cells=cells))["empty_cells"]
+    assert f"3 of the {CELLS}" in notes_about(rates(cells=cells))["empty_cells"]
 
 
 @pytest.mark.parametrize(

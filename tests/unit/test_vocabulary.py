@@ -20,7 +20,10 @@ LAST = list(Feeling)[-1]
 DEFINITIONS = "lora_trainer/persona/definitions"
 TINY_BASE = "tools/tiny_base/frames/phrases.yaml"
 PROMPTS = "lora_trainer/data/assets/eval_prompts.jsonl"
-FILES = ("SDS.md", TINY_BASE, "tools/vocabulary.py", *(f"data/train_data_type_{blood_type}.jsonl" for blood_type in BloodType))
+DATA = tuple(f"data/train_data_type_{blood_type}.jsonl" for blood_type in BloodType)
+DOCUMENTS = ("SDS.md", "docs/data.ko.md")
+FILES = (*DOCUMENTS, *DATA, TINY_BASE, "tools/tiny_base/__init__.py", "tools/tiny_base/frames.py", "tools/vocabulary.py")
+OLD_ROW = "1 row wrong: run python tools/vocabulary.py --write"
 Edit = Callable[[str], str]
 
 
@@ -71,24 +74,27 @@ def described_feeling(new_feeling: Path, tmp_path_factory: pytest.TempPathFactor
 
 
 def missing_in(root: Path, *arguments: str) -> tuple[int, dict[str, str]]:
+    """Return the exit code of the check and, by file, what it lacks: the first line of each file."""
     done = python(root, "tools/vocabulary.py", *arguments)
     assert done.stderr == ""
-    return done.returncode, dict(line.split(": ", 1) for line in done.stdout.splitlines()[:-1])
+    return done.returncode, dict(line.split(": ", 1) for line in reversed(done.stdout.splitlines()[:-1]))
 
 
-def test_nothing_is_missing() -> None:
+def test_nothing_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(REPOSITORY / "tools"))
     assert list(load_tool("vocabulary").missing()) == []
 
 
 def test_what_a_feeling_needs_is_reported_by_file_and_count(new_feeling: Path) -> None:
     code, lines = missing_in(new_feeling)
     expected = {
-        "SDS.md": "1 rows missing: the tables differ from the vocabularies (python tools/vocabulary.py --write)",
+        **dict.fromkeys(DOCUMENTS, OLD_ROW),
         PROMPTS: "6 prompts missing: bored low 2, bored middle 2, bored high 2",
-        TINY_BASE: "3 entries missing: feelings: bored (good or bad); faces: bored; openers: bored",
+        TINY_BASE: "3 values missing or wrong: feelings: bored is neither good nor bad; faces: none for the feeling bored; "
+        "openers: no lines for the feeling bored",
     }
     for blood_type in BloodType:
-        expected[f"{DEFINITIONS}/{blood_type}.yaml"] = "2 entries missing: feelings: bored; emoji.by_feeling: bored"
+        expected[f"{DEFINITIONS}/{blood_type}.yaml"] = "2 values missing: feelings: bored; emoji.by_feeling: bored"
         # `make data-check` reports what other feelings lack
         records = lines.pop(f"data/train_data_type_{blood_type}.jsonl")
         assert "bored low 12, bored middle 12, bored high 12" in records
@@ -108,9 +114,9 @@ def test_what_an_expression_needs_is_reported_by_file_and_count(tmp_path: Path) 
     assert code == 1
     assert "| `nod` | 끄덕임 |" in (root / "SDS.md").read_text(encoding="utf-8")
     expected = {
-        "lora_trainer/persona/vocabulary.py": f"1 unique labels missing: nod: another value has {label}",
+        "lora_trainer/persona/vocabulary.py": f"1 label wrong: {label} means nod and {last}",
         "data/train_data_type_*.jsonl": "20 records missing: the face nod 20",
-        TINY_BASE: "2 entries missing: face_emoji: nod; faces: no feeling shows nod",
+        TINY_BASE: "2 values missing or wrong: faces: no feeling shows nod; face_emoji: none for the face nod",
     }
     assert {file: lines[file] for file in expected} == expected
 
@@ -118,7 +124,56 @@ def test_what_an_expression_needs_is_reported_by_file_and_count(tmp_path: Path) 
 def test_a_described_feeling_still_needs_data(described_feeling: Path) -> None:
     code, lines = missing_in(described_feeling)
     assert code == 1
-    assert set(lines) == {"SDS.md", PROMPTS, TINY_BASE, *(f"data/train_data_type_{blood_type}.jsonl" for blood_type in BloodType)}
+    assert set(lines) == {*DOCUMENTS, PROMPTS, TINY_BASE, *DATA}
+
+
+def test_a_mistake_is_named_with_its_line(described_feeling: Path, tmp_path: Path) -> None:
+    root = tmp_path / "copy"
+    shutil.copytree(described_feeling, root)
+    prompt = '{"context": {"summary": "", "current_emotion": {"type": "boredd", "intensity": "0.2"}}, "input": "심심한 사람"}\n'
+    edit(root / PROMPTS, lambda text: f"{text}{prompt}{{\n")
+    edit(root / TINY_BASE, lambda text: text.replace("[pout]", "[pouting]", 1))
+    edit(root / DEFINITIONS / "A.yaml", lambda text: text.replace("bored: [🥱, 😑]", "bored: [🥱, 하품]", 1))
+    edit(root / "lora_trainer/persona/vocabulary.py", lambda text: text.replace('"bored", "심심함"', '"bored", "화"', 1))
+    (root / "data" / "train_data_type_O.jsonl").unlink()
+    code, lines = missing_in(root, "--write")
+    wrong = {
+        "lora_trainer/persona/vocabulary.py": ("1 label wrong", "화 means angry and bored"),
+        f"{DEFINITIONS}/A.yaml": ("1 value wrong", "by_feeling.bored: '하품' is not one emoji"),
+        PROMPTS: (
+            "3 lines wrong",
+            "121: context.current_emotion.type: got 'boredd'",
+            "121: context.current_emotion.intensity",
+            "122: ",
+        ),
+        TINY_BASE: ("2 values missing or wrong", "faces.angry.weak.0", "got 'pouting'"),
+        "data/train_data_type_O.jsonl": ("1 line wrong", "No such file"),
+    }
+    assert code == 1
+    for file, facts in wrong.items():
+        assert [fact for fact in facts if fact not in lines[file]] == [], file
+    assert not set(lines) & set(DOCUMENTS)
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ('BORED = "sad", "심심함"', "1 value wrong: BORED repeats SAD's 'sad'"),
+        ('BORED = "Bored Of", "심심함"', "1 value wrong: 'Bored Of'; expected one English word in lower case"),
+        ('BORED = "bored"', "1 Korean word missing: bored"),
+    ],
+)
+def test_a_value_that_is_none_is_named(new_feeling: Path, tmp_path: Path, line: str, said: str) -> None:
+    root = tmp_path / "copy"
+    shutil.copytree(new_feeling, root)
+    # at the end: the first of two equal values stays
+    edit(root / "lora_trainer/persona/vocabulary.py", lambda text: text.replace('    BORED = "bored", "심심함"\n', "", 1))
+    edit(
+        root / "lora_trainer/persona/vocabulary.py",
+        lambda text: text.replace("\n\n\nclass Expression", f"\n    {line}\n\n\nclass Expression"),
+    )
+    code, lines = missing_in(root)
+    assert (code, lines["lora_trainer/persona/vocabulary.py"]) == (1, said)
 
 
 @pytest.fixture(scope="module")
@@ -156,6 +211,13 @@ def test_an_incomplete_specification_ends_in_one_message(new_feeling: Path, bund
     for unwanted in ("a bug", "Traceback", "UserWarning"):
         assert unwanted not in said
     assert not list((tmp_path / "out").glob("**/*.*"))
+
+
+def test_an_incomplete_specification_is_named_in_korean(new_feeling: Path, bundle: Path, tmp_path: Path) -> None:
+    done = python(new_feeling, "-m", "entrypoint", *commands(new_feeling, bundle, tmp_path)["validate"], "--lang", "ko")
+    assert f"{DEFINITIONS}/A.yaml: feelings: bored 값이 없습니다" in done.stderr
+    assert "missing" not in done.stderr
+    assert "페르소나 정의가 완전하지 않습니다" in done.stderr
 
 
 @pytest.mark.parametrize("name", ["validate", "generate"])

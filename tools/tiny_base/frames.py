@@ -132,9 +132,16 @@ class Phrases(_Part):
 
     @model_validator(mode="after")
     def _check_frames(self) -> Self:
+        shown = {face for faces in self.faces.values() for face in (*faces.weak, *faces.strong)}
         _raise_all(
             [
+                *(
+                    f"feelings: {feeling} is neither good nor bad"
+                    for feeling in Feeling
+                    if feeling not in (*self.feelings.good, *self.feelings.bad)
+                ),
                 *(f"faces: none for the feeling {feeling}" for feeling in Feeling if feeling not in self.faces),
+                *(f"faces: no feeling shows {face}" for face in Expression if face not in shown),
                 *(f"face_emoji: none for the face {face}" for face in Expression if face not in self.face_emoji),
                 *(f"openers: no lines for the feeling {feeling}" for feeling in Feeling if feeling not in self.openers),
                 *(problem for feeling, frames in self.openers.items() for problem in _frame_problems(f"openers.{feeling}", frames)),
