@@ -212,7 +212,13 @@ def validate(
     metavar="FOLDER",
     help="Where the teacher's records are kept until they are written to the output.",
 )
-@click.option("--model", metavar="NAME", help="teacher: the model to ask.")
+@click.option("--model", metavar="NAME", help="teacher: the model that drafts.")
+@click.option(
+    "--critic-model", metavar="NAME", help="teacher: the model that criticises and repairs the drafts. Default: the one of --model."
+)
+@click.option(
+    "--no-critique", is_flag=True, help="teacher: skip the second pass; halves the cost, and only the rules judge drafts."
+)
 @click.option(
     "--base-url",
     envvar="OPENAI_BASE_URL",
@@ -268,6 +274,8 @@ def generate(
     overwrite: bool,
     work_dir: Path,
     model: str | None,
+    critic_model: str | None,
+    no_critique: bool,
     base_url: str,
     concurrency: int,
     dialogues_per_request: int,
@@ -282,8 +290,8 @@ def generate(
     Two engines:
       compose   (default) fills the built-in grammar: offline, and reproducible by its seed
       teacher   asks a model behind an OpenAI-compatible server (vLLM, transformers serve, OpenAI) for
-                structured outputs; the key comes from OPENAI_API_KEY. Repeat an interrupted command
-                to resume it.
+                structured outputs; the key comes from OPENAI_API_KEY. A second pass criticises each
+                draft and repairs it. Repeat an interrupted command to resume it.
     Every record passes the linter of 'validate'. Near-duplicates, and inputs that nearly repeat an
     evaluation prompt, are left out. The command ends with a table of written and rejected records.
 
@@ -295,7 +303,7 @@ def generate(
     """
     from rich.progress import Progress
 
-    from lora_trainer.generator import dataset_summary, teacher
+    from lora_trainer.generator import dataset_summary, teacher_client
     from lora_trainer.generator import generate as command
     from lora_trainer.store.retry import budget_from_environment
 
@@ -303,6 +311,8 @@ def generate(
         check_server_url(base_url)
     except ValueError as error:
         raise ConfigError(f"--base-url: got '{shown(base_url)}'; {error}") from None
+    if critic_model and no_critique:
+        raise ConfigError(Message("--critic-model: got a model and --no-critique, expected one of the two; leave one out"))
     check_credentials((output, *against), judge_model=model if engine == "teacher" else None)
     settings = command.GenerateSettings(
         blood_types=_named_blood_types(blood_types),
@@ -315,9 +325,10 @@ def generate(
         work_dir=work_dir,
         overwrite=overwrite,
         language=language,
-        teacher=teacher.TeacherSettings(
+        teacher=teacher_client.TeacherSettings(
             base_url=base_url,
             model=model,
+            critic_model=None if no_critique else critic_model or model,
             # self-hosted servers often need no key, but the client requires one
             api_key=SecretStr(os.environ.get("OPENAI_API_KEY") or "none"),
             concurrency=concurrency,

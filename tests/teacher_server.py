@@ -1,7 +1,7 @@
-"""An OpenAI-compatible chat server that composes dialogues from the grammar and misbehaves on request.
+"""An OpenAI-compatible chat server that answers with bundled dialogues and misbehaves on request.
 
-Like a model, it reads the requested dialogues from the prompt and follows the JSON schema of the request. It counts requests.
-
+Like a model, it reads the requested dialogues from the prompt and follows the JSON schema of the request. A request for a critique
+gets the drafts back, repaired where the order says that a rule found something. It counts requests.
 """
 
 from __future__ import annotations
@@ -15,20 +15,27 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
+from lora_trainer.data.jsonl import JsonlReader
 from lora_trainer.data.records import TrainingRecord
-from lora_trainer.generator.collector import RecordCollector
-from lora_trainer.generator.compose import compose
+from lora_trainer.generator.exemplars import exemplars
+from lora_trainer.generator.teacher_orders import SUMMARY_CHARACTERS
+from lora_trainer.generator.teacher_prompts import FAULTS
 from lora_trainer.persona.vocabulary import BloodType, Feeling, IntensityThird
 
-ORDER = re.compile(r"^(\d+)\. 주제: .*친구의 감정: (\w+) ([\d.]+)", re.MULTILINE)
-PERSONA = re.compile(r"'(AB|A|B|O)형")
+ORDER = re.compile(r"^(\d+)\. 주제: ", re.MULTILINE)
+EMOTION = re.compile(r"친구의 감정: (\w+)\(.*?\) ([\d.]+)")
+DRAFT = re.compile(r"^   초안: (.*)$", re.MULTILINE)
+PERSONA = re.compile(r"^(AB|A|B|O)형이고", re.MULTILINE)
 # the reply of the dialogue that it repeats
 SAME_AGAIN = "그 얘기 자꾸 생각나네, 오늘은 어떻게 됐어?"
 # A model's mistakes, one per dialogue in turn; None means no mistake.
 SLIPS = (None, None, "formal", None, "three sentences", None, None, "same again", None, "not asked for", None)
+UNUSED = "지난주에 빌려 간 장화를 수요일까지 돌려주기로 했는데 수요일에 잊었고 금요일에도 잊어서 택배로 부쳤대. 상자도 골랐대."
 
 
 @dataclass
@@ -38,6 +45,12 @@ class Teacher:
     faults: tuple[str | None, ...] = (None,)
     """Faults, one per request in turn: 429, 500, malformed, truncated, stalled, closed connection, or None."""
     slips: tuple[str | None, ...] = (None,)
+    critique_faults: tuple[str | None, ...] = (None,)
+    """Faults of the requests for a critique, one per request in turn."""
+    verdicts: tuple[str | None, ...] = (None,)
+    """What it does with drafts that no rule objects to, in turn: a fault that it finds and repairs, `no repair`, or None."""
+    repairs_findings: bool = True
+    critic_model: str = "teacher"
     refuses: tuple[str, ...] = ()
     """Request fields that the server does not know."""
     fenced: bool = False
@@ -46,6 +59,10 @@ class Teacher:
     api_key: str | None = None
     model: str = "teacher"
     requests: int = 0
+    critiques: int = 0
+    """Requests for a critique, among the requests."""
+    drafts: list[dict[str, Any]] = field(default_factory=list)
+    repaired: list[dict[str, Any]] = field(default_factory=list)
     seen: Counter[str] = field(default_factory=Counter)
     bodies: list[dict[str, Any]] = field(default_factory=list)
     most_at_once: int = 0
@@ -56,13 +73,18 @@ class Teacher:
     url: str = ""
     _under_way: int = 0
     _dialogues: int = 0
+    _reviews: int = 0
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _pool: dict[tuple[BloodType, Feeling, IntensityThird], list[TrainingRecord]] = field(default_factory=dict)
 
-    def next_fault(self) -> str | None:
+    def next_fault(self, *, is_critique: bool) -> str | None:
         with self._lock:
-            fault = self.faults[self.requests % len(self.faults)]
+            faults, number = (
+                (self.critique_faults, self.critiques) if is_critique else (self.faults, self.requests - self.critiques)
+            )
+            fault = faults[number % len(faults)]
             self.requests += 1
+            self.critiques += is_critique
             self.seen[fault or "good"] += 1
             return fault
 
@@ -77,28 +99,83 @@ class Teacher:
             with self._lock:
                 self._under_way -= 1
 
-    def dialogue(self, persona: BloodType, number: int, feeling: Feeling, third: IntensityThird) -> dict[str, object]:
+    def dialogue(self, persona: BloodType, number: int, order: str) -> dict[str, Any]:
         with self._lock:
             slip = self.slips[self._dialogues % len(self.slips)]
             self._dialogues += 1
-            stock = self._pool.get((persona, feeling, third))
-            if not stock:
-                collector = RecordCollector(persona)
-                compose(collector, [(feeling, third)] * 25, random.randrange(1 << 30))
-                stock = self._pool[persona, feeling, third] = collector.accepted
-            record = stock.pop()
-        text = SAME_AGAIN if slip == "same again" else record.reply.text
-        if slip == "formal":
-            text = "정말 고생 많으셨어요."
+        drafted = self.fresh(persona, number, order)
+        if slip == "same again":
+            drafted["text"] = SAME_AGAIN
+        elif slip == "formal":
+            drafted["text"] = "정말 고생 많으셨어요."
         elif slip == "three sentences":
-            text = "들었어. 속상했겠다. 내가 갈게."
+            drafted["text"] = "들었어. 속상했겠다. 내가 갈게."
+        elif slip == "not asked for":
+            drafted["number"] = 99
+        elif slip == "exemplar":
+            drafted["text"] = random.choice([one.record.reply.text for one in exemplars(persona)]) + " 진짜로"
+        elif slip == "unused summary" and "여러 번 오간 이야기" in order:
+            drafted["summary"] = UNUSED
+        self.drafts.append(drafted)
+        return drafted
+
+    def review(self, persona: BloodType, number: int, order: str) -> dict[str, Any]:
+        with self._lock:
+            verdict = self.verdicts[self._reviews % len(self.verdicts)]
+            self._reviews += 1
+        found = DRAFT.search(order)
+        assert found
+        dialogue = {"number": number, **json.loads(found[1])}
+        if "규칙에 걸림" in order and self.repairs_findings:
+            verdict = "answers"
+        if verdict and verdict != "no repair":
+            dialogue = self.fresh(persona, number, order)
+            self.repaired.append(dialogue)
+        fault = "grounded" if verdict == "no repair" else verdict
+        return {**dialogue, "problem": "어색하다" if verdict else "", **{name: name != fault for name in FAULTS}}
+
+    def fresh(self, persona: BloodType, number: int, order: str) -> dict[str, Any]:
+        """Return a dialogue as ordered."""
+        emotion = EMOTION.search(order)
+        assert emotion
+        feeling, third = Feeling(emotion[1]), IntensityThird.of(float(emotion[2]))
+        with self._lock:
+            stock = self._pool.setdefault((persona, feeling, third), [])
+            if not stock:
+                stock += random.sample(bundled(persona, feeling, third), len(bundled(persona, feeling, third)))
+            record = stock.pop()
+        summary = record.context.summary
+        if "여러 번 오간 이야기" in order:
+            # it takes its words from the reply, so that the reply uses it
+            told = f"우리는 며칠 동안 이 얘기를 자주 했고 어젯밤에는 이런 말도 나왔어: {record.reply.text} "
+            summary = (told + "그러다 밤이 깊어서 하던 얘기를 다 못 끝내고 잠이 들었어.")[: SUMMARY_CHARACTERS.stop - 1]
         return {
-            "number": 99 if slip == "not asked for" else number,
-            "summary": record.context.summary,
+            "number": number,
+            "summary": summary,
             "input": record.input,
-            "text": text,
+            "text": record.reply.text,
             "emotion": str(record.reply.emotion),
         }
+
+
+@cache
+def bundled(persona: BloodType, feeling: Feeling, third: IntensityThird) -> list[TrainingRecord]:
+    """Return the bundled records of a cell that are no exemplars."""
+    shown = {one.record.reply.text for one in exemplars(persona)}
+    return [record for record in _bundled(persona, feeling, third) if record.reply.text not in shown]
+
+
+def _bundled(persona: BloodType, feeling: Feeling, third: IntensityThird) -> Iterator[TrainingRecord]:
+    for record in _all_bundled(persona):
+        emotion = record.context.current_emotion
+        if (emotion.type, IntensityThird.of(emotion.intensity)) == (feeling, third):
+            yield record
+
+
+@cache
+def _all_bundled(persona: BloodType) -> list[TrainingRecord]:
+    path = Path(__file__).parents[1] / "data" / f"train_data_type_{persona}.jsonl"
+    return [line.record for line in JsonlReader(path) if line.record]
 
 
 def _handler(teacher: Teacher) -> type[BaseHTTPRequestHandler]:
@@ -115,23 +192,26 @@ def _handler(teacher: Teacher) -> type[BaseHTTPRequestHandler]:
                     teacher.too_early += 1
                 if teacher.api_key and self.headers["authorization"] != f"Bearer {teacher.api_key}":
                     return self._send(401, {"error": {"message": "no such key", "type": "invalid_request_error"}})
-                if body["model"] != teacher.model:
+                is_critique = '"reviews"' in body["messages"][0]["content"]
+                if body["model"] != (teacher.critic_model if is_critique else teacher.model):
                     return self._send(404, {"error": {"message": "no such model", "type": "invalid_request_error"}})
                 teacher.bodies.append(body)
                 if unknown := [name for name in teacher.refuses if name in body]:
                     return self._send(400, {"error": {"message": f"unknown: {unknown}", "type": "invalid_request_error"}})
                 time.sleep(teacher.delay_s)
-                return self._answer(body, teacher.next_fault())
+                return self._answer(body, teacher.next_fault(is_critique=is_critique), is_critique=is_critique)
 
-        def _answer(self, body: dict[str, Any], fault: str | None) -> None:
+        def _answer(self, body: dict[str, Any], fault: str | None, *, is_critique: bool) -> None:
             if fault == "429":
                 teacher.not_before_s = time.monotonic() + 0.9
                 return self._send(429, {"error": {"message": "slow down", "type": "rate_limit"}}, {"retry-after": "1"})
             if fault == "500":
                 return self._send(500, {"error": {"message": "oops", "type": "server_error"}})
+            if fault == "401":
+                return self._send(401, {"error": {"message": "the key has expired", "type": "invalid_request_error"}})
             if fault == "stall":
                 time.sleep(teacher.stall_s)
-            content = json.dumps({"dialogues": list(self._dialogues(body))}, ensure_ascii=False)
+            content = json.dumps(self._content(body, is_critique=is_critique), ensure_ascii=False)
             if teacher.fenced:
                 content = f"```json\n{content}\n```"
             if fault == "malformed":
@@ -148,7 +228,7 @@ def _handler(teacher: Teacher) -> type[BaseHTTPRequestHandler]:
                         "finish_reason": "length" if fault == "cut off" else "stop",
                     }
                 ],
-                "usage": {"prompt_tokens": 100, "completion_tokens": 50, "total_tokens": 150},
+                "usage": {"prompt_tokens": 1000 if is_critique else 100, "completion_tokens": 50, "total_tokens": 150},
             }
             if fault == "cut connection":
                 data = json.dumps(answer).encode()
@@ -161,12 +241,13 @@ def _handler(teacher: Teacher) -> type[BaseHTTPRequestHandler]:
                 return None
             return self._send(200, answer)
 
-        def _dialogues(self, body: dict[str, Any]) -> Iterator[dict[str, object]]:
+        def _content(self, body: dict[str, Any], *, is_critique: bool) -> dict[str, object]:
             persona = PERSONA.search(body["messages"][0]["content"])
             assert persona
-            for number, feeling, intensity in ORDER.findall(body["messages"][1]["content"]):
-                third = IntensityThird.of(float(intensity))
-                yield teacher.dialogue(BloodType(persona[1]), int(number), Feeling(feeling), third)
+            _, *parts = ORDER.split(body["messages"][1]["content"])
+            say = teacher.review if is_critique else teacher.dialogue
+            said = [say(BloodType(persona[1]), int(number), order) for number, order in zip(parts[::2], parts[1::2], strict=True)]
+            return {"reviews" if is_critique else "dialogues": said}
 
         def _send(self, status: int, document: object, headers: dict[str, str] | None = None) -> None:
             data = json.dumps(document).encode()

@@ -1,5 +1,7 @@
 """Build `data/train_data_type_*.jsonl` from the hand-written situations of `data/handwritten/*.yaml`, in their order.
 
+Also writes what data and package share: the evaluation prompts, the policy, and the exemplars that the teacher's prompt shows.
+
 python tools/bundled_data.py            write the files
 python tools/bundled_data.py --check    compare the files with the sources; exit 1 if one is out of date
 """
@@ -7,8 +9,9 @@ python tools/bundled_data.py --check    compare the files with the sources; exit
 from __future__ import annotations
 
 import argparse
+import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from statistics import mean
@@ -19,16 +22,19 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from lora_trainer.data.records import TrainingRecord
 from lora_trainer.generator.dataset_summary import summarise
-from lora_trainer.generator.teacher import families
+from lora_trainer.generator.teacher_orders import families, family_rules
 from lora_trainer.persona.specs import persona_spec
 from lora_trainer.persona.vocabulary import BloodType, Expression, Feeling, IntensityThird
 
 REPOSITORY: Final = Path(__file__).resolve().parents[1]
 DATA: Final = REPOSITORY / "data"
+EXEMPLARS_PER_FAMILY: Final = 3
+"""How many situations of a family the teacher's prompt chooses from."""
 
 
 class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    # YAML reads `퍼센트: [37, 64]` as numbers
+    model_config = ConfigDict(extra="forbid", frozen=True, coerce_numbers_to_str=True)
 
 
 class HandwrittenReply(_Part):
@@ -107,6 +113,23 @@ def handwritten_records(blood_type: BloodType) -> list[TrainingRecord]:
     ]
 
 
+def exemplar_lines() -> Iterator[str]:
+    """Yield some situations of each family that all personas answer, as lines of JSON."""
+    for name in families():
+        topics = family_rules(name).topics
+        found = [
+            situation
+            for family in handwritten_families()
+            for situation in family.situations
+            if family.family == name and len(situation.replies) == len(BloodType)
+        ]
+        # those about the family's topics come first, then those with most replies
+        found.sort(key=lambda one: (set(topics).isdisjoint(one.tags), -sum(map(len, one.replies.values()))))
+        for situation in found[:EXEMPLARS_PER_FAMILY]:
+            content = {"family": name, **situation.model_dump(mode="json", include={"summary", "input", "replies"})}
+            yield json.dumps(content, ensure_ascii=False) + "\n"
+
+
 def coverage(records: Mapping[BloodType, list[TrainingRecord]]) -> str:
     """Return statistics of the files as two Markdown tables."""
     summaries = {name: summarise(name, found) for name, found in records.items()}
@@ -147,7 +170,13 @@ def main() -> int:
     check = parser.parse_args().check
     differ = 0
     prompts = (REPOSITORY / "lora_trainer/data/assets/eval_prompts.jsonl").read_text(encoding="utf-8")
-    files = {DATA / "eval_prompts.jsonl": prompts}
+    # without the heading, which is for readers
+    policy = "## " + (DATA / "POLICY.ko.md").read_text(encoding="utf-8").split("\n## ", 1)[1]
+    files = {
+        DATA / "eval_prompts.jsonl": prompts,
+        REPOSITORY / "lora_trainer/data/assets/policy.ko.md": policy,
+        REPOSITORY / "lora_trainer/generator/exemplars.jsonl": "".join(exemplar_lines()),
+    }
     records = {blood_type: handwritten_records(blood_type) for blood_type in BloodType}
     for blood_type, found in records.items():
         files[DATA / f"train_data_type_{blood_type}.jsonl"] = "".join(record.to_json() + "\n" for record in found)

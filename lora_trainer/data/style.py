@@ -34,6 +34,44 @@ _ORDINARY_WORDS: Final = frozenset(
     for word in line.split()
 )
 
+# words that a reply shares with a summary by chance
+_CONTENT_TAGS: Final = ("NNG", "NNP", "VV", "VA", "XR", "SN", "SL", "MAG")
+_LIGHT_STEMS: Final = frozenset(
+    [
+        "하",
+        "되",
+        "있",
+        "없",
+        "가",
+        "오",
+        "보",
+        "주",
+        "않",
+        "말",
+        "같",
+        "싶",
+        "알",
+        "모르",
+        "그러",
+        "이러",
+        "좋",
+        "안",
+        "못",
+        "잘",
+        "더",
+        "좀",
+        "또",
+        "다",
+        "나",
+        "너",
+        "오늘",
+        "어제",
+        "내일",
+        "지금",
+        "때",
+    ]
+)
+
 
 @dataclass(frozen=True, slots=True)
 class Style:
@@ -151,6 +189,15 @@ def phrases(tokens: Sequence[tuple[str, str]]) -> set[tuple[str, ...]]:
         if any(word not in _ORDINARY_WORDS for word in stems[at : at + length])
     }
     return {(word,) for word in content} | runs
+
+
+def uses_summary(summary: str, message: str, text: str) -> bool:
+    """Return whether the reply `text` has a content word of the summary that the input `message` has not."""
+    return bool((_content(summary) - _content(message)) & _content(text))
+
+
+def _content(text: str) -> set[str]:
+    return {form for form, tag in morphemes(text) if tag.startswith(_CONTENT_TAGS) and form not in _LIGHT_STEMS}
 
 
 class ReplyStyle(NamedTuple):

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
-from lora_trainer.data.duplicates import NearDuplicateFinder
+from lora_trainer.data.duplicates import NearDuplicateFinder, jaccard, shingles
 from lora_trainer.data.lint import lint_exchange
 from lora_trainer.data.records import TrainingRecord, texts_of
 from lora_trainer.data.text_damage import text_problems
@@ -26,6 +26,9 @@ INTENSITIES: Final[Mapping[IntensityThird, tuple[float, ...]]] = {
 
 QUESTION_RATE: Final = 0.65
 """Target share of replies that ask a question back; the data should have 50 to 75 %."""
+
+EXEMPLAR_JACCARD: Final = 0.5
+"""Lower than for near-duplicates: a model that copies an exemplar changes some words."""
 
 
 def all_cells() -> list[Cell]:
@@ -57,11 +60,17 @@ class RecordCollector:
     _replies: NearDuplicateFinder = field(default_factory=NearDuplicateFinder)
     _dialogues: NearDuplicateFinder = field(default_factory=NearDuplicateFinder)
     _excluded_inputs: NearDuplicateFinder = field(default_factory=NearDuplicateFinder)
+    _exemplars: list[frozenset[str]] = field(default_factory=list)
 
     def exclude_similar(self, records: Iterable[TrainingRecord]) -> None:
         """Reject near-duplicates of `records` from now on."""
         for record in records:
             self._remember(record)
+
+    def exclude_exemplars(self, records: Iterable[TrainingRecord]) -> None:
+        """Reject records that take over much of a reply, or of input and reply, of `records`, which a model has been shown."""
+        for record in records:
+            self._exemplars += shingles(record.reply.text), shingles(_dialogue(record))
 
     def exclude_inputs(self, inputs: Iterable[str]) -> None:
         """Reject records with an input similar to one of `inputs`, to keep evaluation prompts out of the data."""
@@ -81,6 +90,8 @@ class RecordCollector:
                 return problem.code
         if self._excluded_inputs.find(record.input) is not None:
             return "evaluation_prompt"
+        if self._copies_exemplar(record.reply.text) or self._copies_exemplar(_dialogue(record)):
+            return "near_exemplar"
         if self._replies.find(record.reply.text) is not None:
             return "near_duplicate_reply"
         if self._dialogues.find(_dialogue(record)) is not None:
@@ -95,6 +106,10 @@ class RecordCollector:
         self._remember(record)
         self.accepted.append(record)
         return True
+
+    def _copies_exemplar(self, text: str) -> bool:
+        parts = shingles(text)
+        return any(jaccard(parts, shown) >= EXEMPLAR_JACCARD for shown in self._exemplars)
 
     def _remember(self, record: TrainingRecord) -> None:
         self._replies.add(record.reply.text)

@@ -22,7 +22,8 @@ from lora_trainer.generator.collector import RecordCollector, wanted_cells
 from lora_trainer.generator.compose import compose
 from lora_trainer.generator.dataset_summary import DatasetSummary, summarise
 from lora_trainer.generator.html_report import PersonaSection, dataset_page, evenly_spaced
-from lora_trainer.generator.teacher import Checkpoint, Teacher, TeacherSettings
+from lora_trainer.generator.teacher import Checkpoint, PassUsage, Teacher, TeacherUsage
+from lora_trainer.generator.teacher_client import TeacherSettings
 from lora_trainer.messages import ENGLISH, Message
 from lora_trainer.persona.vocabulary import BloodType
 from lora_trainer.store.interface import Storage
@@ -144,14 +145,31 @@ def _fill(
     checkpoint = Checkpoint.of(settings.work_dir, collector.blood_type, settings.count, settings.seed, settings.teacher)
     teacher = Teacher(settings.teacher, collector, checkpoint, settings.seed)
     teacher.generate(settings.count, on_record)
-    usage = teacher.usage
+    return _teacher_notes(teacher.usage, has_critic=settings.teacher.critic_model is not None), checkpoint
+
+
+def _teacher_notes(usage: TeacherUsage, *, has_critic: bool) -> list[tuple[str, str]]:
+    """Return the costs of both passes, and what the critic did."""
+    notes = _costs(Message("drafts"), usage.drafting)
+    if has_critic:
+        notes += _costs(Message("critique"), usage.critique)
+        notes += [
+            (Message("critique, drafts with a fault: {fault}", fault=fault), f"{n:,}") for fault, n in usage.faults.most_common()
+        ]
+        notes.append((Message("critique, repaired records"), f"{usage.repaired:,}"))
+    return [*notes, (Message("records resumed from an interrupted run"), f"{usage.resumed_records:,}")]
+
+
+def _costs(name: Message, usage: PassUsage) -> list[tuple[str, str]]:
     return [
-        (Message("requests, including retries"), f"{usage.requests:,}"),
-        (Message("prompt tokens"), f"{usage.prompt_tokens:,}"),
-        (Message("completion tokens"), f"{usage.completion_tokens:,}"),
-        (Message("records resumed from an interrupted run"), f"{usage.resumed_records:,}"),
-        *((Message("requests failed: {kind}", kind=kind), f"{times:,}") for kind, times in usage.failures.most_common()),
-    ], checkpoint
+        (Message("{name}, requests, including retries", name=name), f"{usage.requests:,}"),
+        (Message("{name}, prompt tokens", name=name), f"{usage.prompt_tokens:,}"),
+        (Message("{name}, completion tokens", name=name), f"{usage.completion_tokens:,}"),
+        *(
+            (Message("{name}, failed requests: {kind}", name=name, kind=kind), f"{times:,}")
+            for kind, times in usage.failures.most_common()
+        ),
+    ]
 
 
 def _target(settings: GenerateSettings, blood_type: BloodType, retry_budget: RetryBudget | None) -> tuple[Storage, str, str]:
@@ -226,4 +244,6 @@ def _facts(settings: GenerateSettings) -> list[tuple[str, str]]:
     ]
     if settings.teacher and settings.engine == "teacher":
         facts += [(Message("model"), settings.teacher.model), (Message("server"), settings.teacher.base_url)]
+        if settings.teacher.critic_model:
+            facts.append((Message("model of the critique"), settings.teacher.critic_model))
     return facts

@@ -1,8 +1,8 @@
 """The teacher engine: request dialogues from any server with OpenAI's chat API (vLLM, transformers serve, OpenAI).
 
-A request specifies the family, feeling and intensity of a few dialogues and uses structured outputs. The collector filters
-the responses; rejected dialogues are counted and requested again. Each accepted record is written to a checkpoint at once, so
-an interrupted run resumes where it stopped.
+The first pass drafts a few dialogues per request, in structured outputs. The second has a critic judge the drafts of one request,
+and repair what it or a rule finds. The collector filters the result; rejected dialogues are counted and requested again. Each
+accepted record is written to a checkpoint at once, so an interrupted run resumes where it stopped.
 """
 
 from __future__ import annotations
@@ -10,79 +10,58 @@ from __future__ import annotations
 import json
 import os
 import random
-import threading
-import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
-from functools import cache
 from hashlib import sha256
-from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final, TypeVar
 
-import yaml
-from pydantic import BaseModel, ConfigDict, SecretStr, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from lora_trainer import logs
 from lora_trainer.config import DEFAULT_LIMITS
 from lora_trainer.data.jsonl import JsonlReader
 from lora_trainer.data.records import TrainingRecord
+from lora_trainer.data.style import uses_summary
 from lora_trainer.errors import ConfigError, DataError, StorageError
-from lora_trainer.generator.collector import INTENSITIES, QUESTION_RATE, Cell, RecordCollector, wanted_cells
+from lora_trainer.generator.collector import Cell, RecordCollector, wanted_cells
+from lora_trainer.generator.exemplars import Exemplar, exemplars, nearest
+from lora_trainer.generator.teacher_client import Call, Result, TeacherClient, TeacherSettings
+from lora_trainer.generator.teacher_orders import SUMMARY_CHARACTERS, DialogueSpec, SummaryKind, draw_specs
+from lora_trainer.generator.teacher_prompts import (
+    FAULTS,
+    TEACHER_PROMPT_VERSION,
+    Draft,
+    critic_prompt,
+    critique_prompt,
+    critique_schema,
+    draft_schema,
+    order_prompt,
+    writer_prompt,
+)
 from lora_trainer.messages import Message, marked
-from lora_trainer.persona.specs import PersonaSpec, persona_spec
+from lora_trainer.persona.specs import persona_spec
 from lora_trainer.persona.vocabulary import BloodType, Expression, IntensityThird
 
 if TYPE_CHECKING:
-    from openai import OpenAI
     from openai.types.chat import ChatCompletion
-
-TEACHER_PROMPT_VERSION: Final = 1
-"""Increase this when a prompt below changes: a checkpoint can only be resumed with the prompts that it was started with."""
 
 MAX_FAILED_IN_A_ROW: Final = 5
 """Consecutive failed requests, each after the client's retries, before the run gives up on the server."""
 
 MAX_UNUSABLE_IN_A_ROW: Final = 40
-"""Consecutive responses without an acceptable record before the run gives up on the model."""
+"""Consecutive orders without an acceptable record before the run gives up on the model."""
 
-_TOKENS_PER_DIALOGUE: Final = 300
+EXEMPLARS_PER_DIALOGUE: Final = 2
 
-# (parameter for the token limit, use structured outputs). Try each until the server accepts the request instead of answering
-# HTTP 400 or 422: vLLM accepts the first variant, OpenAI's newer models only max_completion_tokens, and some servers do not
-# support structured outputs (transformers serve ignores them)
-_REQUEST_VARIANTS: Final = (
-    ("max_tokens", True),
-    ("max_completion_tokens", True),
-    ("max_tokens", False),
-    ("max_completion_tokens", False),
-)
-_LONGEST_PAUSE_S: Final = 600.0
-_STRENGTH: Final = {
-    IntensityThird.LOW: "약하게, 담담하게",
-    IntensityThird.MIDDLE: "보통으로",
-    IntensityThird.HIGH: "강하게, 터져 나오게",
-}
+# a message of 300 characters, a summary of 150 and a reply take about 400 tokens of Qwen2.5
+_TOKENS_PER_DRAFT: Final = 500
+_TOKENS_PER_REVIEW: Final = 600
 
-
-class TeacherSettings(BaseModel):
-    """Settings of the teacher server and its requests."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    base_url: str
-    model: str
-    api_key: SecretStr
-    concurrency: int = 8
-    """Maximum number of concurrent requests."""
-    dialogues_per_request: int = 4
-    request_timeout_s: float = 120.0
-    """Timeout of a request, after which the client retries it."""
-    max_retries: int = 5
-    """The OpenAI client's retries, for 408, 409, 429, 5xx and connection errors: exponential backoff, jitter and Retry-After."""
-    temperature: float = 1.0
+OnRecord = Callable[[TrainingRecord], None]
+_Response = TypeVar("_Response", bound=BaseModel)
 
 
 class _Dialogue(BaseModel):
@@ -95,57 +74,60 @@ class _Dialogue(BaseModel):
     emotion: Expression
 
 
-class _Answer(BaseModel):
+class _Drafts(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     dialogues: list[_Dialogue]
 
 
-@dataclass(frozen=True, slots=True)
-class DialogueSpec:
-    """Specification of one requested dialogue."""
+class _Review(_Dialogue):
+    problem: str
+    answers: bool
+    grounded: bool
+    in_character: bool
+    intensity: bool
+    policy: bool
 
-    cell: Cell
-    intensity: float
-    family: str
-    asks_back: bool
-    """Whether the reply should end with a question."""
+
+class _Reviews(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    reviews: list[_Review]
+
+
+@dataclass(frozen=True, slots=True)
+class _Order:
+    """What one request asks for: drafts of `specs`, or a critique of `drafts`."""
+
+    specs: Sequence[DialogueSpec] = ()
+    shown: Sequence[Sequence[Exemplar]] = ()
+    """Exemplars of each spec."""
+    drafts: Sequence[Draft] = ()
 
 
 @dataclass(slots=True)
-class TeacherUsage:
-    """Requests and tokens of this process; a resumed run starts at 0."""
+class PassUsage:
+    """Requests and tokens of one pass."""
 
     requests: int = 0
     """HTTP requests, including the client's retries."""
     prompt_tokens: int = 0
     completion_tokens: int = 0
     failures: Counter[str] = field(default_factory=Counter)
-    """Requests that failed after all retries, by kind."""
+    """Requests that failed after all retries, or whose response was unusable, by kind."""
+
+
+@dataclass(slots=True)
+class TeacherUsage:
+    """Costs and counts of this process; a resumed run starts at 0."""
+
+    drafting: PassUsage = field(default_factory=PassUsage)
+    critique: PassUsage = field(default_factory=PassUsage)
+    faults: Counter[str] = field(default_factory=Counter)
+    """Reviewed drafts by what the critic found, and those in which a rule found something as `rule`."""
+    repaired: int = 0
+    """Accepted records that the critic has repaired."""
     resumed_records: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class _Result:
-    """Result of one request: a completion or a failure."""
-
-    completion: ChatCompletion | None = None
-    failure: str = ""
-    """Kind of failure, or empty."""
-    fatal: str = ""
-    """Reason why retrying is useless, or empty."""
-    pause_s: float = 0.0
-    """How long the server asks the client to wait."""
-    requests: int = 1
-    rejected_variant: int | None = None
-    """Index in `_REQUEST_VARIANTS` of the request that the server rejected."""
-
-
-@cache
-def families() -> dict[str, str]:
-    """Load the situation families as name -> Korean title."""
-    text = resources.files("lora_trainer.generator").joinpath("families.yaml").read_text(encoding="utf-8")
-    return dict(yaml.safe_load(text))
 
 
 class Checkpoint:
@@ -156,8 +138,9 @@ class Checkpoint:
 
     @classmethod
     def of(cls, work_dir: Path, blood_type: BloodType, count: int, seed: int, settings: TeacherSettings) -> Checkpoint:
-        """Return the checkpoint for this combination of persona, count, seed, server, model, temperature and prompt."""
-        key = json.dumps([TEACHER_PROMPT_VERSION, blood_type, count, seed, settings.base_url, settings.model, settings.temperature])
+        """Return the checkpoint for this combination of persona, count, seed, server, models, temperature and prompt."""
+        models = [settings.model, settings.critic_model]
+        key = json.dumps([TEACHER_PROMPT_VERSION, blood_type, count, seed, settings.base_url, *models, settings.temperature])
         return cls(work_dir / "generate" / f"{blood_type}-{sha256(key.encode()).hexdigest()[:16]}.jsonl")
 
     def load(self) -> list[TrainingRecord]:
@@ -199,39 +182,39 @@ class Teacher:
     def __init__(self, settings: TeacherSettings, collector: RecordCollector, checkpoint: Checkpoint, seed: int) -> None:
         self.usage = TeacherUsage()
         self._settings, self._collector, self._checkpoint = settings, collector, checkpoint
+        self._client = TeacherClient(settings)
+        self._exemplars = exemplars(collector.blood_type)
+        self._collector.exclude_exemplars(one.record for one in self._exemplars)
+        self._writer_prompt, self._critic_prompt = writer_prompt(collector.blood_type), critic_prompt(collector.blood_type)
         self._rng = random.Random(f"{seed}:{collector.blood_type}:teacher")
-        self._families = list(families())
         self._failed_in_a_row = self._unusable_in_a_row = 0
-        self._variant = 0
-        self._pause_until_s = 0.0
-        self._stopping = threading.Event()
+        self._missing: list[Cell] = []
+        self._to_review: deque[_Order] = deque()
 
-    def generate(self, count: int, on_record: Callable[[TrainingRecord], None] | None = None) -> None:
+    def generate(self, count: int, on_record: OnRecord | None = None) -> None:
         """Collect `count` records, starting with those of the checkpoint.
 
         Raises `ConfigError` if the server rejects the key, model or request, `StorageError` if it is unreachable, and
         `DataError` if the model does not produce acceptable records. Accepted records stay in the checkpoint.
         """
-        missing = self._resume(wanted_cells(count, self._rng))
-        if on_record:
-            for record in self._collector.accepted:
-                on_record(record)
-        client = self._client()
+        on_record = on_record or (lambda _: None)
+        self._missing = self._resume(wanted_cells(count, self._rng))
+        for record in self._collector.accepted:
+            on_record(record)
         # not in a `with` block, whose exit would wait for running requests: minutes on a slow model
         pool = ThreadPoolExecutor(self._settings.concurrency, thread_name_prefix="teacher")
-        running: dict[Future[_Result], Sequence[DialogueSpec]] = {}
+        running: dict[Future[Result], _Order] = {}
         try:
-            while missing or running:
-                while missing and len(running) < self._settings.concurrency:
-                    specs = self._next_specs(missing)
-                    running[pool.submit(self._request, client, specs)] = specs
+            while self._to_review or self._missing or running:
+                while (self._to_review or self._missing) and len(running) < self._settings.concurrency:
+                    order = self._to_review.popleft() if self._to_review else self._next_order()
+                    running[pool.submit(self._client.send, self._call(order))] = order
                 done, _ = wait(running, return_when=FIRST_COMPLETED)
                 for future in done:
-                    asked = running.pop(future)
-                    missing.extend(self._receive(future.result(), asked, on_record))
+                    self._receive(future.result(), running.pop(future), on_record)
         finally:
-            # wake the threads that wait for a rate limit, on success and on errors
-            self._stopping.set()
+            # on success and on errors
+            self._client.stop()
             pool.shutdown(wait=False, cancel_futures=True)
 
     def _resume(self, wanted: list[Cell]) -> list[Cell]:
@@ -244,168 +227,173 @@ class Teacher:
                 self.usage.resumed_records += 1
         return [cell for cell in wanted if _decrement(missing, cell)]
 
-    def _next_specs(self, missing: list[Cell]) -> list[DialogueSpec]:
-        cells = [missing.pop() for _ in range(min(self._settings.dialogues_per_request, len(missing)))]
-        names = self._rng.sample(self._families, len(cells))
-        return [
-            DialogueSpec(cell, self._rng.choice(INTENSITIES[cell[1]]), name, self._rng.random() < QUESTION_RATE)
-            for cell, name in zip(cells, names, strict=True)
-        ]
+    # --- requests ---------------------------------------------------------------------------------------
 
-    def _client(self) -> OpenAI:
-        from openai import OpenAI
+    def _next_order(self) -> _Order:
+        cells = [self._missing.pop() for _ in range(min(self._settings.dialogues_per_request, len(self._missing)))]
+        specs = draw_specs(cells, self._collector.blood_type, self._rng)
+        shown = [nearest(self._exemplars, spec.family, spec.cell, EXEMPLARS_PER_DIALOGUE, self._rng) for spec in specs]
+        return _Order(specs, shown)
 
+    def _call(self, order: _Order) -> Call:
         settings = self._settings
-        return OpenAI(
-            base_url=settings.base_url,
-            api_key=settings.api_key.get_secret_value(),
-            timeout=settings.request_timeout_s,
-            max_retries=settings.max_retries,
+        if order.drafts:
+            return Call(
+                model=self._model(order),
+                option="--model" if settings.critic_model == settings.model else "--critic-model",
+                system=self._critic_prompt,
+                user=critique_prompt(order.drafts),
+                schema_name="reviews",
+                schema=critique_schema(len(order.drafts)),
+                max_tokens=_TOKENS_PER_REVIEW * len(order.drafts),
+                temperature=settings.temperature,
+            )
+        return Call(
+            model=self._model(order),
+            option="--model",
+            system=self._writer_prompt,
+            user=order_prompt(order.specs, order.shown),
+            schema_name="dialogues",
+            schema=draft_schema(len(order.specs)),
+            max_tokens=_TOKENS_PER_DRAFT * len(order.specs),
+            temperature=settings.temperature,
         )
 
-    def _request(self, client: OpenAI, specs: Sequence[DialogueSpec]) -> _Result:
-        """Send one request, in a worker thread. Returns known failures as a `_Result` instead of raising."""
-        import openai
+    def _model(self, order: _Order) -> str:
+        return (self._settings.critic_model if order.drafts else None) or self._settings.model
 
-        while (left_s := self._pause_until_s - time.monotonic()) > 0:
-            if self._stopping.wait(left_s):
-                return _Result(failure="stopped")
-        variant = self._variant
-        limit, is_structured = _REQUEST_VARIANTS[variant]
-        more: dict[str, Any] = {limit: _TOKENS_PER_DIALOGUE * len(specs)}
-        if is_structured:
-            schema = {"name": "dialogues", "strict": True, "schema": answer_schema(len(specs))}
-            more["response_format"] = {"type": "json_schema", "json_schema": schema}
-        try:
-            raw = client.chat.completions.with_raw_response.create(
-                model=self._settings.model,
-                messages=[
-                    {"role": "system", "content": system_prompt(persona_spec(self._collector.blood_type))},
-                    {"role": "user", "content": user_prompt(specs, self._collector.blood_type)},
-                ],
-                temperature=self._settings.temperature,
-                **more,
-            )
-            return _Result(raw.parse(), requests=1 + raw.retries_taken)
-        except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
-            return _Result(
-                failure="refused",
-                fatal=Message("does not accept the API key (HTTP {status}); set OPENAI_API_KEY", status=error.status_code),
-            )
-        except openai.NotFoundError:
-            return _Result(
-                failure="refused",
-                fatal=Message(
-                    "has no model {model!r} at this URL (HTTP 404); check --model and that the URL ends in /v1",
-                    model=self._settings.model,
-                ),
-            )
-        except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
-            return _Result(
-                failure="refused",
-                fatal=Message(
-                    "rejects every request variant (HTTP {status}); check that it is a chat completions API",
-                    status=error.status_code,
-                ),
-                rejected_variant=variant,
-            )
-        except openai.RateLimitError as error:
-            return _Result(failure="rate_limited", pause_s=_retry_after_s(error), requests=1 + self._settings.max_retries)
-        except openai.APITimeoutError:
-            return _Result(failure="stalled", requests=1 + self._settings.max_retries)
-        except openai.APIConnectionError:
-            return _Result(failure="connection", requests=1 + self._settings.max_retries)
-        except openai.APIStatusError as error:
-            return _Result(failure=f"http_{error.status_code}", requests=1 + self._settings.max_retries)
-        except (openai.APIError, ValueError):
-            # the client's parser raises ValueError for a body that is not a chat completion
-            return _Result(failure="not_a_completion", requests=1)
+    # --- responses --------------------------------------------------------------------------------------
 
-    def _receive(
-        self, result: _Result, specs: Sequence[DialogueSpec], on_record: Callable[[TrainingRecord], None] | None
-    ) -> list[Cell]:
-        """Collect the acceptable records of a response and return the cells to request again."""
-        self.usage.requests += result.requests
-        where = f"{self._settings.base_url} (--base-url)"
-        if result.rejected_variant is not None and result.rejected_variant + 1 < len(_REQUEST_VARIANTS):
-            if result.rejected_variant == self._variant:
-                self._variant += 1
-                limit, is_structured = _REQUEST_VARIANTS[self._variant]
-                logs.get_logger().warning("teacher_asked_otherwise", limit=limit, structured_outputs=is_structured)
-            return [spec.cell for spec in specs]
+    def _receive(self, result: Result, order: _Order, on_record: OnRecord) -> None:
+        """Take a response: collect acceptable records, have drafts reviewed, and request again what is missing."""
+        usage = self.usage.critique if order.drafts else self.usage.drafting
+        usage.requests += result.requests
+        if self._client.has_another_variant(result, self._model(order)):
+            if order.drafts:
+                self._to_review.append(order)
+            else:
+                self._missing.extend(spec.cell for spec in order.specs)
+            return
         if result.fatal:
-            raise ConfigError(Message("{where}: {problem}", where=where, problem=marked(result.fatal)))
+            raise ConfigError(Message("{where}: {problem}", where=self._where, problem=marked(result.fatal)))
         if result.failure:
-            self.usage.failures[result.failure] += 1
-            # concurrent requests all get a 429 when the limit is reached: count a single failure
-            is_known_limit = result.failure == "rate_limited" and time.monotonic() < self._pause_until_s
-            self._failed_in_a_row += not is_known_limit
-            self._pause_until_s = max(self._pause_until_s, time.monotonic() + min(result.pause_s, _LONGEST_PAUSE_S))
-            logs.get_logger().warning("teacher_request_failed", kind=result.failure, in_a_row=self._failed_in_a_row)
-            if self._failed_in_a_row >= MAX_FAILED_IN_A_ROW:
-                raise StorageError(
-                    Message(
-                        "{where}: {count} requests in a row failed, the last one with {failure}, each after {retries} retries; "
-                        "{records:,} records are kept in {file}: rerun the same command to resume",
-                        where=where,
-                        count=self._failed_in_a_row,
-                        failure=result.failure,
-                        retries=self._settings.max_retries,
-                        records=len(self._collector.accepted),
-                        file=self._checkpoint.path,
-                    )
-                )
-            return [spec.cell for spec in specs]
+            usage.failures[result.failure] += 1
+            self._count_failure(result)
+            self._missing.extend(spec.cell for spec in order.specs)
+            # without a critique, the rules decide
+            self._settle([(draft, draft.record) for draft in order.drafts], on_record)
+            return
         self._failed_in_a_row = 0
-        before = len(self._collector.accepted)
-        left = self._accept_records(result.completion, specs, on_record)
-        self._unusable_in_a_row = 0 if len(self._collector.accepted) > before else self._unusable_in_a_row + 1
+        if result.completion and result.completion.usage:
+            usage.prompt_tokens += result.completion.usage.prompt_tokens
+            usage.completion_tokens += result.completion.usage.completion_tokens
+        if order.drafts:
+            accepted = self._settle(self._reviewed(result.completion, order.drafts), on_record)
+        else:
+            drafts = self._drafted(result.completion, order.specs)
+            missing = set(range(1, len(order.specs) + 1)) - {draft.number for draft in drafts}
+            self._missing.extend(order.specs[number - 1].cell for number in missing)
+            if drafts and self._settings.critic_model:
+                self._to_review.append(_Order(drafts=drafts))
+                return
+            accepted = self._settle([(draft, draft.record) for draft in drafts], on_record)
+        self._count_unusable(is_usable=accepted > 0)
+
+    @property
+    def _where(self) -> str:
+        return f"{self._settings.base_url} (--base-url)"
+
+    def _count_failure(self, result: Result) -> None:
+        self._failed_in_a_row += self._client.is_new_failure(result)
+        logs.get_logger().warning("teacher_request_failed", kind=result.failure, in_a_row=self._failed_in_a_row)
+        if self._failed_in_a_row >= MAX_FAILED_IN_A_ROW:
+            raise StorageError(
+                Message(
+                    "{where}: {count} requests in a row failed, the last one with {failure}, each after {retries} retries; "
+                    "{records:,} records are kept in {file}: rerun the same command to resume",
+                    where=self._where,
+                    count=self._failed_in_a_row,
+                    failure=result.failure,
+                    retries=self._settings.max_retries,
+                    records=len(self._collector.accepted),
+                    file=self._checkpoint.path,
+                )
+            )
+
+    def _count_unusable(self, *, is_usable: bool) -> None:
+        self._unusable_in_a_row = 0 if is_usable else self._unusable_in_a_row + 1
         if self._unusable_in_a_row >= MAX_UNUSABLE_IN_A_ROW:
             reasons = ", ".join(f"{reason} {times:,}" for reason, times in self._collector.rejects.most_common(5))
             raise DataError(
                 Message(
                     "{where}: {count} responses in a row without an acceptable record ({reasons}), expected short Korean 반말 as "
                     "requested; try another model. {records:,} records are kept in {file}",
-                    where=where,
+                    where=self._where,
                     count=self._unusable_in_a_row,
                     reasons=reasons,
                     records=len(self._collector.accepted),
                     file=self._checkpoint.path,
                 )
             )
-        return left
 
-    def _accept_records(
-        self, completion: ChatCompletion | None, specs: Sequence[DialogueSpec], on_record: Callable[[TrainingRecord], None] | None
-    ) -> list[Cell]:
-        missing = dict(enumerate(specs, 1))
-        for dialogue in self._dialogues(completion):
-            spec = missing.get(dialogue.number)
-            if spec is None:
+    def _drafted(self, completion: ChatCompletion | None, specs: Sequence[DialogueSpec]) -> list[Draft]:
+        """Return the drafts that are records, at most one per spec, with what a rule finds in them."""
+        response, fault = _parsed(completion, _Drafts)
+        if response is None:
+            self._collector.rejects[fault] += 1
+            return []
+        drafts: dict[int, Draft] = {}
+        for dialogue in response.dialogues:
+            if not 1 <= dialogue.number <= len(specs) or dialogue.number in drafts:
                 self._collector.rejects["not_asked_for"] += 1
-            elif (record := self._record(dialogue, spec)) and self._collector.accept(record):
-                del missing[dialogue.number]
-                self._checkpoint.append(record)
-                if on_record:
-                    on_record(record)
-        return [spec.cell for spec in missing.values()]
+                continue
+            spec = specs[dialogue.number - 1]
+            if record := self._record(dialogue, spec):
+                drafts[dialogue.number] = Draft(dialogue.number, spec, record, self._finding(record, spec))
+            else:
+                self._collector.rejects["not_a_record"] += 1
+        return list(drafts.values())
 
-    def _dialogues(self, completion: ChatCompletion | None) -> list[_Dialogue]:
-        choice = completion.choices[0] if completion and completion.choices else None
-        if completion and completion.usage:
-            self.usage.prompt_tokens += completion.usage.prompt_tokens
-            self.usage.completion_tokens += completion.usage.completion_tokens
-        if choice is None or not choice.message.content:
-            self._collector.rejects["no_answer"] += 1
-            return []
-        if choice.finish_reason == "length":
-            self._collector.rejects["cut_off"] += 1
-            return []
-        try:
-            return _Answer.model_validate_json(_unfenced(choice.message.content)).dialogues
-        except ValidationError as error:
-            self._collector.rejects["not_json" if error.errors()[0]["type"] == "json_invalid" else "not_the_schema"] += 1
-            return []
+    def _reviewed(self, completion: ChatCompletion | None, drafts: Sequence[Draft]) -> list[tuple[Draft, TrainingRecord | None]]:
+        """Return each draft with what is left of it: itself, the critic's repair, or None if the critic could not repair it."""
+        response, fault = _parsed(completion, _Reviews)
+        if response is None:
+            self.usage.critique.failures[fault] += 1
+            return [(draft, draft.record) for draft in drafts]
+        reviews = {review.number: review for review in response.reviews}
+        return [(draft, self._repair(draft, reviews.get(draft.number))) for draft in drafts]
+
+    def _repair(self, draft: Draft, review: _Review | None) -> TrainingRecord | None:
+        if review is None:
+            return draft.record
+        faults = [fault for fault in FAULTS if not getattr(review, fault)]
+        self.usage.faults.update(faults)
+        self.usage.faults["rule"] += bool(draft.finding)
+        if not faults and not draft.finding:
+            # a critic without objections sometimes rewrites all the same
+            return draft.record
+        repaired = self._record(review, draft.spec)
+        return None if repaired == draft.record else repaired
+
+    def _settle(self, candidates: Sequence[tuple[Draft, TrainingRecord | None]], on_record: OnRecord) -> int:
+        """Collect what passes the rules, request the rest again, and return the number of accepted records."""
+        accepted = 0
+        for draft, record in candidates:
+            if record is None:
+                self._collector.rejects[draft.finding or "criticised"] += 1
+            elif reason := _summary_finding(record, draft.spec):
+                self._collector.rejects[reason] += 1
+            elif self._collector.accept(record):
+                accepted += 1
+                self.usage.repaired += record != draft.record
+                self._checkpoint.append(record)
+                on_record(record)
+                continue
+            self._missing.append(draft.spec.cell)
+        return accepted
+
+    def _finding(self, record: TrainingRecord, spec: DialogueSpec) -> str:
+        return _summary_finding(record, spec) or self._collector.rejection_reason(record) or ""
 
     def _record(self, dialogue: _Dialogue, spec: DialogueSpec) -> TrainingRecord | None:
         try:
@@ -423,8 +411,30 @@ class Teacher:
                 context=DEFAULT_LIMITS,
             )
         except ValidationError:
-            self._collector.rejects["not_a_record"] += 1
             return None
+
+
+def _summary_finding(record: TrainingRecord, spec: DialogueSpec) -> str:
+    """Return what is wrong with a summary of several turns, or an empty string."""
+    if spec.summary is not SummaryKind.TURNS:
+        return ""
+    summary = record.context.summary
+    if len(summary) not in SUMMARY_CHARACTERS:
+        return "summary_length"
+    return "" if uses_summary(summary, record.input, record.reply.text) else "summary_unused"
+
+
+def _parsed(completion: ChatCompletion | None, kind: type[_Response]) -> tuple[_Response | None, str]:
+    """Return the response, or None and what is wrong with it."""
+    choice = completion.choices[0] if completion and completion.choices else None
+    if choice is None or not choice.message.content:
+        return None, "no_answer"
+    if choice.finish_reason == "length":
+        return None, "cut_off"
+    try:
+        return kind.model_validate_json(_unfenced(choice.message.content)), ""
+    except ValidationError as error:
+        return None, "not_json" if error.errors()[0]["type"] == "json_invalid" else "not_the_schema"
 
 
 def _unfenced(text: str) -> str:
@@ -437,83 +447,3 @@ def _decrement(left: Counter[Cell], cell: Cell) -> bool:
         return False
     left[cell] -= 1
     return True
-
-
-def _retry_after_s(error: Any) -> float:
-    try:
-        return max(0.0, float(error.response.headers.get("retry-after", "0")))
-    except ValueError:
-        return 0.0
-
-
-# --- prompts -------------------------------------------------------------------------------------------
-
-
-def answer_schema(count: int) -> dict[str, Any]:
-    """Return the JSON Schema of a response with `count` dialogues, in the subset that strict structured outputs support."""
-    text = {"type": "string"}
-    properties: dict[str, Any] = {
-        "number": {"type": "integer"},
-        "summary": text,
-        "input": text,
-        "text": text,
-        "emotion": {"type": "string", "enum": list(Expression)},
-    }
-    dialogue = {"type": "object", "properties": properties, "required": list(properties), "additionalProperties": False}
-    dialogues = {"type": "array", "items": dialogue, "minItems": count, "maxItems": count}
-    return {
-        "type": "object",
-        "properties": {"dialogues": dialogues},
-        "required": ["dialogues"],
-        "additionalProperties": False,
-    }
-
-
-def system_prompt(spec: PersonaSpec) -> str:
-    """Return the system prompt: the persona's specification and the requirements of a dialogue."""
-    feelings = "\n".join(f"- {feeling}: {how}" for feeling, how in spec.feelings.items())
-    emoji = "\n".join(f"- {feeling}: {' '.join(signs)}" for feeling, signs in spec.emoji.by_feeling.items())
-    usual = ", ".join(f"{third} {spec.emoji.usual[third][0]}~{spec.emoji.usual[third][1]}개" for third in IntensityThird)
-    lines = [
-        f"너는 한국어 메신저 대화를 쓰는 작가야. '{spec.blood_type}형 {spec.name}' 친구의 학습용 대화를 쓴다.",
-        "",
-        f"말투: {spec.tone}",
-        f"자주 하는 반응: {', '.join(spec.reactions)}",
-        "말버릇:",
-        *(f"- {phrase}" for phrase in spec.phrases),
-        f"되묻는 법: {spec.asking_back} 예: {' / '.join(spec.asks)}",
-        "감정마다 이렇게 한다:",
-        feelings,
-        f"이모지 개수 (감정 세기별): {usual}. 감정별 이모지 (상황에 어울리는 다른 이모지도 괜찮다):",
-        emoji,
-        "절대 하지 않는 것:",
-        *(f"- {line}" for line in spec.never),
-        "이런 대사를 쓴다:",
-        *(f"- {line}" for line in spec.examples),
-        "",
-        "규칙:",
-        "- summary: 지금까지의 상황을 반말 한 문장으로. 없으면 빈 문자열.",
-        "- input: 상대가 보낸 메시지. 길이와 말투를 다양하게 (오타, ㅋㅋ, ㅠㅠ, 한 단어, 긴 하소연).",
-        "- text: 친구의 답. 반말로 짧은 문장 하나나 둘, 100자 안. input에 나온 것을 구체적으로 받는다.",
-        "  다른 상황에도 통할 말은 안 된다.",
-        f"- emotion: 친구의 표정. {', '.join(Expression)} 중 하나.",
-        "- number: 요청의 번호 그대로.",
-        "- 아래 모양의 JSON 하나로만 답한다.",
-        '{"dialogues": [{"number": 1, "summary": "…", "input": "…", "text": "…", "emotion": "smile"}]}',
-    ]
-    return "\n".join(lines)
-
-
-def user_prompt(specs: Sequence[DialogueSpec], blood_type: BloodType) -> str:
-    """Return the user prompt: the requested dialogues, numbered from 1."""
-    persona = persona_spec(blood_type)
-    lines = [f"대화 {len(specs)}개를 써 줘. 서로 다른 상황이어야 해."]
-    for number, spec in enumerate(specs, 1):
-        feeling, third = spec.cell
-        most = persona.emoji.usual[third][1]
-        ending = "되묻는 질문으로 끝낸다" if spec.asks_back else "질문 없이 끝낸다"
-        lines.append(
-            f"{number}. 주제: {families()[spec.family]}. 친구의 감정: {feeling} {spec.intensity:.1f} ({_STRENGTH[third]}). "
-            f"이모지 {most}개까지. {ending}."
-        )
-    return "\n".join(lines)

@@ -19,9 +19,13 @@ from teacher_server import SLIPS, Teacher, serve
 from entrypoint.cli import run_cli
 from lora_trainer.data.duplicates import NearDuplicateFinder
 from lora_trainer.data.jsonl import JsonlReader
+from lora_trainer.data.policy import policy
 from lora_trainer.data.records import TrainingRecord
+from lora_trainer.data.style import uses_summary
 from lora_trainer.data.validation import check_file
 from lora_trainer.errors import ExitCode
+from lora_trainer.generator.exemplars import exemplars
+from lora_trainer.generator.teacher_orders import SUMMARY_CHARACTERS
 from lora_trainer.persona.specs import persona_spec
 from lora_trainer.persona.vocabulary import BloodType, Feeling, IntensityThird
 
@@ -69,9 +73,13 @@ def test_a_good_server(capsys: pytest.CaptureFixture[str]) -> None:
     assert_as_ordered(Path("out/train_data_type_O.jsonl"))
     assert teacher.most_at_once <= 3
     out = capsys.readouterr().out
-    assert f"requests, including retries: {teacher.requests}" in out
-    assert f"prompt tokens: {100 * teacher.requests:,}" in out
-    assert f"completion tokens: {50 * teacher.requests:,}" in out
+    drafts = teacher.requests - teacher.critiques
+    assert f"drafts, requests, including retries: {drafts}\n" in out
+    assert f"drafts, prompt tokens: {100 * drafts:,}\n" in out
+    assert f"drafts, completion tokens: {50 * drafts:,}\n" in out
+    assert f"critique, requests, including retries: {teacher.critiques}\n" in out
+    assert f"critique, prompt tokens: {1000 * teacher.critiques:,}\n" in out
+    assert f"critique, completion tokens: {50 * teacher.critiques:,}\n" in out
     page = Path("report.html").read_text(encoding="utf-8")
     assert teacher.url in page
     assert "prompt tokens" in page
@@ -80,23 +88,32 @@ def test_a_good_server(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_what_is_asked_for() -> None:
-    with serve(Teacher()) as teacher:
-        assert run_cli(arguments(teacher, count=6)) == ExitCode.DONE
-    body: dict[str, Any] = teacher.bodies[0]
+    with serve(Teacher(slips=(None, "formal"))) as teacher:
+        assert run_cli(arguments(teacher, count=30)) == ExitCode.DONE
     spec = persona_spec(BloodType.O)
-    for words in (spec.tone, *spec.phrases, *spec.never, *spec.feelings.values()):
-        assert words in body["messages"][0]["content"]
-    schema = body["response_format"]["json_schema"]
-    assert schema["strict"] is True
-    dialogues = schema["schema"]["properties"]["dialogues"]
-    assert dialogues["items"]["additionalProperties"] is False
-    assert dialogues["maxItems"] == body["messages"][1]["content"].count("주제: ")
+    for schema_name in ("dialogues", "reviews"):
+        bodies = [body for body in teacher.bodies if body["response_format"]["json_schema"]["name"] == schema_name]
+        system = bodies[0]["messages"][0]["content"]
+        assert {body["messages"][0]["content"] for body in bodies} == {system}
+        assert "$" not in system
+        for words in (spec.tone, *spec.phrases, *spec.never, *spec.feelings.values(), policy().rules, *policy().numbers.values()):
+            assert words in system
+        for body in bodies:
+            schema = body["response_format"]["json_schema"]
+            assert schema["strict"] is True
+            items = schema["schema"]["properties"][schema_name]
+            assert items["items"]["additionalProperties"] is False
+            assert items["maxItems"] == body["messages"][1]["content"].count("주제: ")
+    critiques = [body["messages"][1]["content"] for body in bodies]
+    assert any("규칙에 걸림: 존댓말이 섞였다" in prompt for prompt in critiques)
+    assert sum(prompt.count("초안: {") for prompt in critiques) == len(teacher.drafts)
 
 
 def test_a_server_that_misbehaves(capsys: pytest.CaptureFixture[str]) -> None:
     """The run gets all its records without repetition, despite throttled, stalled, truncated or wrong responses."""
     faults = (None, "429", "500", None, "malformed", "cut connection", None, "stall", "cut off", None)
-    with serve(Teacher(faults=faults, slips=SLIPS)) as teacher:
+    critique_faults = (None, "malformed", None, "500", None)
+    with serve(Teacher(faults=faults, critique_faults=critique_faults, slips=SLIPS, repairs_findings=False)) as teacher:
         code = run_cli(arguments(teacher, "--concurrency", "4", "--request-timeout", "1.5", "--retries", "6"))
     captured = capsys.readouterr()
     assert code == ExitCode.DONE, captured.err
@@ -151,7 +168,7 @@ def test_a_killed_run_goes_on_where_it_stopped(slow_teacher: Teacher, number: si
     assert written[: len(taken)] == taken
     assert f"records resumed from an interrupted run: {len(taken)}" in second.stdout
     # the second run does not request the existing records again
-    assert slow_teacher.requests - before <= (COUNT - len(taken)) // 2 + 12
+    assert slow_teacher.requests - before <= 2 * ((COUNT - len(taken)) // 2 + 12)
 
 
 def test_output_goes_to_s3(bucket: str, s3_server: Any) -> None:
@@ -168,8 +185,20 @@ def test_output_goes_to_s3(bucket: str, s3_server: Any) -> None:
     [
         ({"api_key": "right"}, [], ExitCode.CONFIG, "does not accept the API key (HTTP 401); set OPENAI_API_KEY"),
         ({}, ["--model", "other"], ExitCode.CONFIG, "has no model 'other' at this URL (HTTP 404)"),
+        (
+            {"critic_model": "judge"},
+            ["--critic-model", "jugde"],
+            ExitCode.CONFIG,
+            "has no model 'jugde' at this URL (HTTP 404); check --critic-model",
+        ),
+        ({}, ["--critic-model", "judge", "--no-critique"], ExitCode.CONFIG, "--critic-model: got a model and --no-critique"),
         ({"faults": ("500",)}, ["--retries", "0"], ExitCode.STORAGE, "5 requests in a row failed, the last one with http_500"),
-        ({"slips": ("formal",)}, [], ExitCode.DATA, "responses in a row without an acceptable record (formal_speech"),
+        (
+            {"slips": ("formal",), "repairs_findings": False},
+            [],
+            ExitCode.DATA,
+            "responses in a row without an acceptable record (formal_speech",
+        ),
     ],
 )
 def test_what_ends_a_run(
@@ -264,3 +293,107 @@ def test_sigterm_does_not_wait_for_a_slow_model() -> None:
         # the process must end long before the response would arrive
         _, errors = process.communicate(timeout=30)
     assert process.returncode == ExitCode.INTERRUPTED, errors
+
+
+# --- the second pass -------------------------------------------------------------------------------------
+
+
+def written() -> list[TrainingRecord]:
+    return records_of(Path("out/train_data_type_O.jsonl"))
+
+
+@pytest.mark.parametrize(
+    ("slip", "finding"),
+    [("formal", "존댓말이 섞였다"), ("exemplar", "보기를 거의 베꼈다"), ("three sentences", "문장이 셋 이상이다")],
+)
+def test_a_draft_in_which_a_rule_finds_something_is_repaired(slip: str, finding: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with serve(Teacher(slips=(slip,))) as teacher:
+        assert run_cli(arguments(teacher, count=12)) == ExitCode.DONE
+    assert any(finding in body["messages"][1]["content"] for body in teacher.bodies)
+    assert {record.reply.text for record in written()} <= {dialogue["text"] for dialogue in teacher.repaired}
+    assert "critique, repaired records: 12\n" in capsys.readouterr().out
+
+
+def test_a_draft_to_which_only_the_critic_objects_is_repaired(capsys: pytest.CaptureFixture[str]) -> None:
+    with serve(Teacher(verdicts=("grounded", "in_character", None))) as teacher:
+        assert run_cli(arguments(teacher, "--concurrency", "1", count=12)) == ExitCode.DONE
+    out = capsys.readouterr().out
+    assert "critique, drafts with a fault: grounded: " in out
+    assert "critique, drafts with a fault: in_character: " in out
+    assert "answers" not in out
+    drafted, repaired = ({dialogue["text"] for dialogue in found} for found in (teacher.drafts, teacher.repaired))
+    taken = {record.reply.text for record in written()}
+    assert taken & repaired
+    assert taken <= repaired | drafted
+
+
+def test_a_draft_that_the_critic_cannot_repair_is_rejected(capsys: pytest.CaptureFixture[str]) -> None:
+    with serve(Teacher(verdicts=("no repair", None, None))) as teacher:
+        assert run_cli(arguments(teacher, count=12)) == ExitCode.DONE
+    assert "criticised" in capsys.readouterr().out
+    assert teacher.repaired == []
+
+
+@pytest.mark.parametrize("fault", ["500", "malformed", "cut off"])
+def test_without_a_usable_critique_the_rules_decide(fault: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with serve(Teacher(slips=("formal", None, None), critique_faults=(fault,))) as teacher:
+        assert run_cli(arguments(teacher, "--concurrency", "2", "--retries", "0", count=12)) == ExitCode.DONE
+    assert_as_ordered(Path("out/train_data_type_O.jsonl"), 12)
+    out = capsys.readouterr().out
+    kind = {"500": "http_500", "malformed": "not_json", "cut off": "cut_off"}[fault]
+    assert f"critique, failed requests: {kind}: {teacher.critiques}\n" in out
+    assert "formal_speech" in out
+    assert {record.reply.text for record in written()} <= {dialogue["text"] for dialogue in teacher.drafts}
+
+
+def test_no_critique(capsys: pytest.CaptureFixture[str]) -> None:
+    with serve(Teacher(slips=("formal", None))) as teacher:
+        assert run_cli(arguments(teacher, "--no-critique", count=12)) == ExitCode.DONE
+    assert teacher.critiques == 0
+    assert_as_ordered(Path("out/train_data_type_O.jsonl"), 12)
+    out = capsys.readouterr().out
+    assert "formal_speech" in out
+    assert "critique, " not in out
+
+
+def test_another_model_criticises() -> None:
+    with serve(Teacher(critic_model="judge")) as teacher:
+        assert run_cli(arguments(teacher, "--critic-model", "judge", "--report", "report.html", count=6)) == ExitCode.DONE
+    assert Counter(body["model"] for body in teacher.bodies) == {
+        "teacher": teacher.requests - teacher.critiques,
+        "judge": teacher.critiques,
+    }
+    assert "judge" in Path("report.html").read_text(encoding="utf-8")
+
+
+def test_a_run_that_ends_during_a_critique_loses_and_repeats_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    with serve(Teacher(critique_faults=(None, None, None, "401"))) as teacher:
+        assert run_cli(arguments(teacher, "--concurrency", "1", count=30)) == ExitCode.CONFIG
+        (kept,) = Path(".lora-trainer/generate").glob("*.jsonl")
+        lines = kept.read_text(encoding="utf-8").splitlines()
+        assert len(lines) == 12
+        teacher.critique_faults = (None,)
+        assert run_cli(arguments(teacher, "--concurrency", "1", count=30)) == ExitCode.DONE
+    assert_as_ordered(Path("out/train_data_type_O.jsonl"), 30)
+    assert Path("out/train_data_type_O.jsonl").read_text(encoding="utf-8").splitlines()[: len(lines)] == lines
+    assert f"records resumed from an interrupted run: {len(lines)}\n" in capsys.readouterr().out
+
+
+def test_replies_use_a_summary_of_several_turns(capsys: pytest.CaptureFixture[str]) -> None:
+    slips = (None, None, "unused summary")
+    with serve(Teacher(slips=slips, repairs_findings=False)) as teacher:
+        assert run_cli(arguments(teacher, count=COUNT)) == ExitCode.DONE
+    assert "summary_unused" in capsys.readouterr().out
+    long = [record for record in written() if len(record.context.summary) in SUMMARY_CHARACTERS]
+    assert len(long) >= COUNT / 12
+    made = [record for record in long if record.context.summary.startswith("우리는 며칠 동안")]
+    assert made
+    assert all(uses_summary(record.context.summary, record.input, record.reply.text) for record in made)
+
+
+def test_no_reply_copies_an_exemplar(capsys: pytest.CaptureFixture[str]) -> None:
+    with serve(Teacher(slips=("exemplar", None, None))) as teacher:
+        assert run_cli(arguments(teacher, "--no-critique", count=12)) == ExitCode.DONE
+    assert "near_exemplar" in capsys.readouterr().out
+    shown = {one.record.reply.text for one in exemplars(BloodType.O)}
+    assert not shown & {record.reply.text.removesuffix(" 진짜로") for record in written()}

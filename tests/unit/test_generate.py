@@ -20,7 +20,7 @@ from lora_trainer.generator.collector import RecordCollector, all_cells, wanted_
 from lora_trainer.generator.compose import compose
 from lora_trainer.generator.dataset_summary import DatasetSummary, summarise
 from lora_trainer.generator.grammar import Scene, fill, load_reactions, load_scenes, parse_scenes
-from lora_trainer.generator.teacher import families
+from lora_trainer.generator.teacher_orders import families
 from lora_trainer.persona.emoji import emoji_count
 from lora_trainer.persona.specs import persona_spec
 from lora_trainer.persona.vocabulary import BloodType, IntensityThird
