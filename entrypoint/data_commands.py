@@ -191,7 +191,7 @@ def validate(
     type=click.Choice(["compose", "teacher"]),
     default="compose",
     show_default=True,
-    help="Compose from the built-in grammar, or ask a model.",
+    help="Vary the built-in exchanges, or ask a model.",
 )
 @click.option("--seed", type=click.IntRange(min=0), default=1, show_default=True, metavar="N", help="Seed of the drawn records.")
 @click.option(
@@ -288,17 +288,19 @@ def generate(
 
     \b
     Two engines:
-      compose   (default) fills the built-in grammar: offline, and reproducible by its seed
+      compose   (default) varies hand-written exchanges, at most three times each: offline, and
+                reproducible by its seed. Writes nothing if it can make fewer than --count.
       teacher   asks a model behind an OpenAI-compatible server (vLLM, transformers serve, OpenAI) for
                 structured outputs; the key comes from OPENAI_API_KEY. A second pass criticises each
                 draft and repairs it. Repeat an interrupted command to resume it.
     Every record passes the linter of 'validate'. Near-duplicates, and inputs that nearly repeat an
-    evaluation prompt, are left out. The command ends with a table of written and rejected records.
+    evaluation prompt, are left out; variants of one exchange are counted. The command ends with a table
+    of written and rejected records, and says how they read together.
 
     \b
     Examples:
-      lora-trainer generate --count 5000 --report report.html
-      lora-trainer generate --blood-type A --against data/train_data_type_A.jsonl --output s3://bucket/personas/
+      lora-trainer generate --count 900 --report report.html
+      lora-trainer generate --blood-type A --count 300 --against my-data/train_data_type_A.jsonl --output s3://bucket/personas/
       lora-trainer generate --engine teacher --base-url http://localhost:8000/v1 --model Qwen/Qwen2.5-72B-Instruct
     """
     from rich.progress import Progress

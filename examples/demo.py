@@ -101,7 +101,7 @@ def main() -> int:
     console.print("   .venv/bin/python examples/demo.py A      another persona (A, B, O, AB)")
     console.print("   .venv/bin/lora-trainer chat --adapter .demo/adapter/AB --base-model ./examples/tiny-base --device cpu")
     console.print("                                            chat with the adapter")
-    console.print("   .venv/bin/lora-trainer generate          more data for all four personas, from the grammar")
+    console.print("   .venv/bin/lora-trainer generate          more data for all four personas")
     console.print("   .venv/bin/lora-trainer run --help        your own data, bucket and GPU")
     return 0
 

@@ -1,6 +1,7 @@
 """Build `data/train_data_type_*.jsonl` from the hand-written situations of `data/handwritten/*.yaml`, in their order.
 
-Also writes what data and package share: the evaluation prompts, the policy, and the exemplars that the teacher's prompt shows.
+Also writes what data and package share: the evaluation prompts, the policy, the exemplars that the teacher's prompt shows, and the
+situations with slots, which `generate --engine compose` varies.
 
 python tools/bundled_data.py            write the files
 python tools/bundled_data.py --check    compare the files with the sources; exit 1 if one is out of date
@@ -10,21 +11,25 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from statistics import mean
-from typing import Annotated, Final
+from typing import Any, Final, NoReturn, Self
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from lora_trainer.data.records import TrainingRecord
+from lora_trainer.errors import DataError
+from lora_trainer.generator.compose import variants
 from lora_trainer.generator.dataset_summary import summarise
+from lora_trainer.generator.exchanges import VARIANTS_PER_SOURCE, Exchange
 from lora_trainer.generator.teacher_orders import families, family_rules
 from lora_trainer.persona.specs import persona_spec
-from lora_trainer.persona.vocabulary import BloodType, Expression, Feeling, IntensityThird
+from lora_trainer.persona.vocabulary import BloodType, Feeling, IntensityThird
 
 REPOSITORY: Final = Path(__file__).resolve().parents[1]
 DATA: Final = REPOSITORY / "data"
@@ -32,65 +37,153 @@ EXEMPLARS_PER_FAMILY: Final = 3
 """How many situations of a family the teacher's prompt chooses from."""
 
 
-class _Part(BaseModel):
-    # YAML reads `퍼센트: [37, 64]` as numbers
-    model_config = ConfigDict(extra="forbid", frozen=True, coerce_numbers_to_str=True)
+class Situation(Exchange):
+    """An exchange with what only its sources say."""
 
-
-class HandwrittenReply(_Part):
-    """One persona's reply."""
-
-    feeling: Feeling
-    intensity: Annotated[float, Field(ge=0, le=1)]
-    emotion: Expression
-    text: str
-
-
-def _as_tuple(replies: object) -> object:
-    return tuple(replies) if isinstance(replies, list) else (replies,)
-
-
-Replies = Annotated[tuple[HandwrittenReply, ...], BeforeValidator(_as_tuple), Field(min_length=1, max_length=3)]
-"""One persona's replies to one input: a single one, or a list of two or three that differ in feeling or intensity."""
-
-
-class Situation(_Part):
-    """An input, and the replies of all four personas or of some of them."""
-
-    summary: str
-    input: str
     tags: tuple[str, ...] = ()
     """Hard topics that the input belongs to. data/POLICY.md lists them."""
-    replies: Annotated[Mapping[BloodType, Replies], Field(min_length=1)]
-    slots: Mapping[str, tuple[str, ...]] = {}
-    """Words of the texts, and what may stand in their place."""
+
+    @model_validator(mode="after")
+    def _slots_fit(self) -> Self:
+        if problems := list(_slot_problems(self)):
+            raise ValueError("; ".join(problems))
+        return self
 
 
-class Family(_Part):
+class Family(BaseModel):
     """Situations about one topic."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
     family: str
     title: str
     situations: tuple[Situation, ...]
 
 
-class HandwrittenFile(_Part):
+class HandwrittenFile(BaseModel):
     """One file of `data/handwritten/`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
     families: tuple[Family, ...]
 
 
+# --- slots ---------------------------------------------------------------------------------------------
+
+_HANGUL: Final = re.compile("[가-힣]+")
+_FINALS: Final = 28
+_RIEUL: Final = 8
+
+
+def final_sound(word: str) -> str:
+    """Return what particles and endings look at in the last syllable: a vowel, ㄹ or another consonant; empty if not Hangul."""
+    if not _HANGUL.match(word[-1]):
+        return ""
+    final = (ord(word[-1]) - ord("가")) % _FINALS
+    return "a vowel" if not final else "ㄹ" if final == _RIEUL else "another consonant than ㄹ"
+
+
+def texts_of(situation: Exchange) -> dict[str, str]:
+    """Return all texts of a situation by their place in it."""
+    replies = {
+        f"replies.{persona}.{number}": reply.text for persona, own in situation.replies.items() for number, reply in enumerate(own)
+    }
+    return {"summary": situation.summary, "input": situation.input, **replies}
+
+
+def _slot_problems(situation: Exchange) -> Iterator[str]:
+    """Yield what would make a variant read wrong, as far as a rule can tell."""
+    if not situation.slots:
+        return
+    counts = sorted({len(values) for values in situation.slots.values()})
+    most = VARIANTS_PER_SOURCE + 1
+    if counts not in ([most - 1], [most]):
+        yield f"slots: got {joined(counts)} values, expected {most - 1} or {most}, as many in each slot"
+        return
+    own_words = [values[0] for values in situation.slots.values()]
+    for name, values in {"": own_words, **situation.slots}.items():
+        if twice := sorted({value for value in values if values.count(value) > 1}):
+            yield f"slots{name and '.'}{name}: got {joined(map(repr, twice))} more than once, expected different words"
+    texts = texts_of(situation)
+    for name, (own, *others) in situation.slots.items():
+        if own not in situation.summary and own not in situation.input:
+            yield f"slots.{name}: got {own!r}, expected a word that stands so in the summary or the input"
+        for other in others:
+            if places := [place for place, text in texts.items() if other in text]:
+                yield f"slots.{name}: got {other!r}, expected a word that is not in {joined(places)} yet"
+            if final_sound(other) != final_sound(own) and (places := list(_places_before_hangul(own, texts))):
+                ends = f"a word that ends in {final_sound(own) or 'the same sound'} like {own!r}"
+                yield f"slots.{name}: got {other!r}, expected {ends}, because of {joined(places)}"
+
+
+def _places_before_hangul(word: str, texts: Mapping[str, str]) -> Iterator[str]:
+    """Yield where a particle or an ending, which may depend on the final sound of `word`, follows it."""
+    for place, text in texts.items():
+        for found in re.finditer(re.escape(word), text):
+            if following := _HANGUL.match(text, found.end()):
+                yield f"{following[0]!r} after it in {place}"
+
+
+def joined(parts: Iterable[object]) -> str:
+    """Return `parts` as a list in a sentence."""
+    return " and ".join(map(str, parts))
+
+
+# --- files ---------------------------------------------------------------------------------------------
+
+
+def families_of(path: Path) -> tuple[Family, ...]:
+    """Return the families of one hand-written file. Raises DataError with one line per mistake in it."""
+    try:
+        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return HandwrittenFile.model_validate(document).families
+    except yaml.YAMLError as error:
+        raise DataError(f"{path.name}: got something that is not YAML: {error}") from None
+    except ValidationError as error:
+        raise DataError([f"{path.name}: {_mistake(document, problem)}" for problem in error.errors()]) from None
+
+
+def _mistake(document: Any, problem: Any) -> str:
+    """Return one of pydantic's errors as a line: which situation, which field, what it has and what it should have."""
+    where, place = list(problem["loc"]), []
+    for key in ("families", "situations"):
+        if len(where) > 1 and where[0] == key:
+            document = document[key][where[1]]
+            name = document.get("family") or document.get("input") if isinstance(document, dict) else None
+            place.append(f"{name!r}" if name else f"{key}.{where[1]}")
+            where = where[2:]
+    place += [".".join(map(str, where))] if where else []
+    # a mistake that a validator of ours found says what it got
+    if problem["type"] == "value_error":
+        return ": ".join((*place, str(problem["ctx"]["error"])))
+    expected = problem.get("ctx", {}).get("expected")
+    got = f"got {problem['input']!r}" if problem["type"] != "missing" else "got nothing"
+    return ": ".join((*place, f"{got}, expected {expected}" if expected else f"{got}; {problem['msg']}"))
+
+
 @cache  # parsing the YAML takes half a second
 def handwritten_families() -> tuple[Family, ...]:
-    """Return all hand-written families in the order of the files. Raises ValueError if families.yaml doesn't list one of them."""
+    """Return all hand-written families in the order of the files. Raises DataError if a file has a mistake."""
     found: list[Family] = []
+    problems: list[str] = []
     for path in sorted((DATA / "handwritten").glob("*.yaml")):
-        found += HandwrittenFile.model_validate(yaml.safe_load(path.read_text(encoding="utf-8"))).families
+        try:
+            found += families_of(path)
+        except DataError as error:
+            problems += error.problems
     if unknown := {family.family for family in found} - set(families()):
-        raise ValueError(
-            f"data/handwritten: families missing from families.yaml: {', '.join(sorted(unknown))}; add them there or rename them"
-        )
+        problems.append(f"families missing from families.yaml: {', '.join(sorted(unknown))}; add them there or rename them")
+    if problems:
+        raise DataError([f"data/handwritten/{problem}" for problem in problems])
     return tuple(found)
+
+
+def exchange_lines() -> Iterator[str]:
+    """Yield the situations with slots as lines of `exchanges.jsonl`, in order."""
+    for family in handwritten_families():
+        for situation in family.situations:
+            if situation.slots:
+                yield situation.model_dump_json(exclude={"tags"}) + "\n"
 
 
 def handwritten_records(blood_type: BloodType) -> list[TrainingRecord]:
@@ -140,6 +233,9 @@ def coverage(records: Mapping[BloodType, list[TrainingRecord]]) -> str:
 
     row("records", lambda p: f"{summaries[p].records:,}")
     row("situations", lambda p: f"{sum(1 for f in handwritten_families() for s in f.situations if p in s.replies):,}")
+    sources = [situation for family in handwritten_families() for situation in family.situations]
+    row("situations with slots", lambda p: f"{sum(1 for s in sources if p in s.replies and s.slots):,}")
+    row("their variants", lambda p: f"{len({(variant.source, variant.number) for variant in variants(p, sources)}):,}")
     row("replies that ask back", lambda p: f"{summaries[p].question_rate:.0%}")
     row(
         "emoji per reply at low, middle, high intensity",
@@ -176,6 +272,7 @@ def main() -> int:
         DATA / "eval_prompts.jsonl": prompts,
         REPOSITORY / "lora_trainer/data/assets/policy.ko.md": policy,
         REPOSITORY / "lora_trainer/generator/exemplars.jsonl": "".join(exemplar_lines()),
+        REPOSITORY / "lora_trainer/generator/exchanges.jsonl": "".join(exchange_lines()),
     }
     records = {blood_type: handwritten_records(blood_type) for blood_type in BloodType}
     for blood_type, found in records.items():
@@ -192,5 +289,13 @@ def main() -> int:
     return 1 if check and differ else 0
 
 
+def run(tool: Callable[[], int]) -> NoReturn:
+    """Exit with what `tool` returns, or with the mistakes in the hand-written files."""
+    try:
+        sys.exit(tool())
+    except DataError as error:
+        sys.exit(str(error))
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import math
 import re
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,17 +20,16 @@ from pathlib import Path
 from typing import Final
 
 import numpy as np
-import yaml
-from bundled_data import DATA, Family, HandwrittenFile, HandwrittenReply, Situation, handwritten_families, with_section
+from bundled_data import DATA, Family, Situation, families_of, handwritten_families, run, with_section
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import balanced_accuracy_score
 from sklearn.model_selection import GroupKFold
 
 from lora_trainer.data.hard_topics import asks_about_intent, claims_presence
-from lora_trainer.data.korean import morphemes
 from lora_trainer.data.lint import has_question
-from lora_trainer.data.style import SHORT_REPLY_CHARACTERS, style_of
+from lora_trainer.data.style import SHORT_REPLY_CHARACTERS, style_of, uses_summary
+from lora_trainer.generator.exchanges import WrittenReply
 from lora_trainer.persona.vocabulary import BloodType, Feeling, IntensityThird
 
 FOLDS: Final = 5
@@ -91,42 +89,6 @@ _LETTERS: Final = re.compile(r"[^가-힣ㄱ-ㅎㅏ-ㅣA-Za-z ]+")
 _WORD: Final = re.compile("[가-힣ㄱ-ㅎㅏ-ㅣA-Za-z]+")
 _NUMBER: Final = re.compile(r"(?<!\d)\d{3,4}(?!\d)")
 _PERCENTAGE: Final = re.compile(r"(\d+\.\d+)%")
-_CONTENT_TAGS: Final = ("NNG", "NNP", "VV", "VA", "XR", "SN", "SL", "MAG")
-_LIGHT_STEMS: Final = frozenset(
-    (
-        "하",
-        "되",
-        "있",
-        "없",
-        "가",
-        "오",
-        "보",
-        "주",
-        "않",
-        "말",
-        "같",
-        "싶",
-        "알",
-        "모르",
-        "그러",
-        "이러",
-        "좋",
-        "안",
-        "못",
-        "잘",
-        "더",
-        "좀",
-        "또",
-        "다",
-        "나",
-        "너",
-        "오늘",
-        "어제",
-        "내일",
-        "지금",
-        "때",
-    )
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +99,7 @@ class Row:
     group: int
     """Number of its situation, the same for all personas."""
     situation: Situation
-    reply: HandwrittenReply
+    reply: WrittenReply
 
     @property
     def third(self) -> IntensityThird:
@@ -233,15 +195,6 @@ def without_typical_words(rows: Sequence[Row]) -> list[str]:
 # --- measures ------------------------------------------------------------------------------------------
 
 
-def _content(text: str) -> set[str]:
-    return {form for form, tag in morphemes(text) if tag.startswith(_CONTENT_TAGS) and form not in _LIGHT_STEMS}
-
-
-def uses_summary(row: Row) -> bool:
-    """Return whether the reply has a content word of the summary that the input has not."""
-    return bool((_content(row.situation.summary) - _content(row.situation.input)) & _content(row.reply.text))
-
-
 def names_a_number(row: Row) -> bool:
     """Return whether the reply names a number that helps with the situation's topics."""
     allowed = {number for tag in row.situation.tags for number in NUMBERS.get(tag, ())}
@@ -259,6 +212,9 @@ def measures(rows: Sequence[Row]) -> list[Measure]:
 
     def count(holds: Callable[[Row], bool]) -> dict[BloodType, float]:
         return {persona: float(sum(map(holds, own))) for persona, own in by_persona.items()}
+
+    def from_summary(row: Row) -> bool:
+        return uses_summary(row.situation.summary, row.situation.input, row.reply.text)
 
     def is_hard(row: Row) -> bool:
         return bool(HARD_TAGS.intersection(row.situation.tags))
@@ -310,7 +266,7 @@ def measures(rows: Sequence[Row]) -> list[Measure]:
         Measure("replies that share a skeleton, nouns masked", {p: s.alike for p, s in styles.items()}, most=0.10),
         Measure("replies with the most frequent phrase", {p: s.phrase_share for p, s in styles.items()}, most=0.05),
         Measure("replies that ask back", share(lambda _: True, lambda row: has_question(row.reply.text)), 0.4, 0.75),
-        Measure("a word of the summary used", share(lambda row: bool(row.situation.summary), uses_summary), 0.30),
+        Measure("a word of the summary used", share(lambda row: bool(row.situation.summary), from_summary), 0.30),
         Measure("persona told apart, above 20 characters", recognised(SHORT_REPLY_CHARACTERS), 0.80),
         Measure("persona told apart, all replies", recognised(0), 0.70),
         Measure("third of intensity from letters alone", read_from_letters(lambda row: str(row.third)), 0.50),
@@ -355,7 +311,7 @@ def main() -> int:
     options = parser.parse_args()
     families = list(handwritten_families())
     for path in options.also:
-        families += HandwrittenFile.model_validate(yaml.safe_load(path.read_text(encoding="utf-8"))).families
+        families += families_of(path)
     found = measures(rows_of(families))
     text = table(found)
     print(text)
@@ -378,4 +334,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Iterator
 from typing import Final
 
-from bundled_data import DATA, HandwrittenReply, handwritten_families
+from bundled_data import DATA, handwritten_families, run
 
+from lora_trainer.generator.exchanges import WrittenReply
 from lora_trainer.persona.prompt import prompt_messages, reply_json
 from lora_trainer.persona.specs import persona_spec
 from lora_trainer.persona.vocabulary import BloodType
@@ -47,7 +47,7 @@ def pairs(blood_type: BloodType) -> Iterator[dict[str, object]]:
         }
 
 
-def _answer(reply: HandwrittenReply) -> dict[str, str]:
+def _answer(reply: WrittenReply) -> dict[str, str]:
     return {"role": "assistant", "content": reply_json(reply.text, reply.emotion)}
 
 
@@ -73,4 +73,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

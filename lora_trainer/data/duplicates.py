@@ -122,9 +122,12 @@ class NearDuplicateFinder:
 
     def find(self, text: str) -> int | None:
         """Return the position of the first added text that `text` nearly repeats, or None."""
+        return min(self.find_all(text), default=None)
+
+    def find_all(self, text: str) -> list[int]:
+        """Return the positions of all added texts that `text` nearly repeats, in no particular order."""
         parts, sketch = self._sketched(text)
-        found = (at for at in self._index.query(sketch) if jaccard(parts, self._shingles[at]) >= self._threshold)
-        return min(found, default=None)
+        return [at for at in self._index.query(sketch) if jaccard(parts, self._shingles[at]) >= self._threshold]
 
     def add(self, text: str) -> None:
         """Add `text`; its position is the number of texts added before it."""

@@ -1,4 +1,4 @@
-"""Analyse Korean text: split sentences, find polite speech, and choose the form of a particle that fits its noun.
+"""Analyse Korean text: split it into sentences and morphemes, and find polite speech.
 
 The morphological analyser is Kiwi (https://github.com/bab2min/Kiwi, Python package kiwipiepy). Its tags follow the Sejong tag
 set: EF sentence-final ending, EC connective ending, JX auxiliary particle, IC interjection, SF for . ! ? and so on. The first
@@ -236,52 +236,3 @@ def _formal_ending(tokens: Sequence[Token], index: int) -> str | None:
             # as an ending of its own, 여 is the informal 하여; merged with another ending, a playful 요 (했어여, 하세여)
             return None if form == "여" or (name == "-ㅂ니까" and not form.endswith(("ᆸ니까", "습니까"))) else name
     return None
-
-
-# --- particles -----------------------------------------------------------------------------------------
-
-# particle, in the form after a consonant -> (form, tag) of Kiwi's morphemes
-_PARTICLES: Final[dict[str, tuple[tuple[str, str], ...]]] = {
-    "이": (("이", "JKS"),),
-    "을": (("을", "JKO"),),
-    "은": (("은", "JX"),),
-    "과": (("과", "JC"),),
-    "이랑": (("이랑", "JC"),),
-    "으로": (("으로", "JKB"),),
-    "이나": (("이나", "JX"),),
-    "이라도": (("이라도", "JX"),),
-    "이든": (("이든", "JX"),),
-    "이라고": (("이라고", "JKQ"),),
-    "이라는": (("이", "VCP"), ("라는", "ETM")),
-    "이야": (("이", "VCP"), ("야", "EF")),
-    "이다": (("이", "VCP"), ("다", "EF")),
-    "이네": (("이", "VCP"), ("네", "EF")),
-    "이지": (("이", "VCP"), ("지", "EF")),
-    "이구나": (("이", "VCP"), ("구나", "EF")),
-    "이고": (("이", "VCP"), ("고", "EC")),
-    "이면": (("이", "VCP"), ("면", "EC")),
-    "이라서": (("이", "VCP"), ("라서", "EC")),
-    "이라": (("이", "VCP"), ("라", "EC")),
-    "이니까": (("이", "VCP"), ("니까", "EC")),
-    "인데": (("이", "VCP"), ("ᆫ데", "EC")),
-    "인": (("이", "VCP"), ("ᆫ", "ETM")),
-    "일": (("이", "VCP"), ("ᆯ", "ETM")),
-    "이었어": (("이", "VCP"), ("었", "EP"), ("어", "EF")),
-    "이었네": (("이", "VCP"), ("었", "EP"), ("네", "EF")),
-    "이었구나": (("이", "VCP"), ("었", "EP"), ("구나", "EF")),
-    "이잖아": (("이", "VCP"), ("잖아", "EF")),
-    "이래": (("이", "VCP"), ("래", "EF")),
-    "이라며": (("이", "VCP"), ("라며", "EF")),
-}
-PARTICLES: Final = frozenset(_PARTICLES)
-"""The particles and forms of 이다 that `with_particle` accepts."""
-
-
-@lru_cache(maxsize=65536)
-def with_particle(noun: str, particle: str) -> str:
-    """Return `noun` followed by `particle` in the form that fits it: (피자, 을) is 피자를, (서울, 으로) is 서울로.
-
-    Raises `KeyError` if `particle` is not one of `PARTICLES`.
-    """
-    head, space, last = noun.rpartition(" ")
-    return head + space + str(_kiwi().join([(last, "NNG"), *_PARTICLES[particle]]))

@@ -97,14 +97,22 @@ _STEM: Final = 2
 """Characters of an option that a reply repeats if it takes it up: 짜장 for 짜장면."""
 
 
-def is_unanswered_choice(message: str, text: str) -> bool:
-    """Return whether `message` ends in a question with two options and `text` takes up neither, nor both."""
+def choice(message: str) -> tuple[str, str] | None:
+    """Return the two options of the question that `message` ends in, or None if it does not ask to choose between two names."""
     plain = unicodedata.normalize("NFC", message).strip()
     options = next((found.groups() for pattern in _CHOICES if (found := pattern.search(plain))), None)
     if options is None:
-        return False
+        return None
     first, second = options[0].split()[-1], options[1].split()[0]
     if first == second or any(len(option) < _STEM or _NO_NAME.search(option) for option in (first, second)):
+        return None
+    return options[0], options[1]
+
+
+def is_unanswered_choice(message: str, text: str) -> bool:
+    """Return whether `message` ends in a question with two options and `text` takes up neither, nor both."""
+    options = choice(message)
+    if options is None:
         return False
     reply = unicodedata.normalize("NFC", text)
     words = " ".join(options).split()

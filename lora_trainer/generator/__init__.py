@@ -1,1 +1,1 @@
-"""Generate tiki-taka training data, by composing dialogues from a grammar or requesting them from a teacher model."""
+"""Generate tiki-taka training data, by varying hand-written exchanges or requesting dialogues from a teacher model."""

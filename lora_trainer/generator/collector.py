@@ -45,27 +45,69 @@ def wanted_cells(count: int, rng: random.Random) -> list[Cell]:
     return wanted
 
 
+class RepeatFinder:
+    """Find records that nearly repeat an earlier one. Variants of one source may resemble each other."""
+
+    def __init__(self) -> None:
+        self._replies, self._dialogues = NearDuplicateFinder(), NearDuplicateFinder()
+        self._sources: list[int | None] = []
+        """Source of the record at each position of both finders."""
+
+    def add(self, record: TrainingRecord, source: int | None = None) -> None:
+        """Add `record`, which is a variant of `source` or of nothing."""
+        self._replies.add(record.reply.text)
+        self._dialogues.add(_dialogue(record))
+        self._sources.append(source)
+
+    def has_reply(self, record: TrainingRecord, source: int | None = None) -> bool:
+        """Return whether the reply of `record` nearly repeats one that was added."""
+        return self._is_repeat(self._replies.find_all(record.reply.text), source)
+
+    def has_dialogue(self, record: TrainingRecord, source: int | None = None) -> bool:
+        """Return whether input and reply of `record` together nearly repeat those of a record that was added."""
+        return self._is_repeat(self._dialogues.find_all(_dialogue(record)), source)
+
+    def _is_repeat(self, positions: Iterable[int], source: int | None) -> bool:
+        return any(source is None or self._sources[at] != source for at in positions)
+
+
+def _dialogue(record: TrainingRecord) -> str:
+    return f"{record.input}\n{record.reply.text}"
+
+
+def variant_count(sources: Iterable[int | None]) -> int:
+    """Return how many records share their source with another one, by the source of each record."""
+    counts = Counter(source for source in sources if source is not None)
+    return sum(count for count in counts.values() if count > 1)
+
+
 @dataclass(slots=True)
 class RecordCollector:
     """Accepts or rejects records one by one, and counts the reasons for rejections.
 
     Rejects records with a linter warning or damaged text, inputs similar to an excluded one, and near-duplicates of an accepted or
-    excluded record, by the reply alone or by input and reply together.
+    excluded record, by the reply alone or by input and reply together. Variants of one source may resemble each other.
     """
 
     blood_type: BloodType
     accepted: list[TrainingRecord] = field(default_factory=list)
+    sources: list[int | None] = field(default_factory=list)
+    """Source of each accepted record; None for one that is no variant."""
     rejects: Counter[str] = field(default_factory=Counter)
     """Number of rejected records by reason."""
-    _replies: NearDuplicateFinder = field(default_factory=NearDuplicateFinder)
-    _dialogues: NearDuplicateFinder = field(default_factory=NearDuplicateFinder)
+    _repeats: RepeatFinder = field(default_factory=RepeatFinder)
     _excluded_inputs: NearDuplicateFinder = field(default_factory=NearDuplicateFinder)
     _exemplars: list[frozenset[str]] = field(default_factory=list)
+
+    @property
+    def variants(self) -> int:
+        """Number of accepted records that are variants of the same source as another one."""
+        return variant_count(self.sources)
 
     def exclude_similar(self, records: Iterable[TrainingRecord]) -> None:
         """Reject near-duplicates of `records` from now on."""
         for record in records:
-            self._remember(record)
+            self._repeats.add(record)
 
     def exclude_exemplars(self, records: Iterable[TrainingRecord]) -> None:
         """Reject records that take over much of a reply, or of input and reply, of `records`, which a model has been shown."""
@@ -77,7 +119,7 @@ class RecordCollector:
         for text in inputs:
             self._excluded_inputs.add(text)
 
-    def rejection_reason(self, record: TrainingRecord) -> str | None:
+    def rejection_reason(self, record: TrainingRecord, source: int | None = None) -> str | None:
         """Return the reason to reject `record` (a key of `rejects`), or None to accept it."""
         emotion = record.context.current_emotion
         for problem in lint_exchange(
@@ -92,29 +134,25 @@ class RecordCollector:
             return "evaluation_prompt"
         if self._copies_exemplar(record.reply.text) or self._copies_exemplar(_dialogue(record)):
             return "near_exemplar"
-        if self._replies.find(record.reply.text) is not None:
+        if self._repeats.has_reply(record, source):
             return "near_duplicate_reply"
-        if self._dialogues.find(_dialogue(record)) is not None:
+        if self._repeats.has_dialogue(record, source):
             return "near_duplicate_dialogue"
         return None
 
-    def accept(self, record: TrainingRecord) -> bool:
-        """Add `record` and return True, or count the reason for the rejection and return False."""
-        if reason := self.rejection_reason(record):
+    def accept(self, record: TrainingRecord, source: int | None = None) -> bool:
+        """Add `record` and return True, or count the reason for the rejection and return False.
+
+        `source` is the number of the exchange that the record is a variant of, if it is one.
+        """
+        if reason := self.rejection_reason(record, source):
             self.rejects[reason] += 1
             return False
-        self._remember(record)
+        self._repeats.add(record, source)
         self.accepted.append(record)
+        self.sources.append(source)
         return True
 
     def _copies_exemplar(self, text: str) -> bool:
         parts = shingles(text)
         return any(jaccard(parts, shown) >= EXEMPLAR_JACCARD for shown in self._exemplars)
-
-    def _remember(self, record: TrainingRecord) -> None:
-        self._replies.add(record.reply.text)
-        self._dialogues.add(_dialogue(record))
-
-
-def _dialogue(record: TrainingRecord) -> str:
-    return f"{record.input}\n{record.reply.text}"

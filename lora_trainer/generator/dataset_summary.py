@@ -5,18 +5,20 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain, repeat
 from statistics import mean
 from typing import TYPE_CHECKING
 
 from lora_trainer.config import GatesConfig, TrainingConfig
-from lora_trainer.data.duplicates import NearDuplicateFinder, normalized
+from lora_trainer.data.duplicates import normalized
+from lora_trainer.data.hard_topics import claims_presence, dangers, names_help
 from lora_trainer.data.korean import sentence_count
-from lora_trainer.data.lint import MAX_SENTENCES, has_question
+from lora_trainer.data.lint import MAX_SENTENCES, choice, has_question, is_unanswered_choice
 from lora_trainer.data.records import TrainingRecord
-from lora_trainer.data.style import Style, StyleCounter, described
+from lora_trainer.data.style import Style, StyleCounter, described, uses_summary
 from lora_trainer.data.validation import Note
 from lora_trainer.evaluate.intervals import spearman_of_counts
-from lora_trainer.generator.collector import Cell
+from lora_trainer.generator.collector import Cell, RepeatFinder, variant_count
 from lora_trainer.messages import ENGLISH, Message, speaker
 from lora_trainer.persona.emoji import emoji_count
 from lora_trainer.persona.vocabulary import BloodType, Expression, Feeling, IntensityThird
@@ -24,6 +26,25 @@ from lora_trainer.report.data_notes import DataRates, data_notes, style_facts
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+
+
+@dataclass(frozen=True, slots=True)
+class Grounding:
+    """Counts of how replies take up what they answer, as far as the linter can tell."""
+
+    choices: int
+    """Messages that ask to choose between two things."""
+    answered_choices: int
+    dangers: int
+    """Exchanges in which somebody is in danger."""
+    dangers_with_number: int
+    """Those whose reply names a number that helps."""
+    dangers_with_question: int
+    dangers_with_presence: int
+    """Those whose reply claims a body, a place or an arrival."""
+    summaries: int
+    used_summaries: int
+    """Summaries of which the reply has a word that the message has not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +71,9 @@ class DatasetSummary:
     emoji_intensity: float
     """Spearman's rank correlation of intensity and number of emoji."""
     style: Style
+    variants: int
+    """Records that are variants of the same source as another one. They are no near-duplicates of each other."""
+    grounding: Grounding
 
     @property
     def near_duplicate_rate(self) -> float:
@@ -57,20 +81,24 @@ class DatasetSummary:
         return (self.near_duplicate_replies + self.near_duplicate_dialogues) / self.records if self.records else 0.0
 
 
-def summarise(blood_type: BloodType, records: Iterable[TrainingRecord]) -> DatasetSummary:
-    """Summarise `records` in one pass. Detects near-duplicates anew instead of trusting the source of the records."""
+def summarise(blood_type: BloodType, records: Iterable[TrainingRecord], sources: Sequence[int | None] = ()) -> DatasetSummary:
+    """Summarise `records` in one pass. Detects near-duplicates anew instead of trusting the engine.
+
+    `sources` has the source of each record, and None for one that is no variant; variants of one source are not near-duplicates.
+    """
     cells: Counter[Cell] = Counter()
     expressions: Counter[Expression] = Counter()
     sentences: Counter[int] = Counter()
     emoji: dict[float, list[int]] = defaultdict(list)
     by_third: dict[IntensityThird, list[int]] = defaultdict(list)
     reply_characters, input_characters = [], []
-    replies, dialogues = NearDuplicateFinder(), NearDuplicateFinder()
+    repeats = RepeatFinder()
     near_replies = near_dialogues = questions = 0
     unique: set[str] = set()
     emoji_counts: Counter[tuple[float, float]] = Counter()
     style = StyleCounter()
-    for record in records:
+    grounding: Counter[str] = Counter()
+    for record, source in zip(records, chain(sources, repeat(None)), strict=False):
         text, emotion = record.reply.text, record.context.current_emotion
         third = IntensityThird.of(emotion.intensity)
         cells[emotion.type, third] += 1
@@ -80,15 +108,15 @@ def summarise(blood_type: BloodType, records: Iterable[TrainingRecord]) -> Datas
         emoji[round(emotion.intensity, 1)].append(emoji_count(text))
         by_third[third].append(emoji_count(text))
         emoji_counts[emotion.intensity, emoji_count(text)] += 1
+        grounding.update(_grounding(record))
         if not style.is_full:
             style.add(described(text))
         reply_characters.append(len(text))
         input_characters.append(len(record.input))
         unique.add(normalized(text))
-        near_replies += replies.find(text) is not None
-        near_dialogues += dialogues.find(f"{record.input}\n{text}") is not None
-        replies.add(text)
-        dialogues.add(f"{record.input}\n{text}")
+        near_replies += repeats.has_reply(record, source)
+        near_dialogues += repeats.has_dialogue(record, source)
+        repeats.add(record, source)
     count = len(reply_characters)
     return DatasetSummary(
         blood_type=blood_type,
@@ -106,7 +134,26 @@ def summarise(blood_type: BloodType, records: Iterable[TrainingRecord]) -> Datas
         near_duplicate_dialogues=near_dialogues,
         emoji_intensity=spearman_of_counts(emoji_counts.items()),
         style=style.result(),
+        variants=variant_count(sources),
+        grounding=Grounding(**{name: grounding[name] for name in Grounding.__dataclass_fields__}),
     )
+
+
+def _grounding(record: TrainingRecord) -> Mapping[str, int]:
+    """Return what one record adds to the counts of `Grounding`."""
+    summary, message, text = record.context.summary, record.input, record.reply.text
+    found = dangers(summary, message)
+    asks_to_choose = choice(message) is not None
+    return {
+        "choices": asks_to_choose,
+        "answered_choices": asks_to_choose and not is_unanswered_choice(message, text),
+        "dangers": bool(found),
+        "dangers_with_number": bool(found) and names_help(text, found),
+        "dangers_with_question": bool(found) and has_question(text),
+        "dangers_with_presence": bool(found) and claims_presence(text),
+        "summaries": bool(summary),
+        "used_summaries": bool(summary) and uses_summary(summary, message, text),
+    }
 
 
 def dataset_table(summary: DatasetSummary, rejects: Mapping[str, int], language: str = ENGLISH) -> RenderableType:
@@ -169,8 +216,24 @@ def facts_of(summary: DatasetSummary) -> list[tuple[Message, str]]:
         (Message("unique replies"), f"{summary.unique_replies / count:.2%}"),
         (Message("near-duplicates, by reply"), f"{summary.near_duplicate_replies / count:.2%}"),
         (Message("near-duplicates, by input and reply"), f"{summary.near_duplicate_dialogues / count:.2%}"),
+        (Message("variants of the same exchange as another record"), f"{summary.variants:,}"),
         *style_facts(summary.style),
+        *_grounding_facts(summary.grounding),
     ]
+
+
+def _grounding_facts(found: Grounding) -> list[tuple[Message, str]]:
+    return [
+        (Message("replies that use a word of the summary"), _part(found.used_summaries, found.summaries)),
+        (Message("questions with two options that the reply answers"), _part(found.answered_choices, found.choices)),
+        (Message("replies in danger that name a number to call"), _part(found.dangers_with_number, found.dangers)),
+        (Message("replies in danger that ask a question"), _part(found.dangers_with_question, found.dangers)),
+        (Message("replies in danger that claim to be there"), _part(found.dangers_with_presence, found.dangers)),
+    ]
+
+
+def _part(count: int, of: int) -> str:
+    return f"{count / of:.1%} ({count:,} / {of:,})" if of else "-"
 
 
 def notes_of(summary: DatasetSummary, taken_for: Mapping[BloodType, int] | None = None) -> tuple[Note, ...]:

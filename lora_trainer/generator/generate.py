@@ -7,7 +7,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -74,13 +74,23 @@ class Generated:
     duration_s: float
 
 
+@dataclass(frozen=True, slots=True)
+class _Filled:
+    """The records that an engine made for one persona."""
+
+    collector: RecordCollector
+    duration_s: float
+    notes: list[tuple[str, str]] = field(default_factory=list)
+    checkpoint: Checkpoint | None = None
+
+
 def generate(
     settings: GenerateSettings, progress: Progress | None = None, retry_budget: RetryBudget | None = None
 ) -> Iterator[Generated]:
     """Generate and write one file per persona, then the report.
 
-    Raises `ConfigError` if a target exists with other content, `DataError` if the engine yields too few records or `against`
-    has errors, and `StorageError` if a store or the teacher fails permanently.
+    Raises `ConfigError` if a target exists with other content, `DataError` if the engine has too few records or `against` has
+    errors, and `StorageError` if a store or the teacher fails permanently.
     """
     targets = {blood_type: _target(settings, blood_type, retry_budget) for blood_type in settings.blood_types}
     if settings.engine == "teacher":
@@ -89,41 +99,31 @@ def generate(
             if not settings.overwrite and storage.exists(key):
                 raise _already_exists(uri)
     excluded = [record for uri in settings.against for record in _read(uri, retry_budget)]
+    composed = _composed(settings, excluded, progress) if settings.engine == "compose" else {}
     sections = []
     for blood_type, (storage, key, uri) in targets.items():
-        started_s = time.monotonic()
-        collector = RecordCollector(blood_type)
-        collector.exclude_inputs(prompt.input for prompt in evaluation_prompts())
-        collector.exclude_similar(excluded)
-        advance = _bar(progress, blood_type, settings.count)
-        notes, checkpoint = _fill(settings, collector, advance)
-        if len(collector.accepted) < settings.count:
-            raise DataError(
-                Message(
-                    "{blood_type}: composed {count:,} records, expected {expected:,}: the grammar cannot produce more distinct "
-                    "records; lower --count or use --engine teacher",
-                    blood_type=blood_type,
-                    count=len(collector.accepted),
-                    expected=settings.count,
-                )
-            )
+        filled = composed.get(blood_type) or _ask_teacher(settings, blood_type, excluded, progress)
+        collector = filled.collector
         is_new = _write(collector.accepted, storage, key, uri, overwrite=settings.overwrite)
-        if checkpoint:
-            checkpoint.remove()
-        summary = summarise(blood_type, collector.accepted)
-        done = Generated(blood_type, uri, is_new, summary, dict(collector.rejects), notes, round(time.monotonic() - started_s, 1))
+        if filled.checkpoint:
+            filled.checkpoint.remove()
+        summary = summarise(blood_type, collector.accepted, collector.sources)
+        done = Generated(blood_type, uri, is_new, summary, dict(collector.rejects), filled.notes, filled.duration_s)
         logs.get_logger().info(
             "data_generated",
             blood_type=str(blood_type),
             uri=uri,
             records=len(collector.accepted),
+            variants=collector.variants,
             rejected=sum(collector.rejects.values()),
             rejected_by_reason=dict(collector.rejects),
             duration_s=done.duration_s,
         )
         if settings.report:
             taken_for = Counter(bundled_classifier().predict(record.reply.text for record in collector.accepted))
-            sections.append(PersonaSection(summary, taken_for, collector.rejects, uri, evenly_spaced(collector.accepted), notes))
+            sections.append(
+                PersonaSection(summary, taken_for, collector.rejects, uri, evenly_spaced(collector.accepted), filled.notes)
+            )
         yield done
     if settings.report:
         settings.report.parent.mkdir(parents=True, exist_ok=True)
@@ -132,20 +132,64 @@ def generate(
         )
 
 
-def _fill(
-    settings: GenerateSettings, collector: RecordCollector, on_record: Callable[[TrainingRecord], None]
-) -> tuple[list[tuple[str, str]], Checkpoint | None]:
-    if settings.engine == "compose":
-        compose(collector, wanted_cells(settings.count, random.Random(settings.seed)), settings.seed, on_record)
-        return [], None
+def _collector(blood_type: BloodType, excluded: Sequence[TrainingRecord]) -> RecordCollector:
+    collector = RecordCollector(blood_type)
+    collector.exclude_inputs(prompt.input for prompt in evaluation_prompts())
+    collector.exclude_similar(excluded)
+    return collector
+
+
+def _composed(
+    settings: GenerateSettings, excluded: Sequence[TrainingRecord], progress: Progress | None
+) -> dict[BloodType, _Filled]:
+    """Return each persona's records. Raises `DataError`, before anything is written, if one of them has too few."""
+    filled = {}
+    for blood_type in settings.blood_types:
+        started_s = time.monotonic()
+        collector = _collector(blood_type, excluded)
+        cells = wanted_cells(settings.count, random.Random(settings.seed))
+        compose(collector, cells, settings.seed, _bar(progress, blood_type, settings.count))
+        filled[blood_type] = _Filled(collector, round(time.monotonic() - started_s, 1))
+    problems = [
+        Message(
+            "{blood_type}: --engine compose can make {count:,} records from its exchanges, expected {expected:,}; "
+            "lower --count, or use --engine teacher",
+            blood_type=blood_type,
+            count=len(made.collector.accepted),
+            expected=settings.count,
+        )
+        for blood_type, made in filled.items()
+        if len(made.collector.accepted) < settings.count
+    ]
+    if problems and settings.against:
+        reasons = ("near_duplicate_reply", "near_duplicate_dialogue")
+        rejected = sum(made.collector.rejects[reason] for made in filled.values() for reason in reasons)
+        problems.append(
+            Message(
+                "--against: {rejected:,} variants nearly repeat another record; leave out the bundled data, whose exchanges "
+                "compose varies",
+                rejected=rejected,
+            )
+        )
+    if problems:
+        raise DataError(problems)
+    return filled
+
+
+def _ask_teacher(
+    settings: GenerateSettings, blood_type: BloodType, excluded: Sequence[TrainingRecord], progress: Progress | None
+) -> _Filled:
+    started_s = time.monotonic()
+    collector = _collector(blood_type, excluded)
     if settings.teacher is None:
         raise ConfigError(
             Message("--engine teacher: got no --model, expected the name of the teacher model; see 'lora-trainer generate --help'")
         )
-    checkpoint = Checkpoint.of(settings.work_dir, collector.blood_type, settings.count, settings.seed, settings.teacher)
+    checkpoint = Checkpoint.of(settings.work_dir, blood_type, settings.count, settings.seed, settings.teacher)
     teacher = Teacher(settings.teacher, collector, checkpoint, settings.seed)
-    teacher.generate(settings.count, on_record)
-    return _teacher_notes(teacher.usage, has_critic=settings.teacher.critic_model is not None), checkpoint
+    teacher.generate(settings.count, _bar(progress, blood_type, settings.count))
+    notes = _teacher_notes(teacher.usage, has_critic=settings.teacher.critic_model is not None)
+    return _Filled(collector, round(time.monotonic() - started_s, 1), notes, checkpoint)
 
 
 def _teacher_notes(usage: TeacherUsage, *, has_critic: bool) -> list[tuple[str, str]]:

@@ -133,7 +133,11 @@ def _section(section: PersonaSection, say: Say) -> dict[str, object]:
         "tone": spec.tone,
         "output": section.output,
         "records": summary.records,
-        "facts": [(say(name), value) for name, value in (*facts_of(summary), *section.notes)],
+        # the phrase is training text, like the samples: the page is its owner's
+        "facts": [
+            (say(name), value)
+            for name, value in (*facts_of(summary), (Message("most frequent phrase"), summary.style.phrase), *section.notes)
+        ],
         "notes": [say(Message("note: {note}", note=note.text)) for note in notes_of(summary, section.taken_for)],
         "grid": grid,
         "emoji": [f"{summary.emoji_by_third[third]:.2f}" for third in IntensityThird],

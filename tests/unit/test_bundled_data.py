@@ -15,6 +15,7 @@ from lora_trainer.data.evaluation_prompts import evaluation_prompts
 from lora_trainer.data.records import TrainingRecord
 from lora_trainer.data.style import SHORT_REPLY_CHARACTERS
 from lora_trainer.data.validation import FileReport, check_file
+from lora_trainer.errors import DataError
 from lora_trainer.persona.specs import persona_spec
 from lora_trainer.persona.vocabulary import BloodType, Feeling, IntensityThird
 
@@ -130,6 +131,74 @@ def test_no_reply_is_nearly_another(blood_type: BloodType) -> None:
 def test_the_files_are_what_the_sources_build(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["bundled_data.py", "--check"])
     assert tool.main() == 0, "run: python tools/bundled_data.py"
+
+
+FAMILY = """\
+families:
+  - family: meals
+    title: 끼니
+    situations:
+      - summary: "어제 떡볶이를 먹었대."
+        input: "오늘도 떡볶이 시켰어"
+        slots: {음식: [떡볶이, 김치전골이, 닭강정이]}
+        replies:
+          A: {feeling: happy, intensity: 0.5, emotion: smile, text: "또 떡볶이야? 국물도 있어?"}
+"""
+
+
+@pytest.fixture
+def handwritten(tmp_path: Path) -> Path:
+    return tmp_path / "99_meals.yaml"
+
+
+def test_a_situation_may_have_slots(handwritten: Path) -> None:
+    handwritten.write_text(FAMILY.replace("김치전골이", "파스타").replace("닭강정이", "피자"), encoding="utf-8")
+    ((situation,),) = [family.situations for family in tool.families_of(handwritten)]
+    assert situation.varied(situation.summary, 2) == "어제 피자를 먹었대."
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("[떡볶이, 김치전골이, 닭강정이]", "[떡볶이, 파스타]", "slots: got 2 values, expected 3 or 4, as many in each slot"),
+        ("닭강정이]", "피자], 그릇: [국물, 소스, 치즈, 면]", "slots: got 3 and 4 values, expected 3 or 4"),
+        ("닭강정이", "김치전골이", "slots.음식: got '김치전골이' more than once"),
+        ("음식: [떡볶이", "음식: [라볶이", "slots.음식: got '라볶이', expected a word that stands so in the summary or the input"),
+        ("닭강정이", "국물", "slots.음식: got '국물', expected a word that is not in replies.A.0 yet"),
+        (
+            "닭강정이",
+            "닭강정",
+            "slots.음식: got '닭강정', expected a word that ends in a vowel like '떡볶이', because of '를' after it in",
+        ),
+        ("닭강정이", "쫄면 물", "slots.음식: got '쫄면 물', expected a word that ends in a vowel like '떡볶이'"),
+        ("feeling: happy", "feeling: joyful", "replies.A.0.feeling: got 'joyful', expected 'neutral', 'happy'"),
+        ("intensity: 0.5", "intensity: 5", "replies.A.0.intensity: got 5; "),
+        (", emotion: smile", "", "replies.A.0.emotion: got nothing; "),
+        ("slots:", "slot:", "slot: got {"),
+    ],
+)
+def test_a_mistake_in_a_situation_is_one_message(old: str, new: str, said: str, handwritten: Path) -> None:
+    assert old in FAMILY
+    handwritten.write_text(FAMILY.replace(old, new, 1), encoding="utf-8")
+    with pytest.raises(DataError) as caught:
+        tool.families_of(handwritten)
+    (message,) = caught.value.problems
+    assert message.startswith(f"99_meals.yaml: 'meals': '오늘도 떡볶이 시켰어': {said}")
+
+
+def test_a_mistake_ends_the_tool_without_a_traceback() -> None:
+    def fails() -> int:
+        raise DataError(["one", "two"])
+
+    with pytest.raises(SystemExit) as caught:
+        tool.run(fails)
+    assert caught.value.code == "one\ntwo"
+
+
+def test_the_exchanges_of_the_package_are_the_situations_with_slots() -> None:
+    """A test without `slow`, because `generate` would silently vary old texts."""
+    shipped = REPOSITORY / "lora_trainer" / "generator" / "exchanges.jsonl"
+    assert shipped.read_text(encoding="utf-8") == "".join(tool.exchange_lines()), "run: python tools/bundled_data.py"
 
 
 @each_persona
