@@ -6,12 +6,14 @@ import json
 import random
 
 import pytest
+from conftest import REPOSITORY
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_trainer.data.jsonl import parse_record
+from lora_trainer.data.jsonl import JsonlReader, parse_record
 from lora_trainer.data.records import TrainingRecord
-from lora_trainer.data.split import record_digest, split_held_out
+from lora_trainer.data.split import record_digest, situation_digest, split_held_out
+from lora_trainer.persona.vocabulary import BloodType
 from lora_trainer.train.step_log import StepLog, TrainingLog
 
 
@@ -74,6 +76,53 @@ def test_copies_stay_together_and_both_sides_have_one(numbers: list[int], fracti
         assert not held_out, "what can't be split is trained on"
 
 
+def variant(situation: int, number: int) -> TrainingRecord:
+    """Return one of many records of a situation: another feeling, intensity, reply and spelling."""
+    feeling = {"type": ("happy", "sad")[number % 2], "intensity": number % 11 / 10}
+    return record(
+        number,
+        context={"summary": ("우리는 카페에 갔어.", "우리는  카페에 갔어")[number % 2], "current_emotion": feeling},
+        input=f"나 {situation}번 버스 탔어" + ("", "!!", " ㅋㅋ", "😊")[number % 4],
+        output={"text": f"{situation}, {number}", "emotion": "smile"},
+    )
+
+
+@given(st.lists(st.integers(0, 8), min_size=1, max_size=60), st.floats(0.001, 0.89))
+def test_a_situation_is_on_one_side(situations: list[int], fraction: float) -> None:
+    records = [variant(situation, number) for number, situation in enumerate(situations)]
+    train, held_out = split_held_out(records, fraction)
+    assert sorted([*train, *held_out]) == list(range(len(records)))
+    if len(set(situations)) > 1:
+        assert train
+        assert held_out
+        assert not {situations[index] for index in train} & {situations[index] for index in held_out}
+
+
+def test_one_situation_alone_is_split_by_record() -> None:
+    records = [variant(3, number) for number in range(200)]
+    _, held_out = split_held_out(records, 0.1)
+    assert 5 < len(held_out) < 40
+    assert split_held_out(records[::-1], 0.1)[1] == sorted(199 - index for index in held_out)
+    assert [len(side) for side in split_held_out(records[:2], 0.05)] == [1, 1]
+
+
+def test_another_summary_is_another_situation() -> None:
+    emotion = {"type": "happy", "intensity": 0.5}
+    texts = [("", "배고파"), ("배고파", ""), ("점심을 굶었어.", "배고파"), ("점심을 굶었어.", "졸려"), ("점심을", "굶었어 배고파")]
+    records = [record(1, context={"summary": summary, "current_emotion": emotion}, input=said or "음") for summary, said in texts]
+    assert len({situation_digest(one) for one in records}) == len(texts)
+
+
+@pytest.mark.parametrize("blood_type", BloodType)
+def test_no_bundled_situation_is_trained_and_held_out(blood_type: BloodType) -> None:
+    path = REPOSITORY / "data" / f"train_data_type_{blood_type}.jsonl"
+    records = [line.record for line in JsonlReader(path) if line.record]
+    train, held_out = split_held_out(records, 0.05)
+    on_both = {situation_digest(records[index]) for index in train} & {situation_digest(records[index]) for index in held_out}
+    assert on_both == set()
+    assert 0.03 < len(held_out) / len(records) < 0.07
+
+
 @pytest.mark.parametrize("fraction", [1e-9, 0.05, 0.5, 0.899])
 @pytest.mark.parametrize("first", range(40))
 def test_two_records_are_one_and_one(first: int, fraction: float) -> None:
@@ -125,7 +174,9 @@ def test_the_digest_changes_with_every_field() -> None:
 
 
 def test_the_side_of_a_record_is_pinned() -> None:
-    """If the hash changed, held-out records would move into training under the same recipe."""
+    """If a hash changed, held-out records would move into training under the same recipe."""
+    same = record(1, context={"summary": "카페에서 만났어.", "current_emotion": {"type": "happy", "intensity": 0.5}})
+    assert situation_digest(same).hex() == "ae3a150d453c5abfaaed9954be04ac106fb29f711c97ee05abf99dba405a608d"
     assert record_digest(record(1)).hex() == "1c61d1bee04d9644e207a423cebd4047792454700de3a587871f87fe9565410d"
 
 
