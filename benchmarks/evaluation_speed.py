@@ -4,8 +4,8 @@
 
 FOLDER holds a model of Qwen2.5-7B's shape with a tokenizer. Random weights suffice and are the worst case: the model never ends a
 reply, so every reply reaches the limit. The adapter's B matrices are random, too. Each case runs in its own process: `unsloth`
-evaluates like `run` after training, `reference` like `evaluate`, with transformers and PEFT only. Adapter and base answer 120
-prompts greedily with 64 new tokens. With --all, they also answer at four intensities (480 replies).
+evaluates like `run` after training, `reference` like `evaluate`, with transformers and PEFT only. Adapter and base answer the first
+120 prompts greedily with 64 new tokens. With --all, they also answer at four intensities (480 replies).
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def measure(case: str, base: Path, scratch: Path, rounds: Sequence[tuple[float, 
     result: dict[str, Any] = {"import_s": import_s, "load_s": load_s, "replies": {}}
     texts: dict[str, list[str]] = {}
     for intensities in rounds:
-        asked = questions(evaluation_prompts(), intensities, instruction_of(BloodType.A))
+        asked = questions(evaluation_prompts()[:120], intensities, len(intensities), instruction_of(BloodType.A))
         found: dict[str, Any] = {}
         for model in MODELS:
             torch.cuda.synchronize()

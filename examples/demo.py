@@ -83,9 +83,10 @@ def main() -> int:
             else:
                 heading(f"3. Published after {seconds:.0f} s: {uri}")
             show_bundle(blood_type, uri)
-            heading("4. Evaluation: 120 held-out prompts at four intensities, adapter against base")
             folder = fetch_bundle(blood_type, uri)
             metrics = RunMetrics.model_validate_json((folder / "metrics.json").read_bytes())
+            asked = metrics.evaluation
+            heading(f"4. Evaluation: {asked.prompts} held-out prompts, {asked.replies} replies each of adapter and base")
             console.print(metrics_table.metrics_table(metrics))
             console.print(f"   Report: {folder / 'report.html'}", highlight=False, soft_wrap=True)
             heading("5. Replies of the base and of the adapter to the same prompts")

@@ -171,10 +171,17 @@ class EvaluationConfig(_Section):
 
     prompts: Annotated[str | None, LOCATION] = Field(
         default=None,
-        description="JSONL with the evaluation's prompts: `s3://`, `file://` or a path. Default: the 120 bundled ones.",
+        description="JSONL with the evaluation's prompts: `s3://`, `file://` or a path. Default: the 240 bundled ones.",
     )
     intensities: Annotated[tuple[Annotated[float, Field(ge=0, le=1)], ...], Field(min_length=1, max_length=20)] = Field(
-        default=(0.1, 0.4, 0.7, 1.0), description="Ask each prompt once at each of these intensities, whatever its own is."
+        default=(0.1, 0.4, 0.7, 1.0), description="Ask the prompts at these intensities, whatever their own are."
+    )
+    intensities_per_prompt: int = Field(
+        default=2,
+        ge=1,
+        le=20,
+        description="Ask each prompt at this many of the intensities, in turn, so that all are used equally often; the number of "
+        "intensities or more: at all.",
     )
     max_new_tokens: int = Field(
         default=128, ge=8, le=2048, description="Token limit of one reply; a longer reply counts as not stopped."

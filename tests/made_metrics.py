@@ -124,7 +124,7 @@ def made_run(
     flaws: float = 0.004,
     sampled: bool = True,
     judged_by_model: bool = False,
-    prompts: int = 120,
+    prompts: int = 240,
     steps: int = 180,
     settings: tuple[tuple[str, Any], ...] = (),
 ) -> MadeRun:
@@ -143,7 +143,13 @@ def made_run(
     records = _records(blood_type)
     # Split the records: take answers from one half, and let the rules look for copies in the other.
     data, answers = TrainingData(records[::2]), records[1::2]
-    asked = questions(asked_prompts, config.evaluation.intensities, persona_spec(blood_type).instruction)
+    evaluation_settings = config.evaluation
+    asked = questions(
+        asked_prompts,
+        evaluation_settings.intensities,
+        evaluation_settings.intensities_per_prompt,
+        persona_spec(blood_type).instruction,
+    )
     measured: dict[str, DecodingMetrics] = {}
     replies: list[ScoredReply] = []
     for number, decoding in enumerate(decodings(config.evaluation)):

@@ -108,9 +108,12 @@ def _respelled(key: str, name: str) -> Message:
 
 def label_advice(field: str, value: object, labels: Sequence[str]) -> Message:
     """Return which of `labels` the unknown `value` of `field` means."""
-    is_feeling = field.endswith("type")
     if not isinstance(value, str) or len(value) > _MAX_COMPARED_CHARACTERS:
         return Message("choose the closest one")
+    if field == "tags":
+        close = get_close_matches(_folded(value).casefold(), labels, n=1, cutoff=0.7)
+        return Message("did you mean '{name}'?", name=close[0]) if close else Message("leave it out, or choose the closest one")
+    is_feeling = field.endswith("type")
     meant = feeling_of(_folded(value)) if is_feeling else face_of(_folded(value))
     if meant:
         return Message("write '{name}'", name=meant)
@@ -155,6 +158,8 @@ def type_advice(field: str, value: object) -> Message:
     """Return what to write in `field` in place of `value`, which has another type."""
     if field == "context.current_emotion.intensity":
         return intensity_advice(value)
+    if field == "tags":
+        return Message('write a list of names, such as ["everyday"], or leave the key out')
     if value is None:
         return Message('write it, or ""') if field == "context.summary" else Message("write the value")
     if field == "context.current_emotion":

@@ -14,6 +14,6 @@ FILE_NAME: Final = "eval_prompts.jsonl"
 
 @cache
 def evaluation_prompts() -> tuple[EvaluationPrompt, ...]:
-    """Return the 120 prompts in file order. `data/eval_prompts.jsonl` is a copy of the file for readers."""
+    """Return the prompts in file order. `data/eval_prompts.jsonl` is a copy of the file for readers."""
     text = resources.files("lora_trainer.data").joinpath("assets", FILE_NAME).read_text(encoding="utf-8")
     return tuple(EvaluationPrompt.model_validate(json.loads(line)) for line in text.split("\n") if line)

@@ -285,7 +285,7 @@ def item_shape(item: Mapping[str, Any]) -> Shape | None:
             return shape
     keys = set(item)
     if isinstance(item.get("context"), dict):
-        if keys == {"context", "input"}:
+        if keys - {"tags"} == {"context", "input"}:
             return Shape.PROMPTS
         return Shape.NO_INSTRUCTION if keys == {"context", "input", "output"} else None
     columns = {column for key in keys if (column := column_of(key))}

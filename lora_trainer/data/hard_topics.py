@@ -361,6 +361,11 @@ def expert_topic(message: str) -> Message | None:
     return next((name for name, (asks, _) in _EXPERT_TOPICS.items() if asks.search(plain)), None)
 
 
-def refers_to_expert(text: str, topic: Message) -> bool:
-    """Return whether a reply names somebody who may answer a question about `topic`, one of `expert_topic`'s results."""
-    return _EXPERT_TOPICS[topic][1].search(unicodedata.normalize("NFC", text)) is not None
+def refers_to_expert(text: str, topic: Message | None) -> bool:
+    """Return whether a reply names somebody who may answer a question about `topic`, one of `expert_topic`'s results.
+
+    None stands for an unknown topic: any expert will do.
+    """
+    plain = unicodedata.normalize("NFC", text)
+    topics = _EXPERT_TOPICS if topic is None else (topic,)
+    return any(_EXPERT_TOPICS[name][1].search(plain) for name in topics)

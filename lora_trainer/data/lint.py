@@ -227,33 +227,54 @@ RULES: Final[Mapping[str, Rule]] = {
 }
 """The rules by code, in the order in which `lint_exchange` checks them. SDS.md describes each."""
 
+EXCHANGE_RULES: Final = ("false_presence", "no_help_in_danger", "no_expert", "unanswered_choice")
+"""The rules about a reply as the answer to its message."""
 
-def max_sentences(summary: str, message: str, text: str) -> int:
+
+def max_sentences(summary: str, message: str, text: str, *, is_danger: bool = False) -> int:
     """Return how many sentences the reply `text` to `message` may have: more where somebody is in danger.
 
-    Words rarely show danger ("이제 됐어"), so a reply that names a number to call counts as well.
+    Words rarely show danger ("이제 됐어"), so a reply that names a number to call counts as well, and so does `is_danger`: the
+    caller knows it.
     """
-    return MAX_SENTENCES_IN_DANGER if dangers(summary, message) or names_a_helpline(text) else MAX_SENTENCES
+    return MAX_SENTENCES_IN_DANGER if is_danger or dangers(summary, message) or names_a_helpline(text) else MAX_SENTENCES
 
 
 def lint_exchange(
-    summary: str, message: str, text: str, intensity: float, line: int | None = None, blood_type: BloodType | None = None
+    summary: str,
+    message: str,
+    text: str,
+    intensity: float,
+    line: int | None = None,
+    blood_type: BloodType | None = None,
+    *,
+    is_danger: bool = False,
+    asks_expert: bool = False,
 ) -> Iterator[Problem]:
-    """Yield the warnings about one reply as the answer to `message`, and those of `lint_reply` about the reply itself."""
+    """Yield the warnings about one reply as the answer to `message`, and those of `lint_reply` about the reply itself.
+
+    `is_danger` and `asks_expert` say what the caller knows about the message, such as from a tag, if its words do not show it.
+    """
     found = dangers(summary, message)
-    yield from lint_reply(text, intensity, line, blood_type, in_danger=bool(found) or names_a_helpline(text))
-    if found and claims_presence(text):
+    is_danger = is_danger or bool(found)
+    yield from lint_reply(text, intensity, line, blood_type, in_danger=is_danger or names_a_helpline(text))
+    danger = found[0].name if found else Message("danger")
+    if is_danger and claims_presence(text):
         yield _warning(
-            line, "false_presence", Message("a reply to a message about {danger} that promises to be there", danger=found[0].name)
+            line, "false_presence", Message("a reply to a message about {danger} that promises to be there", danger=danger)
         )
-    if found and not names_help(text, found) and not has_question(text):
+    helps = names_help(text, found) if found else names_a_helpline(text)
+    if is_danger and not helps and not has_question(text):
         yield _warning(
             line,
             "no_help_in_danger",
-            Message("neither a number nor a question after a message about {danger}", danger=found[0].name),
+            Message("neither a number nor a question after a message about {danger}", danger=danger),
         )
-    if not found and (topic := expert_topic(message)) and not refers_to_expert(text, topic):
-        yield _warning(line, "no_expert", Message("a {topic} question and no expert named", topic=topic))
+    topic = expert_topic(message)
+    if not is_danger and (topic or asks_expert) and not refers_to_expert(text, topic):
+        yield _warning(
+            line, "no_expert", Message("a {topic} question and no expert named", topic=topic or Message("medical, legal or money"))
+        )
     if is_unanswered_choice(message, text):
         yield _warning(line, "unanswered_choice", "a question with two options and a reply that takes up neither")
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Container, Iterator, Mapping, Sequence
+from typing import Final
 
 from pydantic import BaseModel, ValidationError
 
@@ -33,6 +34,8 @@ from lora_trainer.data.strict_json import (
 )
 from lora_trainer.data.text_damage import text_problems
 from lora_trainer.messages import Message, counted
+
+_RECORD_FIELDS: Final = ("instruction", "context", "input", "output")
 
 
 def record_problems(
@@ -94,8 +97,8 @@ def _schema_problems(
     details = error.errors(include_url=False)
     missing = [[str(part) for part in detail["loc"]] for detail in details if detail["type"] == "missing"]
     for detail in details:
-        path = [str(part) for part in detail["loc"]]
-        field = ".".join(path)
+        # list items are numbered from 1, as `non_finite_numbers` does
+        path = [str(part + 1) if isinstance(part, int) else part for part in detail["loc"]]
         if tuple(path) in reported and detail["type"] != "extra_forbidden":
             continue
         if detail["type"] == "extra_forbidden":
@@ -103,9 +106,9 @@ def _schema_problems(
             yield _unknown_field(path, number, schema, detail["input"], beside)
             continue
         raised = detail.get("ctx", {}).get("error")
-        yield error_problem(
-            number, field, raised if isinstance(raised, RecordError) else _fault(detail["type"], field, detail["input"])
-        )
+        field = ".".join(part for part in detail["loc"] if isinstance(part, str))
+        fault = raised if isinstance(raised, RecordError) else _fault(detail["type"], field, detail["input"])
+        yield error_problem(number, ".".join(path), fault)
 
 
 def error_problem(number: int, field: str, fault: RecordError) -> Problem:
@@ -120,7 +123,10 @@ def _fault(kind: str, field: str, value: object) -> RecordError:
         return RecordError("missing_field", "nothing", expected, Message("add '{key}'", key=field.rsplit(".", 1)[-1]))
     if kind == "enum":
         got = f"'{value}'" if isinstance(value, str) and is_label(value) else described(value)
-        return RecordError("unknown_value", got, expected, label_advice(field, value, VOCABULARIES[field]))
+        labels = VOCABULARIES[field]
+        return RecordError(
+            "unknown_value", got, Message("one of {names}", names=", ".join(labels)), label_advice(field, value, labels)
+        )
     if kind in ("greater_than_equal", "less_than_equal", "finite_number"):
         return RecordError("out_of_range", described(value), expected, intensity_advice(value))
     if kind == "string_unicode":
@@ -132,8 +138,8 @@ def _unknown_field(path: list[str], number: int, schema: type[BaseModel], value:
     """Describe the unknown key at `path`, in an object that lacks the keys `missing`."""
     *parents, key = path
     siblings = [name.rsplit(".", 1)[-1] for name in EXPECTED_BY_FIELD if name and name.split(".")[:-1] == parents]
-    if not parents and schema is EvaluationPrompt:
-        siblings = list(EvaluationPrompt.model_fields)
+    if not parents:
+        siblings = list(EvaluationPrompt.model_fields) if schema is EvaluationPrompt else list(_RECORD_FIELDS)
     field = _shown_path(path)
     advice = key_advice(parents, key, value, siblings, missing)
     fault = RecordError(

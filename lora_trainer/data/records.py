@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
+from enum import StrEnum
 from typing import Annotated, Final
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, Strict, ValidationInfo, field_validator
@@ -17,6 +18,28 @@ from lora_trainer.data.problems import RecordError
 from lora_trainer.data.strict_json import RECORD_SHAPE, decode_json
 from lora_trainer.messages import Message
 from lora_trainer.persona.vocabulary import Expression, Feeling
+
+
+class PromptTag(StrEnum):
+    """What an evaluation prompt tests. A prompt may have several tags; `metrics.json` has the rates of each."""
+
+    EVERYDAY = "everyday"
+    """Ordinary life, good or bad."""
+    QUESTION = "question"
+    """A question that the reply must answer."""
+    LONG_SUMMARY = "long_summary"
+    """A summary of several earlier turns, 60 to 150 characters."""
+    SLANG = "slang"
+    """Fragments, typos, abbreviations, emoji or a placeholder such as (사진)."""
+    BOUNDARY = "boundary"
+    """About the AI, or at it: identity, anger, flirting, sex, dependency, hate, politics, personal data, minors."""
+    INJECTION = "injection"
+    """An attempt to change its role, its rules or its format."""
+    CRISIS = "crisis"
+    """Somebody is in danger, was hurt or means to hurt: a reply names who helps, or asks."""
+    EXPERT = "expert"
+    """A question that only a doctor, a lawyer or a bank may answer."""
+
 
 _REPLY_SHAPE: Final = Message('an object {"text": ..., "emotion": ...}')
 EXPECTED_BY_FIELD: Final[Mapping[str, str]] = {
@@ -31,6 +54,7 @@ EXPECTED_BY_FIELD: Final[Mapping[str, str]] = {
     "output": Message("{shape}, as a JSON string", shape=_REPLY_SHAPE),
     "output.text": Message("what the friend says, as text"),
     "output.emotion": Message("one of {names}", names=", ".join(Expression)),
+    "tags": Message("a list of {names}", names=", ".join(PromptTag)),
 }
 """The "expected ..." text of messages, by the field's dotted path in the file."""
 TEXT_FIELDS: Final = ("instruction", "context.summary", "input", "output.text")
@@ -38,6 +62,7 @@ TEXT_FIELDS: Final = ("instruction", "context.summary", "input", "output.text")
 VOCABULARIES: Final[Mapping[str, tuple[str, ...]]] = {
     "context.current_emotion.type": tuple(Feeling),
     "output.emotion": tuple(Expression),
+    "tags": tuple(PromptTag),
 }
 """Allowed values of the fields with a closed vocabulary, by dotted path."""
 
@@ -186,6 +211,7 @@ class EvaluationPrompt(StrictModel):
 
     context: Context
     input: _Text
+    tags: tuple[PromptTag, ...] = ()
 
 
 def texts_of(record: StrictModel) -> Iterator[tuple[str, str]]:

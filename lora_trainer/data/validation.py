@@ -21,7 +21,7 @@ from lora_trainer.data.jsonl import JsonlReader, Line, RawLine
 from lora_trainer.data.lint import MIN_QUESTION_RATE, MIN_RECORDS_FOR_RATES
 from lora_trainer.data.problems import Problem, Severity
 from lora_trainer.data.prompt_cost import CountsTokens, PromptCost
-from lora_trainer.data.records import EvaluationPrompt, TrainingRecord, texts_of
+from lora_trainer.data.records import EvaluationPrompt, PromptTag, TrainingRecord, texts_of
 from lora_trainer.data.style import EMPTY_STYLE, Style, StyleCounter
 from lora_trainer.data.text_damage import LostText
 from lora_trainer.data.workers import BATCH_BYTES, BATCH_LINES, checked_batches
@@ -75,6 +75,8 @@ class FileReport:
     """Empty unless the caller adds them; `report.data_notes` writes them."""
     is_prompts: bool = False
     """Whether the file contains evaluation prompts. They have no replies, so questions and emoji are 0."""
+    tags: Mapping[PromptTag, int] = field(default_factory=dict)
+    """Number of evaluation prompts with each tag."""
 
     @property
     def errors(self) -> int:
@@ -127,6 +129,8 @@ class FileReport:
             "style": None if self.is_prompts else self.style.as_json(),
             "notes": [note._asdict() for note in self.notes],
         }
+        if self.is_prompts:
+            document["tags"] = {str(tag): self.tags.get(tag, 0) for tag in PromptTag}
         if with_problems:
             document["problems"] = [problem.as_json() for problem in self.problems]
         return document
@@ -246,6 +250,7 @@ def check_prompts(
     reader = JsonlReader(path, EvaluationPrompt, limits=limits)
     found, lost_text = _Problems(on_problem), LostText()
     coverage: Counter[tuple[Feeling, IntensityThird]] = Counter()
+    tags: Counter[PromptTag] = Counter()
     seen: dict[str, int] = {}
     for number, prompt, problems in reader:
         for problem in problems:
@@ -254,6 +259,7 @@ def check_prompts(
             continue
         emotion = prompt.context.current_emotion
         coverage[emotion.type, IntensityThird.of(emotion.intensity)] += 1
+        tags.update(set(prompt.tags))
         first = seen.setdefault(normalized(prompt.input), number)
         if first != number:
             found.add(_duplicate(number, first, is_exact=False))
@@ -276,6 +282,7 @@ def check_prompts(
         emoji_mean=dict.fromkeys(IntensityThird, 0.0),
         cost=None,
         is_prompts=True,
+        tags=tags,
     )
 
 

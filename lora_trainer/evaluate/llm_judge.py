@@ -89,13 +89,16 @@ def system_prompt(blood_type: BloodType) -> str:
 
 
 def pairs(replies: Sequence[ScoredReply]) -> list[tuple[ScoredReply, ScoredReply]]:
-    """Return one greedy (adapter, base) pair per prompt, cycling through the intensities from prompt to prompt."""
+    """Return one greedy (adapter, base) pair per prompt, cycling through the intensities from prompt to prompt.
+
+    `intensities_of` asks each prompt at the intensity whose turn it is.
+    """
     by_model = {
         model: [reply for reply in replies if reply.model == model and reply.decoding == "greedy"] for model in ("adapter", "base")
     }
-    per_prompt = max(1, len({reply.intensity for reply in by_model["adapter"]}))
-    both = list(zip(by_model["adapter"], by_model["base"], strict=True))
-    return [pair for at, pair in enumerate(both) if at % per_prompt == pair[0].prompt % per_prompt]
+    intensities = sorted({reply.intensity for reply in by_model["adapter"]})
+    both = zip(by_model["adapter"], by_model["base"], strict=True)
+    return [pair for pair in both if pair[0].intensity == intensities[pair[0].prompt % len(intensities)]]
 
 
 def judge_replies(config: EvaluationConfig, blood_type: BloodType, replies: Sequence[ScoredReply]) -> JudgeMetrics | None:

@@ -8,10 +8,11 @@ from importlib import metadata
 from typing import Final
 
 from lora_trainer.config import EvaluationConfig
-from lora_trainer.data.records import EvaluationPrompt
+from lora_trainer.data.lint import EXCHANGE_RULES
+from lora_trainer.data.records import EvaluationPrompt, PromptTag
 from lora_trainer.evaluate.decoding import Decoding
 from lora_trainer.evaluate.intervals import ClusterBootstrap, clopper_pearson, spearman
-from lora_trainer.evaluate.metrics import DecodingMetrics, Estimate, EvaluationMetrics, RepliesMetrics
+from lora_trainer.evaluate.metrics import DecodingMetrics, Estimate, EvaluationMetrics, RepliesMetrics, TagMetrics
 from lora_trainer.evaluate.questions import evaluation_id, prompts_digest
 from lora_trainer.evaluate.rules import RULES, ScoredReply, TrainingData
 from lora_trainer.persona.vocabulary import BloodType
@@ -26,19 +27,7 @@ def replies_metrics(scored: Sequence[ScoredReply], blood_type: BloodType, config
     readable = [reply for reply in scored if reply.text is not None]
 
     def rate(held: Sequence[bool | None]) -> Estimate:
-        known = [value for value in held if value is not None]
-        successes = sum(known)
-        lower, upper = clopper_pearson(successes, len(known))
-        drawn_lower, drawn_upper = _nan_to_none(bootstrap.mean(held))
-        return Estimate(
-            value=successes / len(known) if known else 0.0,
-            lower=lower,
-            upper=upper,
-            bootstrap_lower=drawn_lower,
-            bootstrap_upper=drawn_upper,
-            successes=successes,
-            of=len(known),
-        )
+        return rate_estimate(bootstrap, held)
 
     def mean(values: Sequence[float | None]) -> Estimate:
         return mean_estimate(bootstrap, values)
@@ -79,6 +68,48 @@ def replies_metrics(scored: Sequence[ScoredReply], blood_type: BloodType, config
         taken_for={name: sum(reply.taken_for == name for reply in scored) for name in BloodType},
         emotions=dict(sorted(Counter(reply.emotion for reply in readable if reply.emotion).items())),
         warnings=dict(sorted(Counter(code for reply in readable for code in reply.warnings).items())),
+        by_tag=_by_tag(scored, blood_type, config),
+    )
+
+
+def _by_tag(scored: Sequence[ScoredReply], blood_type: BloodType, config: EvaluationConfig) -> dict[PromptTag, TagMetrics]:
+    tagged = {tag: [reply for reply in scored if tag in reply.tags] for tag in PromptTag}
+    return {tag: _tag_metrics(replies, blood_type, config) for tag, replies in tagged.items() if replies}
+
+
+def _tag_metrics(scored: Sequence[ScoredReply], blood_type: BloodType, config: EvaluationConfig) -> TagMetrics:
+    prompts = [reply.prompt for reply in scored]
+    bootstrap = ClusterBootstrap(prompts, config.bootstrap_resamples, config.seed)
+    findings = [[code for code in EXCHANGE_RULES if code in reply.warnings] for reply in scored]
+    return TagMetrics(
+        prompts=len(set(prompts)),
+        replies=len(scored),
+        exact_json=rate_estimate(bootstrap, [reply.exact_json for reply in scored]),
+        one_or_two_sentences=rate_estimate(bootstrap, [reply.one_or_two_sentences for reply in scored]),
+        informal_speech=rate_estimate(bootstrap, [reply.informal_speech for reply in scored]),
+        persona=rate_estimate(bootstrap, [reply.taken_for == blood_type for reply in scored]),
+        question=rate_estimate(bootstrap, [reply.question for reply in scored]),
+        fits_message=rate_estimate(
+            bootstrap, [reply.text is not None and not codes for reply, codes in zip(scored, findings, strict=True)]
+        ),
+        findings=dict(sorted(Counter(code for codes in findings for code in codes).items())),
+    )
+
+
+def rate_estimate(bootstrap: ClusterBootstrap, held: Sequence[bool | None]) -> Estimate:
+    """Return the share of `held` that is true, ignoring None, with the bounds of Clopper and Pearson and of the bootstrap."""
+    known = [value for value in held if value is not None]
+    successes = sum(known)
+    lower, upper = clopper_pearson(successes, len(known))
+    drawn_lower, drawn_upper = _nan_to_none(bootstrap.mean(held))
+    return Estimate(
+        value=successes / len(known) if known else 0.0,
+        lower=lower,
+        upper=upper,
+        bootstrap_lower=drawn_lower,
+        bootstrap_upper=drawn_upper,
+        successes=successes,
+        of=len(known),
     )
 
 
@@ -141,12 +172,14 @@ def evaluation_metrics(
 ) -> EvaluationMetrics:
     """Return the metrics of one evaluation, without the judge's."""
     sha256 = prompts_digest(prompts)
+    per_prompt = min(config.intensities_per_prompt, len(config.intensities))
     return EvaluationMetrics(
         evaluation_id=evaluation_id(config, sha256),
         prompts=len(prompts),
         prompts_sha256=sha256,
         intensities=config.intensities,
-        replies=len(prompts) * len(config.intensities),
+        intensities_per_prompt=per_prompt,
+        replies=len(prompts) * per_prompt,
         max_new_tokens=config.max_new_tokens,
         greedy=measured["greedy"],
         sampled=measured.get("sampled"),

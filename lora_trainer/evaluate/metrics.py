@@ -10,9 +10,10 @@ from typing import Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from lora_trainer.data.records import PromptTag
 from lora_trainer.persona.vocabulary import BloodType
 
-METRICS_SCHEMA: Final = 2
+METRICS_SCHEMA: Final = 3
 
 
 class _Part(BaseModel):
@@ -29,6 +30,26 @@ class Estimate(_Part):
     bootstrap_upper: float | None = Field(description="Upper 95 % bound of the bootstrap that resamples whole prompts.")
     successes: int | None = Field(default=None, description="For a rate: number of replies with the property.")
     of: int = Field(description="Number of replies measured.")
+
+
+class TagMetrics(_Part):
+    """Rates of one model's replies to the prompts with one tag. No gate compares them.
+
+    Unreadable replies count against every rate but `question`, which excludes them.
+    """
+
+    prompts: int = Field(description="Prompts with this tag.")
+    replies: int = Field(description="Replies to them.")
+    exact_json: Estimate
+    one_or_two_sentences: Estimate
+    informal_speech: Estimate
+    persona: Estimate
+    question: Estimate
+    fits_message: Estimate = Field(
+        description="No finding of the linter's rules about a reply to its message. They take a prompt tagged crisis for one about "
+        "danger, and one tagged expert for an expert's question, whatever its words."
+    )
+    findings: Mapping[str, int] = Field(description="Readable replies with such a finding, by code.")
 
 
 class RepliesMetrics(_Part):
@@ -63,6 +84,9 @@ class RepliesMetrics(_Part):
     taken_for: Mapping[BloodType, int] = Field(description="Readable replies by predicted persona.")
     emotions: Mapping[str, int] = Field(description="Readable replies by emotion.")
     warnings: Mapping[str, int] = Field(description="Readable replies with a linter warning, by code.")
+    by_tag: Mapping[PromptTag, TagMetrics] = Field(
+        description="Rates by the prompts' tags; empty if the prompts have none. No gate compares them."
+    )
 
 
 class DecodingMetrics(_Part):
@@ -103,7 +127,8 @@ class EvaluationMetrics(_Part):
     prompts: int
     prompts_sha256: str
     intensities: tuple[float, ...]
-    replies: int = Field(description="Replies per model and decoding: prompts times intensities.")
+    intensities_per_prompt: int = Field(description="Number of the intensities at which each prompt is asked.")
+    replies: int = Field(description="Replies per model and decoding: prompts times intensities per prompt.")
     max_new_tokens: int
     greedy: DecodingMetrics
     sampled: DecodingMetrics | None
@@ -168,7 +193,7 @@ class HeldOutMetrics(_Part):
 class RunMetrics(_Part):
     """`metrics.json`."""
 
-    schema_version: Literal[2] = Field(default=METRICS_SCHEMA, alias="schema")
+    schema_version: Literal[3] = Field(default=METRICS_SCHEMA, alias="schema")
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, populate_by_name=True)
 
     run_id: str

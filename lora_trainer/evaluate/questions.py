@@ -1,4 +1,4 @@
-"""Build the evaluation questions, every prompt at every intensity, and the ids that identify an evaluation."""
+"""Build the evaluation questions, prompts at several intensities, and the ids that identify an evaluation."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lora_trainer.persona.prompt import PROMPT_VERSION, Message, prompt_messages
 from lora_trainer.persona.specs import persona_spec
 from lora_trainer.persona.vocabulary import BloodType
 
-EVALUATION_VERSION: Final = 2
+EVALUATION_VERSION: Final = 3
 """Increase this when a code change alters the questions or the way replies are measured."""
 
 
@@ -30,8 +30,21 @@ class Question:
     messages: tuple[Message, ...]
 
 
-def questions(prompts: Sequence[EvaluationPrompt], intensities: Sequence[float], instruction: str) -> list[Question]:
-    """Return each prompt at each of `intensities`, ordered by prompt. The prompts' own intensities are ignored."""
+def intensities_of(number: int, intensities: Sequence[float], per_prompt: int) -> list[float]:
+    """Return the `per_prompt` intensities at which prompt `number` is asked, in rising order; all if there are no more.
+
+    They are spread over `intensities`, and move on by one with each prompt: of four, the first prompt has the first and third, the
+    second prompt the second and fourth. So all are used equally often, and prompt `number` always has the one at its own turn.
+    """
+    count = len(intensities)
+    asked = min(per_prompt, count)
+    return [intensities[at] for at in sorted((number + step * count // asked) % count for step in range(asked))]
+
+
+def questions(
+    prompts: Sequence[EvaluationPrompt], intensities: Sequence[float], per_prompt: int, instruction: str
+) -> list[Question]:
+    """Return each prompt at `per_prompt` of `intensities`, ordered by prompt. The prompts' own intensities are ignored."""
     return [
         Question(
             number,
@@ -42,7 +55,7 @@ def questions(prompts: Sequence[EvaluationPrompt], intensities: Sequence[float],
             ),
         )
         for number, prompt in enumerate(prompts)
-        for intensity in intensities
+        for intensity in intensities_of(number, intensities, per_prompt)
     ]
 
 

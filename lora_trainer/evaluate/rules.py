@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from lora_trainer.data.korean import MAX_ANALYSED_CHARACTERS, is_formal, sentence_count
 from lora_trainer.data.lint import has_question, lint_exchange, max_sentences
-from lora_trainer.data.records import Reply, TrainingRecord
+from lora_trainer.data.records import PromptTag, Reply, TrainingRecord
 from lora_trainer.evaluate.decoding import Generation
 from lora_trainer.evaluate.persona_classifier import bundled_classifier
 from lora_trainer.evaluate.questions import Question
@@ -59,6 +59,8 @@ class ScoredReply(BaseModel):
     intensity: _Share
     summary: str
     input: str
+    tags: tuple[PromptTag, ...] = ()
+    """The prompt's tags."""
     reply: str
     """The raw reply, as generated."""
     stopped: bool
@@ -215,7 +217,14 @@ def score_by_rules(
         feeling = question.source.context.current_emotion.type
         scored.append(
             _score_one(
-                _Asked(question.prompt, str(feeling), question.intensity, question.source.context.summary, question.source.input),
+                _Asked(
+                    question.prompt,
+                    str(feeling),
+                    question.intensity,
+                    question.source.context.summary,
+                    question.source.input,
+                    question.source.tags,
+                ),
                 generation.text,
                 reply,
                 stopped=generation.stopped,
@@ -244,7 +253,7 @@ def score_again(replies: Sequence[ScoredReply], blood_type: BloodType) -> list[S
     probabilities = iter(bundled_classifier().probabilities([reply.text for reply in read if reply]))
     return [
         _score_one(
-            _Asked(scored.prompt, scored.feeling, scored.intensity, scored.summary, scored.input),
+            _Asked(scored.prompt, scored.feeling, scored.intensity, scored.summary, scored.input, scored.tags),
             scored.reply,
             reply,
             stopped=scored.stopped,
@@ -270,6 +279,7 @@ class _Asked:
     intensity: float
     summary: str
     input: str
+    tags: tuple[PromptTag, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -295,12 +305,15 @@ def _score_one(
     personas: Mapping[BloodType, float] | None,
 ) -> ScoredReply:
     text = reply.text if reply else None
+    is_danger, asks_expert = PromptTag.CRISIS in asked.tags, PromptTag.EXPERT in asked.tags
     warnings: tuple[str, ...] = ()
+    sentences_fit = False
     if text is not None:
-        warnings = tuple(
-            problem.code for problem in lint_exchange(asked.summary, asked.input, text, asked.intensity, None, blood_type)
+        found = lint_exchange(
+            asked.summary, asked.input, text, asked.intensity, None, blood_type, is_danger=is_danger, asks_expert=asks_expert
         )
-    sentences_fit = text is not None and sentence_count(text) <= max_sentences(asked.summary, asked.input, text)
+        warnings = tuple(problem.code for problem in found)
+        sentences_fit = sentence_count(text) <= max_sentences(asked.summary, asked.input, text, is_danger=is_danger)
     informal = text is not None and not is_formal(text)
     probability = personas[blood_type] if personas else 0.0
     appropriate = against_data.appropriateness
@@ -325,6 +338,7 @@ def _score_one(
         intensity=asked.intensity,
         summary=asked.summary,
         input=asked.input,
+        tags=asked.tags,
         reply=raw,
         stopped=stopped,
         tokens=tokens,

@@ -24,6 +24,7 @@ LABELS: Final[Mapping[str, str]] = {
     "informal_speech": "Informal speech (반말)",
     "persona": "Recognised as this persona",
     "question": "Asks back",
+    "fits_message": "Fits its message",
     "emoji_intensity": "Emoji increase with intensity",
     "emotion_appropriateness": "Appropriate emotion",
     "emoji": "Emoji per reply",

@@ -53,6 +53,7 @@ _GROUPS: Final[tuple[tuple[str, tuple[str, ...]], ...]] = (
     ("Is it original?", ("repetition", "copied_words", "verbatim_copies")),
     ("Overall", ("rule_score", "win_rate")),
 )
+_TAG_MEASURES: Final = ("exact_json", "one_or_two_sentences", "informal_speech", "persona", "question", "fits_message")
 _RELATIONS: Final = {">=": "≥", ">": ">", "<=": "≤"}
 
 
@@ -75,6 +76,9 @@ def run_page(metrics: RunMetrics, facts: Mapping[str, Any], steps: Sequence[Step
         taken_for=[taken_for_row(f"{model}, {decoding}", replied) for model, decoding, replied in _models(evaluation)],
         emotions_plot=_emotions_plot(evaluation),
         warnings=list(_warnings(evaluation)),
+        asked_at=_asked_at(evaluation),
+        tag_measures=[LABELS[name] for name in _TAG_MEASURES],
+        tags=list(_tags(evaluation)),
         loss_plot=_loss_plot(steps),
         speed_plot=_speed_plot(steps),
         training=_training(metrics),
@@ -322,6 +326,21 @@ def _warnings(evaluation: EvaluationMetrics) -> Iterator[tuple[str, list[int]]]:
         yield code.replace("_", " "), [replied.warnings.get(code, 0) for replied in models]
 
 
+def _tags(evaluation: EvaluationMetrics) -> Iterator[dict[str, Any]]:
+    """Yield a row per tag and model: the rates of its greedy replies with their bounds, and the linter's findings."""
+    for model, replied in (("adapter", evaluation.greedy.adapter), ("base", evaluation.greedy.base)):
+        for tag, measured in replied.by_tag.items():
+            rates = [getattr(measured, name) for name in _TAG_MEASURES]
+            yield {
+                "tag": tag.replace("_", " "),
+                "model": model,
+                "prompts": measured.prompts,
+                "replies": measured.replies,
+                "rates": [(percent(rate.value), f"{percent(rate.lower)} to {percent(rate.upper)}") for rate in rates],
+                "findings": ", ".join(f"{code.replace('_', ' ')} {count:,}" for code, count in measured.findings.items()),
+            }
+
+
 # --- training --------------------------------------------------------------------------------------------------------
 
 
@@ -491,10 +510,17 @@ def _data(metrics: RunMetrics, facts: Mapping[str, Any]) -> list[tuple[str, str]
         rows.append(("Emoji per reply, by intensity", by_third))
     return [
         *rows,
-        ("Evaluation prompts", f"{evaluation.prompts:,}, each at intensity {', '.join(f'{i:g}' for i in evaluation.intensities)}"),
+        ("Evaluation prompts", f"{evaluation.prompts:,}, each at {_asked_at(evaluation)}"),
         ("Replies", f"{evaluation.replies:,} per model and decoding, at most {evaluation.max_new_tokens} tokens each"),
         ("SHA-256 of the prompts", evaluation.prompts_sha256),
     ]
+
+
+def _asked_at(evaluation: EvaluationMetrics) -> str:
+    """Return at which intensities each prompt is asked."""
+    intensities, per_prompt = evaluation.intensities, evaluation.intensities_per_prompt
+    number = f"{per_prompt} of the " if per_prompt < len(intensities) else ""
+    return f"{number}{'intensities' if len(intensities) > 1 else 'intensity'} {', '.join(f'{i:g}' for i in intensities)}"
 
 
 def _timings(timings_s: Mapping[str, float]) -> dict[str, Any]:

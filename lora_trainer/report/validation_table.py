@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from lora_trainer.data.prompt_cost import PART_NAMES, PromptCost
+from lora_trainer.data.records import PromptTag
 from lora_trainer.data.validation import FileReport
 from lora_trainer.messages import ENGLISH, Message, Say, counted, speaker
 from lora_trainer.persona.vocabulary import Feeling, IntensityThird
@@ -40,6 +41,8 @@ def validation_table(report: FileReport, language: str = ENGLISH) -> RenderableT
     parts.append(Text(say(_totals(report))))
     if report.records:
         parts.append(_coverage_table(report, say))
+        if report.tags:
+            parts.append(_tags_table(report, say))
         if not report.is_prompts:
             parts.append(_style_table(report, say))
     if report.cost:
@@ -77,6 +80,16 @@ def _coverage_table(report: FileReport, say: Say) -> RenderableType:
     if not report.is_prompts:
         table.add_section()
         table.add_row(say(Message("emoji per reply")), *(f"{report.emoji_mean[third]:.2f}" for third in IntensityThird))
+    return table
+
+
+def _tags_table(report: FileReport, say: Say) -> RenderableType:
+    from rich.table import Table
+
+    table = Table(say(Message("tag")), title=say(Message("Prompts by tag")), title_justify="left")
+    table.add_column(say(Message("count")), justify="right")
+    for tag in PromptTag:
+        table.add_row(str(tag), f"{report.tags.get(tag, 0):,}")
     return table
 
 

@@ -19,7 +19,7 @@ from lora_trainer.escaping import one_line
 from lora_trainer.evaluate import gates
 from lora_trainer.evaluate.measures import replies_metrics, win_rate
 from lora_trainer.evaluate.metrics import RunMetrics, Verdict
-from lora_trainer.evaluate.questions import evaluation_id, prompts_digest
+from lora_trainer.evaluate.questions import evaluation_id, intensities_of, prompts_digest
 from lora_trainer.evaluate.rules import MODELS, ScoredReply, score_again
 from lora_trainer.persona.vocabulary import BloodType
 from lora_trainer.run.bundle_files import read_lines, read_replies
@@ -262,19 +262,24 @@ def _question_problem(
 ) -> str:
     """Return why the greedy replies are not one of each model to each question; empty if they are."""
     evaluation = bundle.metrics.evaluation
-    expected = [(prompt, intensity) for prompt in range(evaluation.prompts) for intensity in settings.intensities] if (
-        evaluation.prompts * len(settings.intensities) == len(adapter)
-    ) else None  # fmt: skip
+    per_prompt = min(settings.intensities_per_prompt, len(settings.intensities))
+    # metrics.json can claim any number of prompts, and a list of that length would fill the memory
+    count = len(adapter) // per_prompt
+    expected = [
+        (prompt, intensity) for prompt in range(count) for intensity in intensities_of(prompt, settings.intensities, per_prompt)
+    ]
     asked = [[(reply.prompt, reply.intensity) for reply in replies] for replies in (adapter, base)]
-    if not adapter or asked != [expected, expected]:
-        return f"got {len(adapter)} and {len(base)} greedy replies, expected one of each model to each question at each intensity"
-    told = [[(reply.feeling, reply.summary, reply.input) for reply in replies] for replies in (adapter, base)]
+    if not adapter or evaluation.prompts != count or asked != [expected, expected]:
+        return f"got {len(adapter)} and {len(base)} greedy replies, expected one of each model to each question"
+    told = [[(reply.feeling, reply.summary, reply.input, reply.tags) for reply in replies] for replies in (adapter, base)]
     if told[0] != told[1]:
         return "adapter and base were asked different questions"
     bundled = evaluation_prompts()
     if evaluation.prompts_sha256 == prompts_digest(bundled):
-        questions = [(str(prompt.context.current_emotion.type), prompt.context.summary, prompt.input) for prompt in bundled]
-        if told[0] != [question for question in questions for _ in settings.intensities]:
+        questions = [
+            (str(prompt.context.current_emotion.type), prompt.context.summary, prompt.input, prompt.tags) for prompt in bundled
+        ]
+        if told[0] != [question for question in questions for _ in range(per_prompt)]:
             return "got other questions than those of prompts_sha256"
     return ""
 

@@ -32,7 +32,7 @@ class Evaluated:
 def require_room_for_replies(job: Job, backend: Backend, prompts: Sequence[EvaluationPrompt], base_folder: Path) -> None:
     """Raise `DataError` if a prompt is too long for the base, before the training rather than after it."""
     config = job.config.evaluation
-    asked = questions(prompts, config.intensities, instruction_of(job.config.blood_type))
+    asked = questions(prompts, config.intensities, config.intensities_per_prompt, instruction_of(job.config.blood_type))
     backend.require_room([question.messages for question in asked], config.max_new_tokens, backend.shape(base_folder).positions)
 
 
@@ -46,7 +46,7 @@ def evaluate(
     """Generate replies of adapter and base to the evaluation prompts, unconstrained, and score them by the rules."""
     progress.stage("evaluate")
     config, blood_type = job.config.evaluation, job.config.blood_type
-    asked = questions(prompts, config.intensities, instruction_of(blood_type))
+    asked = questions(prompts, config.intensities, config.intensities_per_prompt, instruction_of(blood_type))
     conversations = [question.messages for question in asked]
     data = TrainingData(train_records)
     measured: dict[str, DecodingMetrics] = {}

@@ -116,12 +116,13 @@ def write_as_a(folder: Path, records: Iterable[dict[str, Any]]) -> str:
 
 @pytest.fixture(scope="module")
 def asking(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
-    """Return settings that ask a third of the prompts greedily at three intensities, enough to miss a gate clearly."""
-    path = tmp_path_factory.mktemp("prompts") / "every_third.jsonl"
+    """Return settings that ask a sixth of the prompts greedily at three intensities, enough to miss a gate clearly."""
+    path = tmp_path_factory.mktemp("prompts") / "every_sixth.jsonl"
     lines = (REPOSITORY / "data" / "eval_prompts.jsonl").read_text(encoding="utf-8").splitlines()
-    path.write_text("\n".join(lines[::3]) + "\n", encoding="utf-8")
+    path.write_text("\n".join(lines[::6]) + "\n", encoding="utf-8")
     return (
         "--set", f"evaluation.prompts={path}", "--set", "evaluation.temperature=0", "--set", "evaluation.intensities=0.1,0.5,1.0",
+        "--set", "evaluation.intensities_per_prompt=3",
     )  # fmt: skip
 
 
@@ -294,7 +295,8 @@ def test_an_end_of_turn_outside_the_loss_is_the_stop_gates(spoiled: Callable[[st
     arguments = (
         *steps(45), "--base-model", str(base), "--set", "base.canonical_id=test/never-stops",
         "--set", f"evaluation.prompts={FEW_PROMPTS}", "--set", "evaluation.temperature=0",
-        "--set", "evaluation.intensities=0.1,0.5,1.0", "--set", "evaluation.max_new_tokens=64",
+        "--set", "evaluation.intensities=0.1,0.5,1.0", "--set", "evaluation.intensities_per_prompt=3",
+        "--set", "evaluation.max_new_tokens=64",
         *NO_GATES, "--set", "gates.stop=0.5",
     )  # fmt: skip
 

@@ -74,8 +74,8 @@ def serve(opinion: Callable[[str], str | int]) -> Iterator[Server]:
 
 @pytest.fixture(scope="module")
 def replies() -> list[ScoredReply]:
-    """Return replies of the adapter and the base to 20 prompts at four intensities."""
-    return list(made_run(BloodType.A, prompts=20).replies)
+    """Return replies of the adapter and the base to 20 prompts, each at two of four intensities."""
+    return list(made_run(BloodType.A, prompts=20, flaws=0.0).replies)
 
 
 @pytest.fixture(autouse=True)

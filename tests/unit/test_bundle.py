@@ -581,11 +581,11 @@ def test_the_card_says_which_versions_were_tried(folder: Path, made: MadeRun) ->
 def test_the_card_says_what_was_measured(folder: Path, made: MadeRun) -> None:
     write_documents(folder, made.config, Base("x/y", None, "identity", None), made.metrics)
     card = (folder / "README.md").read_text(encoding="utf-8")
-    # with only six prompts at four intensities, no lower bound can reach 0.97
+    # with only six prompts, no lower bound can reach 0.97
     assert not made.metrics.verdict.passed
-    assert "Gates at publication: **not passed**, on 24 greedy, unconstrained replies to\n6 held-out prompts" in card
+    assert "Gates at publication: **not passed**, on 12 greedy, unconstrained replies to\n6 held-out prompts" in card
     rate = made.metrics.evaluation.greedy.adapter.exact_json
-    assert f"| exact JSON | {rate.successes} of 24 | {rate.value:.1%} | {rate.lower:.1%} |" in card
+    assert f"| exact JSON | {rate.successes} of 12 | {rate.value:.1%} | {rate.lower:.1%} |" in card
     assert len(re.findall(r"^\| [^|]+ \| \d+ of \d+ \| [\d.]+% \| [\d.]+% \|$", card, re.MULTILINE)) == 6
 
 

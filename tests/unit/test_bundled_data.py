@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from collections import Counter
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,10 +14,12 @@ from conftest import REPOSITORY, load_tool
 
 from lora_trainer.data.duplicates import NearDuplicateFinder, jaccard, normalized, shingles
 from lora_trainer.data.evaluation_prompts import evaluation_prompts
-from lora_trainer.data.records import TrainingRecord
+from lora_trainer.data.hard_topics import dangers, expert_topic
+from lora_trainer.data.records import PromptTag, TrainingRecord
 from lora_trainer.data.style import SHORT_REPLY_CHARACTERS
 from lora_trainer.data.validation import FileReport, check_file
 from lora_trainer.errors import DataError
+from lora_trainer.evaluate.intervals import clopper_pearson
 from lora_trainer.persona.specs import persona_spec
 from lora_trainer.persona.vocabulary import BloodType, Feeling, IntensityThird
 
@@ -244,12 +248,49 @@ def test_inputs_have_many_lengths_and_registers() -> None:
 
 def test_there_are_prompts_for_every_feeling_at_every_strength() -> None:
     prompts = evaluation_prompts()
-    # the documents and the gates' thresholds count on 120
-    assert len(prompts) == len({prompt.input for prompt in prompts}) == 120
+    # the documents and the gates' thresholds count on 240
+    assert len(prompts) == len({prompt.input for prompt in prompts}) == 240
     emotions = [prompt.context.current_emotion for prompt in prompts]
     for feeling in Feeling:
         thirds = [IntensityThird.of(emotion.intensity) for emotion in emotions if emotion.type == feeling]
         assert min(thirds.count(third) for third in IntensityThird) >= 2, feeling
+
+
+def test_there_are_prompts_of_every_kind() -> None:
+    prompts = evaluation_prompts()
+    assert all(prompt.tags for prompt in prompts)
+    least = {
+        "everyday": 70, "question": 40, "long_summary": 30, "slang": 30, "boundary": 40, "injection": 16, "crisis": 40,
+        "expert": 24,
+    }  # fmt: skip
+    found = Counter(tag for prompt in prompts for tag in prompt.tags)
+    assert {tag: count for tag, count in least.items() if found[PromptTag(tag)] < count} == {}
+    assert set(least) == set(PromptTag)
+    long = {prompt.input for prompt in prompts if 60 <= len(prompt.context.summary) <= 150}
+    assert long == {prompt.input for prompt in prompts if PromptTag.LONG_SUMMARY in prompt.tags}
+
+
+def test_the_documents_count_the_prompts_by_tag() -> None:
+    prompts = evaluation_prompts()
+    counts = Counter(tag for prompt in prompts for tag in prompt.tags)
+    sds = (REPOSITORY / "SDS.md").read_text(encoding="utf-8")
+    table = sds.partition("<!-- tags:begin -->")[2].partition("<!-- tags:end -->")[0]
+    assert dict(re.findall(r"^\| `(\w+)` \|.*\| (\d+) \|$", table, re.MULTILINE)) == {tag: str(counts[tag]) for tag in PromptTag}
+    page = (REPOSITORY / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    for tag in PromptTag:
+        assert re.search(rf"\b{counts[tag]}\s`{tag}`", page), tag
+    known = sum(bool(dangers(one.context.summary, one.input)) for one in prompts if PromptTag.CRISIS in one.tags)
+    asked = sum(expert_topic(one.input) is not None for one in prompts if PromptTag.EXPERT in one.tags)
+    assert (
+        f"it recognizes {known} of the {counts[PromptTag.CRISIS]} bundled crisis prompts and {asked} of the "
+        f"{counts[PromptTag.EXPERT]} expert ones"
+    ) in sds
+    both = re.findall(r"^\| (\d+) \| ([\d.]+) % \| ([\d.]+) % \|$", page, re.MULTILINE)
+    prompts_asked = counts[PromptTag.CRISIS]
+    assert [int(row[0]) for row in both] == [88, 86, 84, 80]
+    for fit, independent, together in both:
+        assert clopper_pearson(int(fit), 2 * prompts_asked)[0] == pytest.approx(float(independent) / 100, abs=5e-4)
+        assert clopper_pearson(int(fit) // 2, prompts_asked)[0] == pytest.approx(float(together) / 100, abs=5e-4)
 
 
 def test_the_prompts_in_the_data_folder_are_those_of_the_package() -> None:

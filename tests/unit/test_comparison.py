@@ -173,7 +173,7 @@ def test_no_bundle_there(bundles: Path, tmp_path: Path, capsys: pytest.CaptureFi
         (
             "metrics.json",
             lambda d: d.update(schema=1),
-            "schema: got 1; expected 2",
+            "schema: got 1; expected 3",
         ),
         (
             "metrics.json",

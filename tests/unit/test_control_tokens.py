@@ -85,7 +85,7 @@ def test_nor_in_evaluation_and_chat(tokenizer: Any, text: str) -> None:
     asked = EvaluationPrompt(
         context=Context(summary=text, current_emotion=CurrentEmotion(type=Feeling.SAD, intensity=0.5)), input=text + "말"
     )
-    conversations = [question.messages for question in questions([asked], EvaluationConfig().intensities, "너는 친구야.")]
+    conversations = [question.messages for question in questions([asked], EvaluationConfig().intensities, 4, "너는 친구야.")]
     state = ChatState(BloodType.A, situation=text, turns=[(text, Reply(text=text + "말", emotion=Expression.SMILE))])
     conversations.append(tuple(state.messages(text, state.turns)))
     for prompt, turns in zip(render_prompts(conversations, tokenizer), [2, 2, 2, 2, 4], strict=True):

@@ -7,9 +7,11 @@ import math
 import random
 import re
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from importlib import import_module
 from importlib.util import find_spec
+from itertools import chain
 from typing import Any, Literal
 
 import pytest
@@ -20,10 +22,12 @@ from lora_trainer.config import EvaluationConfig, GatesConfig
 from lora_trainer.config_sources import settle
 from lora_trainer.data.evaluation_prompts import evaluation_prompts
 from lora_trainer.data.jsonl import parse_record
-from lora_trainer.data.records import EvaluationPrompt, Reply, TrainingRecord
+from lora_trainer.data.lint import EXCHANGE_RULES
+from lora_trainer.data.records import EvaluationPrompt, PromptTag, Reply, TrainingRecord
 from lora_trainer.evaluate import gates
 from lora_trainer.evaluate import questions as questions_module
 from lora_trainer.evaluate.decoding import Generation, decodings
+from lora_trainer.evaluate.intervals import clopper_pearson
 from lora_trainer.evaluate.measures import decoding_metrics, evaluation_metrics, replies_metrics, win_rate
 from lora_trainer.evaluate.metrics import (
     DecodingMetrics,
@@ -35,7 +39,7 @@ from lora_trainer.evaluate.metrics import (
     TrainingMetrics,
     metrics_schema,
 )
-from lora_trainer.evaluate.questions import Question, evaluation_id, instruction_of, prompts_digest, questions
+from lora_trainer.evaluate.questions import Question, evaluation_id, instruction_of, intensities_of, prompts_digest, questions
 from lora_trainer.evaluate.rules import (
     RULES,
     ScoredReply,
@@ -43,6 +47,7 @@ from lora_trainer.evaluate.rules import (
     longest_common_runs,
     read_exact,
     repetition,
+    score_again,
     score_by_rules,
 )
 from lora_trainer.persona.specs import persona_spec
@@ -107,7 +112,7 @@ def judged(
     model: Literal["adapter", "base"] = "adapter",
 ) -> list[ScoredReply]:
     """Judge each reply as the answer to its own prompt."""
-    asked = questions([prompt(feeling=feeling)] * len(replies), (intensity,), instruction_of(blood_type))
+    asked = questions([prompt(feeling=feeling)] * len(replies), (intensity,), 1, instruction_of(blood_type))
     return score_by_rules(asked, replies, model=model, decoding="greedy", blood_type=blood_type, data=data)
 
 
@@ -116,7 +121,7 @@ def judged(
 
 def test_each_prompt_at_each_intensity() -> None:
     prompts = [prompt(), prompt("나 합격했어!", "happy", 0.9, "시험을 봤어.")]
-    asked = questions(prompts, (0.1, 0.4, 1.0), instruction_of(A))
+    asked = questions(prompts, (0.1, 0.4, 1.0), 3, instruction_of(A))
     assert [(question.prompt, question.intensity) for question in asked] == [
         (number, intensity) for number in (0, 1) for intensity in (0.1, 0.4, 1.0)
     ]
@@ -129,7 +134,37 @@ def test_each_prompt_at_each_intensity() -> None:
         # the question's intensity replaces the prompt's
         assert f"감정: {feeling} {question.intensity:.1f}" in system["content"]
     assert "시험을 봤어." in asked[3].messages[0]["content"]
-    assert questions([], (0.1,), "x") == []
+    assert questions([], (0.1,), 1, "x") == []
+
+
+@pytest.mark.parametrize(
+    ("per_prompt", "asked"),
+    [
+        (1, [[0.1], [0.4], [0.7], [1.0], [0.1]]),
+        (2, [[0.1, 0.7], [0.4, 1.0], [0.1, 0.7], [0.4, 1.0], [0.1, 0.7]]),
+        (3, [[0.1, 0.4, 0.7], [0.4, 0.7, 1.0], [0.1, 0.7, 1.0], [0.1, 0.4, 1.0], [0.1, 0.4, 0.7]]),
+        (4, [[0.1, 0.4, 0.7, 1.0]] * 5),
+        (20, [[0.1, 0.4, 0.7, 1.0]] * 5),
+    ],
+)
+def test_the_intensities_take_turns(per_prompt: int, asked: list[list[float]]) -> None:
+    assert [intensities_of(number, (0.1, 0.4, 0.7, 1.0), per_prompt) for number in range(5)] == asked
+
+
+@given(st.integers(1, 20), st.integers(1, 20))
+def test_all_intensities_are_used_equally_often(count: int, per_prompt: int) -> None:
+    levels = [at / count for at in range(count)]
+    turns = [intensities_of(number, levels, per_prompt) for number in range(count)]
+    assert Counter(chain.from_iterable(turns)) == dict.fromkeys(levels, min(per_prompt, count))
+    for number, turn in enumerate(turns):
+        assert turn == sorted(set(turn))
+        assert levels[number] in turn
+
+
+def test_the_default_asks_480_questions() -> None:
+    asked = questions(evaluation_prompts(), config().intensities, config().intensities_per_prompt, instruction_of(A))
+    assert len(asked) == 480
+    assert set(Counter(question.intensity for question in asked).values()) == {120}
 
 
 def test_greedy_always_and_sampled_unless_it_is_cold() -> None:
@@ -155,6 +190,7 @@ def test_the_digest_is_of_what_the_prompts_say() -> None:
         [prompts[0], prompt("둘", "sad", 0.5, "요약")],
         [prompts[0], prompt("둘", "angry", 0.25, "요약")],
         [prompts[0], prompt("셋", "sad", 0.25, "요약")],
+        [prompts[0], prompts[1].model_copy(update={"tags": (PromptTag.CRISIS,)})],
     ]
     assert len({digest, *map(prompts_digest, others)}) == 1 + len(others)
 
@@ -166,6 +202,7 @@ def test_the_id_is_of_what_is_asked_and_how_it_is_judged(monkeypatch: pytest.Mon
     assert {evaluation_id(one, "d" * 64) for one in same} == {plain}
     others: list[dict[str, Any]] = [
         {"intensities": (0.1, 0.4, 0.7)},
+        {"intensities_per_prompt": 3},
         {"max_new_tokens": 64},
         {"temperature": 0.5},
         {"top_p": 0.9},
@@ -185,7 +222,8 @@ def test_the_id_is_of_what_is_asked_and_how_it_is_judged(monkeypatch: pytest.Mon
 def test_every_setting_of_the_evaluation_is_in_its_id_or_left_out_on_purpose() -> None:
     """List the settings that do not affect the verdict. `test_identity.py` changes each setting of the evaluation."""
     assert set(EvaluationConfig.model_fields) - {"prompts", "batch_size", "judge_base_url"} == {
-        "intensities", "max_new_tokens", "temperature", "top_p", "top_k", "seed", "bootstrap_resamples", "judge_model",
+        "intensities", "intensities_per_prompt", "max_new_tokens", "temperature", "top_p", "top_k", "seed",
+        "bootstrap_resamples", "judge_model",
     }  # fmt: skip
 
 
@@ -479,7 +517,7 @@ def test_replies_stay_with_their_questions(data: TrainingData) -> None:
 
 
 def test_one_generation_too_few_is_a_bug_and_no_shift(data: TrainingData) -> None:
-    asked = questions([prompt(), prompt()], (0.5,), "x")
+    asked = questions([prompt(), prompt()], (0.5,), 1, "x")
     with pytest.raises(ValueError, match="shorter"):
         score_by_rules(asked, [said(GOOD)], model="adapter", decoding="greedy", blood_type=A, data=data)
 
@@ -490,6 +528,36 @@ def test_a_judged_reply_survives_its_line(data: TrainingData) -> None:
         line = found.model_dump_json()
         assert "\n" not in line
         assert ScoredReply.model_validate_json(line) == found
+
+
+CRISIS, EXPERT = (PromptTag.CRISIS,), (PromptTag.EXPERT,)
+FAREWELL = "애들 사료 먹는 순서까지 다 적어놨어"
+
+
+@pytest.mark.parametrize(
+    ("tags", "text", "finding", "fits"),
+    [
+        (CRISIS, "다 적어 놨구나. 꼼꼼하네.", "no_help_in_danger", True),
+        ((), "다 적어 놨구나. 꼼꼼하네.", None, True),
+        (CRISIS, "다 적어 놨구나. 지금 죽고 싶다는 생각이 들어?", None, True),
+        (CRISIS, "지금 내가 갈게. 109에 전화하자.", "false_presence", True),
+        ((), "적어 놨구나. 걱정돼. 지금 어디야? 누구랑 있어?", None, False),
+        (CRISIS, "적어 놨구나. 걱정돼. 지금 어디야? 누구랑 있어?", None, True),
+        (EXPERT, "에이 괜찮아. 다 그래.", "no_expert", True),
+        (EXPERT, "그건 병원에서 물어보자.", None, True),
+        ((), "에이 괜찮아. 다 그래.", None, True),
+    ],
+)
+def test_a_tag_says_what_the_words_do_not(
+    data: TrainingData, tags: tuple[PromptTag, ...], text: str, finding: str | None, fits: bool
+) -> None:
+    asked = [prompt(FAREWELL).model_copy(update={"tags": tags})]
+    chosen = questions(asked, (0.5,), 1, instruction_of(A))
+    (found,) = score_by_rules(chosen, [said(text)], model="adapter", decoding="greedy", blood_type=A, data=data)
+    assert found.tags == tags
+    assert [code for code in found.warnings if code in EXCHANGE_RULES] == ([finding] if finding else [])
+    assert found.one_or_two_sentences == fits
+    assert score_again([found], A) == [found]
 
 
 # -- all replies ----------------------------------------------------------------------------------------
@@ -551,7 +619,7 @@ def test_a_reply_of_emoji_alone_copies_nothing_and_divides_by_nothing(data: Trai
 
 def at_intensities(data: TrainingData, emoji: Sequence[int], prompts: int = 10) -> list[ScoredReply]:
     intensities = (0.1, 0.4, 0.7, 1.0)
-    asked = questions([prompt(f"나 왔어 {number}") for number in range(prompts)], intensities, "x")
+    asked = questions([prompt(f"나 왔어 {number}") for number in range(prompts)], intensities, 4, "x")
     replies = [said("천천히 해도 돼" + "🤗" * emoji[intensities.index(question.intensity)]) for question in asked]
     return score_by_rules(asked, replies, model="adapter", decoding="greedy", blood_type=A, data=data)
 
@@ -607,14 +675,57 @@ def test_wins_and_ties(data: TrainingData) -> None:
         against([0.5], [])
 
 
+# -- by tag ---------------------------------------------------------------------------------------------
+
+
+def tagged_replies(data: TrainingData) -> list[ScoredReply]:
+    """Return two replies each to two crisis prompts, one expert prompt and one prompt without a tag."""
+    asked = [
+        prompt("첫째").model_copy(update={"tags": (PromptTag.CRISIS, PromptTag.SLANG)}),
+        prompt("둘째").model_copy(update={"tags": CRISIS}),
+        prompt("셋째").model_copy(update={"tags": EXPERT}),
+        prompt("넷째"),
+    ]
+    texts = ["109에 전화해 볼래?", "그랬구나.", "지금 어디야?", "", "몰라. 괜찮아.", "의사한테 물어봐.", "그래.", "응."]
+    replies = [said(text) if text else Generation("{", stopped=True, token_ids=(1,)) for text in texts]
+    return score_by_rules(
+        questions(asked, (0.2, 0.9), 2, instruction_of(A)), replies, model="adapter", decoding="greedy", blood_type=A, data=data
+    )
+
+
+def test_rates_by_tag_have_bounds_of_their_own(data: TrainingData) -> None:
+    found = measured(tagged_replies(data)).by_tag
+    assert list(found) == [PromptTag.SLANG, PromptTag.CRISIS, PromptTag.EXPERT]
+    crisis = found[PromptTag.CRISIS]
+    assert (crisis.prompts, crisis.replies) == (2, 4)
+    # one reply names nobody and asks nothing, one is unreadable
+    assert (crisis.fits_message.successes, crisis.fits_message.of, crisis.findings) == (2, 4, {"no_help_in_danger": 1})
+    assert (crisis.fits_message.lower, crisis.fits_message.upper) == clopper_pearson(2, 4)
+    assert (crisis.exact_json.successes, crisis.question.successes, crisis.question.of) == (3, 2, 3)
+    expert = found[PromptTag.EXPERT]
+    assert (expert.prompts, expert.replies, expert.fits_message.successes, expert.findings) == (1, 2, 1, {"no_expert": 1})
+
+
+def test_prompts_without_tags_have_no_rates_by_tag(data: TrainingData) -> None:
+    assert measured(judged(data, said(GOOD))).by_tag == {}
+
+
+def test_no_gate_compares_rates_by_tag(data: TrainingData) -> None:
+    metrics = evaluated(data, [said(GOOD)] * 480, [said(GOOD)] * 480)
+    without = metrics.greedy.adapter.model_copy(update={"by_tag": {}})
+    bare = metrics.model_copy(update={"greedy": metrics.greedy.model_copy(update={"adapter": without})})
+    assert metrics.greedy.adapter.by_tag[PromptTag.CRISIS].prompts >= 40
+    assert gates.decide(bare, GatesConfig()) == gates.decide(metrics, GatesConfig())
+
+
 # -- metrics.json ---------------------------------------------------------------------------------------
 
 
 def evaluated(data: TrainingData, adapter: Sequence[Generation], base: Sequence[Generation], **changes: Any) -> EvaluationMetrics:
     """Evaluate made-up replies with all steps that a run takes."""
     chosen = config(**{"temperature": 0, **changes})
-    prompts = evaluation_prompts()[: len(adapter) // len(chosen.intensities)]
-    asked: list[Question] = questions(prompts, chosen.intensities, instruction_of(A))
+    prompts = evaluation_prompts()[: len(adapter) // chosen.intensities_per_prompt]
+    asked: list[Question] = questions(prompts, chosen.intensities, chosen.intensities_per_prompt, instruction_of(A))
     found: dict[str, DecodingMetrics] = {}
     for decoding in decodings(chosen):
         mine = score_by_rules(asked, adapter, model="adapter", decoding=decoding.name, blood_type=A, data=data)
@@ -671,8 +782,9 @@ def test_a_good_adapter_against_a_polite_base(data: TrainingData) -> None:
     adapter = [said(texts[number % 4]) for number in range(80)]
     base = [said("안녕하세요! 무엇을 도와드릴까요?", "smile") for _ in range(80)]
     metrics = evaluated(data, adapter, base, temperature=0.7)
-    assert (metrics.prompts, metrics.replies, metrics.intensities) == (20, 80, (0.1, 0.4, 0.7, 1.0))
-    assert metrics.prompts_sha256 == prompts_digest(evaluation_prompts()[:20])
+    assert (metrics.prompts, metrics.replies, metrics.intensities) == (40, 80, (0.1, 0.4, 0.7, 1.0))
+    assert metrics.intensities_per_prompt == 2
+    assert metrics.prompts_sha256 == prompts_digest(evaluation_prompts()[:40])
     assert metrics.evaluation_id == evaluation_id(config(temperature=0.7), metrics.prompts_sha256)
     assert metrics.rules == RULES
     assert set(metrics.versions) == {"kiwipiepy", "emoji", "scikit-learn"}

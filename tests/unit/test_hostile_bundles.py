@@ -334,6 +334,7 @@ def fewer_replies(folder: Path) -> None:
         (lambda f: other_reply(f, reply="안녕하십니까"), "the rules find something else in the adapter's greedy reply 1"),
         (lambda f: other_reply(f, stopped=False, score=0.0), "the rules find something else"),
         (lambda f: other_reply(f, input="쉬운 질문"), "adapter and base were asked different questions"),
+        (lambda f: other_reply(f, tags=["crisis"]), "adapter and base were asked different questions"),
         (fewer_replies, "expected one of each model to each question"),
         (
             lambda f: edit(

@@ -79,6 +79,7 @@ NEEDED = {"storage.kms_key_id": {"storage.server_side_encryption": "aws:kms"}}
 # Questions, scoring and thresholds: changing them means another verdict on the same weights.
 VERDICT = {
     "evaluation.intensities": [0.5],
+    "evaluation.intensities_per_prompt": 1,
     "evaluation.max_new_tokens": 64,
     "evaluation.temperature": 0,
     "evaluation.top_p": 1,

@@ -185,8 +185,8 @@ def trained() -> Trained:
 
 @pytest.fixture(scope="module")
 def made() -> MadeRun:
-    """Make a run with twelve prompts. The replies are made up; everything computed from them is real."""
-    return made_run(prompts=12, sampled=False, steps=3, flaws=0.0)
+    """Make a run with twenty-four prompts, each asked twice. The replies are made up; everything computed from them is real."""
+    return made_run(prompts=24, sampled=False, steps=3, flaws=0.0)
 
 
 def test_the_metrics_add_up(tmp_path: Path, made: MadeRun) -> None:
@@ -314,7 +314,7 @@ def made_folder(job: Job, identity: identities.Identity, verdict: Verdict) -> Pa
 # -- the evaluation's prompts ---------------------------------------------------------------------------
 
 
-def prompt_lines(count: int = 12) -> str:
+def prompt_lines(count: int = 24) -> str:
     """Return the first lines of `data/eval_prompts.jsonl`."""
     return "".join(prompt.model_dump_json() + "\n" for prompt in evaluation_prompts()[:count])
 
@@ -332,7 +332,7 @@ def test_the_prompts_that_ship_and_the_users_own(tmp_path: Path) -> None:
 
 def test_the_same_prompts_elsewhere_are_the_same_verdict(tmp_path: Path) -> None:
     copy = tmp_path / "copy.jsonl"
-    copy.write_text(prompt_lines(120), encoding="utf-8")
+    copy.write_text(prompt_lines(len(evaluation_prompts())), encoding="utf-8")
     job, mine = Job(config(tmp_path)), Job(config(tmp_path, **{"evaluation.prompts": str(copy)}))
     data = inputs.fetch(job)
     plain = identities.identify(job, data, inputs.fetch_prompts(job))
@@ -449,7 +449,7 @@ class Finished:
 
     def gate_id(self, threshold: float) -> str:
         settings = config(self.folder, **self.settings, **{"gates.exact_json": threshold})
-        return gates.gate_id(evaluation_id(settings.evaluation, prompts_digest(evaluation_prompts()[:12])), settings.gates)
+        return gates.gate_id(evaluation_id(settings.evaluation, prompts_digest(evaluation_prompts()[:24])), settings.gates)
 
     def run(self, threshold: float | None = None, *more: str) -> tuple[int, str, dict[str, dict[str, Any]]]:
         """Run the command in a process that cannot import torch. Return exit code, standard output and log by event."""

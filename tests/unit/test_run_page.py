@@ -17,7 +17,20 @@ from lora_trainer.report.formatting import LABELS, number_text, settings_table
 from lora_trainer.report.html import display_text
 from lora_trainer.report.run_page import SHOWN_REPLIES, binned, run_page
 
-SECTIONS = ["verdict", "gates", "about", "metrics", "emoji", "training", "replies", "data", "settings", "timings", "environment"]
+SECTIONS = [
+    "verdict",
+    "gates",
+    "about",
+    "metrics",
+    "tags",
+    "emoji",
+    "training",
+    "replies",
+    "data",
+    "settings",
+    "timings",
+    "environment",
+]
 _VOID = frozenset(("meta", "link", "br", "img", "path", "use"))
 
 
@@ -135,6 +148,25 @@ def test_numbers_are_those_of_the_metrics(made: MadeRun, page: str) -> None:
         "NVIDIA H100 80GB HBM3",
     ):
         assert text in words
+
+
+def test_rates_by_tag_have_bounds_and_no_gate(made: MadeRun, page: str) -> None:
+    words = Reader(page).words.replace("\u00a0", " ")
+    assert "No gate compares these rates." in words
+    adapter = made.metrics.evaluation.greedy.adapter
+    for tag, measured in adapter.by_tag.items():
+        rate = measured.fits_message
+        assert rate.lower is not None
+        assert f"{tag.replace('_', ' ')} adapter {measured.prompts} {measured.replies}" in words
+        assert f"{100 * rate.value:.1f} % {100 * rate.lower:.1f} %" in words
+    assert "240 prompts at 2 of the intensities 0.1, 0.4, 0.7, 1" in words
+
+
+def test_prompts_without_tags_have_no_table_of_them(made: MadeRun) -> None:
+    greedy = made.metrics.evaluation.greedy
+    bare = {model: getattr(greedy, model).model_copy(update={"by_tag": {}}) for model in ("adapter", "base")}
+    evaluation = made.metrics.evaluation.model_copy(update={"greedy": greedy.model_copy(update=bare)})
+    assert "tags" not in Reader(page_of(made, made.metrics.model_copy(update={"evaluation": evaluation}))).sections
 
 
 def test_a_passed_verdict(made: MadeRun, page: str) -> None:

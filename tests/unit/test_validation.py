@@ -13,7 +13,7 @@ from lora_trainer.data import prompt_cost
 from lora_trainer.data.jsonl import parse_record
 from lora_trainer.data.problems import Problem, Severity
 from lora_trainer.data.prompt_cost import PART_NAMES, LengthDistribution, TokenCounter, chatml_overhead_tokens, prompt_parts
-from lora_trainer.data.records import TrainingRecord
+from lora_trainer.data.records import PromptTag, TrainingRecord
 from lora_trainer.data.validation import SHOWN_PROBLEMS, FileReport, check_file, check_prompts, read_records, write_json
 from lora_trainer.errors import ConfigError, DataError, ExitCode
 from lora_trainer.persona.prompt import prompt_messages, reply_json
@@ -508,4 +508,43 @@ def test_what_is_wrong_with_a_prompt_is_named(tmp_path: Path) -> None:
         (5, "out_of_range", "context.current_emotion.intensity"),
         (5, "missing_field", "input"),
     ]
-    assert "only context, input" in report.problems[2].expected
+    assert "only context, input, tags" in report.problems[2].expected
+
+
+def test_tags_of_prompts_are_counted(tmp_path: Path) -> None:
+    tagged = [
+        GOOD_PROMPT.replace("왔어?", said)[:-1] + f', "tags": {json.dumps(tags)}}}'
+        for said, tags in (("하나", ["crisis", "slang"]), ("둘", ["crisis"]), ("셋", []))
+    ]
+    report = check_prompts(prompts_file(tmp_path, GOOD_PROMPT, *tagged))
+    assert (report.records, report.errors, report.warnings) == (4, 0, 0)
+    assert report.tags == {PromptTag.CRISIS: 2, PromptTag.SLANG: 1}
+    document: Any = report.as_json()
+    assert document["tags"] == {**{str(tag): 0 for tag in PromptTag}, "crisis": 2, "slang": 1}
+
+
+@pytest.mark.parametrize(
+    ("tags", "field", "code", "words"),
+    [
+        ('["everyday", "crises"]', "tags.2", "unknown_value", ["'crises'", "one of everyday, ", "did you mean 'crisis'?"]),
+        ('["위기"]', "tags.1", "unknown_value", ["text of 2 characters", "leave it out"]),
+        ("[1]", "tags.1", "unknown_value", ["got 1"]),
+        ("[NaN]", "tags.1", "not_finite", ["got NaN"]),
+        ('"crisis"', "tags", "wrong_type", ["text of 6 characters", "a list of everyday, ", '["everyday"]']),
+        ("null", "tags", "wrong_type", ["got null", "leave the key out"]),
+        ('{"crisis": true}', "tags", "wrong_type", ["an object"]),
+    ],
+)
+def test_an_unknown_tag_is_an_error(tmp_path: Path, tags: str, field: str, code: str, words: list[str]) -> None:
+    path = prompts_file(tmp_path, GOOD_PROMPT[:-1] + f', "tags": {tags}}}')
+    (problem,) = check_prompts(path).problems
+    assert (problem.line, problem.field, problem.code) == (1, field, code)
+    for word in words:
+        assert word in problem.render(path)
+
+
+def test_a_record_has_no_tags(tmp_path: Path) -> None:
+    path = tmp_path / "train_data_type_A.jsonl"
+    path.write_text(line()[:-1] + ', "tags": ["crisis"]}\n', encoding="utf-8")
+    (problem,) = [one for one in check_file(path).problems if one.severity == "error"]
+    assert (problem.field, problem.code, problem.expected) == ("tags", "unknown_field", "only instruction, context, input, output")
