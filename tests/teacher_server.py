@@ -211,7 +211,10 @@ def _handler(teacher: Teacher) -> type[BaseHTTPRequestHandler]:
                 return self._send(401, {"error": {"message": "the key has expired", "type": "invalid_request_error"}})
             if fault == "stall":
                 time.sleep(teacher.stall_s)
-            content = json.dumps(self._content(body, is_critique=is_critique), ensure_ascii=False)
+            said = self._content(body, is_critique=is_critique)
+            if fault == "half the reviews":
+                said["reviews"] = said["reviews"][1::2]
+            content = json.dumps(said, ensure_ascii=False)
             if teacher.fenced:
                 content = f"```json\n{content}\n```"
             if fault == "malformed":
@@ -241,7 +244,7 @@ def _handler(teacher: Teacher) -> type[BaseHTTPRequestHandler]:
                 return None
             return self._send(200, answer)
 
-        def _content(self, body: dict[str, Any], *, is_critique: bool) -> dict[str, object]:
+        def _content(self, body: dict[str, Any], *, is_critique: bool) -> dict[str, list[dict[str, Any]]]:
             persona = PERSONA.search(body["messages"][0]["content"])
             assert persona
             _, *parts = ORDER.split(body["messages"][1]["content"])

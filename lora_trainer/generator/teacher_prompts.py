@@ -52,7 +52,7 @@ _SUMMARY: Final = {
     SummaryKind.ONE: "summary는 한 문장, 마흔 자 안쪽",
     SummaryKind.TURNS: (
         f"summary는 여러 번 오간 이야기, {SUMMARY_CHARACTERS.start}자에서 {SUMMARY_CHARACTERS.stop - 1}자. "
-        "답은 거기 나온 일을 하나 이상 낱말로 쓴다"
+        "답에 거기 나온 낱말이 하나 이상 들어간다"
     ),
 }
 

@@ -346,6 +346,13 @@ def test_without_a_usable_critique_the_rules_decide(fault: str, capsys: pytest.C
     assert {record.reply.text for record in written()} <= {dialogue["text"] for dialogue in teacher.drafts}
 
 
+def test_a_draft_without_a_review_is_left_to_the_rules(capsys: pytest.CaptureFixture[str]) -> None:
+    with serve(Teacher(verdicts=("no repair",), critique_faults=("half the reviews",))) as teacher:
+        assert run_cli(arguments(teacher, "--concurrency", "1", count=8)) == ExitCode.DONE
+    assert_as_ordered(Path("out/train_data_type_O.jsonl"), 8)
+    assert "criticised" in capsys.readouterr().out
+
+
 def test_no_critique(capsys: pytest.CaptureFixture[str]) -> None:
     with serve(Teacher(slips=("formal", None))) as teacher:
         assert run_cli(arguments(teacher, "--no-critique", count=12)) == ExitCode.DONE
