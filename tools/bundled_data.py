@@ -1,7 +1,7 @@
 """Build `data/train_data_type_*.jsonl` from the hand-written situations of `data/handwritten/*.yaml`, in their order.
 
-Also writes what data and package share: the evaluation prompts, the policy, the exemplars that the teacher's prompt shows, and the
-situations with slots, which `generate --engine compose` varies.
+Also writes what data and package share: the evaluation prompts, the policy, and the situations that `generate` needs: those with
+slots, which `--engine compose` varies, and those on hard topics, which the teacher's prompt shows as well.
 
 python tools/bundled_data.py            write the files
 python tools/bundled_data.py --check    compare the files with the sources; exit 1 if one is out of date
@@ -10,7 +10,6 @@ python tools/bundled_data.py --check    compare the files with the sources; exit
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -26,15 +25,12 @@ from lora_trainer.data.records import TrainingRecord
 from lora_trainer.errors import DataError
 from lora_trainer.generator.compose import variants
 from lora_trainer.generator.dataset_summary import summarise
-from lora_trainer.generator.exchanges import VARIANTS_PER_SOURCE, Exchange
+from lora_trainer.generator.exchanges import VARIANTS_PER_SOURCE, Exchange, ShippedExchange, record_of
 from lora_trainer.generator.teacher_orders import families, family_rules
-from lora_trainer.persona.specs import persona_spec
 from lora_trainer.persona.vocabulary import BloodType, Feeling, IntensityThird
 
 REPOSITORY: Final = Path(__file__).resolve().parents[1]
 DATA: Final = REPOSITORY / "data"
-EXEMPLARS_PER_FAMILY: Final = 3
-"""How many situations of a family the teacher's prompt chooses from."""
 
 
 class Situation(Exchange):
@@ -179,48 +175,23 @@ def handwritten_families() -> tuple[Family, ...]:
 
 
 def exchange_lines() -> Iterator[str]:
-    """Yield the situations with slots as lines of `exchanges.jsonl`, in order."""
+    """Yield the situations with slots, and those on the hard topic of their family, as lines of `exchanges.jsonl`, in order."""
     for family in handwritten_families():
+        topics = family_rules(family.family).topics
         for situation in family.situations:
-            if situation.slots:
-                yield situation.model_dump_json(exclude={"tags"}) + "\n"
+            if situation.slots or not set(topics).isdisjoint(situation.tags):
+                content = situation.model_dump(exclude={"tags"})
+                yield ShippedExchange(family=family.family, **content).model_dump_json() + "\n"
 
 
 def handwritten_records(blood_type: BloodType) -> list[TrainingRecord]:
     """Return one persona's hand-written records, in order."""
     return [
-        TrainingRecord.model_validate(
-            {
-                "instruction": persona_spec(blood_type).instruction,
-                "context": {
-                    "summary": situation.summary,
-                    "current_emotion": {"type": reply.feeling, "intensity": reply.intensity},
-                },
-                "input": situation.input,
-                "output": {"text": reply.text, "emotion": reply.emotion},
-            }
-        )
+        record_of(blood_type, situation.summary, situation.input, reply.text, reply)
         for family in handwritten_families()
         for situation in family.situations
         for reply in situation.replies.get(blood_type, ())
     ]
-
-
-def exemplar_lines() -> Iterator[str]:
-    """Yield some situations of each family that all personas answer, as lines of JSON."""
-    for name in families():
-        topics = family_rules(name).topics
-        found = [
-            situation
-            for family in handwritten_families()
-            for situation in family.situations
-            if family.family == name and len(situation.replies) == len(BloodType)
-        ]
-        # those about the family's topics come first, then those with most replies
-        found.sort(key=lambda one: (set(topics).isdisjoint(one.tags), -sum(map(len, one.replies.values()))))
-        for situation in found[:EXEMPLARS_PER_FAMILY]:
-            content = {"family": name, **situation.model_dump(mode="json", include={"summary", "input", "replies"})}
-            yield json.dumps(content, ensure_ascii=False) + "\n"
 
 
 def coverage(records: Mapping[BloodType, list[TrainingRecord]]) -> str:
@@ -271,7 +242,6 @@ def main() -> int:
     files = {
         DATA / "eval_prompts.jsonl": prompts,
         REPOSITORY / "lora_trainer/data/assets/policy.ko.md": policy,
-        REPOSITORY / "lora_trainer/generator/exemplars.jsonl": "".join(exemplar_lines()),
         REPOSITORY / "lora_trainer/generator/exchanges.jsonl": "".join(exchange_lines()),
     }
     records = {blood_type: handwritten_records(blood_type) for blood_type in BloodType}

@@ -14,8 +14,7 @@ from typing import NamedTuple
 from lora_trainer.data.duplicates import normalized
 from lora_trainer.data.records import TrainingRecord
 from lora_trainer.generator.collector import Cell, RecordCollector
-from lora_trainer.generator.exchanges import Exchange, WrittenReply, load_exchanges
-from lora_trainer.persona.specs import persona_spec
+from lora_trainer.generator.exchanges import Exchange, load_exchanges, record_of
 from lora_trainer.persona.vocabulary import BloodType, IntensityThird
 
 OnRecord = Callable[[TrainingRecord], None]
@@ -51,18 +50,7 @@ def variants(blood_type: BloodType, exchanges: Sequence[Exchange]) -> Iterator[V
                 )
                 if (dialogue := normalized(f"{message}\n{text}")) not in seen:
                     seen.add(dialogue)
-                    yield Variant(source, number, _record(blood_type, summary, message, text, reply))
-
-
-def _record(blood_type: BloodType, summary: str, message: str, text: str, reply: WrittenReply) -> TrainingRecord:
-    return TrainingRecord.model_validate(
-        {
-            "instruction": persona_spec(blood_type).instruction,
-            "context": {"summary": summary, "current_emotion": {"type": reply.feeling, "intensity": reply.intensity}},
-            "input": message,
-            "output": {"text": text, "emotion": reply.emotion},
-        }
-    )
+                    yield Variant(source, number, record_of(blood_type, summary, message, text, reply))
 
 
 def compose(collector: RecordCollector, wanted: Sequence[Cell], seed: int, on_record: OnRecord | None = None) -> None:

@@ -1,6 +1,7 @@
-"""The hand-written exchanges that `compose` varies: whole situations in which some words may be replaced by others.
+"""The hand-written exchanges that ship with the package, one a line of `exchanges.jsonl`.
 
-`tools/bundled_data.py` builds `exchanges.jsonl` from the situations in `data/handwritten/` that have slots, one a line.
+`compose` varies those with slots, in which some words may be replaced by others. The teacher is shown some of all of them, also on
+hard topics, which have no slots. `tools/bundled_data.py` builds the file from the situations in `data/handwritten/`.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from typing import Annotated, Final
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
+from lora_trainer.data.records import TrainingRecord
+from lora_trainer.persona.specs import persona_spec
 from lora_trainer.persona.vocabulary import BloodType, Expression, Feeling
 
 VARIANTS_PER_SOURCE: Final = 3
@@ -34,7 +37,7 @@ class WrittenReply(_Part):
 
 
 def _as_tuple(replies: object) -> object:
-    return tuple(replies) if isinstance(replies, list) else (replies,)
+    return tuple(replies) if isinstance(replies, list | tuple) else (replies,)
 
 
 WrittenReplies = Annotated[tuple[WrittenReply, ...], BeforeValidator(_as_tuple), Field(min_length=1, max_length=3)]
@@ -63,8 +66,26 @@ class Exchange(_Part):
         return re.sub("|".join(map(re.escape, longest_first)), lambda found: words[found[0]], text)
 
 
+class ShippedExchange(Exchange):
+    """An exchange of the package."""
+
+    family: str
+
+
 @cache
-def load_exchanges() -> tuple[Exchange, ...]:
+def load_exchanges() -> tuple[ShippedExchange, ...]:
     """Load the exchanges that ship with the package, in a fixed order."""
     text = resources.files("lora_trainer.generator").joinpath("exchanges.jsonl").read_text(encoding="utf-8")
-    return tuple(Exchange.model_validate_json(line) for line in text.splitlines())
+    return tuple(ShippedExchange.model_validate_json(line) for line in text.splitlines())
+
+
+def record_of(blood_type: BloodType, summary: str, message: str, text: str, reply: WrittenReply) -> TrainingRecord:
+    """Return a persona's record with these texts, and the feeling, intensity and face of `reply`."""
+    return TrainingRecord.model_validate(
+        {
+            "instruction": persona_spec(blood_type).instruction,
+            "context": {"summary": summary, "current_emotion": {"type": reply.feeling, "intensity": reply.intensity}},
+            "input": message,
+            "output": {"text": text, "emotion": reply.emotion},
+        }
+    )

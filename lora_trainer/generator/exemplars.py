@@ -1,17 +1,15 @@
-"""Hand-written exchanges that show the teacher how a persona answers. `tools/bundled_data.py` takes them from data/handwritten."""
+"""Hand-written exchanges that show the teacher how a persona answers."""
 
 from __future__ import annotations
 
-import json
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from importlib import resources
 
 from lora_trainer.data.records import TrainingRecord
 from lora_trainer.generator.collector import Cell
-from lora_trainer.persona.specs import persona_spec
+from lora_trainer.generator.exchanges import load_exchanges, record_of
 from lora_trainer.persona.vocabulary import BloodType, IntensityThird
 
 
@@ -31,29 +29,12 @@ class Exemplar:
 
 @cache
 def exemplars(blood_type: BloodType) -> tuple[Exemplar, ...]:
-    """Return a persona's exemplars."""
-    return tuple(_read(blood_type))
-
-
-def _read(blood_type: BloodType) -> Iterator[Exemplar]:
-    text = resources.files("lora_trainer.generator").joinpath("exemplars.jsonl").read_text(encoding="utf-8")
-    for line in text.splitlines():
-        situation = json.loads(line)
-        for reply in situation["replies"].get(blood_type, ()):
-            yield Exemplar(
-                situation["family"],
-                TrainingRecord.model_validate(
-                    {
-                        "instruction": persona_spec(blood_type).instruction,
-                        "context": {
-                            "summary": situation["summary"],
-                            "current_emotion": {"type": reply["feeling"], "intensity": reply["intensity"]},
-                        },
-                        "input": situation["input"],
-                        "output": {"text": reply["text"], "emotion": reply["emotion"]},
-                    }
-                ),
-            )
+    """Return a persona's exemplars: all exchanges of the package."""
+    return tuple(
+        Exemplar(exchange.family, record_of(blood_type, exchange.summary, exchange.input, reply.text, reply))
+        for exchange in load_exchanges()
+        for reply in exchange.replies.get(blood_type, ())
+    )
 
 
 def nearest(known: Sequence[Exemplar], family: str, cell: Cell, count: int, rng: random.Random) -> list[Exemplar]:

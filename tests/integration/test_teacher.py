@@ -320,7 +320,7 @@ def test_a_draft_to_which_only_the_critic_objects_is_repaired(capsys: pytest.Cap
     out = capsys.readouterr().out
     assert "critique, drafts with a fault: grounded: " in out
     assert "critique, drafts with a fault: in_character: " in out
-    assert "answers" not in out
+    assert "fault: answers" not in out
     drafted, repaired = ({dialogue["text"] for dialogue in found} for found in (teacher.drafts, teacher.repaired))
     taken = {record.reply.text for record in written()}
     assert taken & repaired

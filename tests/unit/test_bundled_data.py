@@ -199,8 +199,8 @@ def test_a_mistake_ends_the_tool_without_a_traceback() -> None:
     assert caught.value.code == "one\ntwo"
 
 
-def test_the_exchanges_of_the_package_are_the_situations_with_slots() -> None:
-    """A test without `slow`, because `generate` would silently vary old texts."""
+def test_the_exchanges_of_the_package_are_those_of_the_sources() -> None:
+    """A test without `slow`, because `generate` would silently vary and show old texts."""
     shipped = REPOSITORY / "lora_trainer" / "generator" / "exchanges.jsonl"
     assert shipped.read_text(encoding="utf-8") == "".join(tool.exchange_lines()), "run: python tools/bundled_data.py"
 
