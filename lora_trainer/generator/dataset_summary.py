@@ -28,23 +28,38 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Grounding:
     """Counts of how replies take up what they answer, as far as the linter can tell."""
 
-    choices: int
+    choices: int = 0
     """Messages that ask to choose between two things."""
-    answered_choices: int
-    dangers: int
+    answered_choices: int = 0
+    dangers: int = 0
     """Exchanges in which somebody is in danger."""
-    dangers_with_number: int
+    dangers_with_number: int = 0
     """Those whose reply names a number that helps."""
-    dangers_with_question: int
-    dangers_with_presence: int
+    dangers_with_question: int = 0
+    dangers_with_presence: int = 0
     """Those whose reply claims a body, a place or an arrival."""
-    summaries: int
-    used_summaries: int
+    summaries: int = 0
+    used_summaries: int = 0
     """Summaries of which the reply has a word that the message has not."""
+
+    def add(self, record: TrainingRecord) -> None:
+        """Count one record."""
+        summary, message, text = record.context.summary, record.input, record.reply.text
+        if choice(message):
+            self.choices += 1
+            self.answered_choices += not is_unanswered_choice(message, text)
+        if found := dangers(summary, message):
+            self.dangers += 1
+            self.dangers_with_number += names_help(text, found)
+            self.dangers_with_question += has_question(text)
+            self.dangers_with_presence += claims_presence(text)
+        if summary:
+            self.summaries += 1
+            self.used_summaries += uses_summary(summary, message, text)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +112,7 @@ def summarise(blood_type: BloodType, records: Iterable[TrainingRecord], sources:
     unique: set[str] = set()
     emoji_counts: Counter[tuple[float, float]] = Counter()
     style = StyleCounter()
-    grounding: Counter[str] = Counter()
+    grounding = Grounding()
     for record, source in zip(records, chain(sources, repeat(None)), strict=False):
         text, emotion = record.reply.text, record.context.current_emotion
         third = IntensityThird.of(emotion.intensity)
@@ -108,7 +123,7 @@ def summarise(blood_type: BloodType, records: Iterable[TrainingRecord], sources:
         emoji[round(emotion.intensity, 1)].append(emoji_count(text))
         by_third[third].append(emoji_count(text))
         emoji_counts[emotion.intensity, emoji_count(text)] += 1
-        grounding.update(_grounding(record))
+        grounding.add(record)
         if not style.is_full:
             style.add(described(text))
         reply_characters.append(len(text))
@@ -135,25 +150,8 @@ def summarise(blood_type: BloodType, records: Iterable[TrainingRecord], sources:
         emoji_intensity=spearman_of_counts(emoji_counts.items()),
         style=style.result(),
         variants=variant_count(sources),
-        grounding=Grounding(**{name: grounding[name] for name in Grounding.__dataclass_fields__}),
+        grounding=grounding,
     )
-
-
-def _grounding(record: TrainingRecord) -> Mapping[str, int]:
-    """Return what one record adds to the counts of `Grounding`."""
-    summary, message, text = record.context.summary, record.input, record.reply.text
-    found = dangers(summary, message)
-    asks_to_choose = choice(message) is not None
-    return {
-        "choices": asks_to_choose,
-        "answered_choices": asks_to_choose and not is_unanswered_choice(message, text),
-        "dangers": bool(found),
-        "dangers_with_number": bool(found) and names_help(text, found),
-        "dangers_with_question": bool(found) and has_question(text),
-        "dangers_with_presence": bool(found) and claims_presence(text),
-        "summaries": bool(summary),
-        "used_summaries": bool(summary) and uses_summary(summary, message, text),
-    }
 
 
 def dataset_table(summary: DatasetSummary, rejects: Mapping[str, int], language: str = ENGLISH) -> RenderableType:
