@@ -158,7 +158,9 @@ def _draw(cell: Cell, blood_type: BloodType, used: Collection[str], rng: random.
     summary = rng.choices(list(_SUMMARIES), list(_SUMMARIES.values()))[0]
     if orders().acts[act].needs_summary and summary is SummaryKind.NONE:
         summary = SummaryKind.ONE
-    fewest, most = persona_spec(blood_type).emoji.usual[third]
+    emoji = rng.randint(*persona_spec(blood_type).emoji.usual[third])
+    if rules.topics:
+        emoji = 0 if rules.is_danger else min(emoji, 1)
     return DialogueSpec(
         cell=cell,
         intensity=rng.choice(INTENSITIES[third]),
@@ -171,7 +173,7 @@ def _draw(cell: Cell, blood_type: BloodType, used: Collection[str], rng: random.
         length=ReplyLength.LONG if rules.is_danger else rng.choices(list(_LENGTHS), list(_LENGTHS.values()))[0],
         has_comma=rng.random() < _COMMA_RATE,
         has_laughter=not rules.topics and feeling in _LAUGHING and rng.random() < _LAUGHTER_RATE * len(Feeling) / len(_LAUGHING),
-        emoji=0 if rules.is_danger else rng.randint(fewest, most),
+        emoji=emoji,
         asks_back=rng.random() < QUESTION_RATE,
     )
 

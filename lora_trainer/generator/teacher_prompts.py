@@ -164,7 +164,8 @@ def _order(number: int, spec: DialogueSpec) -> list[str]:
         f"   상대: {act.says}{typing}",
         f"   앞선 일: {_SUMMARY[spec.summary]}",
         f"   친구의 감정: {feeling}({feeling.gloss}) {spec.intensity:.1f}, {_STRENGTH[third]}",
-        f"   답: {act.reply}. {', '.join(reply)}",
+        # on a hard topic, the policy says what a reply does
+        f"   답: {'아래 지킬 것대로' if rules.topics else act.reply}. {', '.join(reply)}",
     ]
     if rules.topics:
         topics = dict.fromkeys(policy().topics[topic] for topic in rules.topics)

@@ -12,6 +12,7 @@ from conftest import REPOSITORY
 from lora_trainer.data.hard_topics import DANGERS
 from lora_trainer.data.lint import RULES
 from lora_trainer.data.policy import policy
+from lora_trainer.data.style import described
 from lora_trainer.generator.collector import all_cells
 from lora_trainer.generator.exemplars import exemplars, nearest
 from lora_trainer.generator.teacher_orders import (
@@ -84,6 +85,8 @@ def test_what_orders_are_drawn_from_is_known() -> None:
         assert set(rules.acts) <= set(orders().acts), name
         assert set(rules.typing) <= set(orders().typing), name
         assert not rules.is_danger or rules.topics, name
+        for feeling in rules.feelings or Feeling:
+            assert [act for act in rules.acts or orders().acts if feeling not in orders().acts[act].avoids], (name, feeling)
     assert set(RULES) <= set(orders().findings)
 
 
@@ -100,6 +103,7 @@ def test_orders_keep_to_their_family(drawn: dict[str, list[DialogueSpec]]) -> No
             assert not rules.feelings or spec.cell[0] in rules.feelings
             assert not rules.acts or spec.act in rules.acts
             assert not (rules.is_danger and (spec.emoji or spec.has_laughter))
+            assert not (rules.topics and spec.emoji > 1)
 
 
 def test_orders_vary(drawn: dict[str, list[DialogueSpec]]) -> None:
@@ -134,6 +138,8 @@ def test_the_order_of_each_family(blood_type: BloodType, drawn: dict[str, list[D
         shown = [topic for topic, text in policy().topics.items() if text in prompt]
         assert set(family_rules(name).topics) <= set(shown)
         assert bool(shown) == bool(family_rules(name).topics)
+        # what the policy says about a reply has no rival
+        assert (orders().acts[spec.act].reply in prompt) == (not shown)
         assert len(near) == 2
         assert all(one.record.reply.text in prompt for one in near)
 
@@ -170,6 +176,7 @@ def test_the_system_prompts(prompt_of: object, blood_type: BloodType) -> None:
     for words in (spec.tone, *spec.never, *spec.examples, *spec.feelings.values(), policy().rules):
         assert words in prompt
     assert "$" not in prompt
+    assert not any(described(example).is_spliced for example in spec.examples), "the prompt forbids it"
     # the others' tones tell what this friend would not say
     for other in BloodType:
         assert persona_spec(other).tone in prompt
