@@ -96,7 +96,7 @@ def adapter(bundle: Path) -> dict[str, Any]:
     metrics = json.loads((bundle / "metrics.json").read_text(encoding="utf-8"))
     rates = metrics["evaluation"]["greedy"]["adapter"]
     return {
-        "persona": metrics["blood_type"],
+        "blood_type": metrics["blood_type"],
         "steps": metrics["training"]["steps"],
         "loss_held_out": round(metrics["held_out"]["loss_adapter"], 4),
         "loss_base": round(metrics["held_out"]["loss_base"], 4),
@@ -150,7 +150,7 @@ def main() -> int:
                 for line in replies.read_text(encoding="utf-8").splitlines():
                     reply = json.loads(line)
                     if reply["model"] == "adapter":
-                        reply |= {"form": result["form"], "seed": result["seed"], "adapter": found["persona"]}
+                        reply |= {"form": result["form"], "seed": result["seed"], "adapter": found["blood_type"]}
                         file.write(json.dumps(reply, ensure_ascii=False) + "\n")
     document = {
         "machine": machine(),
@@ -163,7 +163,7 @@ def main() -> int:
     for result in results:
         for found in result["adapters"]:
             numbers = " ".join(f"{name}={found[name]:.3f}" for name in ("loss_held_out", *MEASURES))
-            print(result["form"], result["seed"], found["persona"], numbers)
+            print(result["form"], result["seed"], found["blood_type"], numbers)
     return int(any(not result["adapters"] for result in results))
 
 
