@@ -328,8 +328,11 @@ def _warnings(evaluation: EvaluationMetrics) -> Iterator[tuple[str, list[int]]]:
 
 def _tags(evaluation: EvaluationMetrics) -> Iterator[dict[str, Any]]:
     """Yield a row per tag and model: the rates of its greedy replies with their bounds, and the linter's findings."""
-    for model, replied in (("adapter", evaluation.greedy.adapter), ("base", evaluation.greedy.base)):
-        for tag, measured in replied.by_tag.items():
+    models = (("adapter", evaluation.greedy.adapter), ("base", evaluation.greedy.base))
+    for tag in evaluation.greedy.adapter.by_tag:
+        for model, replied in models:
+            if (measured := replied.by_tag.get(tag)) is None:
+                continue
             rates = [getattr(measured, name) for name in _TAG_MEASURES]
             yield {
                 "tag": tag.replace("_", " "),
