@@ -300,7 +300,7 @@ def generate(
     \b
     Examples:
       lora-trainer generate --count 900 --report report.html
-      lora-trainer generate --blood-type A --count 300 --against my-data/train_data_type_A.jsonl --output s3://bucket/personas/
+      lora-trainer generate --blood-type A --count 300 --against my-data/train_data_type_A.jsonl --output generated/
       lora-trainer generate --engine teacher --base-url http://localhost:8000/v1 --model Qwen/Qwen2.5-72B-Instruct
     """
     from rich.progress import Progress
