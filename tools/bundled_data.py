@@ -256,6 +256,8 @@ def main() -> int:
             path.write_text(text, encoding="utf-8", newline="\n")
         state = "up to date" if is_same else "out of date" if check else "written"
         print(f"{path.relative_to(REPOSITORY)}: {text.count(chr(10)):,} lines, {state}")
+    if check and differ:
+        print("run python tools/bundled_data.py")
     return 1 if check and differ else 0
 
 
