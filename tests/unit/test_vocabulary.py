@@ -131,6 +131,7 @@ def test_a_mistake_is_named_with_its_line(described_feeling: Path, tmp_path: Pat
     root = tmp_path / "copy"
     shutil.copytree(described_feeling, root)
     prompt = '{"context": {"summary": "", "current_emotion": {"type": "boredd", "intensity": "0.2"}}, "input": "심심한 사람"}\n'
+    number = (root / PROMPTS).read_text(encoding="utf-8").count("\n") + 1
     edit(root / PROMPTS, lambda text: f"{text}{prompt}{{\n")
     edit(root / TINY_BASE, lambda text: text.replace("[pout]", "[pouting]", 1))
     edit(root / DEFINITIONS / "A.yaml", lambda text: text.replace("bored: [🥱, 😑]", "bored: [🥱, 하품]", 1))
@@ -142,9 +143,9 @@ def test_a_mistake_is_named_with_its_line(described_feeling: Path, tmp_path: Pat
         f"{DEFINITIONS}/A.yaml": ("1 value wrong", "by_feeling.bored: '하품' is not one emoji"),
         PROMPTS: (
             "3 lines wrong",
-            "121: context.current_emotion.type: got 'boredd'",
-            "121: context.current_emotion.intensity",
-            "122: ",
+            f"{number}: context.current_emotion.type: got 'boredd'",
+            f"{number}: context.current_emotion.intensity",
+            f"{number + 1}: ",
         ),
         TINY_BASE: ("2 values missing or wrong", "faces.angry.weak.0", "got 'pouting'"),
         "data/train_data_type_O.jsonl": ("1 line wrong", "No such file"),
