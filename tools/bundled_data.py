@@ -87,10 +87,12 @@ def texts_of(situation: Exchange) -> dict[str, str]:
     return {"summary": situation.summary, "input": situation.input, **replies}
 
 
-def _slot_problems(situation: Exchange) -> Iterator[str]:
+def _slot_problems(situation: Situation) -> Iterator[str]:
     """Yield what would make a variant read wrong, as far as a rule can tell."""
     if not situation.slots:
         return
+    if "crisis" in situation.tags:
+        yield "slots: got some in a situation tagged `crisis`, expected none"
     counts = sorted({len(values) for values in situation.slots.values()})
     most = VARIANTS_PER_SOURCE + 1
     if counts not in ([most - 1], [most]):

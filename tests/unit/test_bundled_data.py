@@ -175,6 +175,11 @@ def test_a_situation_may_have_slots(handwritten: Path) -> None:
             "slots.음식: got '닭강정', expected a word that ends in a vowel like '떡볶이', because of '를' after it in",
         ),
         ("닭강정이", "쫄면 물", "slots.음식: got '쫄면 물', expected a word that ends in a vowel like '떡볶이'"),
+        (
+            "slots: {음식: [떡볶이, 김치전골이, 닭강정이]}",
+            "slots: {음식: [떡볶이, 파스타, 피자]}\n        tags: [crisis]",
+            "slots: got some in",
+        ),
         ("feeling: happy", "feeling: joyful", "replies.A.0.feeling: got 'joyful', expected 'neutral', 'happy'"),
         ("intensity: 0.5", "intensity: 5", "replies.A.0.intensity: got 5; "),
         (", emotion: smile", "", "replies.A.0.emotion: got nothing; "),
