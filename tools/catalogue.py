@@ -59,7 +59,7 @@ def extracted() -> list[str]:
 
 
 def in_module(source: str, name: str) -> Iterator[str]:
-    """Yield the messages of one module. Those without a Latin letter, such as a number, need no translation."""
+    """Yield the messages of one module. Those without a Latin letter or a semicolon, such as a number, need no translation."""
     for node in ast.walk(ast.parse(source)):
         if not isinstance(node, ast.Call):
             continue
@@ -67,7 +67,7 @@ def in_module(source: str, name: str) -> Iterator[str]:
         for position in KEYWORDS.get(function, ()):
             for literal in _literals(node.args[position : position + 1]):
                 text = _text(literal)
-                if not re.search("[A-Za-z]", _PLACEHOLDER.sub("", text)):
+                if not re.search("[A-Za-z;]", _PLACEHOLDER.sub("", text)):
                     continue
                 if isinstance(literal, ast.JoinedStr):
                     raise UnmarkedMessageError(

@@ -113,7 +113,7 @@ def with_values(document: str) -> str:
     for marker, vocabulary in (("feelings", Feeling), ("expressions", Expression)):
         rows = ["| Value | 뜻 |", "|---|---|", *(f"| `{word}` | {word.gloss} |" for word in vocabulary)]
         document = _replaced(document, f"{marker}:begin -->\n", "".join(f"{row}\n" for row in rows), f"{marker}:end")
-    return _replaced(document, "glosses:begin -->", ", ".join(feeling.gloss for feeling in Feeling), "glosses:end")
+    return _replaced(document, "glosses:begin -->", ", ".join(f"{word.gloss}(`{word}`)" for word in Feeling), "glosses:end")
 
 
 def _replaced(document: str, begin: str, text: str, end: str) -> str:
