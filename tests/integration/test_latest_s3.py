@@ -54,8 +54,9 @@ def test_concurrent_runs_and_a_promotion_end_with_the_one_that_started_last(buck
         counters, promotion = pool.map(run, range(runs)), pool.submit(promote)
         assert sorted(counters) == list(range(1, runs + 1))
         promotion.result()
-    # all runs had started before the promotion
-    assert (pointer(uri)["run_id"], pointer(uri)["counter"]) == ("promoted", runs + 1)
+    # all runs had started before the promotion, which takes another count each time that a run moves the pointer in between
+    assert pointer(uri)["run_id"] == "promoted"
+    assert pointer(uri)["counter"] > runs
     storage = open_storage(uri)
     assert move_latest(storage, A, manifest("next", count_start(storage, A, "next"), BEHIND)).moved
 
