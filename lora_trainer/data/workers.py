@@ -103,7 +103,8 @@ def _in_processes(batches: Iterator[LineBatch], pool: ProcessPoolExecutor, most_
         # after an error or an interruption, wait for the batches being checked, a second at most: a process that exits without
         # closing its pool leaves a warning about leaked semaphores
         pool.shutdown(wait=True, cancel_futures=True)
-        # there is no public way, and it would keep its memory until the job ends
+        # multiprocessing has no public way to end the process that workers are forked from, and it would keep the model's memory
+        # while the job trains; a test finds out if a Python no longer has this one
         forkserver._forkserver._stop()  # type: ignore[attr-defined]
 
 

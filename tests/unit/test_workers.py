@@ -187,6 +187,13 @@ def children(pid: int) -> set[int]:
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc to find the workers")
+def test_no_process_outlives_the_check_but_the_resource_tracker() -> None:
+    list(checked_batches(batches_of(3, []), settings(), 2))
+    commands = [Path(f"/proc/{child}/cmdline").read_bytes() for child in children(os.getpid())]
+    assert not any(b"forkserver" in command for command in commands)
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc to find the workers")
 @pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGKILL])
 def test_an_interruption_ends_all_processes(tmp_path: Path, ending: signal.Signals) -> None:
     path = tmp_path / "train_data_type_A.jsonl"
