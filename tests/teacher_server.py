@@ -35,6 +35,8 @@ PERSONA = re.compile(r"^(AB|A|B|O)형이고", re.MULTILINE)
 SAME_AGAIN = "그 얘기 자꾸 생각나네, 오늘은 어떻게 됐어?"
 # A model's mistakes, one per dialogue in turn; None means no mistake.
 SLIPS = (None, None, "formal", None, "three sentences", None, None, "same again", None, "not asked for", None)
+# an order for a summary of several turns says this
+TOLD_OVER_DAYS = "여러 번 오간 이야기"
 UNUSED = "지난주에 빌려 간 장화를 수요일까지 돌려주기로 했는데 수요일에 잊었고 금요일에도 잊어서 택배로 부쳤대. 상자도 골랐대."
 
 
@@ -50,6 +52,8 @@ class Teacher:
     verdicts: tuple[str | None, ...] = (None,)
     """What it does with drafts that no rule objects to, in turn: a fault that it finds and repairs, `no repair`, or None."""
     repairs_findings: bool = True
+    ignores_summaries: bool = False
+    """Whether every other draft with a summary of several turns has a reply that doesn't use it."""
     critic_model: str = "teacher"
     refuses: tuple[str, ...] = ()
     """Request fields that the server does not know."""
@@ -73,6 +77,7 @@ class Teacher:
     url: str = ""
     _under_way: int = 0
     _dialogues: int = 0
+    _told_over_days: int = 0
     _reviews: int = 0
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _pool: dict[tuple[BloodType, Feeling, IntensityThird], list[TrainingRecord]] = field(default_factory=dict)
@@ -103,6 +108,11 @@ class Teacher:
         with self._lock:
             slip = self.slips[self._dialogues % len(self.slips)]
             self._dialogues += 1
+            if TOLD_OVER_DAYS in order:
+                self._told_over_days += 1
+                ignores_summary = self.ignores_summaries and self._told_over_days % 2 == 1
+            else:
+                ignores_summary = False
         drafted = self.fresh(persona, number, order)
         if slip == "same again":
             drafted["text"] = SAME_AGAIN
@@ -113,8 +123,8 @@ class Teacher:
         elif slip == "not asked for":
             drafted["number"] = 99
         elif slip == "exemplar":
-            drafted["text"] = random.choice([one.record.reply.text for one in exemplars(persona)]) + " 진짜로"
-        elif slip == "unused summary" and "여러 번 오간 이야기" in order:
+            drafted["text"] = random.choice(long_exemplars(persona)) + " 진짜로"
+        elif ignores_summary:
             drafted["summary"] = UNUSED
         self.drafts.append(drafted)
         return drafted
@@ -145,7 +155,7 @@ class Teacher:
                 stock += random.sample(bundled(persona, feeling, third), len(bundled(persona, feeling, third)))
             record = stock.pop()
         summary = record.context.summary
-        if "여러 번 오간 이야기" in order:
+        if TOLD_OVER_DAYS in order:
             # it takes its words from the reply, so that the reply uses it
             told = f"우리는 며칠 동안 이 얘기를 자주 했고 어젯밤에는 이런 말도 나왔어: {record.reply.text} "
             summary = (told + "그러다 밤이 깊어서 하던 얘기를 다 못 끝내고 잠이 들었어.")[: SUMMARY_CHARACTERS.stop - 1]
@@ -156,6 +166,12 @@ class Teacher:
             "text": record.reply.text,
             "emotion": str(record.reply.emotion),
         }
+
+
+@cache
+def long_exemplars(persona: BloodType) -> list[str]:
+    """Return the exemplars' replies that two more syllables leave recognizable."""
+    return [one.record.reply.text for one in exemplars(persona) if len(one.record.reply.text) >= 25]
 
 
 @cache

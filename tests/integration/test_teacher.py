@@ -387,8 +387,7 @@ def test_a_run_that_ends_during_a_critique_loses_and_repeats_nothing(capsys: pyt
 
 
 def test_replies_use_a_summary_of_several_turns(capsys: pytest.CaptureFixture[str]) -> None:
-    slips = (None, None, "unused summary")
-    with serve(Teacher(slips=slips, repairs_findings=False)) as teacher:
+    with serve(Teacher(ignores_summaries=True, repairs_findings=False)) as teacher:
         assert run_cli(arguments(teacher, count=COUNT)) == ExitCode.DONE
     assert "summary_unused" in capsys.readouterr().out
     long = [record for record in written() if len(record.context.summary) in SUMMARY_CHARACTERS]
