@@ -62,13 +62,13 @@ def _gates(evaluation: EvaluationMetrics, config: GatesConfig) -> Iterator[GateR
     for name in _LOWER_BOUND_GATES:
         threshold: float | None = getattr(config, name)
         if threshold is not None:
-            yield _gate(name, getattr(adapter, name), "lower 95 % bound (Clopper-Pearson)", threshold)
+            yield _gate(name, getattr(adapter, name), "lower 95 % bound (exact, by prompt)", threshold)
     if config.emoji_intensity is not None:
         yield _gate("emoji_intensity", adapter.emoji_intensity, "lower 95 % bound (bootstrap by prompt)", config.emoji_intensity)
     if config.question_rate_min is not None:
-        yield _gate("question_rate_min", adapter.question, "lower 95 % bound (Clopper-Pearson)", config.question_rate_min)
+        yield _gate("question_rate_min", adapter.question, "lower 95 % bound (exact, by prompt)", config.question_rate_min)
     if config.question_rate_max is not None:
-        yield _gate("question_rate_max", adapter.question, "upper 95 % bound (Clopper-Pearson)", config.question_rate_max)
+        yield _gate("question_rate_max", adapter.question, "upper 95 % bound (exact, by prompt)", config.question_rate_max)
     if config.win_rate is not None:
         yield _gate("win_rate", evaluation.greedy.win_rate, "lower 95 % bound (bootstrap by prompt)", config.win_rate)
 

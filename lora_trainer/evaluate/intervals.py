@@ -1,8 +1,8 @@
-"""Confidence bounds of rates, means and correlations: exact binomial bounds and a bootstrap clustered by prompt.
+"""Confidence bounds of rates, means and correlations, for replies of which several answer the same prompt.
 
 The model answers each prompt at several intensities, and these answers are correlated: 480 replies carry less information
-than 480 independent ones. The exact bound assumes independence. The clustered bootstrap resamples whole prompts, so the
-difference between the two shows the effect of the correlation.
+than 480 independent ones. A rate has the exact binomial bounds of as many independent replies as would tell the same, and
+means and correlations have a bootstrap that draws whole prompts. `benchmarks/gate_sizes.py` simulates how often either is wrong.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 if TYPE_CHECKING:
     import numpy as np
@@ -22,20 +22,58 @@ CONFIDENCE: Final = 0.95
 """Confidence of each one-sided bound. The lower and upper bound together form a 90 % interval."""
 
 
-def clopper_pearson(successes: int, of: int) -> tuple[float, float]:
+def clopper_pearson(successes: float, of: float) -> tuple[float, float]:
     """Return the one-sided lower and upper 95 % bound of a binomial rate; (0, 1) without observations.
 
-    Clopper & Pearson 1934, doi:10.1093/biomet/26.4.404. Raises `ValueError` for impossible counts.
+    Clopper & Pearson 1934, doi:10.1093/biomet/26.4.404, as quantiles of beta distributions, which take fractions of a count.
+    Raises `ValueError` for impossible counts.
     """
-    from scipy.stats import binomtest
+    from scipy.stats import beta
 
     if not 0 <= successes <= of:
         raise ValueError(f"got {successes} successes of {of}")
     if not of:
         return 0.0, 1.0
-    # two one-sided 95 % bounds are one two-sided 90 % interval
-    interval = binomtest(successes, of).proportion_ci(confidence_level=2 * CONFIDENCE - 1, method="exact")
-    return float(interval.low), float(interval.high)
+    failures = of - successes
+    lower = float(beta.ppf(1 - CONFIDENCE, successes, failures + 1)) if successes else 0.0
+    upper = float(beta.ppf(CONFIDENCE, successes + 1, failures)) if failures else 1.0
+    return lower, upper
+
+
+class RateBounds(NamedTuple):
+    """One-sided 95 % bounds of a rate."""
+
+    lower: float
+    upper: float
+    effective: float
+    """Number of independent observations that would tell as much."""
+
+
+def clustered_bounds(held: Sequence[bool], clusters: Sequence[int], least_correlation: float) -> RateBounds:
+    """Return the bounds of the share of `held` that is true; `clusters` names the cluster of each observation.
+
+    Divides the number of observations by the design effect (Kish 1965), the variance of the rate relative to that of independent
+    observations, and bounds the rest exactly (Korn & Graubard 1998, Survey Methodology 24:193). The design effect is estimated from
+    the clusters, but never below the one of `least_correlation`, in [0, 1], between observations of a cluster: few failures, or
+    none, say little about how they cluster.
+    """
+    import numpy as np
+
+    of = len(held)
+    if not of:
+        return RateBounds(0.0, 1.0, 0.0)
+    _, index = np.unique(np.asarray(clusters), return_inverse=True)
+    sizes = np.bincount(index)
+    rate = sum(held) / of
+    # a cluster of m observations counts like m / (1 + (m - 1) * correlation) of them
+    effect = 1 + (float((sizes**2).sum()) / of - 1) * least_correlation
+    independent = rate * (1 - rate) / of
+    if independent and len(sizes) > 1:
+        residuals = np.bincount(index, np.asarray(held, dtype=np.float64)) - rate * sizes
+        variance = len(sizes) / (len(sizes) - 1) * float((residuals**2).sum()) / of**2
+        effect = max(effect, variance / independent)
+    effective = of / effect
+    return RateBounds(*clopper_pearson(rate * effective, effective), effective)
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,27 @@ from lora_trainer.config import EvaluationConfig
 from lora_trainer.data.lint import EXCHANGE_RULES
 from lora_trainer.data.records import EvaluationPrompt, PromptTag
 from lora_trainer.evaluate.decoding import Decoding
-from lora_trainer.evaluate.intervals import ClusterBootstrap, clopper_pearson, spearman
+from lora_trainer.evaluate.intervals import ClusterBootstrap, clustered_bounds, spearman
 from lora_trainer.evaluate.metrics import DecodingMetrics, Estimate, EvaluationMetrics, RepliesMetrics, TagMetrics
 from lora_trainer.evaluate.questions import evaluation_id, prompts_digest
 from lora_trainer.evaluate.rules import RULES, ScoredReply, TrainingData
 from lora_trainer.persona.vocabulary import BloodType
+
+LEAST_CORRELATION: Final[Mapping[str, float]] = {
+    "exact_json": 0.5,
+    "stop": 0.5,
+    "one_or_two_sentences": 0.3,
+    "informal_speech": 0.45,
+    "persona": 0.3,
+    "question": 0.3,
+}
+"""Least correlation that the bounds assume between two replies to one prompt, by measure.
+
+Above what the replies of 58 adapters of Qwen2.5-Coder-0.5B-Instruct show: 0.41, 0.41, 0.26, 0.39, 0.22 and 0.25
+(benchmarks/results/gate-sizes.json).
+"""
+OTHER_LEAST_CORRELATION: Final = 0.5
+"""The same for every other rate. No gate compares these."""
 
 _TIE: Final = 1e-6
 """Largest difference between two rule scores that counts as a tie."""
@@ -26,8 +42,8 @@ def replies_metrics(scored: Sequence[ScoredReply], blood_type: BloodType, config
     bootstrap = ClusterBootstrap([reply.prompt for reply in scored], config.bootstrap_resamples, config.seed)
     readable = [reply for reply in scored if reply.text is not None]
 
-    def rate(held: Sequence[bool | None]) -> Estimate:
-        return rate_estimate(bootstrap, held)
+    def rate(held: Sequence[bool | None], measure: str = "") -> Estimate:
+        return rate_estimate(bootstrap, held, measure)
 
     def mean(values: Sequence[float | None]) -> Estimate:
         return mean_estimate(bootstrap, values)
@@ -40,13 +56,13 @@ def replies_metrics(scored: Sequence[ScoredReply], blood_type: BloodType, config
         by_intensity[reply.intensity].append(reply.emoji or 0)
     copied_share = [None if reply.copied_words is None or not reply.words else reply.copied_words / reply.words for reply in scored]
     return RepliesMetrics(
-        exact_json=rate([reply.exact_json for reply in scored]),
+        exact_json=rate([reply.exact_json for reply in scored], "exact_json"),
         emotion_in_vocabulary=rate([reply.emotion_in_vocabulary for reply in scored]),
-        stop=rate([reply.stopped for reply in scored]),
-        one_or_two_sentences=rate([reply.one_or_two_sentences for reply in scored]),
-        informal_speech=rate([reply.informal_speech for reply in scored]),
-        persona=rate([reply.taken_for == blood_type for reply in scored]),
-        question=rate([reply.question for reply in scored]),
+        stop=rate([reply.stopped for reply in scored], "stop"),
+        one_or_two_sentences=rate([reply.one_or_two_sentences for reply in scored], "one_or_two_sentences"),
+        informal_speech=rate([reply.informal_speech for reply in scored], "informal_speech"),
+        persona=rate([reply.taken_for == blood_type for reply in scored], "persona"),
+        question=rate([reply.question for reply in scored], "question"),
         emoji_intensity=Estimate(
             value=spearman(intensities, emoji),
             lower=lower,
@@ -84,23 +100,26 @@ def _tag_metrics(scored: Sequence[ScoredReply], blood_type: BloodType, config: E
     return TagMetrics(
         prompts=len(set(prompts)),
         replies=len(scored),
-        exact_json=rate_estimate(bootstrap, [reply.exact_json for reply in scored]),
-        one_or_two_sentences=rate_estimate(bootstrap, [reply.one_or_two_sentences for reply in scored]),
-        informal_speech=rate_estimate(bootstrap, [reply.informal_speech for reply in scored]),
-        persona=rate_estimate(bootstrap, [reply.taken_for == blood_type for reply in scored]),
-        question=rate_estimate(bootstrap, [reply.question for reply in scored]),
+        exact_json=rate_estimate(bootstrap, [reply.exact_json for reply in scored], "exact_json"),
+        one_or_two_sentences=rate_estimate(bootstrap, [reply.one_or_two_sentences for reply in scored], "one_or_two_sentences"),
+        informal_speech=rate_estimate(bootstrap, [reply.informal_speech for reply in scored], "informal_speech"),
+        persona=rate_estimate(bootstrap, [reply.taken_for == blood_type for reply in scored], "persona"),
+        question=rate_estimate(bootstrap, [reply.question for reply in scored], "question"),
         fits_message=rate_estimate(
-            bootstrap, [reply.text is not None and not codes for reply, codes in zip(scored, findings, strict=True)]
+            bootstrap,
+            [reply.text is not None and not codes for reply, codes in zip(scored, findings, strict=True)],
+            "fits_message",
         ),
         findings=dict(sorted(Counter(code for codes in findings for code in codes).items())),
     )
 
 
-def rate_estimate(bootstrap: ClusterBootstrap, held: Sequence[bool | None]) -> Estimate:
-    """Return the share of `held` that is true, ignoring None, with the bounds of Clopper and Pearson and of the bootstrap."""
-    known = [value for value in held if value is not None]
+def rate_estimate(bootstrap: ClusterBootstrap, held: Sequence[bool | None], measure: str) -> Estimate:
+    """Return the share of `held` that is true, ignoring None, with exact and bootstrap bounds that count replies by prompt."""
+    replies = [(value, prompt) for value, prompt in zip(held, bootstrap.clusters, strict=True) if value is not None]
+    known, prompts = [value for value, _ in replies], [prompt for _, prompt in replies]
     successes = sum(known)
-    lower, upper = clopper_pearson(successes, len(known))
+    lower, upper, effective = clustered_bounds(known, prompts, LEAST_CORRELATION.get(measure, OTHER_LEAST_CORRELATION))
     drawn_lower, drawn_upper = _nan_to_none(bootstrap.mean(held))
     return Estimate(
         value=successes / len(known) if known else 0.0,
@@ -110,6 +129,7 @@ def rate_estimate(bootstrap: ClusterBootstrap, held: Sequence[bool | None]) -> E
         bootstrap_upper=drawn_upper,
         successes=successes,
         of=len(known),
+        effective=round(effective, 1),
     )
 
 

@@ -24,12 +24,18 @@ class Estimate(_Part):
     """A measured value with its confidence bounds."""
 
     value: float
-    lower: float | None = Field(description="Lower 95 % bound: Clopper-Pearson for a rate, otherwise the clustered bootstrap.")
+    lower: float | None = Field(
+        description="Lower 95 % bound: for a rate Clopper-Pearson's of `effective` replies, otherwise the clustered bootstrap."
+    )
     upper: float | None = Field(description="Upper 95 % bound, by the same method.")
     bootstrap_lower: float | None = Field(description="Lower 95 % bound of the bootstrap that resamples whole prompts.")
     bootstrap_upper: float | None = Field(description="Upper 95 % bound of the bootstrap that resamples whole prompts.")
     successes: int | None = Field(default=None, description="For a rate: number of replies with the property.")
     of: int = Field(description="Number of replies measured.")
+    effective: float | None = Field(
+        default=None,
+        description="For a rate: number of independent replies that would tell as much. Replies to one prompt resemble each other.",
+    )
 
 
 class TagMetrics(_Part):

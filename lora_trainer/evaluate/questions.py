@@ -15,7 +15,7 @@ from lora_trainer.persona.prompt import PROMPT_VERSION, Message, prompt_messages
 from lora_trainer.persona.specs import persona_spec
 from lora_trainer.persona.vocabulary import BloodType
 
-EVALUATION_VERSION: Final = 3
+EVALUATION_VERSION: Final = 4
 """Increase this when a code change alters the questions or the way replies are measured."""
 
 

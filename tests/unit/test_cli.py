@@ -377,7 +377,7 @@ def finished(tmp_path: Path, *, passed: bool = True, blood_type: str = "A") -> t
     identity = run_id(run_ingredients(config, sha256_of(data), identify_base(config.base).identity))
     gate = GateResult(
         name="persona",
-        measure="lower 95 % bound (Clopper-Pearson)",
+        measure="lower 95 % bound (exact, by prompt)",
         value=0.8,
         compared=0.75 if passed else 0.625,
         relation=">=",
@@ -432,7 +432,7 @@ def test_a_finished_run_that_missed_a_gate_says_so_each_time(
         assert out == f"file://{tmp_path}/out/adapters/A/{identity}/\n", "the bundle is there all the same"
         assert (event["already_done"], event["passed"], event["run_id"]) == (True, False, identity)
         (problem,) = event["problems"]
-        assert problem.startswith("gates.persona: got 0.625 (lower 95 % bound (Clopper-Pearson) of 0.800), expected >= 0.7: ")
+        assert problem.startswith("gates.persona: got 0.625 (lower 95 % bound (exact, by prompt) of 0.800), expected >= 0.7: ")
         assert "missed by 0.075; " in problem
         assert json.loads(termination_log.read_text(encoding="utf-8"))["problems"] == [problem]
         # the run does not become the newest accepted one

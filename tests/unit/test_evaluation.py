@@ -28,7 +28,7 @@ from lora_trainer.evaluate import gates
 from lora_trainer.evaluate import questions as questions_module
 from lora_trainer.evaluate.decoding import Generation, decodings
 from lora_trainer.evaluate.intervals import clopper_pearson
-from lora_trainer.evaluate.measures import decoding_metrics, evaluation_metrics, replies_metrics, win_rate
+from lora_trainer.evaluate.measures import LEAST_CORRELATION, decoding_metrics, evaluation_metrics, replies_metrics, win_rate
 from lora_trainer.evaluate.metrics import (
     DecodingMetrics,
     Estimate,
@@ -648,9 +648,19 @@ def test_prompts_are_the_clusters(data: TrainingData) -> None:
     assert (rate.successes, rate.of) == (80, 160)
     assert rate.lower is not None
     assert rate.bootstrap_lower is not None
-    # the bounds lie 1.645 standard errors away: those of 160 answers, and those of 40
-    assert rate.lower == pytest.approx(0.5 - 1.645 * 0.5 / math.sqrt(160), abs=0.01)
+    assert rate.effective == pytest.approx(40, rel=0.05)
+    # both bounds lie 1.645 standard errors of 40 answers away
+    assert rate.lower == pytest.approx(0.5 - 1.645 * 0.5 / math.sqrt(40), abs=0.02)
     assert rate.bootstrap_lower == pytest.approx(0.5 - 1.645 * 0.5 / math.sqrt(40), abs=0.02)
+
+
+def test_a_rate_without_failures_is_not_taken_for_independent_replies(data: TrainingData) -> None:
+    """Nothing shows how failures cluster where there are none, so the shipped correlation counts."""
+    rate = measured(at_intensities(data, (0, 0, 0, 0), prompts=40)).exact_json
+    assert (rate.successes, rate.of) == (160, 160)
+    effective = 160 / (1 + 3 * LEAST_CORRELATION["exact_json"])
+    assert rate.effective == pytest.approx(effective, abs=0.1)
+    assert rate.lower == pytest.approx(0.05 ** (1 / effective))
 
 
 def test_wins_and_ties(data: TrainingData) -> None:
@@ -700,7 +710,10 @@ def test_rates_by_tag_have_bounds_of_their_own(data: TrainingData) -> None:
     assert (crisis.prompts, crisis.replies) == (2, 4)
     # one reply names nobody and asks nothing, one is unreadable
     assert (crisis.fits_message.successes, crisis.fits_message.of, crisis.findings) == (2, 4, {"no_help_in_danger": 1})
-    assert (crisis.fits_message.lower, crisis.fits_message.upper) == clopper_pearson(2, 4)
+    # two prompts with two replies each, of which one fits: less certain than four independent replies
+    assert crisis.fits_message.effective is not None
+    assert crisis.fits_message.effective < 4
+    assert (crisis.fits_message.lower or 0) < clopper_pearson(2, 4)[0]
     assert (crisis.exact_json.successes, crisis.question.successes, crisis.question.of) == (3, 2, 3)
     expert = found[PromptTag.EXPERT]
     assert (expert.prompts, expert.replies, expert.fits_message.successes, expert.findings) == (1, 2, 1, {"no_expert": 1})
@@ -814,10 +827,11 @@ def test_nothing_readable_at_all_is_a_verdict_too(data: TrainingData, rubbish: s
     adapter = document["evaluation"]["greedy"]["adapter"]
     assert adapter["exact_json"] == {
         "value": 0.0, "lower": 0.0, "upper": adapter["exact_json"]["upper"], "bootstrap_lower": 0.0, "bootstrap_upper": 0.0,
-        "successes": 0, "of": 16,
+        "successes": 0, "of": 16, "effective": 10.7,
     }  # fmt: skip
     assert adapter["question"] == {
-        "value": 0.0, "lower": 0.0, "upper": 1.0, "bootstrap_lower": None, "bootstrap_upper": None, "successes": 0, "of": 0,
+        "value": 0.0, "lower": 0.0, "upper": 1.0, "bootstrap_lower": None, "bootstrap_upper": None,
+        "successes": 0, "of": 0, "effective": 0.0,
     }  # fmt: skip
     for name in ("emoji_intensity", "emoji", "characters", "repetition", "copied_words", "emotion_appropriateness"):
         assert (adapter[name]["value"], adapter[name]["lower"], adapter[name]["upper"], adapter[name]["of"]) == (0.0, None, None, 0)

@@ -207,14 +207,14 @@ def test_what_was_missed_is_said_in_full() -> None:
         "gates.exact_json", "gates.emoji_intensity", "gates.question_rate_max", "gates.win_rate",
     ]  # fmt: skip
     assert lines[0].startswith(
-        "gates.exact_json: got 0.968 (lower 95 % bound (Clopper-Pearson) of 0.981), expected >= 0.97: missed by 0.002; "
+        "gates.exact_json: got 0.968 (lower 95 % bound (exact, by prompt) of 0.981), expected >= 0.97: missed by 0.002; "
     )
     assert lines[1].startswith(
         "gates.emoji_intensity: got 0.150 (lower 95 % bound (bootstrap by prompt) of 0.310), expected > 0.2: missed by 0.050; "
     )
     upper = clopper_pearson(470, 480)[1]
     assert (
-        f"got {upper:.3f} (upper 95 % bound (Clopper-Pearson) of 0.979), expected <= 0.85: missed by {upper - 0.85:.3f}; "
+        f"got {upper:.3f} (upper 95 % bound (exact, by prompt) of 0.979), expected <= 0.85: missed by {upper - 0.85:.3f}; "
         in lines[2]
     )
     assert "got 0.500 (lower 95 % bound (bootstrap by prompt) of 0.500), expected > 0.5: missed by 0.000; " in lines[3]

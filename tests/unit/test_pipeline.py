@@ -505,7 +505,7 @@ def test_a_finished_run_repeats_its_verdict(tmp_path: Path, made: MadeRun, thres
     assert not (finished.bundle / "evaluations").exists()
     if code == 4:
         (problem,) = last["problems"]
-        assert problem.startswith("gates.exact_json: got 0.939 (lower 95 % bound (Clopper-Pearson) of 1.000), expected >= 0.97")
+        assert problem.startswith("gates.exact_json: got 0.911 (lower 95 % bound (exact, by prompt) of 1.000), expected >= 0.97")
 
 
 @pytest.mark.slow  # tests/e2e/test_sabotage.py lowers the thresholds of a run and raises them again
