@@ -1,4 +1,4 @@
-"""Commands for published adapters: `evaluate`, `chat`, `publish`, `promote` and `compare`."""
+"""Commands for published adapters: `evaluate`, `chat`, `publish` and `compare`."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from entrypoint.options import (
 from entrypoint.run_end import RunEnd
 from lora_trainer import logs
 from lora_trainer.errors import ConfigError, GateError, Interrupted
-from lora_trainer.escaping import escaped, one_line
+from lora_trainer.escaping import escaped
 from lora_trainer.signals import Interruption
 
 
@@ -258,32 +258,6 @@ def publish(interruption: Interruption, /, folder: Path, output: str | None, bas
     click.echo(outcome.bundle_uri)
     if not outcome.verdict.passed:
         raise GateError(missed_gate_messages(outcome.verdict))
-
-
-@click.command(cls=Command)
-@click.argument("adapter", metavar="RUN")
-def promote(adapter: str) -> None:
-    """Point latest.json at RUN, whatever its verdict and even if another run is newer.
-
-    RUN is a published bundle: s3://.../adapters/<TYPE>/<run id>/, file:// or a folder. Runs that start later move
-    the pointer as usual; runs that started earlier don't move it back.
-
-    \b
-    Examples:
-      lora-trainer promote s3://bucket/lora/adapters/A/0123456789abcdef/
-    """
-    from lora_trainer.run.adapter import open_adapter, output_of
-    from lora_trainer.run.bundle_files import check_promotable
-    from lora_trainer.store.latest import link_newest, promote_latest
-    from lora_trainer.store.prefixes import latest_key
-    from lora_trainer.store.retry import budget_from_environment
-
-    opened = open_adapter(adapter, budget_from_environment())
-    blood_type, output = opened.blood_type, output_of(opened)
-    check_promotable(opened.storage, opened.manifest)
-    before = promote_latest(output, blood_type, opened.manifest)
-    link_newest(output, blood_type, opened.run_id)
-    click.echo(f"{output.uri}{latest_key(blood_type)}: names run {opened.run_id} now; before: {one_line(before or 'none')}")
 
 
 @click.command(cls=Command)

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 
 import click
 
-from entrypoint.adapter_commands import chat, compare, evaluate, promote, publish
+from entrypoint.adapter_commands import chat, compare, evaluate, publish
 from entrypoint.convert_command import convert
 from entrypoint.data_commands import generate, validate
+from entrypoint.review_commands import promote, review
 from entrypoint.run_commands import check_storage, run, show_config
 from lora_trainer import __version__, logs
 from lora_trainer.errors import ExitCode, Interrupted
@@ -51,7 +52,7 @@ def cli() -> None:
     logs.configure("warning", "auto")
 
 
-for command in (run, evaluate, chat, publish, promote, compare, show_config, validate, convert, check_storage, generate):
+for command in (run, evaluate, chat, publish, review, promote, compare, show_config, validate, convert, check_storage, generate):
     cli.add_command(command)
 
 

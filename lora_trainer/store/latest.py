@@ -46,6 +46,8 @@ class Pointer(BaseModel):
     accepted_by_hand: bool | None = None
     """True if nobody could compute the run id or the verdict again, and `publish --accept` moved the pointer."""
     counter: int | None = Field(default=None, ge=0, lt=_MOST_COUNTED)
+    review: dict[str, Any] | None = None
+    """What `promote --reviewed` counted (`evaluate/review.py`). Not typed here: no other version's review may stop a run."""
 
     @property
     def moved_at(self) -> datetime:
@@ -190,11 +192,17 @@ def _clock_warning(pointer: Pointer, where: str) -> str:
 
 
 def promote_latest(
-    storage: Storage, blood_type: BloodType, manifest: Mapping[str, Any], *, accepted_by_hand: bool = False
+    storage: Storage,
+    blood_type: BloodType,
+    manifest: Mapping[str, Any],
+    *,
+    accepted_by_hand: bool = False,
+    review: dict[str, Any] | None = None,
 ) -> str | None:
     """Point `latest.json` at the manifest's run unconditionally, and return the id of the run that it named before.
 
-    Runs that have already started will not move it back. Raises `StorageError` as `move_latest` does.
+    Runs that have already started will not move it back. `review` is recorded; without one, the pointer keeps the review that it
+    already has of this run. Raises `StorageError` as `move_latest` does.
     """
     for _ in range(_SWAP_ATTEMPTS):
         theirs, found = _read_pointer(storage, blood_type)
@@ -206,6 +214,7 @@ def promote_latest(
             accepted_by_hand=accepted_by_hand or None,
             # taken after reading, so that it is greater than that of every run that has moved the pointer
             counter=take_count(storage, blood_type),
+            review=review or (theirs.review if theirs and theirs.run_id == manifest["run_id"] else None),
         )
         if _swap(storage, latest_key(blood_type), mine.as_bytes(), found):
             return theirs.run_id if theirs else None

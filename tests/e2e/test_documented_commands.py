@@ -19,6 +19,7 @@ import pytest
 from conftest import REPOSITORY
 from documented import blocks, lines_of
 from jobs import FEW_PROMPTS, require_training_stack
+from made_reviews import filled_in
 
 from lora_trainer.config import GatesConfig
 
@@ -122,8 +123,16 @@ def test_the_adapter_can_be_talked_to(trained: Reader) -> None:
 
 
 def test_the_run_can_be_promoted(trained: Reader) -> None:
-    said = trained.runs(documented_line("docs/evaluation.md", "lora-trainer promote"))
+    said = trained.runs(documented_line("docs/evaluation.md", "lora-trainer promote s3://"))
     assert f"names run {trained.run_id} now" in said
+
+
+def test_the_run_can_be_reviewed_and_promoted_with_the_review(trained: Reader) -> None:
+    trained.runs(documented_line("docs/evaluation.md", "lora-trainer review s3://"))
+    content = filled_in((trained.folder / "review.html").read_text(encoding="utf-8"), lambda number, adapter: adapter)
+    (trained.folder / f"review-A-{trained.run_id}-0.json").write_text(json.dumps(content), encoding="utf-8")
+    said = trained.runs(documented_line("docs/evaluation.md", "lora-trainer promote --reviewed"))
+    assert f"against the base: {len(content['answers'])} won, 0 tied, 0 lost" in said
 
 
 def test_the_data_can_be_validated(trained: Reader) -> None:

@@ -231,10 +231,11 @@ def test_a_broken_adapter_ends_every_command_with_its_reason(
         "publish": ["publish", str(copy), "--output", str(tmp_path / "out")],
         "promote": ["promote", str(placed)],
         "compare": ["compare", str(copy), str(whole)],
+        "review": ["review", str(copy), "--output", str(tmp_path / "review.html")],
     }
     if name in ("nan", "infinity"):
-        # compare reads no weights
-        del commands["compare"]
+        # these read no weights
+        del commands["compare"], commands["review"]
     for command in commands.values():
         assert run_cli(command) == 2, command
         error = capsys.readouterr().err
@@ -242,6 +243,7 @@ def test_a_broken_adapter_ends_every_command_with_its_reason(
         assert "bug" not in error
         assert "Traceback" not in error
     assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "review.html").exists()
     assert not (placed.parent / "latest.json").exists()
 
 
