@@ -67,7 +67,7 @@ def throughput(arguments: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     tokens: list[int] = []
     held_up_s: list[float] = []
 
-    def after_step(step: int) -> None:
+    def after_step(step: int, is_last: bool) -> None:
         at, within = divmod(step, block)
         # the first block is a warm-up; every second one of the others has a checkpoint
         if within == block // 4 and at % 2 == 1:

@@ -154,7 +154,16 @@ class TrainingConfig(_Section):
         le=32768,
         description="Longest record, in tokens. Longer ones are left out and reported, never truncated.",
     )
-    held_out_fraction: float = Field(default=0.05, gt=0, lt=0.9, description="Share of the records to hold out, by a stable hash.")
+    held_out_fraction: float = Field(default=0.1, gt=0, lt=0.9, description="Share of the records to hold out, by a stable hash.")
+    held_out_measurements_per_epoch: int = Field(
+        default=4, ge=1, le=1000, description="Measurements of the held-out loss in each epoch; another one follows the last step."
+    )
+    keep: Literal["best", "last"] = Field(
+        default="best", description="Publish the measured step with the lowest held-out loss, or the last step."
+    )
+    early_stopping: int | None = Field(
+        default=None, ge=1, description="Stop after this many measurements in a row without a new lowest held-out loss."
+    )
     seed: int = Field(default=20, ge=0, lt=2**32, description="Order of the records, adapter initialisation and dropout.")
     quantization: Quantization = Field(
         default="auto",

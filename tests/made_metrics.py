@@ -30,7 +30,15 @@ from lora_trainer.data.records import EvaluationPrompt, TrainingRecord
 from lora_trainer.evaluate import gates
 from lora_trainer.evaluate.decoding import Decoding, Generation, decodings
 from lora_trainer.evaluate.measures import decoding_metrics, evaluation_metrics
-from lora_trainer.evaluate.metrics import DecodingMetrics, Estimate, HeldOutMetrics, JudgeMetrics, RunMetrics, TrainingMetrics
+from lora_trainer.evaluate.metrics import (
+    DecodingMetrics,
+    Estimate,
+    HeldOutLossMetrics,
+    HeldOutMetrics,
+    JudgeMetrics,
+    RunMetrics,
+    TrainingMetrics,
+)
 from lora_trainer.evaluate.questions import Question, questions
 from lora_trainer.evaluate.rules import ScoredReply, TrainingData, score_by_rules
 from lora_trainer.persona.specs import persona_spec
@@ -116,6 +124,13 @@ def _steps(count: int, peak: float) -> list[StepLog]:
     return made
 
 
+def _held_out(steps: int) -> tuple[HeldOutLossMetrics, ...]:
+    """Make a held-out loss that rises at the last of at most twelve measurements."""
+    at = sorted({max(1, round(steps * number / 12)) for number in range(1, 13)})
+    losses = [1.2381 + 1.9 * math.exp(-5 * step / steps) - 1.9 * math.exp(-5 * at[-2] / steps) for step in at[:-1]]
+    return tuple(HeldOutLossMetrics(step=step, loss=loss) for step, loss in zip(at, [*losses, 1.31], strict=True))
+
+
 @cache
 def made_run(
     blood_type: BloodType = BloodType.A,
@@ -170,6 +185,8 @@ def made_run(
     if judged_by_model:
         evaluation = evaluation.model_copy(update={"judge": _judge_metrics()})
     log = _steps(steps, config.training.learning_rate)
+    held_out = _held_out(len(log))
+    kept = min(held_out, key=lambda measured: measured.loss)
     tokens = sum(step.tokens for step in log)
     train_s = sum(step.step_s for step in log)
     metrics = RunMetrics(
@@ -178,6 +195,9 @@ def made_run(
         training=TrainingMetrics(
             records=len(records[::2]),
             steps=len(log),
+            planned_steps=len(log),
+            kept_step=kept.step,
+            held_out_losses=held_out,
             loss_first=log[0].loss,
             loss_last=log[-1].loss,
             tokens=tokens,
@@ -190,9 +210,9 @@ def made_run(
         held_out=HeldOutMetrics(
             records=61,
             loss_base=3.2174,
-            loss_adapter=1.2381,
+            loss_adapter=kept.loss,
             perplexity_base=math.exp(3.2174),
-            perplexity_adapter=math.exp(1.2381),
+            perplexity_adapter=math.exp(kept.loss),
         ),
         evaluation=evaluation,
         verdict=gates.decide(evaluation, config.gates),

@@ -171,11 +171,21 @@ class Verdict(_Part):
     gates: tuple[GateResult, ...]
 
 
+class HeldOutLossMetrics(_Part):
+    """Mean loss on the held-out records after one training step."""
+
+    step: int
+    loss: float
+
+
 class TrainingMetrics(_Part):
     """Totals over all training steps."""
 
     records: int
     steps: int
+    planned_steps: int | None = Field(default=None, description="Steps of the recipe; more than `steps` if training stopped early.")
+    kept_step: int | None = Field(default=None, description="Step whose weights are published. Bundles before recipe 3: null.")
+    held_out_losses: tuple[HeldOutLossMetrics, ...] = Field(default=(), description="Held-out loss during training, in order.")
     loss_first: float
     loss_last: float
     tokens: int

@@ -233,6 +233,7 @@ def _sections(runs: Sequence[ComparedRun]) -> Iterator[tuple[str, tuple[Row, ...
         (
             row("records", [f"{m.training.records:,}" for m in all_metrics]),
             row("steps", [f"{m.training.steps:,}" for m in all_metrics]),
+            row("published step", ["–" if m.training.kept_step is None else f"{m.training.kept_step:,}" for m in all_metrics]),
             row("loss of last step", [f"{m.training.loss_last:.3f}" for m in all_metrics]),
             row("tokens/s", [f"{m.training.tokens_per_s:,.1f}" for m in all_metrics]),
             row("training time", [duration(m.training.train_s) for m in all_metrics]),

@@ -8,7 +8,7 @@ from typing import Final
 
 from lora_trainer.base_model import Base
 from lora_trainer.config import RunConfig
-from lora_trainer.evaluate.metrics import Estimate, RepliesMetrics, RunMetrics
+from lora_trainer.evaluate.metrics import Estimate, RepliesMetrics, RunMetrics, TrainingMetrics
 from lora_trainer.persona.prompt import prompt_messages
 from lora_trainer.persona.reply_schema import REPLY_TOKENS, response_schema
 from lora_trainer.persona.specs import persona_spec
@@ -33,6 +33,12 @@ SAME_TOKENS: Final = {
 BROKEN: Final = {"5.17.0": ("0.17.1",)}
 
 
+def _kept(training: TrainingMetrics) -> str:
+    if training.kept_step is None or training.kept_step == training.steps:
+        return ""
+    return f", weights of step {training.kept_step:,}, which had the lowest held-out loss"
+
+
 def model_card(config: RunConfig, base: Base, metrics: RunMetrics) -> str:
     """Return the model card as Markdown."""
     spec = persona_spec(config.blood_type)
@@ -52,7 +58,7 @@ tags: [lora, persona]
 A LoRA adapter on `{base.canonical_id}`{f" at `{base.revision}`" if base.revision else ""} that answers as the friend of blood type
 {config.blood_type}: {spec.tone}
 
-Run `{metrics.run_id}`: {training.records:,} records, {training.steps:,} optimizer steps, rank {config.lora.r}.
+Run `{metrics.run_id}`: {training.records:,} records, {training.steps:,} optimizer steps{_kept(training)}, rank {config.lora.r}.
 Held-out loss {held_out.loss_base:.3f} (base) to {held_out.loss_adapter:.3f} (adapter), in nats per reply token,
 on {held_out.records:,} records. Report: `report.html`. All numbers: `metrics.json` (`metrics.schema.json`). Data,
 configuration and versions: `manifest.json`.

@@ -15,6 +15,7 @@ from lora_trainer.evaluate.metrics import (
     HeldOutMetrics,
     RepliesMetrics,
     RunMetrics,
+    TrainingMetrics,
 )
 from lora_trainer.persona.specs import persona_spec
 from lora_trainer.persona.vocabulary import HIGH_INTENSITY_FROM, LOW_INTENSITY_BELOW, BloodType, Expression
@@ -79,7 +80,7 @@ def run_page(metrics: RunMetrics, facts: Mapping[str, Any], steps: Sequence[Step
         asked_at=_asked_at(evaluation),
         tag_measures=[LABELS[name] for name in _TAG_MEASURES],
         tags=list(_tags(evaluation)),
-        loss_plot=_loss_plot(steps),
+        loss_plot=_loss_plot(steps, metrics.training),
         speed_plot=_speed_plot(steps),
         training=_training(metrics),
         held_out=_held_out(metrics.held_out),
@@ -354,20 +355,22 @@ def binned(steps: Sequence[StepLog], at_most: int = _MAX_POINTS) -> list[Sequenc
     return [steps[start:end] for start, end in pairwise(edges)]
 
 
-def _loss_plot(steps: Sequence[StepLog]) -> str:
+def _loss_plot(steps: Sequence[StepLog], training: TrainingMetrics) -> str:
     bins = binned(steps)
     x = [chunk[-1].step for chunk in bins]
     loss = [sum(step.loss for step in chunk) / len(chunk) for chunk in bins]
     band = ([min(step.loss for step in chunk) for chunk in bins], [max(step.loss for step in chunk) for chunk in bins])
     is_averaged = len(bins) < len(steps)
+    drawn = [plots.Line("training", x, loss, band=band if is_averaged else None)]
+    measured = {point.step: point.loss for point in training.held_out_losses}
+    if measured:
+        drawn.append(plots.Line("held out", list(measured), list(measured.values()), plots.WARM, "o-"))
+    kept = training.kept_step
+    if kept in measured:
+        drawn.append(plots.Line(f"kept: step {kept:,}", (kept, kept), (0, measured[kept]), plots.QUIET, "--"))
     return plots.svg(
-        plots.lines(
-            [plots.Line("mean and range" if is_averaged else "", x, loss, band=band if is_averaged else None)],
-            "optimizer step",
-            "loss, nats per token",
-            from_zero=True,
-        ),
-        label="Training loss at each optimizer step",
+        plots.lines(drawn, "optimizer step", "loss, nats per token", from_zero=True),
+        label="Training loss at each optimizer step, held-out loss where it was measured, and the published step",
         width=4.8,
         height=3.4,
     )
@@ -391,7 +394,8 @@ def _training(metrics: RunMetrics) -> list[tuple[str, str]]:
     training = metrics.training
     return [
         ("Records", f"{training.records:,}"),
-        ("Optimizer steps", f"{training.steps:,}"),
+        ("Optimizer steps", _steps_text(training)),
+        *([("Published step", f"{training.kept_step:,}")] if training.kept_step is not None else []),
         ("Loss, first to last step", f"{training.loss_first:.3f} → {training.loss_last:.3f}"),
         ("Tokens", f"{training.tokens:,}"),
         ("Tokens in the loss", f"{training.loss_tokens:,}"),
@@ -400,6 +404,12 @@ def _training(metrics: RunMetrics) -> list[tuple[str, str]]:
         ("Training time", duration(training.train_s)),
         ("Peak memory", f"{metrics.peak_memory_gib:.2f} GiB"),
     ]
+
+
+def _steps_text(training: TrainingMetrics) -> str:
+    if training.planned_steps is None or training.planned_steps == training.steps:
+        return f"{training.steps:,}"
+    return f"{training.steps:,} of {training.planned_steps:,}, stopped early"
 
 
 def _held_out(held_out: HeldOutMetrics) -> list[dict[str, Any]]:

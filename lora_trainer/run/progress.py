@@ -13,6 +13,7 @@ from typing import Final
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from lora_trainer.train.held_out import HeldOutLoss
 from lora_trainer.train.step_log import StepLog
 
 WRITE_EVERY_S: Final = 1.0
@@ -76,6 +77,11 @@ class RunProgress:
             self._write()
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=log.step, numbers=f"loss {log.loss:.3f}  {tokens_per_s:,.0f} tok/s")
+
+    def held_out(self, measured: HeldOutLoss, best: HeldOutLoss) -> None:
+        """Record a measurement of the held-out loss, and the lowest one so far."""
+        self._state.update(held_out_loss=round(measured.loss, 4), best_step=best.step, best_held_out_loss=round(best.loss, 4))
+        self._write()
 
     def _write(self) -> None:
         self._written_s = time.monotonic()

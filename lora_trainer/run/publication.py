@@ -18,7 +18,7 @@ from lora_trainer import __version__
 from lora_trainer.config import LeaseConfig
 from lora_trainer.config_sources import settle
 from lora_trainer.errors import ConfigError, LoraTrainerError, StorageError
-from lora_trainer.evaluate.metrics import RunMetrics, TrainingMetrics, Verdict
+from lora_trainer.evaluate.metrics import HeldOutLossMetrics, RunMetrics, TrainingMetrics, Verdict
 from lora_trainer.logs import get_logger
 from lora_trainer.persona.vocabulary import BloodType
 from lora_trainer.run.bundle_checks import CheckedBundle, check_base, check_bundle, unproven
@@ -123,7 +123,7 @@ def assemble(
         run_id=identity.run_id,
         blood_type=job.config.blood_type,
         training=training_metrics(plan, trained),
-        held_out=held_out_metrics(len(plan.data.held_out), trained.loss_base, trained.loss_adapter),
+        held_out=held_out_metrics(len(plan.data.held_out), trained.loss_base, trained.kept.loss),
         evaluation=evaluated.metrics,
         verdict=verdict,
         peak_memory_gib=round(backend.peak_memory_gib(), 3),
@@ -172,6 +172,9 @@ def training_metrics(plan: TrainingPlan, trained: Trained) -> TrainingMetrics:
     return TrainingMetrics(
         records=len(plan.data.train),
         steps=len(log.steps),
+        planned_steps=len(plan.steps),
+        kept_step=trained.kept.step,
+        held_out_losses=tuple(HeldOutLossMetrics(step=measured.step, loss=measured.loss) for measured in log.held_out),
         loss_first=log.steps[0].loss,
         loss_last=log.steps[-1].loss,
         tokens=log.tokens,

@@ -21,6 +21,7 @@ from lora_trainer.store.lease import Lease
 from lora_trainer.store.local import fresh_folder
 from lora_trainer.store.prefixes import run_prefix
 from lora_trainer.train.backends import Backend
+from lora_trainer.train.held_out import HeldOutLoss, HeldOutPlan, lowest, measurement_steps
 from lora_trainer.train.memory_plan import MemoryPlan, plan_memory, step_down
 from lora_trainer.train.packing import plan_steps
 from lora_trainer.train.step_log import StepLog, TrainingLog
@@ -61,7 +62,9 @@ class Trained:
 
     log: TrainingLog
     loss_base: float
-    loss_adapter: float
+    """Held-out loss of the base without the adapter."""
+    kept: HeldOutLoss
+    """Step and held-out loss of the adapter's weights."""
 
 
 def tokenize_and_split(job: Job, records: Sequence[TrainingRecord], tokenizer: ChatTokenizer) -> TokenizedData:
@@ -138,7 +141,7 @@ def train(
     job: Job, backend: Backend, identity: Identity, plan: TrainingPlan, checkpoints: Checkpoints, progress: RunProgress
 ) -> Trained:
     """Train the adapter, from the newest checkpoint if an earlier attempt left one."""
-    data, every_steps = plan.data, job.config.logging.log_every_steps
+    data, training, every_steps = plan.data, job.config.training, job.config.logging.log_every_steps
 
     def on_step(step: StepLog, of: int) -> None:
         progress.step(step, of)
@@ -153,10 +156,22 @@ def train(
                 tokens_per_s=round(step.tokens / step.step_s, 1),
             )
 
-    def after_step(step: int) -> None:
+    def on_measured(measured: HeldOutLoss, best: HeldOutLoss) -> None:
+        progress.held_out(measured, best)
+        if not progress.is_drawn:
+            job.log.info(
+                "held_out_measured",
+                step=measured.step,
+                of=len(plan.steps),
+                loss=round(measured.loss, 4),
+                best_step=best.step,
+                best_loss=round(best.loss, 4),
+            )
+
+    def after_step(step: int, is_last: bool) -> None:
         checkpoints.stop_if_lost()
         # also checkpoint after the last step, so that an interruption during evaluation does not lose the training
-        if checkpoints.is_due(step) or step == len(plan.steps):
+        if checkpoints.is_due(step) or is_last:
             checkpoint(backend, checkpoints)
 
     progress.stage("load")
@@ -164,7 +179,16 @@ def train(
         is_reused = backend.load(plan.base_folder, plan.memory, data.longest_tokens)
         name = f"{job.config.blood_type}-{identity.run_id}"
         run_dir = job.run_dir(identity.run_id)
-        backend.prepare_training(data.train, plan.steps, plan.memory, run_dir, on_step, after_step, name)
+        held_out = HeldOutPlan(
+            data.held_out,
+            measurement_steps(
+                len(data.train), training.sequences_per_step, training.held_out_measurements_per_epoch, len(plan.steps)
+            ),
+            keep_best=training.keep == "best",
+            early_stopping=training.early_stopping,
+            on_measured=on_measured,
+        )
+        backend.prepare_training(data.train, plan.steps, plan.memory, run_dir, on_step, after_step, name, held_out)
     if is_reused:
         job.log.info("base_reused", load_s=job.timings_s["load"])
     if len(data.train) > 1:
@@ -180,19 +204,22 @@ def train(
         # drop the unfinished step and checkpoint the last complete one
         checkpoint(backend, checkpoints)
         raise
-    with job.timed("held_out_adapter"):
-        loss_adapter = backend.mean_loss(data.held_out)
+    best, last = lowest(log.held_out), log.held_out[-1]
+    if len(log.steps) < len(plan.steps):
+        job.log.info("stopped_early", step=last.step, of=len(plan.steps), best_step=best.step)
+    kept = best if training.keep == "best" else last
     job.log.info(
         "training_finished",
         steps=len(log.steps),
+        kept_step=kept.step,
         loss=round(log.steps[-1].loss, 4),
         held_out_loss_base=round(loss_base, 4),
-        held_out_loss_adapter=round(loss_adapter, 4),
+        held_out_loss_adapter=round(kept.loss, 4),
         tokens_per_s=round(log.tokens_per_s, 1),
         peak_memory_gib=round(backend.peak_memory_gib(), 2),
         train_s=round(log.train_s, 1),
     )
-    return Trained(log, loss_base, loss_adapter)
+    return Trained(log, loss_base, kept)
 
 
 @contextmanager

@@ -81,6 +81,8 @@ class Checkpoints:
         """Step of the newest checkpoint that this attempt wrote or continued from; 0 without one."""
         self._damaged: set[str] = set()
         """Prefixes in the output whose files differ from their manifest."""
+        self._uploaded: dict[str, str] = {}
+        """Keys in the output by the SHA-256 of their bytes, of the newest checkpoint that this attempt uploaded."""
         self._writer = CheckpointWriter(interruption)
 
     def __enter__(self) -> Self:
@@ -186,10 +188,17 @@ class Checkpoints:
         if prefix in self._damaged:
             # hide the damaged checkpoint while its files are replaced one by one
             output.delete(prefix + MANIFEST_NAME)
+        uploaded: dict[str, str] = {}
         for name, file in manifest["files"].items():
             if superseded():
                 return False
-            output.upload(folder / name, prefix + name, sha256=file["sha256"])
+            key, digest = prefix + name, file["sha256"]
+            # the best weights are often those of this step or of the checkpoint before
+            twin = uploaded.get(digest) or self._uploaded.get(digest)
+            if not (twin and output.copy(twin, key, size_bytes=file["size_bytes"], sha256=digest)):
+                output.upload(folder / name, key, sha256=digest)
+            uploaded[digest] = key
+        self._uploaded = uploaded
         if self._lease:
             self._lease.confirm()
         output.upload(folder / MANIFEST_NAME, prefix + MANIFEST_NAME)

@@ -115,6 +115,13 @@ class Storage(Protocol):
     def upload_all(self, folder: Path, prefix: str, sha256: Mapping[str, str]) -> None:
         """Upload the files of `folder` that `sha256` names, each as `upload` does, several at a time and in any order."""
 
+    def copy(self, source: str, key: str, *, size_bytes: int, sha256: str) -> bool:
+        """Copy the object `source` to `key` without sending its bytes, if the store can. Return whether `key` now has them.
+
+        False leaves `key` undefined: upload the file instead, which also reports what is wrong. `size_bytes` and `sha256` are those
+        that `source` was uploaded with.
+        """
+
     def read_bytes(self, key: str, *, max_bytes: int = MAX_DOCUMENT_BYTES) -> ReadResult | None:
         """Return a small object, or None for a missing key. Raises `StorageError` for more than `max_bytes`."""
 

@@ -24,7 +24,6 @@ credentials, a store that is down for a minute) this module repeats the whole op
 from __future__ import annotations
 
 import hashlib
-import mimetypes
 import os
 import re
 import threading
@@ -71,18 +70,18 @@ from lora_trainer.store.s3_errors import (
     refuses_checksums,
 )
 from lora_trainer.store.s3_network import scheme_of_port
-from lora_trainer.store.s3_transfers import pinned_to, transfers
+from lora_trainer.store.s3_transfers import SHA256_METADATA, pinned_to, transfers, upload_headers
 
 if TYPE_CHECKING:
     from boto3.session import Session
     from botocore.credentials import ReadOnlyCredentials
     from botocore.exceptions import BotoCoreError, ClientError
     from mypy_boto3_s3 import S3Client
+    from mypy_boto3_s3.type_defs import CopySourceTypeDef
 
 _log = structlog.get_logger(__name__)
 _T = TypeVar("_T")
 
-_SHA256_METADATA: Final = "lora-trainer-sha256"
 _BUCKET: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,254}")
 
 
@@ -140,22 +139,24 @@ class S3Storage:
         name = self._name(key)
         with local_errors(path):
             size_bytes, digest = path.stat().st_size, sha256 or sha256_of(path)
+            headers = upload_headers(self._settings, key, digest)
 
             def send(again: bool) -> None:
                 # an earlier attempt may have succeeded and only lost its response
                 if not (again and self._holds(name, size_bytes, digest)):
                     with transfers(self._client) as manager:
-                        manager.upload(str(path), self._bucket, name, extra_args=self._upload_headers(key, digest)).result()
+                        manager.upload(str(path), self._bucket, name, extra_args=headers).result()
 
             self._with_retries(key, send, kept=f"{path} is kept")
 
     def upload_all(self, folder: Path, prefix: str, sha256: Mapping[str, str]) -> None:
         targets = {name: self._name(prefix + name) for name in sha256}
+        headers = {name: upload_headers(self._settings, name, digest) for name, digest in sha256.items()}
         left = dict(sha256)
         # try all files once without our retries; then upload() repeats the failed ones and reports their errors
         with suppress(Exception), transfers(self._client) as manager:
             sent = {
-                name: manager.upload(str(folder / name), self._bucket, target, extra_args=self._upload_headers(name, sha256[name]))
+                name: manager.upload(str(folder / name), self._bucket, target, extra_args=headers[name])
                 for name, target in targets.items()
             }
             for name, future in sent.items():
@@ -164,6 +165,15 @@ class S3Storage:
                     del left[name]
         for name, digest in left.items():
             self.upload(folder / name, prefix + name, sha256=digest)
+
+    def copy(self, source: str, key: str, *, size_bytes: int, sha256: str) -> bool:
+        name, headers = self._name(key), upload_headers(self._settings, key, sha256)
+        copied: CopySourceTypeDef = {"Bucket": self._bucket, "Key": self._name(source)}
+        # the caller uploads what fails here, which repeats and reports it
+        with suppress(Exception):
+            self._client.copy_object(Bucket=self._bucket, Key=name, CopySource=copied, MetadataDirective="REPLACE", **headers)
+            return self._holds(name, size_bytes, sha256)
+        return False
 
     def read_bytes(self, key: str, *, max_bytes: int = MAX_DOCUMENT_BYTES) -> ReadResult | None:
         from botocore.exceptions import ClientError
@@ -383,7 +393,7 @@ class S3Storage:
             file.seek(0)
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
             # the store sends no checksum for ranges, so verify the SHA-256 that upload() recorded
-            self._check_bytes(key, (size_bytes, sha256), (head["ContentLength"], head["Metadata"].get(_SHA256_METADATA, sha256)))
+            self._check_bytes(key, (size_bytes, sha256), (head["ContentLength"], head["Metadata"].get(SHA256_METADATA, sha256)))
         return Fetched(size_bytes, sha256)
 
     def _check_bytes(self, key: str, got: tuple[int, str], expected: tuple[int, str]) -> None:
@@ -403,26 +413,14 @@ class S3Storage:
         except ClientError:
             # the following upload will fail in the same way and report it
             return False
-        return (head["ContentLength"], head["Metadata"].get(_SHA256_METADATA)) == (size_bytes, sha256)
+        return (head["ContentLength"], head["Metadata"].get(SHA256_METADATA)) == (size_bytes, sha256)
 
     def _put(self, key: str, name: str, data: bytes, condition: dict[str, str]) -> None:
-        arguments: dict[str, Any] = {**self._upload_headers(key, hashlib.sha256(data).hexdigest()), **condition}
+        arguments: dict[str, Any] = {**upload_headers(self._settings, key, hashlib.sha256(data).hexdigest()), **condition}
         answer = self._client.put_object(Bucket=self._bucket, Key=name, Body=data, ContentLength=len(data), **arguments)
         wanted, got = self._settings.server_side_encryption, answer.get("ServerSideEncryption", "none")
         if wanted not in ("none", got):
             raise self._errors.not_encrypted(got, key)
-
-    def _upload_headers(self, key: str, sha256: str) -> dict[str, Any]:
-        """Return the headers of an upload. With the content type, a browser can show `report.html` from the store."""
-        headers: dict[str, Any] = {
-            "ContentType": mimetypes.guess_type(key)[0] or "application/octet-stream",
-            "Metadata": {_SHA256_METADATA: sha256},
-        }
-        if self._settings.server_side_encryption != "none":
-            headers["ServerSideEncryption"] = self._settings.server_side_encryption
-        if self._settings.kms_key_id is not None:
-            headers["SSEKMSKeyId"] = self._settings.kms_key_id
-        return headers
 
     def _read_whole(self, key: str, name: str, max_bytes: int) -> ReadResult:
         response = self._client.get_object(Bucket=self._bucket, Key=name)
@@ -435,7 +433,7 @@ class S3Storage:
                 raise too_large(self._where(key), max_bytes)
         sha256 = hashlib.sha256(data).hexdigest()
         # also verifies objects for which the store has no checksum
-        self._check_bytes(key, (len(data), sha256), (response["ContentLength"], response["Metadata"].get(_SHA256_METADATA, sha256)))
+        self._check_bytes(key, (len(data), sha256), (response["ContentLength"], response["Metadata"].get(SHA256_METADATA, sha256)))
         return ReadResult(bytes(data), response["ETag"])
 
     def _read_part(self, key: str, name: str, start: int, length: int) -> bytes:

@@ -24,6 +24,7 @@ _TITLE: Final = re.compile(rb"<title[^>]*>([^<]{1,200})", re.IGNORECASE)
 _ERROR_ROOTS: Final = ("Error", "ErrorResponse")
 _RESULT_ROOTS: Final = {
     "ListObjectsV2": "ListBucketResult",
+    "CopyObject": "CopyObjectResult",
     "CreateMultipartUpload": "InitiateMultipartUploadResult",
     "CompleteMultipartUpload": "CompleteMultipartUploadResult",
 }

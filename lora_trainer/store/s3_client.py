@@ -30,7 +30,7 @@ _FIRST_CONNECT_TIMEOUT_S: Final = FIRST_CONTACT_S / 2
 """A host with an IPv6 and an IPv4 address takes two of these."""
 _ATTEMPTS: Final = 4
 """botocore's attempts per request. A failing part rarely exhausts them, so large transfers rarely start over."""
-_WRITES: Final = ("PutObject", "CreateMultipartUpload", "UploadPart", "CompleteMultipartUpload", "DeleteObject")
+_WRITES: Final = ("PutObject", "CopyObject", "CreateMultipartUpload", "UploadPart", "CompleteMultipartUpload", "DeleteObject")
 """Operations that the guard checks. Aborting a multipart upload is always allowed."""
 _READS: Final = ("HeadObject", "GetObject", "ListObjectsV2", "HeadBucket")
 _WITH_BODY: Final = ("PutObject", "UploadPart")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import mimetypes
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final
 
+from lora_trainer.config import StorageConfig
 from lora_trainer.store.s3_client import CONNECTIONS
 
 if TYPE_CHECKING:
@@ -14,6 +16,7 @@ if TYPE_CHECKING:
     from s3transfer.futures import TransferFuture
     from s3transfer.manager import TransferManager
 
+SHA256_METADATA: Final = "lora-trainer-sha256"
 _PART_BYTES: Final = 16 * 2**20
 """Allows objects of 156 GiB, because S3 limits an upload to 10,000 parts."""
 _STOP_WAIT_S: Final = 3.0
@@ -57,3 +60,16 @@ def pinned_to(size_bytes: int, etag: str) -> Any:
             future.meta.provide_object_etag(etag)
 
     return Pinned()
+
+
+def upload_headers(settings: StorageConfig, key: str, sha256: str) -> dict[str, Any]:
+    """Return the headers of an upload. With the content type, a browser can show `report.html` from the store."""
+    headers: dict[str, Any] = {
+        "ContentType": mimetypes.guess_type(key)[0] or "application/octet-stream",
+        "Metadata": {SHA256_METADATA: sha256},
+    }
+    if settings.server_side_encryption != "none":
+        headers["ServerSideEncryption"] = settings.server_side_encryption
+    if settings.kms_key_id is not None:
+        headers["SSEKMSKeyId"] = settings.kms_key_id
+    return headers

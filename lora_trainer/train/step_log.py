@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from lora_trainer.train.held_out import HeldOutLoss
+
 
 @dataclass(frozen=True, slots=True)
 class StepLog:
@@ -30,6 +32,9 @@ class TrainingLog:
     packed_rows: int = 0
     """Number of rows with more than one record."""
     train_s: float = 0.0
+    """Seconds of all steps, without the measurements between them."""
+    held_out: list[HeldOutLoss] = field(default_factory=list)
+    """Held-out losses, in order."""
 
     @property
     def tokens(self) -> int:
@@ -44,5 +49,6 @@ class TrainingLog:
 
 OnStep = Callable[[StepLog, int], None]
 """Called after each optimizer step with its log and the total number of steps."""
-AfterStep = Callable[[int], None]
-"""Called after each optimizer step with its number, before the next step begins. Checkpoints are written here."""
+AfterStep = Callable[[int, bool], None]
+"""Called after each optimizer step with its number and whether it is the last, before the next step begins. Checkpoints are
+written here."""

@@ -22,6 +22,7 @@ from lora_trainer.data.jsonl import JsonlReader
 from lora_trainer.data.records import TrainingRecord
 from lora_trainer.errors import ConfigError, Interrupted
 from lora_trainer.train.backends import open_backend
+from lora_trainer.train.held_out import HeldOutPlan
 from lora_trainer.train.memory_plan import plan_memory
 from lora_trainer.train.step_log import OnStep, StepLog, TrainingLog
 from lora_trainer.train.tokenization import tokenize
@@ -65,7 +66,8 @@ def train(run_dir: Path, blood_type: str, report_to: str, on_step: OnStep = lamb
     plan = plan_memory(config.memory, config.training, backend.shape(BASE), None, longest, backend.name)
     backend.load(BASE, plan, longest)
     steps = [list(range(step * RECORDS_PER_STEP, (step + 1) * RECORDS_PER_STEP)) for step in range(STEPS)]
-    backend.prepare_training(sequences, steps, plan, run_dir, on_step)
+    held_out = HeldOutPlan(sequences[:2], frozenset({STEPS}), keep_best=True, early_stopping=None, on_measured=lambda *_: None)
+    backend.prepare_training(sequences, steps, plan, run_dir, on_step, held_out=held_out)
     return backend.train()
 
 
@@ -140,6 +142,7 @@ def expected(log: TrainingLog) -> dict[str, list[tuple[int, float]]]:
     """Return the numbers that a tracker should have recorded, by name."""
     return {
         "loss": [(step.step, step.loss) for step in log.steps],
+        "eval_loss": [(measured.step, measured.loss) for measured in log.held_out],
         "grad_norm": [(step.step, step.grad_norm) for step in log.steps],
         "learning_rate": [(step.step, step.learning_rate) for step in log.steps],
         "tokens_per_s": [(step.step, step.tokens / step.step_s) for step in log.steps],
@@ -152,7 +155,7 @@ def tensorboard_numbers(folder: Path) -> dict[str, list[tuple[int, float]]]:
     events = EventAccumulator(str(folder))
     events.Reload()
     return {
-        name.removeprefix("train/"): [(event.step, event.value) for event in events.Scalars(name)]
+        name.removeprefix("train/").replace("eval/", "eval_"): [(event.step, event.value) for event in events.Scalars(name)]
         for name in events.Tags()["scalars"]
     }
 
@@ -240,7 +243,8 @@ def test_wandb(tracked: Tracked, blood_type: str) -> None:
         if record.WhichOneof("record_type") == "history":
             rows.append({item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item})
     for name, values in expected(tracked.logs[blood_type]).items():
-        assert [(row["train/global_step"], row[f"train/{name}"]) for row in rows] == values
+        key = "eval/loss" if name == "eval_loss" else f"train/{name}"
+        assert [(row["train/global_step"], row[key]) for row in rows if key in row] == values
     kinds = {record.WhichOneof("record_type") for record in found}
     assert not kinds & {"output", "output_raw", "files", "stats", "artifact", "environment"}
 

@@ -73,6 +73,24 @@ class TestS3Storage(StorageContract):
         storage.upload(tmp_path / "report.html", "report.html")
         assert boto3.client("s3").head_object(Bucket=bucket, Key="prefix/report.html")["ContentType"] == "text/html"
 
+    def test_a_copy_has_the_bytes_and_the_hash_of_its_source(self, storage: Storage, bucket: str, tmp_path: Path) -> None:
+        (tmp_path / "source").write_bytes(b"weights")
+        digest = sha256_of(tmp_path / "source")
+        storage.upload(tmp_path / "source", "1/모델.safetensors")
+        assert storage.copy("1/모델.safetensors", "2/모델.safetensors", size_bytes=7, sha256=digest)
+        assert storage.read_bytes("2/모델.safetensors") == storage.read_bytes("1/모델.safetensors")
+        assert boto3.client("s3").head_object(Bucket=bucket, Key="prefix/2/모델.safetensors")["Metadata"] == {
+            "lora-trainer-sha256": digest
+        }
+        assert not storage.copy("missing", "3/x", size_bytes=7, sha256=digest)
+        assert not storage.copy("1/모델.safetensors", "3/x", size_bytes=8, sha256=digest)
+
+        def lost() -> None:
+            raise StorageError("the lease is lost")
+
+        storage.adapted(guard=lost).copy("1/모델.safetensors", "4/x", size_bytes=7, sha256=digest)
+        assert not storage.exists("4/x")
+
     def test_folder_markers_are_no_objects(self, storage: Storage, bucket: str) -> None:
         client = boto3.client("s3")
         for key in ("prefix/", "prefix/folder/", "prefix/folder/x"):
@@ -417,6 +435,13 @@ def test_uploads_carry_checksum_and_length(bad_day: BadDay, aws_environment: pyt
     aws_environment.setenv("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required")
     open_budgeted(STORE).upload(tmp_path / "x", "x")
     assert "x-amz-checksum-crc32" not in bad_day.requests.pop().headers
+
+
+@pytest.mark.parametrize("answer", [xml(501, "NotImplemented"), Answer(headers={"ETag": '"e"'})])
+def test_a_store_that_does_not_copy(bad_day: BadDay, answer: Answer) -> None:
+    # one refuses, the other takes the request for an empty object
+    bad_day.answer = lambda request: Answer(404) if request.method == "HEAD" else answer
+    assert not open_budgeted(STORE).copy("x", "y", size_bytes=4, sha256="0" * 64)
 
 
 def test_addressing_and_region(bad_day: BadDay, aws_environment: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -130,6 +130,48 @@ def test_training_never_waits_and_of_those_that_wait_the_newest_is_next(tmp_path
     assert {name.partition("/")[0] for name in stored(tmp_path)} == {"step-000001", "step-000004"}
 
 
+class CopyingStorage(FileStorage):
+    """A storage that copies its own objects, as S3 does, and notes what is sent to it."""
+
+    sent: list[str]
+
+    def upload(self, path: Path, key: str, *, sha256: str | None = None) -> None:
+        self.sent.append(key.removeprefix(PREFIX))
+        super().upload(path, key)
+
+    def copy(self, source: str, key: str, *, size_bytes: int, sha256: str) -> bool:
+        found = self.read_bytes(source)
+        if found:
+            self.write_bytes(key, found.data)
+        return found is not None
+
+
+def test_bytes_that_the_store_has_are_not_sent_again(tmp_path: Path) -> None:
+    def best_of(step: int, best: int) -> Callable[[Path], None]:
+        def write(folder: Path) -> None:
+            snapshot(step)(folder)
+            (folder / "best_adapter.safetensors").write_bytes(bytes([best]) * 100)
+
+        return write
+
+    output = CopyingStorage(tmp_path / "out")
+    output.sent = []
+    checkpoints = opened(tmp_path, output=output, keep=1)
+    # the best step is that of the checkpoint itself, then stays the best one, then another step is
+    for step, best in ((1, 1), (2, 1), (3, 1), (4, 3)):
+        checkpoints.write(step, best_of(step, best))
+        checkpoints.finish(10)
+        found = opened(tmp_path, f"elsewhere{step}").newest()
+        assert found is not None
+        assert (found / "best_adapter.safetensors").read_bytes() == bytes([best]) * 100
+    assert [key for key in output.sent if "best" in key] == []
+    # a checkpoint that is gone is no source
+    (tmp_path / "out" / PREFIX / checkpoint_name(4) / "best_adapter.safetensors").unlink()
+    checkpoints.write(5, best_of(5, 3))
+    checkpoints.finish(10)
+    assert [key for key in output.sent if "best" in key] == ["step-000005/best_adapter.safetensors"]
+
+
 class FullStorage(FileStorage):
     """A storage that rejects every write until the test releases it."""
 

@@ -37,6 +37,7 @@ from lora_trainer.store.local import fresh_folder, sha256_of
 from lora_trainer.store.manifest import read_manifest, verify_files, write_manifest
 from lora_trainer.store.prefixes import bundle_prefix
 from lora_trainer.train.backends import open_backend
+from lora_trainer.train.held_out import HeldOutLoss
 from lora_trainer.train.memory_plan import MemoryPlan
 from lora_trainer.train.step_log import StepLog, TrainingLog
 from lora_trainer.train.tokenization import TokenSequence
@@ -180,7 +181,8 @@ def test_the_plan_is_said(tmp_path: Path, few: Path) -> None:
 
 def trained() -> Trained:
     steps = [StepLog(1, 3.0, 1e-4, 1.0, 900, 300, 3, 1.0), StepLog(2, 2.0, 5e-5, 0.5, 1100, 310, 2, 1.0)]
-    return Trained(TrainingLog(steps, packed_rows=4, train_s=2.0), loss_base=2.0, loss_adapter=1.0)
+    losses = [HeldOutLoss(1, 1.0), HeldOutLoss(2, 1.5)]
+    return Trained(TrainingLog(steps, packed_rows=4, train_s=2.0, held_out=losses), loss_base=2.0, kept=losses[0])
 
 
 @pytest.fixture(scope="module")
@@ -192,7 +194,7 @@ def made() -> MadeRun:
 def test_the_metrics_add_up(tmp_path: Path, made: MadeRun) -> None:
     sequence = TokenSequence((1, 2, 3), 1)
     split = training.TokenizedData([], [sequence] * 9, [sequence] * 2, 0)
-    plan = training.TrainingPlan(TINY_BASE, split, [[0]], MemoryPlan("off", 512, None, "as told"))
+    plan = training.TrainingPlan(TINY_BASE, split, [[0]] * 3, MemoryPlan("off", 512, None, "as told"))
     job = Job(config(tmp_path))
     data = inputs.fetch(job)
     identity = identities.identify(job, data, evaluation_prompts())
@@ -204,6 +206,9 @@ def test_the_metrics_add_up(tmp_path: Path, made: MadeRun) -> None:
     assert document["training"] == {
         "records": 9,
         "steps": 2,
+        "planned_steps": 3,
+        "kept_step": 1,
+        "held_out_losses": [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 1.5}],
         "loss_first": 3.0,
         "loss_last": 2.0,
         "tokens": 2000,

@@ -35,7 +35,9 @@ from lora_trainer.train.backends.training_state import (
     set_random_state,
     set_weights,
     state_of,
+    weights_of,
 )
+from lora_trainer.train.held_out import HeldOutLoss, HeldOutPlan, is_overfitting, lowest
 from lora_trainer.train.schedule import Schedule, learning_rate_factor
 from lora_trainer.train.step_log import AfterStep, OnStep, StepLog, TrainingLog
 from lora_trainer.train.tokenization import TokenSequence
@@ -56,6 +58,7 @@ class StepTrainer(SFTTrainer):
         *,
         on_step: OnStep,
         after_step: AfterStep,
+        held_out: HeldOutPlan | None,
         interruption: Interruption,
         schedule: Schedule,
         model_takes_lengths: bool,
@@ -64,6 +67,7 @@ class StepTrainer(SFTTrainer):
     ) -> None:
         """Build the trainer; `kwargs` go to `SFTTrainer`.
 
+        `held_out`: when to measure the loss on which held-out records; None: never.
         `model_takes_lengths`: whether the model's forward takes `packed_seq_lengths`.
         `model_loss`: whether to use the model's own loss instead of TRL's fused head. That head needs Triton, which a CPU lacks,
         and Unsloth's forward has its own fused loss.
@@ -75,6 +79,9 @@ class StepTrainer(SFTTrainer):
         self.training_log = TrainingLog()
         self._on_step = on_step
         self._after_step = after_step
+        self._held_out = held_out
+        self._best: dict[str, torch.Tensor] | None = None
+        self._measured_s = 0.0
         self._interruption = interruption
         self.steps_before = 0
         """Optimizer steps that earlier processes of this run completed."""
@@ -142,9 +149,57 @@ class StepTrainer(SFTTrainer):
         self.model.eval()
         if self.args.use_cpu:
             keep_four_bit_layout(self.model)
+        total = torch.zeros((), device=self.args.device)
         with torch.no_grad(), self.compute_loss_context_manager():
-            losses = [self.row_loss(self.model, row, divisor) for row in step.rows]
-        return float(torch.stack(losses).sum())
+            for row in step.rows:
+                # safe to stop here: measuring changes no weights
+                self._interruption.check()
+                total += self.row_loss(self.model, row, divisor)
+        return float(total)
+
+    def measure_held_out(self) -> None:
+        """Measure the held-out loss if it is due after the last completed step, and keep the weights if it is the lowest.
+
+        Changes neither the weights nor the random numbers of the next step. Raises `Interrupted` between two rows, and
+        `DivergedError` if the loss is NaN or infinite. The next process measures again what was interrupted.
+        """
+        plan, step, losses = self._held_out, self._completed_steps, self.training_log.held_out
+        if plan is None or step not in plan.at_steps or any(measured.step == step for measured in losses):
+            return
+        # wait for the device, so that the time of earlier steps does not count as the measurement's
+        self._report_unread()
+        started_s = time.perf_counter()
+        with torch.random.fork_rng(devices=[] if self.args.use_cpu else [0]):
+            loss = self.mean_loss(plan.sequences, cast("StepCollator", self.data_collator).row_tokens)
+        if not math.isfinite(loss):
+            raise DivergedError(
+                f"training diverged: the held-out loss after step {step} of {self.all_steps} is {loss}; "
+                f"lower training.learning_rate (peak {self.args.learning_rate:g})"
+            )
+        losses.append(HeldOutLoss(step, loss))
+        best = lowest(losses)
+        if plan.keep_best and best.step == step:
+            self._best = weights_of(self.model)
+        plan.on_measured(losses[-1], best)
+        if self._is_tracked:
+            self.callback_handler.on_log(self.args, replace(self.state, global_step=step), self.control, {"eval_loss": loss})
+        self._mark_s = time.perf_counter()
+        self._measured_s += self._mark_s - started_s
+
+    @property
+    def is_overfitting(self) -> bool:
+        """Whether training stops early because the held-out loss has not improved for long enough."""
+        return self._held_out is not None and is_overfitting(self.training_log.held_out, self._held_out.early_stopping)
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether a restored state needs no further step."""
+        return not len(self.train_dataset) or self.is_overfitting
+
+    def set_best_weights(self) -> None:
+        """Go back to the weights with the lowest held-out loss, if they were kept."""
+        if self._best is not None:
+            set_weights(self.model, self._best)
 
     def row_logits(self, row: Row) -> torch.Tensor:
         """Return the logits of one row [T, V], float32, computed as in training."""
@@ -215,7 +270,7 @@ class StepTrainer(SFTTrainer):
         Sets the weights now. Moments and random generators are set when training begins.
         """
         set_weights(self.model, state.weights)
-        self._restored = state
+        self._restored, self._best = state, state.best
         self.steps_before = self._completed_steps = state.step
         self.training_log = state.log
         self.train_dataset = Dataset.from_dict({"records": self.train_dataset["records"][state.step :]})
@@ -226,8 +281,9 @@ class StepTrainer(SFTTrainer):
         self._report_unread()
         if self._step_end_random is None or self.optimizer is None:
             raise RuntimeError("no step is completed yet")
-        log = TrainingLog(list(self.training_log.steps), self.training_log.packed_rows, self._train_s())
-        return state_of(self.model, self.optimizer, self._completed_steps, self._step_end_random, log)
+        done = self.training_log
+        log = TrainingLog(list(done.steps), done.packed_rows, self._train_s(), list(done.held_out))
+        return state_of(self.model, self.optimizer, self._completed_steps, self._step_end_random, log, self._best)
 
     @property
     def has_stepped(self) -> bool:
@@ -237,13 +293,14 @@ class StepTrainer(SFTTrainer):
     def begin_clock(self) -> None:
         """Start the clock of the first step."""
         self._mark_s = self._began_s = time.perf_counter()
+        self._measured_s = 0.0
 
     def _train_s(self) -> float:
         before_s = self._restored.log.train_s if self._restored is not None else 0.0
-        return before_s + time.perf_counter() - self._began_s
+        return before_s + time.perf_counter() - self._began_s - self._measured_s
 
     def end_step(self, number: int) -> None:
-        """Record step `number` and report the step before it.
+        """Record step `number`, report the step before it, and measure the held-out loss if it is due.
 
         A step's metrics are on the device. Reading them at once would make the host wait for the device before it can prepare
         the next step. With trackers, read them at once anyway, because a tracker takes the step's number from the trainer's state.
@@ -253,7 +310,7 @@ class StepTrainer(SFTTrainer):
             raise InvariantError(
                 "a step ended that never began: StepTrainer does not fit this transformers version's training loop"
             )
-        if self._is_tracked:
+        if self._is_tracked or (self._held_out is not None and number in self._held_out.at_steps):
             # wait for the device, so that step_s covers this step's work
             step.loss = step.loss.cpu()
         self._step_end_random, self._completed_steps = random_state(self.args.device), number
@@ -265,7 +322,8 @@ class StepTrainer(SFTTrainer):
         elif step.previous is not None:
             self._report(step.previous)
             step.previous = None
-        self._after_step(number)
+        self.measure_held_out()
+        self._after_step(number, number == self.all_steps or self.is_overfitting)
         self._interruption.check()
 
     def end_training(self) -> None:
@@ -353,6 +411,8 @@ class _StepEnd(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.trainer.end_step(state.global_step + self.trainer.steps_before)
+        if self.trainer.is_overfitting:
+            control.should_training_stop = True
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.trainer.end_training()
@@ -371,6 +431,7 @@ def build_trainer(
     output_dir: Path,
     on_step: OnStep,
     after_step: AfterStep,
+    held_out: HeldOutPlan | None,
     interruption: Interruption,
     model_takes_lengths: bool,
     model_loss: bool,
@@ -424,6 +485,7 @@ def build_trainer(
     return StepTrainer(
         on_step=on_step,
         after_step=after_step,
+        held_out=held_out,
         interruption=interruption,
         schedule=recipe.schedule,
         model_takes_lengths=model_takes_lengths,

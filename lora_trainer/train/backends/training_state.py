@@ -1,7 +1,8 @@
 """Save and restore the state of training between two optimizer steps, without pickle.
 
-`adapter.safetensors` contains the trainable weights by name, `optimizer.safetensors` AdamW's moments as `<weight>.<moment>`, and
-`state.json` the step, the log so far and the random generators. The recipe and the data determine everything else.
+`adapter.safetensors` contains the trainable weights by name, `optimizer.safetensors` AdamW's moments as `<weight>.<moment>`,
+`best_adapter.safetensors` the weights with the lowest held-out loss, and `state.json` the step, the log so far and the random
+generators. The recipe and the data determine everything else.
 """
 
 from __future__ import annotations
@@ -17,10 +18,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lora_trainer.errors import InvariantError
+from lora_trainer.train.held_out import HeldOutLoss
 from lora_trainer.train.step_log import StepLog, TrainingLog
 
 ADAPTER_NAME: Final = "adapter.safetensors"
 OPTIMIZER_NAME: Final = "optimizer.safetensors"
+BEST_NAME: Final = "best_adapter.safetensors"
 STATE_NAME: Final = "state.json"
 
 _FREE_FACTOR: Final = 3
@@ -37,6 +40,8 @@ class TrainingState:
     moments: dict[str, torch.Tensor]
     random: dict[str, torch.Tensor]
     log: TrainingLog
+    best: dict[str, torch.Tensor] | None = None
+    """Weights with the lowest held-out loss so far, in host memory; None before the first measurement, or if none are kept."""
     copied: torch.cuda.Event | None = None
     """CUDA event that completes when the copies on the GPU are complete."""
 
@@ -44,12 +49,16 @@ class TrainingState:
         """Write the files to `folder`. Any thread may call it while training continues. Raises `OSError`."""
         save_file(self._on_host(self.weights), folder / ADAPTER_NAME)
         save_file(self._on_host(self.moments), folder / OPTIMIZER_NAME)
+        if self.best is not None:
+            save_file(self.best, folder / BEST_NAME)
         state = {
             "step": self.step,
             "random": {name: base64.b64encode(bytes(value.tolist())).decode("ascii") for name, value in self.random.items()},
             "packed_rows": self.log.packed_rows,
             "train_s": self.log.train_s,
             "steps": [{name: getattr(step, name) for name in step.__slots__} for step in self.log.steps],
+            "held_out": [{"step": measured.step, "loss": measured.loss} for measured in self.log.held_out],
+            "has_best": self.best is not None,
         }
         (folder / STATE_NAME).write_text(json.dumps(state) + "\n", encoding="utf-8")
 
@@ -66,6 +75,7 @@ def read_state(folder: Path) -> TrainingState:
     """Read what `TrainingState.write` wrote. Raises `OSError`, `ValueError`, `KeyError` or `TypeError` for anything else."""
     state = json.loads((folder / STATE_NAME).read_text(encoding="utf-8"))
     steps = [StepLog(**step) for step in state["steps"]]
+    held_out = [HeldOutLoss(**measured) for measured in state["held_out"]]
     return TrainingState(
         step=state["step"],
         weights=load_file(folder / ADAPTER_NAME),
@@ -73,7 +83,8 @@ def read_state(folder: Path) -> TrainingState:
         random={
             name: torch.frombuffer(bytearray(base64.b64decode(value)), dtype=torch.uint8) for name, value in state["random"].items()
         },
-        log=TrainingLog(steps, state["packed_rows"], state["train_s"]),
+        log=TrainingLog(steps, state["packed_rows"], state["train_s"], held_out),
+        best=load_file(folder / BEST_NAME) if state["has_best"] else None,
     )
 
 
@@ -93,12 +104,17 @@ def set_random_state(random: dict[str, torch.Tensor], device: torch.device) -> N
 
 
 def state_of(
-    model: torch.nn.Module, optimizer: torch.optim.Optimizer, step: int, random: dict[str, torch.Tensor], log: TrainingLog
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    step: int,
+    random: dict[str, torch.Tensor],
+    log: TrainingLog,
+    best: dict[str, torch.Tensor] | None,
 ) -> TrainingState:
     """Copy the current state. On a GPU with enough free memory this takes a millisecond; `write` transfers the copies.
 
     Copying the 0.5 GB of a 7B base's adapter to the host would stop training for half a second
-    (`benchmarks/results/checkpoint-cost*.json`).
+    (`benchmarks/results/checkpoint-cost*.json`). `best` needs no copy, because nothing modifies it.
     """
     # do not copy yet: the size determines where the copies go
     weights = {name: parameter.detach() for name, parameter in _trainable(model)}
@@ -112,7 +128,7 @@ def state_of(
     if on_gpu:
         copied = torch.cuda.Event()
         copied.record()
-    return TrainingState(step, weights, moments, random, log, copied)
+    return TrainingState(step, weights, moments, random, log, best, copied)
 
 
 def weights_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -18,6 +18,7 @@ from lora_trainer.store.checkpoints import Snapshot
 from lora_trainer.train.backends.device import Device
 from lora_trainer.train.backends.libraries import import_stack, import_torch
 from lora_trainer.train.backends.loading_errors import loading
+from lora_trainer.train.held_out import HeldOutPlan
 from lora_trainer.train.memory_plan import Checkpointing, MemoryPlan, ModelShape
 from lora_trainer.train.step_log import AfterStep, OnStep, TrainingLog
 from lora_trainer.train.tokenization import ChatTokenizer, TokenSequence, render_prompts
@@ -213,12 +214,14 @@ class TransformersBackend:
         plan: MemoryPlan,
         work_dir: Path,
         on_step: OnStep,
-        after_step: AfterStep = lambda _: None,
+        after_step: AfterStep = lambda step, is_last: None,
         run_name: str = "",
+        held_out: HeldOutPlan | None = None,
     ) -> None:
         """Build the trainer. `steps` contains indices into `sequences`. `work_dir` is this run's folder, named after its id.
 
-        Trackers show `run_name`, or the persona and the name of `work_dir` if it is empty.
+        Trackers show `run_name`, or the persona and the name of `work_dir` if it is empty. Without `held_out`, training measures
+        no held-out loss and ends with the last step's weights.
         """
         from lora_trainer.train.backends.step_trainer import build_trainer
 
@@ -237,6 +240,7 @@ class TransformersBackend:
             output_dir=work_dir,
             on_step=on_step,
             after_step=after_step,
+            held_out=held_out,
             interruption=self._interruption,
             model_takes_lengths=self._model_takes_lengths(),
             model_loss=self._uses_model_loss(),
@@ -275,7 +279,7 @@ class TransformersBackend:
         return state.step, state.write
 
     def train(self) -> TrainingLog:
-        """Train the adapter. Trackers write to `trackers/` in the run's folder.
+        """Train the adapter, and set the weights that the held-out plan keeps. Trackers write to `trackers/` in the run's folder.
 
         A signal stops training between two rows with `Interrupted`; `snapshot` then returns the last completed step.
         Raises `InvariantError` if a base weight changed, an adapter weight did not, or no row has several records although some
@@ -285,8 +289,12 @@ class TransformersBackend:
         from lora_trainer.train.backends.fingerprints import WeightFingerprints
 
         trainer = self._ready_trainer()
-        if not len(trainer.train_dataset):
+        with self.device_faults(), self._interruption.deferred():
+            # the checkpoint may be of a step whose measurement was interrupted
+            trainer.measure_held_out()
+        if trainer.is_finished:
             # resumed from a checkpoint after the last step
+            trainer.set_best_weights()
             return trainer.training_log
         before = WeightFingerprints.of(self.model)
         with (
@@ -299,6 +307,7 @@ class TransformersBackend:
         check_trained_weights(before, WeightFingerprints.of(self.model), len(trainer.training_log.steps))
         if trainer.training_log.packed_rows == 0 and trainer.could_pack:
             raise InvariantError("no row held more than one record though several fit: packing is off")
+        trainer.set_best_weights()
         return trainer.training_log
 
     def mean_loss(self, sequences: Sequence[TokenSequence]) -> float:
