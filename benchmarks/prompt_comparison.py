@@ -54,7 +54,9 @@ def run_with(form: str, arguments: list[str]) -> None:
     from entrypoint.__main__ import main as command
     from lora_trainer.persona import prompt
 
-    def system_message(instruction: str, summary: str, emotion_type: str, intensity: float) -> str:
+    def system_message(
+        instruction: str, summary: str, emotion_type: str, intensity: float, version: int = prompt.PROMPT_VERSION
+    ) -> str:
         lines = [prompt._plain(instruction)]
         if plain_summary := prompt._plain(summary):
             lines.append(prompt.SUMMARY_LINE.format(summary=plain_summary))

@@ -160,7 +160,7 @@ def chat(
     from lora_trainer.persona.vocabulary import Feeling
     from lora_trainer.run.adapter import open_adapter, settle_for
     from lora_trainer.run.job import ProcessContext
-    from lora_trainer.run.terminal_chat import ChatState, chat_loop, load_chat_model, status
+    from lora_trainer.run.terminal_chat import NO_EARLIER_TURNS, ChatState, chat_loop, load_chat_model, status
     from lora_trainer.store.retry import RetryBudget, budget_from_environment
 
     if feeling not in tuple(Feeling):
@@ -168,16 +168,19 @@ def chat(
     opened = open_adapter(adapter, budget_from_environment())
     config = settle_for(opened, given_settings(options, overrides), config_file=config_file)
     check_credentials((), base=config.base.model)
-    # bind the real stream now: sys.stdout is about to be redirected to the log
-    out, is_terminal = terminal.console(sys.stdout), sys.stdin.isatty()
+    # bind the real streams now: both are about to be redirected to the log
+    out, notes, is_terminal = terminal.console(sys.stdout), terminal.console(sys.stderr), sys.stdin.isatty()
     lines = _typed_lines(out) if is_terminal else terminal.read_lines(sys.stdin, sys.stdout)
     if is_terminal:
         click.echo("loading ...", err=True)
-    state = ChatState(config.blood_type, Feeling(feeling), intensity, situation, seed)
     with logs.libraries_print_to_the_log():
         model = load_chat_model(opened, config, temperature, ProcessContext(interruption, RetryBudget(config.storage)))
+        state = ChatState(config.blood_type, Feeling(feeling), intensity, situation, seed, prompt_version=model.prompt_version)
         if is_terminal:
             out.print(f"{status(state)}. /help lists the commands, /quit leaves.", style="dim")
+        if not state.most_turns:
+            # with --json, standard output has replies only
+            notes.print(NO_EARLIER_TURNS, style="dim", soft_wrap=True)
         try:
             chat_loop(model, state, lines, out, raw=raw, beside_base=beside_base)
         except Interrupted as interrupted:

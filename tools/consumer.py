@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+import unicodedata
 from pathlib import Path
 
 import peft
@@ -20,7 +21,8 @@ import yaml
 
 base_folder, folder = map(Path, sys.argv[1:])
 rules = json.loads((folder / "prompt.json").read_text(encoding="utf-8"))
-instruction = yaml.safe_load((folder / "persona.yaml").read_text(encoding="utf-8"))["instruction"]
+# version 2 has the instruction in persona.yaml alone
+instruction = rules.get("instruction") or yaml.safe_load((folder / "persona.yaml").read_text(encoding="utf-8"))["instruction"]
 limit = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["evaluation"]["max_new_tokens"]
 
 
@@ -33,8 +35,19 @@ def require(known, rule):
 def plain(text):
     """Return `text` as it stands in a prompt."""
     written, tag = rules["text_rules"].split("; put a space behind what matches ")
-    require(written == "collapse white space to single spaces and trim; write '<|' as '< |' and '|>' as '| >'", "text_rules")
+    known = "collapse white space to single spaces and trim; write '<|' as '< |' and '|>' as '| >'"
+    if rules["version"] == 3:
+        text, known = unicodedata.normalize("NFC", text), f"compose (Unicode NFC); {known}"
+    require(written == known, "text_rules")
     return re.sub(tag.strip("'"), "< ", " ".join(text.split()).replace("<|", "< |").replace("|>", "| >"))
+
+
+def strength(intensity):
+    """Return how the prompt says `intensity`: with a word, or with a number in version 2."""
+    if rules["version"] == 2:
+        require(rules["intensity_format"] == "one decimal", "intensity_format")
+        return f"{intensity:.1f}"
+    return next(word["word"] for word in rules["strength"] if intensity < word.get("intensity_below", 2))
 
 
 def filled(line, values):
@@ -44,13 +57,14 @@ def filled(line, values):
 
 def messages(asked):
     """Return the messages of one prompt, by the rules of `prompt.json`."""
-    require(rules["version"] == 2, "version")
-    require(rules["intensity_format"] == "one decimal", "intensity_format")
+    require(rules["version"] in (2, 3), "version")
+    said = strength(asked["intensity"])
     values = {
         "instruction": plain(instruction),
         "summary": plain(asked["summary"]),
         "emotion_type": asked["feeling"],
-        "intensity": f"{asked['intensity']:.1f}",
+        "intensity": said,
+        "strength": said,
         "input": plain(asked["input"]),
     }
     optional = {line for line in rules["left_out_when_empty"] if not values[re.search(r"\{(\w+)", line)[1]]}

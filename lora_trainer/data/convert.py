@@ -52,11 +52,13 @@ _ROLES: Final = {
     )
     for role in roles.split()
 }
-# the system message of this project's own prompt (persona/prompt.py)
+# the system message of this project's own prompt (persona/prompt.py): a word for the intensity, one decimal in version 2
 _OWN_PROMPT: Final = re.compile(
-    r"(?P<instruction>[^\n]+)\n(?:상황: (?P<summary>[^\n]*)\n)?감정: (?P<feeling>[a-z]+) (?P<intensity>[01]\.\d)\n"
-    + re.escape(OUTPUT_LINE)
+    r"(?P<instruction>[^\n]+)\n(?:상황: (?P<summary>[^\n]*)\n)?"
+    r"감정: (?P<feeling>[a-z]+) (?:(?P<intensity>[01]\.\d)|(?P<strength>약함|보통|강함))\n" + re.escape(OUTPUT_LINE)
 )
+_INTENSITY_OF: Final = {"약함": 0.2, "보통": 0.5, "강함": 0.8}
+"""The middle of each word's third."""
 _TABLE_NAMES: Final = frozenset(map(str, Column))
 _FENCED: Final = re.compile(r"\s*```(?:json)?\s*(\{.*\})\s*```\s*", re.DOTALL)
 _OPTIONS: Final[Mapping[Column, str]] = {
@@ -296,7 +298,7 @@ def _of_chat(line: int, value: Mapping[str, Any], defaults: Defaults, limits: Li
         values |= _given(
             {Column.INSTRUCTION: own["instruction"], Column.SUMMARY: own["summary"] or "", Column.FEELING: own["feeling"]}
         )
-        values[Column.INTENSITY] = float(own["intensity"])
+        values[Column.INTENSITY] = float(own["intensity"]) if own["intensity"] else _INTENSITY_OF[own["strength"]]
     elif systems:
         values[Column.INSTRUCTION] = "\n".join(systems)
     roles = [role for role, _ in talk]

@@ -15,6 +15,7 @@ from lora_trainer.evaluate.intervals import ClusterBootstrap, clustered_bounds, 
 from lora_trainer.evaluate.metrics import DecodingMetrics, Estimate, EvaluationMetrics, RepliesMetrics, TagMetrics
 from lora_trainer.evaluate.questions import evaluation_id, prompts_digest
 from lora_trainer.evaluate.rules import RULES, ScoredReply, TrainingData
+from lora_trainer.persona.prompt import PROMPT_VERSION
 from lora_trainer.persona.vocabulary import BloodType
 
 LEAST_CORRELATION: Final[Mapping[str, float]] = {
@@ -189,12 +190,13 @@ def evaluation_metrics(
     prompts: Sequence[EvaluationPrompt],
     measured: Mapping[str, DecodingMetrics],
     data: TrainingData,
+    prompt_version: int = PROMPT_VERSION,
 ) -> EvaluationMetrics:
-    """Return the metrics of one evaluation, without the judge's."""
+    """Return the metrics of one evaluation, without the judge's. `prompt_version` is the one of the questions."""
     sha256 = prompts_digest(prompts)
     per_prompt = min(config.intensities_per_prompt, len(config.intensities))
     return EvaluationMetrics(
-        evaluation_id=evaluation_id(config, sha256),
+        evaluation_id=evaluation_id(config, sha256, prompt_version),
         prompts=len(prompts),
         prompts_sha256=sha256,
         intensities=config.intensities,

@@ -42,16 +42,30 @@ def intensities_of(number: int, intensities: Sequence[float], per_prompt: int) -
 
 
 def questions(
-    prompts: Sequence[EvaluationPrompt], intensities: Sequence[float], per_prompt: int, instruction: str
+    prompts: Sequence[EvaluationPrompt],
+    intensities: Sequence[float],
+    per_prompt: int,
+    instruction: str,
+    prompt_version: int = PROMPT_VERSION,
 ) -> list[Question]:
-    """Return each prompt at `per_prompt` of `intensities`, ordered by prompt. The prompts' own intensities are ignored."""
+    """Return each prompt at `per_prompt` of `intensities`, ordered by prompt. The prompts' own intensities are ignored.
+
+    `prompt_version` is the version that the adapter was trained on.
+    """
     return [
         Question(
             number,
             intensity,
             prompt,
             tuple(
-                prompt_messages(instruction, prompt.context.summary, prompt.context.current_emotion.type, intensity, prompt.input)
+                prompt_messages(
+                    instruction,
+                    prompt.context.summary,
+                    prompt.context.current_emotion.type,
+                    intensity,
+                    prompt.input,
+                    prompt_version,
+                )
             ),
         )
         for number, prompt in enumerate(prompts)
@@ -67,14 +81,14 @@ def prompts_digest(prompts: Iterable[EvaluationPrompt]) -> str:
     return digest.hexdigest()
 
 
-def evaluation_id(config: EvaluationConfig, prompts_sha256: str) -> str:
+def evaluation_id(config: EvaluationConfig, prompts_sha256: str, prompt_version: int = PROMPT_VERSION) -> str:
     """Return 16 hex digits that identify the questions and the measurement, but not the thresholds.
 
-    A finished evaluation with the same id can be reused.
+    `prompt_version` is the version that the adapter was trained on. A finished evaluation with the same id can be reused.
     """
     ingredients = {
         "evaluation_version": EVALUATION_VERSION,
-        "prompt_version": PROMPT_VERSION,
+        "prompt_version": prompt_version,
         "prompts_sha256": prompts_sha256,
         "classifier_sha256": hashlib.sha256(
             resources.files("lora_trainer.evaluate").joinpath("assets/persona_classifier.npz").read_bytes()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -165,8 +166,8 @@ class TrainingData:
 
     @property
     def texts(self) -> Iterable[str]:
-        """Text of each reply."""
-        return (record.reply.text for record in self._records)
+        """Text of each reply, as the model learns it: composed."""
+        return (unicodedata.normalize("NFC", record.reply.text) for record in self._records)
 
     @cached_property
     def _verbatim(self) -> frozenset[str]:

@@ -9,7 +9,7 @@ from typing import Final
 from lora_trainer.base_model import Base
 from lora_trainer.config import RunConfig
 from lora_trainer.evaluate.metrics import Estimate, RepliesMetrics, RunMetrics, TrainingMetrics
-from lora_trainer.persona.prompt import prompt_messages
+from lora_trainer.persona.prompt import STRENGTHS, prompt_messages
 from lora_trainer.persona.reply_schema import REPLY_TOKENS, response_schema
 from lora_trainer.persona.specs import persona_spec
 from lora_trainer.persona.vocabulary import BloodType
@@ -46,6 +46,7 @@ def model_card(config: RunConfig, base: Base, metrics: RunMetrics) -> str:
     revision = f" --revision {base.revision}" if base.revision else ""
     training, held_out = metrics.training, metrics.held_out
     adapter = metrics.evaluation.greedy.adapter
+    words = f"{', '.join(word for _, word in STRENGTHS[:-1])} and {STRENGTHS[-1][1]}"
     verdict = "passed" if metrics.verdict.passed else "not passed"
     return f"""---
 base_model: {base.canonical_id}
@@ -77,8 +78,9 @@ base in {metrics.evaluation.greedy.win_rate.value:.0%} of the replies.
 
 ## Prompt and reply
 
-`prompt.json` holds the template of the system message, with the instruction `{spec.instruction}`. A reply is one JSON
-object, `{{"text": ..., "emotion": ...}}`; `response_schema.json` is its schema.
+`prompt.json` holds the template of the system message, with the instruction `{spec.instruction}`. The intensity is one of
+{words}. A prompt has no earlier turns, because no training record has: the summary says what happened before. A reply
+is one JSON object, `{{"text": ..., "emotion": ...}}`; `response_schema.json` is its schema.
 
 ## Serve it with vLLM
 

@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from pydantic import BaseModel, ConfigDict
-
 from lora_trainer.base_model import Base, pickled
 from lora_trainer.config import EvaluationConfig, GatesConfig
 from lora_trainer.data.evaluation_prompts import evaluation_prompts
@@ -22,7 +20,7 @@ from lora_trainer.evaluate.metrics import RunMetrics, Verdict
 from lora_trainer.evaluate.questions import evaluation_id, intensities_of, prompts_digest
 from lora_trainer.evaluate.rules import MODELS, ScoredReply, score_again
 from lora_trainer.persona.vocabulary import BloodType
-from lora_trainer.run.bundle_files import read_lines, read_replies
+from lora_trainer.run.bundle_files import read_lines, read_prompt_version, read_replies
 from lora_trainer.run.identity import run_id
 from lora_trainer.store.documents import parse_object, shown, validated
 from lora_trainer.store.local import sha256_of
@@ -48,17 +46,6 @@ _TOLERANCE: Final = 1e-3
 """Libraries round differently on other processors. No threshold is finer."""
 
 
-class _PromptDocument(BaseModel):
-    """Types of the fields of `prompt.json`, in every prompt version."""
-
-    model_config = ConfigDict(frozen=True, extra="ignore")
-
-    version: int
-    system: list[str]
-    placeholders: list[str]
-    user: str
-
-
 @dataclass(frozen=True, slots=True)
 class CheckedBundle:
     """A bundle whose files are what its manifest says, and of the form that a run writes."""
@@ -67,6 +54,8 @@ class CheckedBundle:
     manifest: dict[str, Any]
     metrics: RunMetrics
     replies: list[ScoredReply]
+    prompt_version: int
+    """Version of the prompt that the adapter was trained on."""
 
     @property
     def blood_type(self) -> BloodType:
@@ -89,9 +78,7 @@ def check_bundle(folder: Path) -> CheckedBundle:
         document = parse_object((folder / name).read_bytes(), str(folder / name))
         if "auto_map" in document:
             raise ConfigError(f"{folder / name}: auto_map: got the name of code, expected none: a bundle runs nothing")
-    validated(
-        _PromptDocument, parse_object((folder / "prompt.json").read_bytes(), f"{folder}/prompt.json"), f"{folder}/prompt.json"
-    )
+    prompt_version = read_prompt_version(folder, f"{folder}/")
     where = f"{folder}/metrics.json"
     metrics = validated(RunMetrics, parse_object((folder / "metrics.json").read_bytes(), where), where)
     for number, line in read_lines(folder / "train_log.jsonl", f"{folder}/train_log.jsonl"):
@@ -99,7 +86,7 @@ def check_bundle(folder: Path) -> CheckedBundle:
     replies = read_replies(folder, f"{folder}/replies.jsonl")
     if problems := list(_contradictions(folder, manifest, metrics)):
         raise ConfigError(problems)
-    return CheckedBundle(folder, manifest, metrics, replies)
+    return CheckedBundle(folder, manifest, metrics, replies, prompt_version)
 
 
 def check_base(bundle: CheckedBundle, base: Base, name: str) -> None:
@@ -211,6 +198,7 @@ def _unproven_run_id(bundle: CheckedBundle) -> Iterator[str]:
         return
     config = manifest["config"]
     facts = (
+        ("prompt_version", bundle.prompt_version),
         ("blood_type", manifest["blood_type"]),
         ("data_sha256", manifest["data"]["sha256"]),
         ("base", manifest["base"]["identity"]),
@@ -230,7 +218,7 @@ def _unproven_verdict(bundle: CheckedBundle) -> Iterator[str]:
     except ConfigError as error:
         yield f"the thresholds can't be read: {error.problems[0]}"
         return
-    if evaluation_id(settings, evaluation.prompts_sha256) != evaluation.evaluation_id:
+    if evaluation_id(settings, evaluation.prompts_sha256, bundle.prompt_version) != evaluation.evaluation_id:
         yield "another version measured the replies, or with other settings than the manifest has (evaluation_id)"
         return
     greedy = {model: [reply for reply in bundle.replies if (reply.model, reply.decoding) == (model, "greedy")] for model in MODELS}

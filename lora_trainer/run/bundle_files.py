@@ -24,11 +24,11 @@ from lora_trainer.evaluate.metrics import (
     metrics_schema,
 )
 from lora_trainer.evaluate.rules import ScoredReply
-from lora_trainer.persona.prompt import prompt_template
+from lora_trainer.persona.prompt import PROMPT_VERSIONS, prompt_template
 from lora_trainer.persona.reply_schema import response_schema
 from lora_trainer.persona.specs import persona_spec
 from lora_trainer.report.model_card import model_card
-from lora_trainer.store.documents import parse_object, validated
+from lora_trainer.store.documents import parse_object, shown, validated
 from lora_trainer.store.interface import Storage
 from lora_trainer.store.manifest import (
     MANIFEST_NAME,
@@ -44,9 +44,9 @@ from lora_trainer.train.step_log import StepLog
 
 def write_documents(folder: Path, config: RunConfig, base: Base, metrics: RunMetrics) -> None:
     """Write prompt, schema, persona and model card beside the adapter that the backend saved in `folder`."""
-    write_json(folder / "prompt.json", prompt_template())
-    write_json(folder / "response_schema.json", response_schema())
     spec = persona_spec(config.blood_type)
+    write_json(folder / "prompt.json", prompt_template(spec.instruction))
+    write_json(folder / "response_schema.json", response_schema())
     (folder / "persona.yaml").write_text(
         yaml.safe_dump(spec.model_dump(mode="json"), allow_unicode=True, sort_keys=False, width=1000), encoding="utf-8"
     )
@@ -82,6 +82,8 @@ class Published:
     evaluation: EvaluationMetrics | None
     """None if the bundle's version of this program had other metrics."""
     replies: list[ScoredReply]
+    prompt_version: int
+    """Version of the prompt that the adapter was trained on."""
 
 
 def read_published(storage: Storage, prefix: str, manifest: Mapping[str, Any], folder: Path) -> Published:
@@ -110,7 +112,40 @@ def read_published(storage: Storage, prefix: str, manifest: Mapping[str, Any], f
             ]
         ) from None
     evaluation, replies = _evaluation_of(metrics, folder)
-    return Published(folder, measured.training, measured.held_out, measured.peak_memory_gib, steps, evaluation, replies)
+    version = read_prompt_version(folder, storage.uri + prefix)
+    return Published(folder, measured.training, measured.held_out, measured.peak_memory_gib, steps, evaluation, replies, version)
+
+
+class _PromptDocument(BaseModel):
+    """Types of the fields of `prompt.json`, in every prompt version."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    version: int
+    system: list[str]
+    placeholders: list[str]
+    user: str
+
+
+def read_prompt_version(folder: Path, where: str) -> int:
+    """Return the version in the `prompt.json` of `folder`: the prompt that the adapter was trained on.
+
+    `where` is the bundle's place in messages, up to its last slash. Raise `ConfigError` if the file is missing or broken, and for a
+    version that this package cannot build.
+    """
+    name = f"{where}prompt.json"
+    try:
+        document = parse_object((folder / "prompt.json").read_bytes(), name)
+    except FileNotFoundError:
+        raise ConfigError(f"{name}: not found, and every bundle has it; take the bundle that the run published") from None
+    version = validated(_PromptDocument, document, name).version
+    if version not in PROMPT_VERSIONS:
+        known = " or ".join(map(str, PROMPT_VERSIONS))
+        raise ConfigError(
+            f"{name}: version: got {shown(version)}, expected {known}: this lora-trainer can't build that prompt; use the version "
+            "that trained the adapter"
+        )
+    return version
 
 
 class _Measured(BaseModel):

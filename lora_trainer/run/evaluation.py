@@ -16,6 +16,7 @@ from lora_trainer.evaluate.measures import decoding_metrics, evaluation_metrics
 from lora_trainer.evaluate.metrics import DecodingMetrics, EvaluationMetrics, HeldOutMetrics, Verdict
 from lora_trainer.evaluate.questions import instruction_of, questions
 from lora_trainer.evaluate.rules import MODELS, ScoredReply, TrainingData, score_by_rules
+from lora_trainer.persona.prompt import PROMPT_VERSION
 from lora_trainer.run.job import Job
 from lora_trainer.run.progress import RunProgress
 from lora_trainer.train.backends import Backend
@@ -42,11 +43,15 @@ def evaluate(
     prompts: Sequence[EvaluationPrompt],
     train_records: Sequence[TrainingRecord],
     progress: RunProgress,
+    prompt_version: int = PROMPT_VERSION,
 ) -> Evaluated:
-    """Generate replies of adapter and base to the evaluation prompts, unconstrained, and score them by the rules."""
+    """Generate replies of adapter and base to the evaluation prompts, unconstrained, and score them by the rules.
+
+    `prompt_version` is the version that the adapter was trained on.
+    """
     progress.stage("evaluate")
     config, blood_type = job.config.evaluation, job.config.blood_type
-    asked = questions(prompts, config.intensities, config.intensities_per_prompt, instruction_of(blood_type))
+    asked = questions(prompts, config.intensities, config.intensities_per_prompt, instruction_of(blood_type), prompt_version)
     conversations = [question.messages for question in asked]
     data = TrainingData(train_records)
     measured: dict[str, DecodingMetrics] = {}
@@ -66,7 +71,7 @@ def evaluate(
             replies.extend(judged[model])
         with job.timed("evaluate_judge"):
             measured[decoding.name] = decoding_metrics(decoding, judged["adapter"], judged["base"], blood_type, config, generate_s)
-    metrics = evaluation_metrics(config, prompts, measured, data)
+    metrics = evaluation_metrics(config, prompts, measured, data, prompt_version)
     with job.timed("evaluate_model_judge"):
         metrics = metrics.model_copy(update={"judge": judge_replies(config, blood_type, replies)})
     adapter = metrics.greedy.adapter

@@ -77,7 +77,7 @@ def publish_new_verdict(
     job.log.info("evaluating_again", bundle=output.uri + prefix, gate_id=identity.gate_id)
     published = read_published(output, prefix, manifest, fresh_folder(run_dir / "published"))
     measured = _copied(published, manifest, identity.evaluation_id) or _measure(
-        job, published.folder, identity.base, records, prompts, progress
+        job, published, identity.base, records, prompts, progress
     )
     folder = fresh_folder(run_dir / "evaluation")
     metrics, facts = _write(job, folder, manifest, published, measured)
@@ -126,8 +126,8 @@ def evaluate_adapter(adapter: Adapter, config: RunConfig, folder: Path | None, p
     check_adapter(adapter, published.folder, base)
     records = read(job, data)
     prompts = fetch_prompts(job)
-    measured = _measure(job, published.folder, base, records, prompts, progress)
-    asked = evaluation_id(config.evaluation, prompts_digest(prompts))
+    measured = _measure(job, published, base, records, prompts, progress)
+    asked = evaluation_id(config.evaluation, prompts_digest(prompts), published.prompt_version)
     target = folder or scratch / gate_id(asked, config.gates)
     target.mkdir(parents=True, exist_ok=True)
     metrics, _ = _write(job, target, adapter.manifest, published, measured)
@@ -148,23 +148,26 @@ def _copied(published: Published, manifest: Mapping[str, Any], asked: str) -> Me
 
 def _measure(
     job: Job,
-    adapter_folder: Path,
+    published: Published,
     base: Base,
     records: Sequence[TrainingRecord],
     prompts: Sequence[EvaluationPrompt],
     progress: RunProgress,
 ) -> Measured:
-    """Load the adapter as a server would, and measure everything that needs it. Raise `DataError` without held-out records."""
+    """Load the adapter as a server would, and measure everything that needs it, with the prompt that it was trained on.
+
+    Raise `DataError` without held-out records.
+    """
     backend = job.start(progress, open_reference_backend)
     base_folder = fetch_base(base, job.config.base)
-    data = tokenize_and_split(job, records, backend.load_tokenizer(base_folder))
+    data = tokenize_and_split(job, records, backend.load_tokenizer(base_folder), published.prompt_version)
     with job.timed("load"):
-        is_reused = backend.load_adapter(base_folder, adapter_folder)
+        is_reused = backend.load_adapter(base_folder, published.folder)
     if is_reused:
         job.log.info("base_reused", load_s=job.timings_s["load"])
     with job.timed("held_out"):
         held_out = held_out_metrics(len(data.held_out), backend.base_mean_loss(data.held_out), backend.mean_loss(data.held_out))
-    evaluated = evaluate(job, backend, prompts, data.train_records, progress)
+    evaluated = evaluate(job, backend, prompts, data.train_records, progress, published.prompt_version)
     environment = {**job.environment, "lora_trainer": __version__}
     return Measured(evaluated, held_out, round(backend.peak_memory_gib(), 3), environment)
 

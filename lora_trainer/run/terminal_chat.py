@@ -16,11 +16,12 @@ from lora_trainer.data.records import Reply
 from lora_trainer.errors import ConfigError, DataError
 from lora_trainer.escaping import escaped
 from lora_trainer.evaluate.decoding import Decoding, PromptTooLongError
-from lora_trainer.persona.prompt import Message, prompt_messages, reply_json
+from lora_trainer.persona.prompt import EARLIER_TURNS, PROMPT_VERSION, Message, prompt_messages, reply_json
 from lora_trainer.persona.reply_schema import response_schema
 from lora_trainer.persona.specs import persona_spec
 from lora_trainer.persona.vocabulary import BloodType, Feeling
 from lora_trainer.run.adapter import Adapter, base_of, check_adapter
+from lora_trainer.run.bundle_files import read_prompt_version
 from lora_trainer.run.job import ProcessContext
 from lora_trainer.store.local import fresh_folder
 from lora_trainer.store.manifest import download_files
@@ -28,13 +29,14 @@ from lora_trainer.train.backends import Backend, open_reference_backend
 from lora_trainer.train.constrained_decoding import ReplyGrammar, most_tokens
 from lora_trainer.train.requirements import require_stack
 
-MAX_TURNS: Final = 8
-"""Maximum turns in the prompt; older ones are dropped. Training records have a single turn."""
+_EARLIER_TURNS_2: Final = 8
+"""The most earlier turns in a prompt of version 2. Its `prompt.json` has no limit."""
+NO_EARLIER_TURNS: Final = "The adapter sees each message alone, as in training: say with /situation TEXT what has happened before."
 
 COMMANDS: Final = {
     "/feeling NAME": "what the friend feels: " + ", ".join(Feeling),
     "/intensity X": "how strongly, from 0 (hardly) to 1 (fully)",
-    "/situation TEXT": "what has happened so far; without TEXT: nothing",
+    "/situation TEXT": "what has happened so far, earlier messages too; without TEXT: nothing",
     "/seed N": "set the sampling seed",
     "/new": "start a new conversation",
     "/help": "list the commands",
@@ -52,22 +54,34 @@ class ChatState:
     situation: str = ""
     seed: int = 0
     turns: list[tuple[str, Reply]] = field(default_factory=list)
+    prompt_version: int = PROMPT_VERSION
+    """Version of the prompt that the adapter was trained on."""
+
+    @property
+    def most_turns(self) -> int:
+        """The most earlier turns that a prompt holds."""
+        return EARLIER_TURNS if self.prompt_version >= 3 else _EARLIER_TURNS_2
 
     def messages(self, said: str, turns: list[tuple[str, Reply]]) -> list[Message]:
         """Return the chat messages of the conversation: earlier `turns`, then `said`."""
-        first, *_ = prompt_messages(persona_spec(self.blood_type).instruction, self.situation, self.feeling, self.intensity, said)
-        messages: list[Message] = [first]
-        for before, reply in turns[-MAX_TURNS:]:
-            messages.append(prompt_messages("", "", self.feeling, self.intensity, before)[1])
-            messages.append({"role": "assistant", "content": reply_json(reply.text, reply.emotion)})
-        messages.append(prompt_messages("", "", self.feeling, self.intensity, said)[1])
-        return messages
+        instruction = persona_spec(self.blood_type).instruction
+
+        def prompt(text: str) -> list[Message]:
+            return prompt_messages(instruction, self.situation, self.feeling, self.intensity, text, self.prompt_version)
+
+        system, last = prompt(said)
+        messages = [system]
+        for before, reply in turns:
+            messages.append(prompt(before)[1])
+            messages.append({"role": "assistant", "content": reply_json(reply.text, reply.emotion, self.prompt_version)})
+        return [*messages, last]
 
 
 class ChatModel:
     """A loaded adapter that answers one message at a time."""
 
-    def __init__(self, backend: Backend, temperature: float) -> None:
+    def __init__(self, backend: Backend, temperature: float, prompt_version: int) -> None:
+        self.prompt_version = prompt_version
         self._backend, self._temperature = backend, temperature
         schema = response_schema()
         self._grammar, self._most_tokens = ReplyGrammar(backend.tokenizer, schema), most_tokens(schema)
@@ -88,11 +102,12 @@ def load_chat_model(adapter: Adapter, config: RunConfig, temperature: float, pro
     folder = fresh_folder(config.work_dir / "chat" / str(config.blood_type) / adapter.run_id)
     download_files(adapter.storage, "", adapter.manifest, folder)
     check_adapter(adapter, folder, base)
+    prompt_version = read_prompt_version(folder, adapter.storage.uri)
     backend, _ = process.models.start(open_reference_backend, config, process.interruption)
     base_folder = fetch_base(base, config.base)
     backend.load_tokenizer(base_folder)
     backend.load_adapter(base_folder, folder)
-    return ChatModel(backend, temperature)
+    return ChatModel(backend, temperature, prompt_version)
 
 
 def chat_loop(model: ChatModel, state: ChatState, lines: Iterator[str], console: Console, *, raw: bool, beside_base: bool) -> None:
@@ -132,7 +147,7 @@ def _answer(model: ChatModel, state: ChatState, said: str, turns: list[tuple[str
 
     Raises `PromptTooLongError` if the message alone is too long.
     """
-    seed, kept = state.seed + len(turns), turns[-MAX_TURNS:]
+    seed, kept = state.seed + len(turns), turns[max(0, len(turns) - state.most_turns) :]
     while True:
         try:
             return model.answer(state.messages(said, kept), seed, adapter=adapter)

@@ -11,6 +11,7 @@ from lora_trainer.base_model import Base, fetch_base
 from lora_trainer.data.records import TrainingRecord
 from lora_trainer.data.split import split_held_out
 from lora_trainer.errors import DataError, Interrupted, OutOfMemoryError
+from lora_trainer.persona.prompt import PROMPT_VERSION
 from lora_trainer.run.identity import Identity
 from lora_trainer.run.job import Job
 from lora_trainer.run.progress import RunProgress
@@ -67,10 +68,12 @@ class Trained:
     """Step and held-out loss of the adapter's weights."""
 
 
-def tokenize_and_split(job: Job, records: Sequence[TrainingRecord], tokenizer: ChatTokenizer) -> TokenizedData:
+def tokenize_and_split(
+    job: Job, records: Sequence[TrainingRecord], tokenizer: ChatTokenizer, prompt_version: int = PROMPT_VERSION
+) -> TokenizedData:
     """Apply prompt format and chat template, and split off held-out records. Raise `DataError` if either side is empty."""
     training = job.config.training
-    sequences = tokenize(records, tokenizer)
+    sequences = tokenize(records, tokenizer, prompt_version)
     train_indices, held_out_indices = split_held_out(records, training.held_out_fraction)
     fits = [len(sequence) <= training.max_length_tokens for sequence in sequences]
     kept = [index for index in train_indices if fits[index]]

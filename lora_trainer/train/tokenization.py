@@ -11,7 +11,7 @@ from lora_trainer.base_files.check import training_form_problem
 from lora_trainer.base_files.guarded import Chat, GuardError, render_chats
 from lora_trainer.data.records import TrainingRecord
 from lora_trainer.errors import ConfigError, DataError, InvariantError
-from lora_trainer.persona.prompt import Message, prompt_messages, reply_json
+from lora_trainer.persona.prompt import PROMPT_VERSION, Message, prompt_messages, reply_json
 
 IGNORED_LABEL = -100
 """Label of tokens that the loss ignores (PyTorch's `cross_entropy(ignore_index=-100)`)."""
@@ -60,10 +60,12 @@ class TokenSequence:
         return [IGNORED_LABEL] * self.prompt_tokens + list(self.input_ids[self.prompt_tokens :])
 
 
-def record_messages(record: TrainingRecord) -> list[Message]:
+def record_messages(record: TrainingRecord, prompt_version: int = PROMPT_VERSION) -> list[Message]:
     """Return the system and user messages of a record."""
     emotion = record.context.current_emotion
-    return prompt_messages(record.instruction, record.context.summary, emotion.type, emotion.intensity, record.input)
+    return prompt_messages(
+        record.instruction, record.context.summary, emotion.type, emotion.intensity, record.input, prompt_version
+    )
 
 
 def control_tokens(tokenizer: ChatTokenizer) -> dict[int, str]:
@@ -154,7 +156,9 @@ def _forgery(what: str, number: int, found: Sequence[int], expected: Sequence[in
     )
 
 
-def tokenize(records: Iterable[TrainingRecord], tokenizer: ChatTokenizer) -> list[TokenSequence]:
+def tokenize(
+    records: Iterable[TrainingRecord], tokenizer: ChatTokenizer, prompt_version: int = PROMPT_VERSION
+) -> list[TokenSequence]:
     """Return one token sequence for each record, in order.
 
     Encode prompt and reply separately, because a server encodes the prompt before a reply exists. Cut off any text that the
@@ -167,10 +171,11 @@ def tokenize(records: Iterable[TrainingRecord], tokenizer: ChatTokenizer) -> lis
     chats: list[Chat] = []
     contents: list[str] = []
     for record in records:
-        messages = record_messages(record)
-        reply: Message = {"role": "assistant", "content": reply_json(record.reply.text, record.reply.emotion)}
+        messages = record_messages(record, prompt_version)
+        content = reply_json(record.reply.text, record.reply.emotion, prompt_version)
+        reply: Message = {"role": "assistant", "content": content}
         conversations.append(messages)
-        contents.append(reply["content"])
+        contents.append(content)
         chats += [(messages, True), ([*messages, reply], False)]
     if not conversations:
         return []

@@ -7,10 +7,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 from conftest import REPOSITORY
-from jobs import SHORT, job
+from jobs import SHORT, few_questions, job
+from older_bundles import with_prompt_2
 
 from lora_trainer.evaluate.rules import read_exact
 
@@ -28,6 +30,12 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     assert done.returncode == 0, done.stderr[-2000:]
     return folder / "out" / "adapter_B"
+
+
+@pytest.fixture(scope="module")
+def older(adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the same adapter in a bundle of prompt version 2."""
+    return with_prompt_2(adapter, tmp_path_factory.mktemp("older"))
 
 
 def chat(adapter: Path, work_dir: Path, lines: str, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -64,10 +72,41 @@ def test_a_slip_is_one_line_and_the_conversation_goes_on(adapter: Path, tmp_path
     assert reply.startswith("B 솔직  ")
 
 
-def test_a_message_longer_than_the_bases_positions_is_one_line(adapter: Path, tmp_path: Path) -> None:
+def test_earlier_turns_are_sent_only_to_adapters_that_may_have_them(adapter: Path, older: Path, tmp_path: Path) -> None:
+    """The second reply depends on the first message in prompt version 2, and not in version 3, which was trained without."""
+    lines = "나 오늘 시험 망쳤어\n밥은?\n/new\n우리 내일 놀러 갈까?\n밥은?\n"
+    for bundle, turns in ((adapter, False), (older, True)):
+        done = chat(bundle, tmp_path, lines, "--json", "--temperature", "1.5")
+        assert done.returncode == 0, done.stderr
+        replies = [line for line in done.stdout.splitlines() if line.startswith("{")]
+        assert len(replies) == 4
+        # the second reply of each conversation has the same seed
+        assert (replies[1] != replies[3]) is turns
+        assert ("/situation TEXT" in done.stderr) is not turns
+
+
+def test_an_older_adapter_is_evaluated_with_its_own_prompt(adapter: Path, older: Path, tmp_path: Path) -> None:
+    def measured(bundle: Path) -> dict[str, Any]:
+        folder = tmp_path / bundle.name
+        done = job(
+            "evaluate", "--adapter", str(bundle), "--data", str(REPOSITORY / "data"), "--base-model", "./examples/tiny-base",
+            "--report-dir", str(folder), *few_questions(8), work_dir=tmp_path / "work",
+        )  # fmt: skip
+        assert done.returncode in (0, 4), done.stderr[-2000:]
+        return cast("dict[str, Any]", json.loads((folder / "metrics.json").read_text(encoding="utf-8")))
+
+    new, old = measured(adapter), measured(older)
+    trained = json.loads((adapter / "metrics.json").read_text(encoding="utf-8"))
+    assert new["held_out"]["loss_base"] == pytest.approx(trained["held_out"]["loss_base"], abs=1e-4)
+    assert abs(old["held_out"]["loss_base"] - trained["held_out"]["loss_base"]) > 1e-3, "other prompts, other losses"
+    assert new["evaluation"]["prompts_sha256"] == old["evaluation"]["prompts_sha256"]
+    assert new["evaluation"]["evaluation_id"] != old["evaluation"]["evaluation_id"]
+
+
+def test_a_message_longer_than_the_bases_positions_is_one_line(older: Path, tmp_path: Path) -> None:
     """The base has 2,048 positions. Too long a message is refused alone; too long a conversation forgets its oldest turns."""
     long, filling = "점심 뭐 먹지? " * 2000, "나 오늘 학교에서 있었던 일 들어 봐. " * 30
-    done = chat(adapter, tmp_path, f"{long}\n" + f"{filling}\n" * 3 + "안녕\n", "--json")
+    done = chat(older, tmp_path, f"{long}\n" + f"{filling}\n" * 3 + "안녕\n", "--json")
     assert done.returncode == 0, done.stderr
     problem, *replies = done.stdout.splitlines()
     assert problem.startswith("the prompt: got ")

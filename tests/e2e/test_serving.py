@@ -13,6 +13,11 @@ from typing import Any
 import pytest
 from conftest import REPOSITORY
 from jobs import BASE, SHORT, job, require_training_stack
+from older_bundles import with_prompt_2
+
+from lora_trainer.persona.prompt import prompt_messages
+from lora_trainer.persona.specs import persona_spec
+from lora_trainer.persona.vocabulary import BloodType
 
 pytestmark = pytest.mark.e2e
 require_training_stack()
@@ -67,6 +72,28 @@ def test_a_process_without_this_project_gives_the_same_replies(published: Bundle
     # The server loaded the adapter, since its replies differ from the base's.
     by_model = {model: [reply["reply"] for reply in evaluated if reply["model"] == model] for model in ("adapter", "base")}
     assert by_model["adapter"] != by_model["base"]
+
+
+def test_a_process_without_this_project_also_builds_prompts_of_version_2(published: Bundle, tmp_path: Path) -> None:
+    folder = with_prompt_2(published.folder, tmp_path)
+    asked = (folder / "replies.jsonl").read_text(encoding="utf-8").splitlines()[0]
+    (folder / "replies.jsonl").write_text(asked + "\n", encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, "-I", str(CONSUMER), str(BASE), str(folder)], cwd=tmp_path, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    (answer,) = json.loads(done.stdout)["replies"]
+    question = json.loads(asked)
+    expected = prompt_messages(
+        persona_spec(BloodType.O).instruction, question["summary"], question["feeling"], question["intensity"], question["input"], 2
+    )
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    prompt = tokenizer.decode(answer["prompt_ids"], skip_special_tokens=False)
+    assert prompt.startswith(f"<|im_start|>system\n{expected[0]['content']}<|im_end|>\n")
+    assert f" {question['intensity']:.1f}\n" in prompt
+    assert expected[1]["content"] in prompt
 
 
 def test_the_model_cards_request_is_held_to_the_schema(published: Bundle) -> None:

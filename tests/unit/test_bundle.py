@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 import threading
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -15,11 +16,12 @@ import pytest
 import yaml
 from conftest import load_tool
 from made_metrics import MadeRun, made_run, write_made_evaluation
+from older_bundles import PROMPT_2
 
 from lora_trainer.base_model import Base
 from lora_trainer.errors import ConfigError, InvariantError, LoraTrainerError, StorageError
 from lora_trainer.evaluate.metrics import RunMetrics, metrics_schema
-from lora_trainer.persona.prompt import prompt_template, reply_json
+from lora_trainer.persona.prompt import STRENGTHS, prompt_template, reply_json
 from lora_trainer.persona.reply_schema import response_schema
 from lora_trainer.persona.specs import persona_spec
 from lora_trainer.persona.vocabulary import BloodType, Expression
@@ -29,13 +31,14 @@ from lora_trainer.store.bundle import check_complete, publish_bundle
 from lora_trainer.store.interface import Storage
 from lora_trainer.store.latest import count_start, forget_start, link_newest, move_latest, promote_latest, take_count
 from lora_trainer.store.local import fresh_folder
-from lora_trainer.store.manifest import DamagedError, read_manifest, verify_files, write_manifest
+from lora_trainer.store.manifest import DamagedError, read_manifest, verify_files, write_json, write_manifest
 from lora_trainer.store.opening import open_storage
 from lora_trainer.store.prefixes import evaluation_prefix
 from lora_trainer.train.step_log import StepLog
 
 A = BloodType.A
 PREFIX = "adapters/A/0123456789abcdef/"
+PROMPT_3 = prompt_template(persona_spec(A).instruction)
 
 
 @pytest.fixture
@@ -529,7 +532,7 @@ def made() -> MadeRun:
 @pytest.mark.parametrize("revision", ["a09a35458c702b33eeacc393d103063234e8bc28", None])
 def test_the_documents(folder: Path, made: MadeRun, revision: str | None) -> None:
     base = Base("Qwen/Qwen2.5-7B-Instruct", revision, "identity", None)
-    training = made.metrics.training.model_copy(update={"records": 1234, "steps": 56})
+    training = made.metrics.training.model_copy(update={"records": 1234, "steps": 56, "kept_step": 56})
     held_out = made.metrics.held_out.model_copy(update={"records": 7, "loss_base": 3.21987, "loss_adapter": 1.5})
     metrics = made.metrics.model_copy(update={"run_id": "0123456789abcdef", "training": training, "held_out": held_out})
     write_documents(folder, made.config, base, metrics)
@@ -537,7 +540,7 @@ def test_the_documents(folder: Path, made: MadeRun, revision: str | None) -> Non
     read = {
         path.name: path.read_text(encoding="utf-8") for path in folder.iterdir() if path.is_file() and path.suffix != ".safetensors"
     }
-    assert json.loads(read["prompt.json"]) == prompt_template()
+    assert json.loads(read["prompt.json"]) == prompt_template(persona_spec(A).instruction)
     assert "상황" in read["prompt.json"], "Korean as itself, for whoever reads it"
     assert json.loads(read["response_schema.json"]) == response_schema()
     assert RunMetrics.model_validate_json(read["metrics.json"]) == metrics
@@ -554,6 +557,7 @@ def test_the_documents(folder: Path, made: MadeRun, revision: str | None) -> Non
     assert "Run `0123456789abcdef`: 1,234 records, 56 optimizer steps, rank 8" in card
     assert "Held-out loss 3.220 (base) to 1.500 (adapter)" in card
     assert persona_spec(A).instruction in card
+    assert all(word in card for _, word in STRENGTHS)
     pinned = f" --revision {revision}" if revision else ""
     assert f"vllm serve Qwen/Qwen2.5-7B-Instruct{pinned} --enable-lora --max-lora-rank 8 \\\n  --lora-modules persona-A=" in card
     assert (f'revision="{revision}"' in card) is (revision is not None)
@@ -592,12 +596,33 @@ def test_the_card_says_what_was_measured(folder: Path, made: MadeRun) -> None:
 # -- reading back --------------------------------------------------------------------------------------------
 
 
-def publish_made(folder: Path, made: MadeRun, storage: Storage) -> dict[str, Any]:
+def publish_made(folder: Path, made: MadeRun, storage: Storage, prompt: Mapping[str, Any] = PROMPT_3) -> dict[str, Any]:
     write_made_evaluation(made, folder)
+    write_json(folder / "prompt.json", prompt)
     verdict = made.metrics.verdict
     manifest = write_manifest(folder, {**facts(), "gate_id": verdict.gate_id, "verdict": verdict.model_dump(mode="json")})
     publish_bundle(folder, storage, PREFIX)
     return manifest
+
+
+@pytest.mark.parametrize(("prompt", "version"), [(PROMPT_2, 2), (PROMPT_3, 3)])
+def test_a_bundle_keeps_the_prompt_that_it_was_trained_on(
+    folder: Path, made: MadeRun, storage: Storage, tmp_path: Path, prompt: Mapping[str, Any], version: int
+) -> None:
+    manifest = publish_made(folder, made, storage, prompt)
+    assert read_published(storage, PREFIX, manifest, tmp_path / "back").prompt_version == version
+
+
+@pytest.mark.parametrize("version", [0, 1, 4])
+def test_a_prompt_of_another_version_is_one_message(
+    folder: Path, made: MadeRun, storage: Storage, tmp_path: Path, version: int
+) -> None:
+    manifest = publish_made(folder, made, storage, {**PROMPT_3, "version": version})
+    with pytest.raises(ConfigError) as refused:
+        read_published(storage, PREFIX, manifest, tmp_path / "back")
+    (problem,) = refused.value.problems
+    assert f"{PREFIX}prompt.json: version: got {version}, expected 2 or 3" in problem
+    assert "use the version that trained the adapter" in problem
 
 
 def test_what_was_published_comes_back(folder: Path, made: MadeRun, storage: Storage, tmp_path: Path) -> None:
@@ -608,6 +633,7 @@ def test_what_was_published_comes_back(folder: Path, made: MadeRun, storage: Sto
     assert back.steps == tuple(made.steps)
     assert back.evaluation == made.metrics.evaluation
     assert back.replies == list(made.replies)
+    assert back.prompt_version == PROMPT_3["version"]
     names = {path.relative_to(back.folder).as_posix() for path in back.folder.rglob("*") if path.is_file()}
     assert names == set(manifest["files"])
 
@@ -644,6 +670,7 @@ def test_a_bundle_from_before_there_were_evaluations_comes_back_without(
     write_made_evaluation(made, folder)
     old = {name: value for name, value in made.metrics.as_json().items() if name not in ("evaluation", "verdict", "schema")}
     (folder / "metrics.json").write_text(json.dumps(old), encoding="utf-8")
+    write_json(folder / "prompt.json", PROMPT_2)
     for name in ("replies.jsonl", "report.html", "metrics.schema.json"):
         (folder / name).unlink()
     manifest = write_manifest(folder, facts())

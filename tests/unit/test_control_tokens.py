@@ -22,7 +22,7 @@ from lora_trainer.errors import DataError
 from lora_trainer.evaluate.llm_judge import user_prompt
 from lora_trainer.evaluate.questions import questions
 from lora_trainer.evaluate.rules import ScoredReply
-from lora_trainer.persona.prompt import escape_control_tokens, prompt_messages, spells_control_token
+from lora_trainer.persona.prompt import PROMPT_VERSIONS, escape_control_tokens, prompt_messages, spells_control_token
 from lora_trainer.persona.vocabulary import BloodType, Expression, Feeling
 from lora_trainer.run.terminal_chat import ChatState
 from lora_trainer.train.tokenization import control_tokens, record_messages, render_prompts, tokenize
@@ -86,9 +86,11 @@ def test_nor_in_evaluation_and_chat(tokenizer: Any, text: str) -> None:
         context=Context(summary=text, current_emotion=CurrentEmotion(type=Feeling.SAD, intensity=0.5)), input=text + "말"
     )
     conversations = [question.messages for question in questions([asked], EvaluationConfig().intensities, 4, "너는 친구야.")]
-    state = ChatState(BloodType.A, situation=text, turns=[(text, Reply(text=text + "말", emotion=Expression.SMILE))])
-    conversations.append(tuple(state.messages(text, state.turns)))
-    for prompt, turns in zip(render_prompts(conversations, tokenizer), [2, 2, 2, 2, 4], strict=True):
+    for version in PROMPT_VERSIONS:
+        said = [(text, Reply(text=text + "말", emotion=Expression.SMILE))]
+        state = ChatState(BloodType.A, situation=text, turns=said, prompt_version=version)
+        conversations.append(tuple(state.messages(text, said)))
+    for prompt, turns in zip(render_prompts(conversations, tokenizer), [2, 2, 2, 2, 4, 4], strict=True):
         assert control_in(tokenizer, tokenizer(prompt)["input_ids"]) == [*TURN * turns, "<|im_start|>"]
 
 

@@ -29,7 +29,7 @@ from lora_trainer.data.jsonl import JsonlReader, parse_record
 from lora_trainer.data.records import TrainingRecord
 from lora_trainer.errors import DataError, ExitCode, LoraTrainerError
 from lora_trainer.persona.prompt import system_message
-from lora_trainer.persona.vocabulary import BloodType, Expression, Feeling
+from lora_trainer.persona.vocabulary import BloodType, Expression, Feeling, IntensityThird
 
 # the records that dialogues.xlsx holds
 LINES: Final = (REPOSITORY / "tests" / "assets" / "dialogues.jsonl").read_text(encoding="utf-8").splitlines()
@@ -79,13 +79,13 @@ def dotted(raw: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def own_prompt(record: TrainingRecord) -> str:
+def own_prompt(record: TrainingRecord, version: int = 2) -> str:
     emotion = record.context.current_emotion
-    return system_message(record.instruction, record.context.summary, emotion.type, emotion.intensity)
+    return system_message(record.instruction, record.context.summary, emotion.type, emotion.intensity, version)
 
 
-def chat(record: TrainingRecord, raw: dict[str, Any]) -> dict[str, Any]:
-    turns = [("system", own_prompt(record)), ("user", record.input), ("assistant", raw["output"])]
+def chat(record: TrainingRecord, raw: dict[str, Any], version: int = 2) -> dict[str, Any]:
+    turns = [("system", own_prompt(record, version)), ("user", record.input), ("assistant", raw["output"])]
     return {"messages": [{"role": role, "content": content} for role, content in turns]}
 
 
@@ -212,6 +212,19 @@ def test_every_form_of_the_same_records_gives_the_same_records(tmp_path: Path, f
     conversion = converted(tmp_path, FORMS[form])
     assert (conversion.failed, conversion.problems) == (0, [])
     assert conversion.records == RECORDS
+
+
+def test_a_prompt_with_a_word_for_the_intensity_gives_the_middle_of_its_third(tmp_path: Path) -> None:
+    """Prompt version 3 doesn't say the number. The converted record has the same prompt."""
+    conversion = converted(tmp_path, json_lines([chat(record, raw, 3) for record, raw in zip(RECORDS, RAW, strict=True)]))
+    assert (conversion.failed, conversion.problems) == (0, [])
+    middles = {IntensityThird.LOW: 0.2, IntensityThird.MIDDLE: 0.5, IntensityThird.HIGH: 0.8}
+    for found, record in zip(conversion.records, RECORDS, strict=True):
+        emotion = found.context.current_emotion
+        assert emotion.intensity == middles[IntensityThird.of(record.context.current_emotion.intensity)]
+        assert own_prompt(found, 3) == own_prompt(record, 3)
+        assert flat(found) == {**flat(record), "intensity": emotion.intensity}
+    assert {found.context.current_emotion.intensity for found in conversion.records} >= {0.5, 0.8}
 
 
 @pytest.mark.parametrize("form", ["jsonl", "array", "csv-korean"])

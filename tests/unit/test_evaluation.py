@@ -7,6 +7,7 @@ import math
 import random
 import re
 import time
+import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from importlib import import_module
@@ -50,6 +51,7 @@ from lora_trainer.evaluate.rules import (
     score_again,
     score_by_rules,
 )
+from lora_trainer.persona.prompt import PROMPT_VERSION, strength
 from lora_trainer.persona.specs import persona_spec
 from lora_trainer.persona.vocabulary import BloodType, Expression, Feeling, IntensityThird
 
@@ -132,7 +134,9 @@ def test_each_prompt_at_each_intensity() -> None:
         assert system["content"].startswith(persona_spec(A).instruction)
         feeling = prompts[question.prompt].context.current_emotion.type
         # the question's intensity replaces the prompt's
-        assert f"감정: {feeling} {question.intensity:.1f}" in system["content"]
+        assert f"감정: {feeling} {strength(question.intensity)}\n" in system["content"]
+    for question in questions(prompts, (0.1, 0.4, 1.0), 3, instruction_of(A), 2):
+        assert f" {question.intensity:.1f}\n" in question.messages[0]["content"], "an adapter of version 2 is asked in its own way"
     assert "시험을 봤어." in asked[3].messages[0]["content"]
     assert questions([], (0.1,), 1, "x") == []
 
@@ -213,10 +217,10 @@ def test_the_id_is_of_what_is_asked_and_how_it_is_judged(monkeypatch: pytest.Mon
     ]
     found = {plain, evaluation_id(config(), "e" * 64), *(evaluation_id(config(**changes), "d" * 64) for changes in others)}
     assert len(found) == 2 + len(others)
-    for constant in ("EVALUATION_VERSION", "PROMPT_VERSION"):
-        with monkeypatch.context() as patch:
-            patch.setattr(questions_module, constant, 99)
-            assert evaluation_id(config(), "d" * 64) not in found
+    assert evaluation_id(config(), "d" * 64, 2) not in found
+    assert evaluation_id(config(), "d" * 64, PROMPT_VERSION) == plain
+    monkeypatch.setattr(questions_module, "EVALUATION_VERSION", 99)
+    assert evaluation_id(config(), "d" * 64) not in found
 
 
 def test_every_setting_of_the_evaluation_is_in_its_id_or_left_out_on_purpose() -> None:
@@ -419,6 +423,8 @@ def test_what_else_the_data_is_asked(data: TrainingData) -> None:
     assert data.is_verbatim("그랬구나 괜찮아")
     assert not data.is_verbatim("그랬구나  괜찮아")
     assert data.emoji_by_third == {IntensityThird.MIDDLE: 0.0, IntensityThird.HIGH: pytest.approx(3 / 4)}
+    decomposed = TrainingData([record(unicodedata.normalize("NFD", "그랬구나 괜찮아"), "sad")])
+    assert decomposed.is_verbatim("그랬구나 괜찮아"), "the model learned the composed text"
     assert TrainingData([]).emoji_by_third == {}
     assert TrainingData([]).appropriateness("happy", 0.5, Expression.SMILE) is None
 

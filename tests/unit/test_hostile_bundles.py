@@ -21,13 +21,16 @@ from conftest import REPOSITORY
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from made_metrics import MadeRun, made_run, write_made_adapter, write_made_documents, write_made_evaluation, write_safetensors
+from older_bundles import with_prompt_2
 from rich.console import Console
 from structlog.testing import capture_logs
 
 from entrypoint.cli import run_cli
 from lora_trainer.base_model import identify_base
 from lora_trainer.errors import ConfigError, LoraTrainerError
+from lora_trainer.evaluate.gates import gate_id
 from lora_trainer.evaluate.metrics import Verdict
+from lora_trainer.evaluate.questions import evaluation_id
 from lora_trainer.persona.vocabulary import BloodType
 from lora_trainer.report.comparison import compare, comparison_page, comparison_table
 from lora_trainer.run.adapter import open_adapter, settle_for
@@ -143,6 +146,27 @@ def test_a_bundle_that_proves_its_claims_moves_the_pointer_and_stays(copy: Path,
     assert "accepted_by_hand" not in pointer
     assert (copy / "adapter_model.safetensors").is_file(), "somebody's own folder"
     assert log[-1]["folder_deleted"] is False
+
+
+def test_a_bundle_of_prompt_version_2_proves_itself_with_its_own_version(made: MadeRun, whole: Path, tmp_path: Path) -> None:
+    folder = with_prompt_2(whole, tmp_path)
+    assert "evaluation_id" in " ".join(unproven(check_bundle(folder))), "the id is of version 3's questions"
+    asked = evaluation_id(made.config.evaluation, made.metrics.evaluation.prompts_sha256, 2)
+    gates = {"gate_id": gate_id(asked, made.config.gates)}
+
+    def identify(document: Any) -> None:
+        document["verdict"].update(gates)
+        document.update(gates) if "gate_id" in document else document["evaluation"].update(evaluation_id=asked)
+
+    edit(folder / "metrics.json", identify)
+    edit(folder / "manifest.json", identify)
+    assert unproven(check_bundle(sign(folder))) == []
+    edit(folder / "manifest.json", lambda manifest: manifest["ingredients"].update(prompt_version=3))
+    edit(folder / "manifest.json", lambda manifest: manifest.update(run_id=run_id(manifest["ingredients"])))
+    edit(
+        folder / "metrics.json", lambda metrics: metrics.update(run_id=json.loads((folder / "manifest.json").read_text())["run_id"])
+    )
+    assert unproven(check_bundle(sign(folder))) == ["the run id is a hash of other values than the manifest has: prompt_version"]
 
 
 def test_only_the_runs_own_folder_is_deleted(copy: Path, tmp_path: Path) -> None:
@@ -273,6 +297,7 @@ def auto_map(folder: Path) -> None:
         (lambda f: (f / "prompt.json").unlink(), "prompt.json: not found, and every bundle has it"),
         (lambda f: (f / "prompt.json").write_text("[1]"), "prompt.json: got a list, expected a JSON object"),
         (lambda f: (f / "prompt.json").write_text('{"version": "3"}'), "prompt.json: version: got '3'; expected an integer"),
+        (lambda f: edit(f / "prompt.json", lambda d: d.update(version=1)), "prompt.json: version: got 1, expected 2 or 3"),
         (lambda f: (f / "train_log.jsonl").write_text('{"step": 1}\n'), "train_log.jsonl:1: loss: got nothing; field required"),
         (lambda f: (f / "replies.jsonl").write_text('{"reply": NaN}\n'), "replies.jsonl:1: not JSON (NaN is no JSON number)"),
         (auto_map, "tokenizer_config.json: auto_map: got the name of code"),

@@ -25,6 +25,7 @@ from lora_trainer.base_model import identify_base
 from lora_trainer.config import RunConfig, setting_names
 from lora_trainer.config_sources import settle
 from lora_trainer.errors import ConfigError, DataError
+from lora_trainer.persona.prompt import prompt_template
 from lora_trainer.persona.vocabulary import BloodType
 from lora_trainer.run.adapter import Adapter, base_of, open_adapter, output_of, settle_for
 from lora_trainer.run.job import ProcessContext
@@ -33,7 +34,7 @@ from lora_trainer.store.bundle import publish_bundle
 from lora_trainer.store.interface import NotFound, Storage
 from lora_trainer.store.latest import link_newest, move_latest, take_count
 from lora_trainer.store.local import fresh_folder, sha256_of
-from lora_trainer.store.manifest import DamagedError, verify_files, write_manifest
+from lora_trainer.store.manifest import DamagedError, verify_files, write_json, write_manifest
 from lora_trainer.store.opening import open_storage
 from lora_trainer.store.prefixes import bundle_prefix, evaluation_prefix
 
@@ -97,6 +98,7 @@ def publish(output: Storage, made: MadeRun, scratch: Path, run_id: str = RUN_ID,
     folder = fresh_folder(scratch / "bundle")
     write_made_adapter(folder)
     write_made_evaluation(made, folder)
+    write_json(folder / "prompt.json", prompt_template("너는 A형 친구야."))
     config = settle(TOLD, {})
     whole = {
         **made.facts,

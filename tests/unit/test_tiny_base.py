@@ -200,7 +200,7 @@ def test_the_chat_template_renders_chatml(tokenizer: Any) -> None:
         [*prompt, {"role": "assistant", "content": reply_json("다 왔어!", "smile")}], tokenize=False
     )
     assert rendered == (
-        '<|im_start|>system\n너는 친구야.\n상황: 카페야.\n감정: happy 0.8\n출력: {"text","emotion"} JSON<|im_end|>\n'
+        '<|im_start|>system\n너는 친구야.\n상황: 카페야.\n감정: happy 강함\n출력: {"text","emotion"} JSON<|im_end|>\n'
         "<|im_start|>user\n어디야?<|im_end|>\n"
         '<|im_start|>assistant\n{"text":"다 왔어!","emotion":"smile"}<|im_end|>\n'
     )

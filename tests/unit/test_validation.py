@@ -242,7 +242,7 @@ def tokenizer_folder(tmp_path: Path) -> Path:
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=600, initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(), show_progress=False
     )
-    tokenizer.train_from_iterator([*corpus, ".\n상황: 너\n감정: happy 0.8\n"], trainer)
+    tokenizer.train_from_iterator([*corpus, ".\n상황: 너\n감정: happy 강함\n"], trainer)
     tokenizer.enable_truncation(4)
     tokenizer.enable_padding(length=4)
     tokenizer.save(str(tmp_path / "tokenizer.json"))
