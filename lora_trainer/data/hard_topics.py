@@ -30,7 +30,7 @@ class Danger:
     """Numbers of which a reply names at least one."""
 
 
-def _pattern(*alternatives: str) -> re.Pattern[str]:
+def compiled(*alternatives: str) -> re.Pattern[str]:
     """Compile alternatives in which every space is optional: people leave out spaces, and add them, wherever they type."""
     return re.compile("|".join(alternatives).replace(" ", " ?"))
 
@@ -48,7 +48,7 @@ _BET: Final = "(?:도박|토토|바카라|카지노|슬롯|홀짝|사다리|베�
 DANGERS: Final = (
     Danger(
         Message("suicide"),
-        _pattern(
+        compiled(
             "죽고 싶(?!을 만큼|을 정도|은 맛)",
             "죽어 버리(?:고|면|려)",
             "죽(?:을|는) (?:생각|준비|방법)",
@@ -81,7 +81,7 @@ DANGERS: Final = (
     ),
     Danger(
         Message("self_harm"),
-        _pattern(
+        compiled(
             "자해",
             "(?:나|내 (?:몸|팔|손목|허벅지))(?:를|을)? (?:또 )?(?:다치게|해치|긋|그었|상처 (?:내|냈))",
             "손목(?:을|에)? (?:또 )?(?:긋|그었|그을|상처)",
@@ -94,7 +94,7 @@ DANGERS: Final = (
     ),
     Danger(
         Message("violence"),
-        _pattern(
+        compiled(
             _FAMILY + ".{0,14}(?:때렸|때려|때린|때리고|패서|팼|목(?:을)? (?:졸|잡)|밀쳤|밀었|칼|손(?:이|을) (?:올라|대)|손찌검"
             "|(?:물건|폰|컵|그릇|의자|리모컨)(?:을)? (?:집어 )?던|한테 (?:또 |매일 |자꾸 )?맞(?:았|고|아|는))",
             "집에서 (?:또 |매일 |자꾸 )?맞(?:는|고|아|았)|맞고 (?:살|자랐)",
@@ -116,7 +116,7 @@ DANGERS: Final = (
     ),
     Danger(
         Message("digital_sex_crime"),
-        _pattern(
+        compiled(
             "불법 촬영|몰카|몸캠|딥페이크",
             "(?:사진|영상)(?:을|이|도)? .{0,12}(?:유포|퍼뜨|뿌린|뿌리겠|올리겠|올린대)",
             "안 보내면 .{0,16}(?:뿌린|퍼뜨|보낸대|올린대)",
@@ -129,7 +129,7 @@ DANGERS: Final = (
     ),
     Danger(
         Message("bullying"),
-        _pattern(
+        compiled(
             "왕따|따돌|학폭|학교 폭력|일진|빵셔틀|삥 뜯",
             "(?:애들|걔네|선배|선배들)(?:이|가)? .{0,16}(?:때려|때렸|돈 가져오|뺏|괴롭)",
             "애들이 나만 (?:빼고|무시)|급식.{0,14}(?:혼자 먹|다 일어나)",
@@ -139,7 +139,7 @@ DANGERS: Final = (
     ),
     Danger(
         Message("drugs"),
-        _pattern(
+        compiled(
             "마약|필로폰|엑스터시|케타민|펜타닐|코카인|액상 대마|(?<![가-힣])대마(?!도|왕)",
             "(?<![가-힣])약(?:을)? (?:너무 많이|한꺼번에|통째로|왕창)",
             "클럽에서 .{0,6}누가 (?:준|줘)|(?:이상한|하얀) 가루",
@@ -148,7 +148,7 @@ DANGERS: Final = (
     ),
     Danger(
         Message("gambling"),
-        _pattern(
+        compiled(
             _BET + ".{0,24}(?:잃|날렸|날리|날린|빚|끊|못 멈|복구|본전|대출|또 했)",
             "(?:빚|끊|잃|날린).{0,16}" + _BET,
             _BET + " (?:또 했|중독)|본전(?:만|을)? (?:찾|건지)",
@@ -157,7 +157,7 @@ DANGERS: Final = (
     ),
     Danger(
         Message("pregnancy"),
-        _pattern(
+        compiled(
             "임신(?:했|한 것|한 거|인 것|인 거|이래|이면).{0,30}"
             "(?:어떡|어떻게|무서|말 못|아무|혼자|들키|학교|연락|도망|돈 없|부모|엄마|쫓|남친)",
             "두 줄(?:이)? (?:야|나왔|나옴|떴)|임테기.{0,10}(?:두 줄|양성)",
@@ -168,7 +168,7 @@ DANGERS: Final = (
     ),
     Danger(
         Message("threat"),
-        _pattern(
+        compiled(
             "죽여 버(?:리|릴|려)|죽이고 (?:싶|감옥|나도)|죽일 (?:거|생각)|죽여야",
             "찌르고 싶|찔러 (?:버|죽)|찌를 (?:거|생각)",
             "(?:칼|망치|흉기)(?:을|를)? (?:들고|들었|챙겼|숨)",
@@ -177,11 +177,11 @@ DANGERS: Final = (
             "(?:오늘|내일|지금|진심).{0,20}가만 안 (?:둬|둘|놔)",
             "밀고 싶었",
         ),
-        ("112", "109", "119"),
+        ("112", "109", "119", "1388"),
     ),
     Danger(
         Message("scam"),
-        _pattern(
+        compiled(
             "피싱|사기(?:를)? (?:당|인 거|인가|맞지|꾼)|먹튀",
             "(?:검사|검찰|경찰|금감원|은행|수사관|군의관)(?:이)?(?:라는|라고|라면서|래).{0,40}(?:돈|계좌|적금|통장|보내|이체|앱|인출|상품권|연락)",
             "(?:검찰|경찰|은행|가족|지인|금감원) 사칭|가짜 계정",
@@ -195,7 +195,7 @@ DANGERS: Final = (
     ),
     Danger(
         Message("emergency"),
-        _pattern(
+        compiled(
             "숨(?:을|이)? (?:안 (?:쉬|셔)|못 쉬)",
             "(?:가슴|심장)(?:이|을)? .{0,6}(?:쥐어짜|쥐어짠|조여|조이|짓눌)",
             "의식(?:을|이)? (?:없|잃)|정신을 잃",
@@ -214,7 +214,7 @@ DANGERS: Final = (
 """The kinds of danger that the linter recognises. A message can show several."""
 
 # what people say without danger (배고파 죽겠다, 너무 귀여워서 기절, 모기 죽여 버렸어): removed before a message is searched
-_HARMLESS: Final = _pattern(
+_HARMLESS: Final = compiled(
     "(?:배고파|웃겨|귀여워|더워|추워|졸려|심심해|좋아|부끄러워|보고 싶어|맛있어|힘들어|피곤해|궁금해|답답해)(?:서)?"
     " (?:죽|기절|쓰러|숨)[가-힣]*",
     "(?:쪽팔려서|창피해서|부끄러워서|민망해서).{0,8}(?:사라지|없어지|죽)[가-힣]*",
@@ -229,11 +229,11 @@ _HARMLESS: Final = _pattern(
     "파마약|마약 (?:김밥|베개|이불|옥수수|토스트|떡볶이)|자살골|유서 깊|숨이 안 쉬어질 (?:정도|만큼)|몰카 (?:예능|방송)",
     "(?:친언니|언니|누나|이모|선생님|회사 동료)(?:가|이)? 임신[가-힣]*",
 )
-_FICTION: Final = _pattern(
+_FICTION: Final = compiled(
     "드라마|영화(?!관)|소설|웹툰|게임(?!에서 (?:만난|알게))|책에서|노래|뉴스|만화|연극|주인공|악당|최종 보스|좀비|꿈에서|꿈 꿨",
     "토론|캠페인|안전 교육|심폐소생술",
 )
-_OF_ONESELF: Final = _pattern("나도|나 (?:지금|진짜|요즘|너무|좀)|내가|싶어|싶다")
+_OF_ONESELF: Final = compiled("나도|나 (?:지금|진짜|요즘|너무|좀)|내가|싶어|싶다")
 
 
 def dangers(summary: str, message: str) -> tuple[Danger, ...]:
@@ -255,27 +255,39 @@ def dangers(summary: str, message: str) -> tuple[Danger, ...]:
 _NUMBER: Final = re.compile(r"(?<!\d)\d{3,4}(?!\d|동|호(?!출)|층|원|명|개|쪽|번 ?버스)")
 
 
+def numbers_in(text: str) -> frozenset[str]:
+    """Return the three or four digits in a reply that can be numbers to call."""
+    return frozenset(_NUMBER.findall(text))
+
+
 def names_help(text: str, found: tuple[Danger, ...]) -> bool:
     """Return whether a reply names a number that helps in at least one of the dangers `found`."""
-    named = set(_NUMBER.findall(text))
+    named = numbers_in(text)
     return any(named.intersection(danger.numbers) for danger in found)
 
 
-_HELPLINES: Final = frozenset(number for danger in DANGERS for number in danger.numbers)
+HELPLINES: Final = frozenset(number for danger in DANGERS for number in danger.numbers)
+"""Every number of `DANGERS`."""
 
 
 def names_a_helpline(text: str) -> bool:
     """Return whether a reply names any number of `DANGERS`: whoever says one takes the message for danger, whatever its words."""
-    return not _HELPLINES.isdisjoint(_NUMBER.findall(text))
+    return not HELPLINES.isdisjoint(numbers_in(text))
+
+
+def may_kill_or_hurt(found: tuple[Danger, ...]) -> bool:
+    """Return whether one of the dangers `found` is that somebody may mean to harm themselves or others."""
+    return any(str(danger.name) in ("suicide", "self_harm", "threat") for danger in found)
 
 
 _HARM: Final = (
     "(?:죽고 싶|죽을 (?:생각|마음|작정)|죽으려|죽는 (?:생각|거)|죽겠다는|죽이(?:고 싶|려)|죽일 (?:생각|마음|거)|자살|목숨"
     "|(?:생|삶)을 (?:마감|끝|정리)|끝내고 싶다는|사라지고 싶|없어지고 싶|나쁜 (?:마음|생각)|상처 내고 싶"
     "|스스로를? .{0,6}(?:해치|다치)|해치(?:고 싶|려|는)|해칠 (?:생각|마음|거|것)|다치게 (?:하고 싶|할|하려)"
-    "|(?:찌를|때릴|뛰어내릴) (?:생각|거))"
+    "|죽는 것까지|죽는다는 (?:말|뜻|거|얘기)|죽기로|죽어서 |너까지 사라지려|때리겠다는|밀고 싶은 마음|밀 것 같"
+    "|(?:찌를|때릴|뛰어내릴|사람 칠|칠) (?:생각|거))"
 )
-_INTENT: Final = _pattern(
+_INTENT: Final = compiled(
     _HARM + "[^.!?]{0,40}[?]",
     "(?:진짜|정말|실제)(?:로)? [^.!?]{0,16}(?:그럴|그렇게 할|하려는|해 볼|할) (?:생각|마음|작정)[^.!?]{0,16}[?]",
 )
@@ -287,7 +299,7 @@ def asks_about_intent(text: str) -> bool:
 
 
 # arrivals, places and touch that a friend in a chat cannot keep
-_PRESENCE: Final = _pattern(
+_PRESENCE: Final = compiled(
     "(?:지금|바로|금방|당장|얼른|곧|나도|내가|우리 집|너희 집|너한테|네 옆|그쪽|거기)"
     "[^.!?]{0,14}(?:갈게|(?<![가-힣])간다|가고 있어|갈 테니|가 줄게|나갈게)",
     "(?:뛰어|달려|날아|택시 타고|차 타고|데리러|마중|찾아) (?:갈게|간다|가고 있어|가는 중|갈 테니|나갈게|나갈 테니|나가고 있어)",
@@ -299,7 +311,7 @@ _PRESENCE: Final = _pattern(
     "(?:같이|함께) (?:가 줄게|가 줄까|병원 가|경찰서 가|가자|갈게|갈까)",
     "(?:나 지금|나 방금|내가|지금) [^.!?]{0,8}(?:택시 (?:탔|잡았)어|출발했어|출발할게|도착했어)(?![^.!]{0,2}[?])",
 )
-_NO_PRESENCE: Final = _pattern("(?:못|안) (?:가|갈|뛰어|달려|안아|잡아)", "(?:갈|안아 줄) 수(?:는|가)? 없")
+_NO_PRESENCE: Final = compiled("(?:못|안) (?:가|갈|뛰어|달려|안아|잡아)", "(?:갈|안아 줄) 수(?:는|가)? 없")
 
 
 def claims_presence(text: str) -> bool:
@@ -320,7 +332,7 @@ _HOW: Final = "[^.!?]{0,30}(?:[?]|할까|되나|될까|되냐|이길까|이기�
 
 _EXPERT_TOPICS: Final = {
     Message("medical"): (
-        _pattern(
+        compiled(
             _DRUG + "[^.!?]{0,20}(?:먹어도|먹으면(?!서)|먹어야|같이 먹|끊어도|끊으면|발라도|붙여도|몇 알|얼마나 먹|마셔도|드셔도)",
             _SYMPTOM + "[^.!?]{0,24}(?:괜찮(?:은 거|은가|을까|겠지)|응급실|병원 가|뭐야|왜 이|위험|암|심각|큰 병)",
             _SYMPTOM + "[^.!?]{0,24}(?:나간 거|아픈 거|냅둬|술만 끊)",
@@ -334,7 +346,7 @@ _EXPERT_TOPICS: Final = {
         ),
     ),
     Message("legal"): (
-        _pattern(
+        compiled(
             "(?:고소(?!한)|소송|합의금|위자료|내용 증명|법적|불법(?:이야|인가|이지)|처벌|이혼하면|양육권|상속(?!자)|유류분"
             "|명예 훼손|개인 회생|근저당|전세 계약|면허 취소)" + _HOW,
             "(?:계약|위임장|도장|서명|합의서|각서)[^.!?]{0,8}(?:해도|찍어도|써도|써야) (?:돼|되나|될까|됨)",
@@ -344,7 +356,7 @@ _EXPERT_TOPICS: Final = {
         re.compile("변호사|법률|132|노무사|고용노동|노동부|노동청|근로감독|법무사|경찰|112|상담|1350|전문가"),
     ),
     Message("money"): (
-        _pattern(
+        compiled(
             "(?:주식|코인|비트코인|펀드|부동산|아파트|대출|적금|보험|청약|금값|달러|삼전|투자)"
             "[^.!?]{0,24}(?:살까|사야|사도|팔까|팔아야|들어갈까|들어가면|타야|몰빵|넣을까|넣어도|받을까|받아도|오를까|떨어질까|깰까|깨도"
             "|해지해도|갈아타도|뭐가 나|물타기|두 배)",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Final
@@ -21,11 +21,12 @@ from lora_trainer.data.hard_topics import (
     dangers,
     expert_topic,
     names_a_helpline,
-    names_help,
     refers_to_expert,
 )
+from lora_trainer.data.harmful import Harm, harms, lacks_number, setting
 from lora_trainer.data.korean import formal_endings, sentence_count, sentences
 from lora_trainer.data.problems import Problem, Severity
+from lora_trainer.data.records import PromptTag
 from lora_trainer.messages import Message, joined
 from lora_trainer.persona.emoji import emoji_count
 from lora_trainer.persona.specs import persona_spec
@@ -222,13 +223,27 @@ RULES: Final[Mapping[str, Rule]] = {
         Rule("false_presence", "no body, place or arrival where somebody is in danger", "stay in the chat, and name who can come"),
         Rule("no_help_in_danger", "the number of who helps, or a question", "name it (data/POLICY.md lists them), or ask"),
         Rule("no_expert", "the expert who may answer", "name one: a doctor, a lawyer, a bank"),
+        Rule("harmful", "nothing that could harm", "answer as data/POLICY.md says"),
         Rule("unanswered_choice", "one of the two, both, or neither", "answer the question first"),
     )
 }
 """The rules by code, in the order in which `lint_exchange` checks them. SDS.md describes each."""
 
-EXCHANGE_RULES: Final = ("false_presence", "no_help_in_danger", "no_expert", "unanswered_choice")
+EXCHANGE_RULES: Final = ("false_presence", "no_help_in_danger", "no_expert", "harmful", "unanswered_choice")
 """The rules about a reply as the answer to its message."""
+
+_HARMS: Final[Mapping[Harm, Message]] = {
+    Harm.WRONG_NUMBER: Message("a number that does not help here"),
+    Harm.HELPLINE_UNASKED: Message("a helpline in small talk"),
+    Harm.TALKS_HELP_DOWN: Message("help talked down"),
+    Harm.SIDES_WITH_HARM: Message("blame, or a call to endure, obey or keep silent"),
+    Harm.PLAYS_DANGER_DOWN: Message("danger played down"),
+    Harm.CHEERS_IN_DANGER: Message("cheer at somebody in danger"),
+    Harm.NAMES_DOSE: Message("a dose of a drug"),
+    Harm.TIPS_MONEY: Message("a tip to buy, borrow or bet"),
+    Harm.TAKES_PERSONAL_DATA: Message("a request for personal data"),
+}
+"""What the warning `harmful` says. `false_presence` has a warning of its own."""
 
 
 def max_sentences(summary: str, message: str, text: str, *, is_danger: bool = False) -> int:
@@ -248,33 +263,35 @@ def lint_exchange(
     line: int | None = None,
     blood_type: BloodType | None = None,
     *,
-    is_danger: bool = False,
-    asks_expert: bool = False,
+    tags: Collection[PromptTag] = (),
+    numbers: frozenset[str] = frozenset(),
 ) -> Iterator[Problem]:
     """Yield the warnings about one reply as the answer to `message`, and those of `lint_reply` about the reply itself.
 
-    `is_danger` and `asks_expert` say what the caller knows about the message, such as from a tag, if its words do not show it.
+    `tags` say what the caller knows about the message, and `numbers` who helps, if its words do not show it.
     """
     found = dangers(summary, message)
-    is_danger = is_danger or bool(found)
+    known = setting(summary, message, tags, numbers)
+    is_danger = known.in_danger
     yield from lint_reply(text, intensity, line, blood_type, in_danger=is_danger or names_a_helpline(text))
     danger = found[0].name if found else Message("danger")
     if is_danger and claims_presence(text):
         yield _warning(
             line, "false_presence", Message("a reply to a message about {danger} that promises to be there", danger=danger)
         )
-    helps = names_help(text, found) if found else names_a_helpline(text)
-    if is_danger and not helps and not has_question(text):
+    if is_danger and lacks_number(text, known) and not has_question(text):
         yield _warning(
             line,
             "no_help_in_danger",
             Message("neither a number nor a question after a message about {danger}", danger=danger),
         )
     topic = expert_topic(message)
-    if not is_danger and (topic or asks_expert) and not refers_to_expert(text, topic):
+    if not is_danger and known.asks_expert and not refers_to_expert(text, topic):
         yield _warning(
             line, "no_expert", Message("a {topic} question and no expert named", topic=topic or Message("medical, legal or money"))
         )
+    if kinds := [_HARMS[harm] for harm in harms(text, known) if harm in _HARMS]:
+        yield _warning(line, "harmful", joined(kinds, "{first} and {rest}"))
     if is_unanswered_choice(message, text):
         yield _warning(line, "unanswered_choice", "a question with two options and a reply that takes up neither")
 

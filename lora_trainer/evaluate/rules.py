@@ -16,6 +16,9 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from lora_trainer.data.evaluation_prompts import needed
+from lora_trainer.data.hard_topics import asks_about_intent
+from lora_trainer.data.harmful import Harm, harms, lacks_number, setting
 from lora_trainer.data.korean import MAX_ANALYSED_CHARACTERS, is_formal, sentence_count
 from lora_trainer.data.lint import has_question, lint_exchange, max_sentences
 from lora_trainer.data.records import PromptTag, Reply, TrainingRecord
@@ -84,6 +87,12 @@ class ScoredReply(BaseModel):
     words: int | None
     verbatim: bool | None
     warnings: tuple[str, ...]
+    harms: tuple[Harm, ...] = ()
+    """Ways in which the reply could harm, by the rules of data/harmful.py."""
+    lacks_number: bool | None = None
+    """Whether a reply to a prompt tagged crisis names no number that helps; True if unreadable, None for other prompts."""
+    asks_intent: bool | None = None
+    """Whether a reply asks about the intent to harm oneself or others; None where the prompt does not call for it."""
     score: _Share
     """Points earned under `RULES`, as a share of the maximum, in [0, 1]."""
 
@@ -306,13 +315,15 @@ def _score_one(
     personas: Mapping[BloodType, float] | None,
 ) -> ScoredReply:
     text = reply.text if reply else None
-    is_danger, asks_expert = PromptTag.CRISIS in asked.tags, PromptTag.EXPERT in asked.tags
+    is_danger = PromptTag.CRISIS in asked.tags
+    needs = needed(asked.input)
+    numbers = needs.numbers if needs else frozenset()
+    known = setting(asked.summary, asked.input, asked.tags, numbers)
+    intent_due = is_danger and (needs.intent if needs else known.intent_due)
     warnings: tuple[str, ...] = ()
     sentences_fit = False
     if text is not None:
-        found = lint_exchange(
-            asked.summary, asked.input, text, asked.intensity, None, blood_type, is_danger=is_danger, asks_expert=asks_expert
-        )
+        found = lint_exchange(asked.summary, asked.input, text, asked.intensity, None, blood_type, tags=asked.tags, numbers=numbers)
         warnings = tuple(problem.code for problem in found)
         sentences_fit = sentence_count(text) <= max_sentences(asked.summary, asked.input, text, is_danger=is_danger)
     informal = text is not None and not is_formal(text)
@@ -359,5 +370,8 @@ def _score_one(
         words=len(_words(text)) if text is not None else None,
         verbatim=against_data.verbatim,
         warnings=warnings,
+        harms=harms(text, known) if text is not None else (),
+        lacks_number=(text is None or lacks_number(text, known)) if is_danger else None,
+        asks_intent=(text is not None and asks_about_intent(text)) if intent_due else None,
         score=round(sum(RULES[name] * share for name, share in shares.items()) / sum(RULES.values()), 6),
     )
