@@ -24,9 +24,10 @@ from conftest import REPOSITORY
 from lora_trainer.base_model import Base
 from lora_trainer.config import RunConfig
 from lora_trainer.config_sources import settle
-from lora_trainer.data.evaluation_prompts import evaluation_prompts
+from lora_trainer.data.evaluation_prompts import evaluation_prompts, helping_numbers
+from lora_trainer.data.harmful import harms, lacks_number, setting
 from lora_trainer.data.jsonl import JsonlReader
-from lora_trainer.data.records import EvaluationPrompt, TrainingRecord
+from lora_trainer.data.records import EvaluationPrompt, PromptTag, Reply, TrainingRecord
 from lora_trainer.evaluate import gates
 from lora_trainer.evaluate.decoding import Decoding, Generation, decodings
 from lora_trainer.evaluate.measures import decoding_metrics, evaluation_metrics
@@ -42,7 +43,7 @@ from lora_trainer.evaluate.metrics import (
 from lora_trainer.evaluate.questions import Question, questions
 from lora_trainer.evaluate.rules import ScoredReply, TrainingData, score_by_rules
 from lora_trainer.persona.specs import persona_spec
-from lora_trainer.persona.vocabulary import BloodType, IntensityThird
+from lora_trainer.persona.vocabulary import BloodType, Expression, IntensityThird
 from lora_trainer.run.bundle_files import write_documents, write_evaluation
 from lora_trainer.store.manifest import write_manifest
 from lora_trainer.train.schedule import learning_rate_factor
@@ -98,9 +99,24 @@ def _adapter_answers(asked: Sequence[Question], answers: Sequence[TrainingRecord
             made.append(_generation(rng.choice(BASE_ANSWERS)))
         else:
             third = IntensityThird.of(question.intensity)
-            reply = rng.choice(fitting[question.source.context.current_emotion.type, third]).reply
+            reply = _safe_reply(rng, question, fitting[question.source.context.current_emotion.type, third], answers)
             made.append(_generation(json.dumps({"text": reply.text, "emotion": str(reply.emotion)}, ensure_ascii=False)))
     return made
+
+
+def _safe_reply(
+    rng: random.Random, question: Question, fitting: Sequence[TrainingRecord], others: Sequence[TrainingRecord]
+) -> Reply:
+    """Draw a reply that the rules about safety find nothing in: to somebody in danger one that names who helps."""
+    source = question.source
+    known = setting(source.context.summary, source.input, source.tags, helping_numbers(source.input))
+    if PromptTag.CRISIS in source.tags:
+        fitting = [record for record in others if not lacks_number(record.reply.text, known)]
+    for _ in fitting:
+        reply = rng.choice(fitting).reply
+        if not harms(reply.text, known):
+            return reply
+    return Reply(text=f"혼자 두지 않을게. {min(known.numbers)}에 지금 전화해 줄래?", emotion=Expression.WORRY)
 
 
 def _steps(count: int, peak: float) -> list[StepLog]:

@@ -10,6 +10,7 @@ from typing import Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from lora_trainer.data.harmful import Harm
 from lora_trainer.data.records import PromptTag
 from lora_trainer.persona.vocabulary import BloodType
 
@@ -39,7 +40,7 @@ class Estimate(_Part):
 
 
 class TagMetrics(_Part):
-    """Rates of one model's replies to the prompts with one tag. No gate compares them.
+    """Rates of one model's replies to the prompts with one tag. No gate compares them; `RepliesMetrics` has those of safety.
 
     Unreadable replies count against every rate but `question`, which excludes them.
     """
@@ -90,6 +91,19 @@ class RepliesMetrics(_Part):
     taken_for: Mapping[BloodType, int] = Field(description="Readable replies by predicted persona.")
     emotions: Mapping[str, int] = Field(description="Readable replies by emotion.")
     warnings: Mapping[str, int] = Field(description="Readable replies with a linter warning, by code.")
+    harmful: int | None = Field(
+        default=None,
+        description="Readable replies to tagged prompts that could harm, by rules; none if no prompt has a tag. The rules see only "
+        "a part of what harms.",
+    )
+    harms: Mapping[Harm, int] = Field(
+        default={}, description="These replies by what the rules found; one reply may count several times."
+    )
+    incomplete: Estimate | None = Field(
+        default=None,
+        description="Replies to prompts tagged crisis that name no number that helps, unreadable ones included, and the questions "
+        "about intent that are missing for every second reply to ask; none if no prompt has the tag.",
+    )
     by_tag: Mapping[PromptTag, TagMetrics] = Field(
         description="Rates by the prompts' tags; empty if the prompts have none. No gate compares them."
     )
@@ -158,6 +172,11 @@ class GateResult(_Part):
     passed: bool
 
     @property
+    def is_count(self) -> bool:
+        """Whether the gate counts replies. All others compare a rate or a correlation."""
+        return self.name == "harmful"
+
+    @property
     def missed_by(self) -> float:
         """Distance from `compared` to the threshold; 0 if the gate passed."""
         return 0.0 if self.passed else abs(self.threshold - self.compared)
@@ -169,6 +188,9 @@ class Verdict(_Part):
     gate_id: str
     passed: bool
     gates: tuple[GateResult, ...]
+    not_judged: tuple[str, ...] = Field(
+        default=(), description="Gates with a threshold and nothing to compare: no prompt has the tags that they need."
+    )
 
 
 class HeldOutLossMetrics(_Part):

@@ -187,7 +187,8 @@ def _sections(runs: Sequence[ComparedRun]) -> Iterator[tuple[str, tuple[Row, ...
     held_out = [metrics.held_out for metrics in all_metrics]
     all_missed = [
         [
-            f"{LABELS.get(gate.name, one_line(gate.name, MAX_CHARACTERS))} by {gate.missed_by:.3f}"
+            f"{LABELS.get(gate.name, one_line(gate.name, MAX_CHARACTERS))} by "
+            + (f"{gate.missed_by:g}" if gate.is_count else f"{gate.missed_by:.3f}")
             for gate in metrics.verdict.gates
             if not gate.passed
         ]
@@ -202,6 +203,13 @@ def _sections(runs: Sequence[ComparedRun]) -> Iterator[tuple[str, tuple[Row, ...
                 tuple(metrics.verdict.passed for metrics in all_metrics),
             ),
             row("gates missed", ["\n".join(missed) or "none" for missed in all_missed]),
+            row(
+                "gates not judged",
+                [
+                    "\n".join(LABELS.get(name, one_line(name, MAX_CHARACTERS)) for name in metrics.verdict.not_judged) or "none"
+                    for metrics in all_metrics
+                ],
+            ),
         ),
     )
     yield (

@@ -13,7 +13,7 @@ SPACE: Final = "\u00a0"
 """Non-breaking space, which keeps a number and its unit on one line."""
 MAX_CHARACTERS: Final = 240
 """Pages truncate text by users and models to this length."""
-COUNTS: Final = frozenset(("emoji", "characters"))
+COUNTS: Final = frozenset(("emoji", "characters", "harmful"))
 """Metrics that are counts; all others but `CORRELATIONS` are shares."""
 CORRELATIONS: Final = frozenset(("emoji_intensity",))
 LABELS: Final[Mapping[str, str]] = {
@@ -36,6 +36,8 @@ LABELS: Final[Mapping[str, str]] = {
     "win_rate": "Win rate against the base",
     "question_rate_min": "Asks back often enough",
     "question_rate_max": "Doesn't always ask back",
+    "harmful": "Could harm",
+    "incomplete": "Incomplete in a crisis",
 }
 """Display names of the metrics and gates in `metrics.json`."""
 _REQUIRED: Final = "blood_type"

@@ -42,10 +42,11 @@ def metrics_table(metrics: RunMetrics) -> Group:
         gates.add_column(column, justify="right")
     gates.add_column("")
     for gate in verdict.gates:
-        result = Text("ok", style="green") if gate.passed else Text(f"missed by {gate.missed_by:.3f}", style="red")
-        gates.add_row(
-            one_line(gate.name), f"{gate.value:.3f}", f"{gate.compared:.3f}", f"{gate.relation} {gate.threshold:g}", result
-        )
+        numbers = [f"{value:g}" if gate.is_count else f"{value:.3f}" for value in (gate.value, gate.compared, gate.missed_by)]
+        result = Text("ok", style="green") if gate.passed else Text(f"missed by {numbers[2]}", style="red")
+        gates.add_row(one_line(gate.name), numbers[0], numbers[1], f"{gate.relation} {gate.threshold:g}", result)
+    for name in verdict.not_judged:
+        gates.add_row(one_line(name), "", "", "", Text("not judged: no prompt has its tags", style="yellow"))
     measures = Table(title=None)
     measures.add_column(f"{metrics.evaluation.replies} greedy replies")
     for column in ("adapter", "95 % bounds", "base"):
@@ -55,6 +56,15 @@ def metrics_table(metrics: RunMetrics) -> Group:
         adapter, base = getattr(greedy.adapter, name), getattr(greedy.base, name)
         is_rate = (name, label) in _RATES
         measures.add_row(label, _value(adapter, is_rate), _bounds(adapter, is_rate), _value(base, is_rate))
+    if greedy.adapter.incomplete is not None and greedy.base.incomplete is not None:
+        measures.add_row(
+            "crisis replies that lack a number or a question",
+            _value(greedy.adapter.incomplete, True),
+            _bounds(greedy.adapter.incomplete, True),
+            _value(greedy.base.incomplete, True),
+        )
+    if greedy.adapter.harmful is not None:
+        measures.add_row("replies that could harm, by rules", str(greedy.adapter.harmful), "", str(greedy.base.harmful))
     measures.add_row("win rate against the base", _value(greedy.win_rate, True), _bounds(greedy.win_rate, True), "")
     held_out = metrics.held_out
     measures.add_row("held-out loss", f"{held_out.loss_adapter:.3f}", "", f"{held_out.loss_base:.3f}")

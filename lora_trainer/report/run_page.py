@@ -52,6 +52,7 @@ _GROUPS: Final[tuple[tuple[str, tuple[str, ...]], ...]] = (
     ("Does it keep the conversation going?", ("question", "characters")),
     ("Do emotion and emoji fit?", ("emotion_appropriateness", "emoji_intensity", "emoji")),
     ("Is it original?", ("repetition", "copied_words", "verbatim_copies")),
+    ("Does it do what a crisis calls for?", ("incomplete",)),
     ("Overall", ("rule_score", "win_rate")),
 )
 _TAG_MEASURES: Final = ("exact_json", "one_or_two_sentences", "informal_speech", "persona", "question", "fits_message")
@@ -70,7 +71,9 @@ def run_page(metrics: RunMetrics, facts: Mapping[str, Any], steps: Sequence[Step
         verdict=_verdict(metrics),
         about=_about(metrics, facts),
         decodings=[name for name, _ in _decodings(evaluation)],
-        groups=[(title, [_metric(name, evaluation, metrics.verdict.gates) for name in names]) for title, names in _GROUPS],
+        groups=[
+            (title, [_metric(name, evaluation, metrics.verdict.gates) for name in names]) for title, names in _groups(evaluation)
+        ],
         all_estimates=list(_all_estimates(evaluation)),
         emoji_plot=_emoji_plot(evaluation),
         personas=[(str(name), persona_spec(name).name) for name in BloodType],
@@ -80,6 +83,7 @@ def run_page(metrics: RunMetrics, facts: Mapping[str, Any], steps: Sequence[Step
         asked_at=_asked_at(evaluation),
         tag_measures=[LABELS[name] for name in _TAG_MEASURES],
         tags=list(_tags(evaluation)),
+        harms=list(_harms(evaluation)),
         loss_plot=_loss_plot(steps, metrics.training),
         speed_plot=_speed_plot(steps),
         training=_training(metrics),
@@ -130,10 +134,13 @@ def _verdict(metrics: RunMetrics) -> dict[str, Any]:
             }
         )
     missed = [row for row, gate in zip(rows, verdict.gates, strict=True) if not gate.passed]
-    return {"passed": verdict.passed, "rows": rows, "missed": missed, "gate_id": verdict.gate_id}
+    not_judged = [LABELS.get(name, name) for name in verdict.not_judged]
+    return {"passed": verdict.passed, "rows": rows, "missed": missed, "not_judged": not_judged, "gate_id": verdict.gate_id}
 
 
 def _gate_number(gate: GateResult, value: float) -> str:
+    if gate.is_count:
+        return f"{value:g}"
     if gate.name in CORRELATIONS:
         return f"{value:.3f}"
     # -1 is the assumed bound if no reply was readable
@@ -141,17 +148,21 @@ def _gate_number(gate: GateResult, value: float) -> str:
 
 
 def _threshold(gate: GateResult) -> str:
-    number = f"{gate.threshold:g}" if gate.name in CORRELATIONS else f"{100 * gate.threshold:g}{SPACE}%"
+    number = f"{gate.threshold:g}" if gate.is_count or gate.name in CORRELATIONS else f"{100 * gate.threshold:g}{SPACE}%"
     return f"{_RELATIONS[gate.relation]} {number}"
 
 
 def _gate_difference(gate: GateResult) -> str:
+    if gate.is_count:
+        return f"{gate.missed_by:g}"
     return f"{gate.missed_by:.3f}" if gate.name in CORRELATIONS else f"{100 * gate.missed_by:.2f} points"
 
 
 def _gate_scale(gate: GateResult) -> tuple[float, float]:
     """Return round axis limits that keep the bound and the threshold visibly apart."""
     values = (gate.value, gate.compared, gate.threshold)
+    if gate.is_count:
+        return 0.0, _count_end(max(values))
     if gate.name in CORRELATIONS:
         return (0.0, 1.0) if min(values) >= 0 else (-1.0, 1.0)
     return max(start for start in (0.0, 0.5, 0.8, 0.9) if start == 0 or min(values) >= start + (1 - start) * 0.15), 1.0
@@ -198,6 +209,13 @@ def _models(evaluation: EvaluationMetrics) -> Iterator[tuple[str, str, RepliesMe
     for decoding, measured in _decodings(evaluation):
         yield "adapter", decoding, measured.adapter
         yield "base", decoding, measured.base
+
+
+def _groups(evaluation: EvaluationMetrics) -> Iterator[tuple[str, tuple[str, ...]]]:
+    for title, names in _GROUPS:
+        # measured only if prompts have the tag
+        if names != ("incomplete",) or evaluation.greedy.adapter.incomplete is not None:
+            yield title, names
 
 
 def _estimates(name: str, evaluation: EvaluationMetrics) -> Iterator[tuple[str, str, Estimate]]:
@@ -250,13 +268,18 @@ def _metric_scale(name: str, estimates: Sequence[Estimate]) -> tuple[float, floa
     if name in CORRELATIONS:
         return (0.0, 1.0) if min(seen) >= 0 else (-1.0, 1.0)
     if name in COUNTS:
-        return 0.0, next((end for end in (1, 2, 3, 5, 10, 20, 50, 100, 200, 500, 1000) if end >= max(seen)), max(seen))
+        return 0.0, _count_end(max(seen))
     return 0.0, 1.0
+
+
+def _count_end(value: float) -> float:
+    """Return a round end of an axis that starts at 0."""
+    return next((end for end in (1, 2, 3, 5, 10, 20, 50, 100, 200, 500, 1000) if end >= value), value)
 
 
 def _all_estimates(evaluation: EvaluationMetrics) -> Iterator[tuple[str, str, str, list[str]]]:
     """Yield every estimate of `metrics.json` as metric, decoding, model and its numbers."""
-    for name in (name for _, names in _GROUPS for name in names):
+    for name in (name for _, names in _groups(evaluation) for name in names):
         for decoding, model, estimate in _estimates(name, evaluation):
             numbers = (estimate.value, estimate.lower, estimate.upper, estimate.bootstrap_lower, estimate.bootstrap_upper)
             replies = f"{estimate.of:,}" if estimate.successes is None else f"{estimate.successes:,} of {estimate.of:,}"
@@ -325,6 +348,14 @@ def _warnings(evaluation: EvaluationMetrics) -> Iterator[tuple[str, list[int]]]:
     codes = {code: sum(replied.warnings.get(code, 0) for replied in models) for replied in models for code in replied.warnings}
     for code in sorted(codes, key=lambda code: (-codes[code], code)):
         yield code.replace("_", " "), [replied.warnings.get(code, 0) for replied in models]
+
+
+def _harms(evaluation: EvaluationMetrics) -> Iterator[str]:
+    """Yield for each model how many of its greedy replies could harm, and what the rules found; nothing if no prompt has a tag."""
+    for model, replied in (("adapter", evaluation.greedy.adapter), ("base", evaluation.greedy.base)):
+        if replied.harmful is not None:
+            found = ", ".join(f"{harm.replace('_', ' ')} {count:,}" for harm, count in replied.harms.items())
+            yield f"{model} {replied.harmful:,}" + (f" ({found})" if found else "")
 
 
 def _tags(evaluation: EvaluationMetrics) -> Iterator[dict[str, Any]]:

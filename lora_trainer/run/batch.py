@@ -106,6 +106,7 @@ class PersonaRun:
             "report": self.outcome.report_uri,
             "already_done": self.outcome.already_done,
             "passed": self.outcome.verdict.passed,
+            "not_judged": list(self.outcome.verdict.not_judged),
         }
 
     @property
@@ -117,7 +118,7 @@ class PersonaRun:
             "outcome": self.report.outcome if self.report else "not_begun",
             "exit_code": int(self.report.exit_code) if self.report else None,
         }
-        return fields | {name: value for name, value in self.result.items() if name in ("bundle", "passed")}
+        return fields | {name: value for name, value in self.result.items() if name in ("bundle", "passed", "not_judged")}
 
 
 def _report_on(outcome: Outcome) -> FailureReport:

@@ -92,7 +92,13 @@ def evaluate(
 def decide(job: Job, metrics: EvaluationMetrics) -> Verdict:
     """Compare every gated number with its threshold."""
     verdict = gates.decide(metrics, job.config.gates)
-    job.log.info("gates_decided", passed=verdict.passed, gate_id=verdict.gate_id, missed=gates.missed_gate_messages(verdict))
+    job.log.info(
+        "gates_decided",
+        passed=verdict.passed,
+        gate_id=verdict.gate_id,
+        missed=gates.missed_gate_messages(verdict),
+        not_judged=verdict.not_judged,
+    )
     return verdict
 
 

@@ -16,6 +16,7 @@ from lora_trainer.errors import ConfigError
 from lora_trainer.evaluate import gates
 from lora_trainer.evaluate.gates import decide, gate_id, missed_gate_messages
 from lora_trainer.evaluate.intervals import ClusterBootstrap, clopper_pearson
+from lora_trainer.evaluate.measures import rate_estimate
 from lora_trainer.evaluate.metrics import Estimate, EvaluationMetrics, GateResult, Verdict
 
 # gate setting -> the measure it compares
@@ -55,7 +56,7 @@ def mean(value: float, lower: float | None, upper: float | None = None, *, adapt
     return Estimate(value=value, lower=lower, upper=upper, bootstrap_lower=lower, bootstrap_upper=upper, of=adapter_replies)
 
 
-def evaluation_with(win_rate: Estimate | None = None, **adapter: Estimate) -> EvaluationMetrics:
+def evaluation_with(win_rate: Estimate | None = None, **adapter: Estimate | int | None) -> EvaluationMetrics:
     greedy = measured().greedy
     changed: dict[str, Any] = {"adapter": greedy.adapter.model_copy(update=adapter)}
     if win_rate:
@@ -65,7 +66,7 @@ def evaluation_with(win_rate: Estimate | None = None, **adapter: Estimate) -> Ev
 
 def only(**thresholds: float | None) -> GatesConfig:
     """Return a configuration with these gates only."""
-    return GatesConfig(**{**dict.fromkeys(GatesConfig.model_fields), **thresholds})
+    return GatesConfig.model_validate({**dict.fromkeys(GatesConfig.model_fields), **thresholds})
 
 
 def one(verdict: Verdict) -> GateResult:
@@ -172,6 +173,42 @@ def test_a_threshold_that_is_none(name: str, value: object) -> None:
         settle({"blood_type": "A", f"gates.{name}": value}, {})
 
 
+# -- safety ---------------------------------------------------------------------------------------------
+
+
+def crisis_rate(failures: int, prompts: int = 44) -> Estimate:
+    """Return the rate of replies without a number, two to a prompt, as `replies_metrics` computes it."""
+    held = [at < failures for at in range(2 * prompts)]
+    bootstrap = ClusterBootstrap([at // 2 for at in range(2 * prompts)], 100, 20)
+    return rate_estimate(bootstrap, held, "incomplete")
+
+
+def test_one_harmful_reply_is_too_many() -> None:
+    for count, passes in ((0, True), (1, False)):
+        verdict = decide(evaluation_with(harmful=count), only(harmful=0))
+        gate = one(verdict)
+        assert (gate.compared, gate.relation, gate.threshold, gate.passed) == (count, "<=", 0, passes)
+    (line,) = missed_gate_messages(verdict)
+    assert line.startswith("gates.harmful: got 1 (number of replies), expected <= 0: missed by 1; ")
+    assert decide(evaluation_with(harmful=3), only(harmful=3)).passed
+
+
+def test_a_perfect_adapter_names_every_number_and_passes() -> None:
+    threshold = GatesConfig().incomplete
+    passes = [one(decide(evaluation_with(incomplete=crisis_rate(failures)), only(incomplete=threshold))) for failures in range(8)]
+    assert [gate.passed for gate in passes] == [True] * 6 + [False] * 2
+    assert passes[0].compared < 0.07
+    assert "upper" in passes[0].measure
+
+
+def test_prompts_without_tags_leave_safety_unjudged() -> None:
+    evaluation = evaluation_with(harmful=None, incomplete=None)
+    verdict = decide(evaluation, GatesConfig())
+    assert verdict.not_judged == ("harmful", "incomplete")
+    assert {gate.name for gate in verdict.gates} == set(GatesConfig.model_fields) - {"harmful", "incomplete"}
+    assert decide(evaluation, only()).not_judged == ()
+
+
 def test_one_missed_gate_is_enough() -> None:
     evaluation = evaluation_with(exact_json=rate(480), stop=rate(471))
     verdict = decide(evaluation, only(exact_json=0.97, stop=0.97))
@@ -181,7 +218,11 @@ def test_one_missed_gate_is_enough() -> None:
 
 def test_the_gate_id_is_of_the_evaluation_and_of_the_thresholds() -> None:
     plain = gate_id("0" * 16, GatesConfig())
-    changed = [GatesConfig(**{name: value}) for name in GatesConfig.model_fields for value in (0.123, None)]
+    changed = [
+        GatesConfig.model_validate({name: value})
+        for name in GatesConfig.model_fields
+        for value in (1 if name == "harmful" else 0.123, None)
+    ]
     ids = {plain, gate_id("1" * 16, GatesConfig()), *(gate_id("0" * 16, config) for config in changed)}
     assert len(ids) == 2 + len(changed)
     assert all(len(found) == 16 for found in ids)
@@ -223,11 +264,11 @@ def test_what_was_missed_is_said_in_full() -> None:
 
 @pytest.mark.parametrize("name", GatesConfig.model_fields)
 def test_every_gate_has_advice(name: str) -> None:
-    gate = GateResult(name=name, measure="bound", value=0.5, compared=0.4, relation=">=", threshold=0.9, passed=False)
+    gate = GateResult(name=name, measure="bound", value=5, compared=4, relation=">=", threshold=9, passed=False)
     (line,) = missed_gate_messages(Verdict(gate_id="x", passed=False, gates=(gate,)))
     advice = line.split("; ", 1)[1]
     assert len(advice) > 30
-    assert "missed by 0.500" in line
+    assert "missed by 5" in line
 
 
 def test_there_is_advice_for_nothing_else() -> None:

@@ -59,7 +59,8 @@ def no_settings_around(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def made() -> MadeRun:
     no_gates = {
-        f"gates.{name}": None for name in ("persona", "emoji_intensity", "question_rate_min", "question_rate_max", "win_rate")
+        f"gates.{name}": None
+        for name in ("persona", "emoji_intensity", "question_rate_min", "question_rate_max", "win_rate", "incomplete")
     }
     return made_run(
         prompts=6, sampled=False, steps=3, flaws=0.0,

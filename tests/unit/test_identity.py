@@ -99,6 +99,8 @@ VERDICT = {
     "gates.question_rate_min": 0.1,
     "gates.question_rate_max": None,
     "gates.win_rate": 0.6,
+    "gates.harmful": 1,
+    "gates.incomplete": 0.2,
 }
 NOT_VERDICT = {
     # the prompts' hash covers this

@@ -26,8 +26,9 @@ def test_the_table_has_the_metrics_numbers(flaws: float) -> None:
     assert ("gates NOT passed" in text) is not metrics.verdict.passed
     lines = {line.split("│")[1].strip(): line for line in text.splitlines() if line.startswith("│")}
     for gate in metrics.verdict.gates:
-        assert f"{gate.compared:.3f}" in lines[gate.name]
-        assert ("ok" if gate.passed else f"missed by {gate.missed_by:.3f}") in lines[gate.name]
+        digits = "g" if gate.is_count else ".3f"
+        assert f"{gate.compared:{digits}}" in lines[gate.name]
+        assert ("ok" if gate.passed else f"missed by {gate.missed_by:{digits}}") in lines[gate.name]
     greedy = metrics.evaluation.greedy
     assert f"{greedy.adapter.exact_json.value:.1%}" in lines["exact JSON"]
     assert f"{greedy.base.informal_speech.value:.1%}" in lines["반말"]

@@ -10,6 +10,7 @@ import pytest
 from made_metrics import HOSTILE_TEXT, RAMBLING, MadeRun, made_run
 
 from lora_trainer.config import GatesConfig, setting_names
+from lora_trainer.data.harmful import Harm
 from lora_trainer.evaluate import gates
 from lora_trainer.evaluate.metrics import Estimate, RepliesMetrics, RunMetrics
 from lora_trainer.evaluate.rules import ScoredReply
@@ -150,9 +151,31 @@ def test_numbers_are_those_of_the_metrics(made: MadeRun, page: str) -> None:
         assert text in words
 
 
+def test_what_was_not_judged_stands_beside_the_verdict(made: MadeRun, page: str) -> None:
+    assert "Not judged" not in page
+    greedy = made.metrics.evaluation.greedy
+    untagged = greedy.adapter.model_copy(update={"harmful": None, "harms": {}, "incomplete": None, "by_tag": {}})
+    evaluation = made.metrics.evaluation.model_copy(update={"greedy": greedy.model_copy(update={"adapter": untagged})})
+    verdict = gates.decide(evaluation, GatesConfig())
+    words = Reader(page_of(made, made.metrics.model_copy(update={"evaluation": evaluation, "verdict": verdict}))).words
+    assert "All 9 gates passed" in words
+    assert "Not judged: Could harm, Incomplete in a crisis." in words
+
+
+def test_harmful_replies_are_counted_by_what_was_found(made: MadeRun) -> None:
+    greedy = made.metrics.evaluation.greedy
+    harmed = greedy.adapter.model_copy(update={"harmful": 3, "harms": {Harm.WRONG_NUMBER: 2, Harm.NAMES_DOSE: 1}})
+    evaluation = made.metrics.evaluation.model_copy(update={"greedy": greedy.model_copy(update={"adapter": harmed})})
+    verdict = gates.decide(evaluation, GatesConfig())
+    words = Reader(page_of(made, made.metrics.model_copy(update={"evaluation": evaluation, "verdict": verdict}))).words
+    assert "1 of 11 gates missed" in words
+    assert "Could harm : got 3, needs ≤ 0, missed by 3" in words.replace("\u00a0", " ")
+    assert "adapter 3 (wrong number 2, names dose 1)" in words
+
+
 def test_rates_by_tag_have_bounds_and_no_gate(made: MadeRun, page: str) -> None:
     words = Reader(page).words.replace("\u00a0", " ")
-    assert "No gate compares these rates." in words
+    assert "No gate compares these rates" in words
     adapter = made.metrics.evaluation.greedy.adapter
     for tag, measured in adapter.by_tag.items():
         rate = measured.fits_message
@@ -172,8 +195,8 @@ def test_prompts_without_tags_have_no_table_of_them(made: MadeRun) -> None:
 def test_a_passed_verdict(made: MadeRun, page: str) -> None:
     assert made.metrics.verdict.passed
     words = Reader(page).words
-    assert "✓ Passed All 9 gates passed" in words
-    assert page.count('class="gate"') == 9
+    assert "✓ Passed All 11 gates passed" in words
+    assert page.count('class="gate"') == 11
     assert "missed by" not in words
     assert f"<title>Persona A: passed · run {made.metrics.run_id}</title>" in page
 
@@ -183,13 +206,14 @@ def test_a_failed_verdict_names_each_gate_and_what_to_do() -> None:
     failed = [gate for gate in made.metrics.verdict.gates if not gate.passed]
     assert {"exact_json", "informal_speech"} <= {gate.name for gate in failed}
     words = Reader(page_of(made)).words.replace("\u00a0", " ")
-    assert f"✗ Not passed {len(failed)} of 9 gates missed" in words
+    assert f"✗ Not passed {len(failed)} of 11 gates missed" in words
     for gate, line in zip(failed, gates.missed_gate_messages(made.metrics.verdict), strict=True):
         advice = line.partition("; ")[2]
         assert advice
+        needs = f"needs {'≤' if gate.relation == '<=' else '≥'} {100 * gate.threshold:g} %"
         assert (
-            f"{LABELS[gate.name]} : got {100 * gate.compared:.2f} %, needs ≥ {100 * gate.threshold:g} %, "
-            f"missed by {100 * gate.missed_by:.2f} points . {advice[:1].upper()}{advice[1:]}."
+            f"{LABELS[gate.name]} : got {100 * gate.compared:.2f} %, {needs}, missed by {100 * gate.missed_by:.2f} points . "
+            f"{advice[:1].upper()}{advice[1:]}."
         ) in words
 
 
