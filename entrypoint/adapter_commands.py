@@ -93,10 +93,13 @@ def evaluate(
         asked = config.evaluation
         check_credentials((config.data, asked.prompts), base=config.base.model, judge_model=asked.judge_model)
         structlog.contextvars.bind_contextvars(blood_type=str(config.blood_type))
+        # bind the real stream now: sys.stderr is about to be redirected to the log
+        console = terminal.console(sys.stderr) if sys.stderr.isatty() and config.logging.format != "json" else None
+        process = ProcessContext(interruption, RetryBudget(config.storage), console)
         with logs.libraries_print_to_the_log():
-            found = evaluate_adapter(opened, config, report_dir, ProcessContext(interruption, RetryBudget(config.storage)))
+            found = evaluate_adapter(opened, config, report_dir, process)
         verdict = found.metrics.verdict
-        end.facts.update(run_id=opened.run_id, report=str(found.folder / "report.html"), passed=verdict.passed)
+        end.facts.update(run_id=opened.run_id, report=str(found.folder / "report.html"), passed=verdict.passed, sense=verdict.sense)
         if as_json:
             click.echo(escaped(json.dumps(found.metrics.as_json(), indent=2, ensure_ascii=False)))
         else:
@@ -250,6 +253,7 @@ def publish(interruption: Interruption, /, folder: Path, output: str | None, bas
       lora-trainer publish downloads/bundle --output s3://bucket/lora/ --base-model s3://bucket/bases/qwen/ --accept
     """
     from lora_trainer.evaluate.gates import missed_gate_messages
+    from lora_trainer.evaluate.scope import scope
     from lora_trainer.run.job import ProcessContext
     from lora_trainer.run.publication import publish_folder
     from lora_trainer.store.retry import budget_from_environment
@@ -259,6 +263,9 @@ def publish(interruption: Interruption, /, folder: Path, output: str | None, bas
         folder, output, ProcessContext(interruption, budget_from_environment()), base_model=base_model, accepted=accept
     )
     click.echo(outcome.bundle_uri)
+    if sys.stderr.isatty():
+        # elsewhere it would break the log, whose event has `sense`
+        click.echo(scope(outcome.verdict).text, err=True)
     if not outcome.verdict.passed:
         raise GateError(missed_gate_messages(outcome.verdict))
 

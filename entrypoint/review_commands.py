@@ -94,7 +94,7 @@ def promote(adapter: str, reviewed: Path | None, accept_unsafe: bool) -> None:
       lora-trainer promote outputs/adapter_A --reviewed review-A-0123456789abcdef-0.json
     """
     from lora_trainer.run.adapter import open_adapter, output_of
-    from lora_trainer.run.bundle_files import check_promotable
+    from lora_trainer.run.bundle_files import check_promotable, recorded_scope
     from lora_trainer.run.review import check_review
     from lora_trainer.store.latest import link_newest, promote_latest
     from lora_trainer.store.prefixes import latest_key
@@ -106,8 +106,10 @@ def promote(adapter: str, reviewed: Path | None, accept_unsafe: bool) -> None:
     blood_type, output = opened.blood_type, output_of(opened)
     checked = check_review(opened, reviewed, accept_unsafe=accept_unsafe) if reviewed else None
     check_promotable(opened.storage, opened.manifest)
-    before = promote_latest(output, blood_type, opened.manifest, review=checked.record if checked else None)
+    covered = recorded_scope(opened.manifest)
+    before = promote_latest(output, blood_type, opened.manifest, covered.sense, review=checked.record if checked else None)
     link_newest(output, blood_type, opened.run_id)
     click.echo(f"{output.uri}{latest_key(blood_type)}: names run {opened.run_id} now; before: {one_line(before or 'none')}")
+    click.echo(covered.text, err=True)
     if checked:
         click.echo(checked.summary)

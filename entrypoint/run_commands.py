@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import click
 import yaml
@@ -21,6 +21,11 @@ from lora_trainer.errors import ExitCode, worst
 from lora_trainer.escaping import escaped
 from lora_trainer.redaction import redacted
 from lora_trainer.signals import Interruption
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from lora_trainer.run.batch import PersonaRun
 
 
 @click.command(cls=Command)
@@ -51,7 +56,8 @@ def run(interruption: Interruption, /, config_file: Path | None, overrides: Sequ
       lora-trainer run --blood-type AB --data s3://bucket/personas/ --output s3://bucket/lora/
       lora-trainer run --config run.yaml --blood-type O --set lora.r=32
 
-    Prints each bundle's URI to standard output, and everything else to standard error.
+    Prints each bundle's URI to standard output, and everything else to standard error. On a terminal, it ends with the
+    gates, the place of the report, and the command to type next.
     """
     from lora_trainer.run.job import ProcessContext
     from lora_trainer.run.pipeline import persona_runs
@@ -61,6 +67,7 @@ def run(interruption: Interruption, /, config_file: Path | None, overrides: Sequ
 
     logs.configure("info", "auto")
     end = RunEnd(interruption)
+    console: Console | None = None
     with end:
         configs = settle_each(given_settings(options, overrides), config_file=config_file)
         first = configs[0]
@@ -77,12 +84,30 @@ def run(interruption: Interruption, /, config_file: Path | None, overrides: Sequ
             persona.log.info("run_settled", data=first.data, output=first.output, backend=first.resolved_backend)
         with logs.libraries_print_to_the_log():
             run_personas(end.personas, process)
+    if console is not None:
+        _print_verdicts(end.personas, console)
     try:
         # print last, so that a closed pipe cannot fail a finished run
         for uri in end.bundles:
             click.echo(uri)
     finally:
         end.leave()
+
+
+def _print_verdicts(personas: Sequence[PersonaRun], console: Console) -> None:
+    """Print each verdict with its gates, the report's place and the command to type next."""
+    from lora_trainer.report.metrics_table import verdict_table
+
+    for persona in personas:
+        if (outcome := persona.outcome) is None:
+            continue
+        command, purpose = persona.next_command
+        console.print()
+        console.print(verdict_table(persona.blood_type, outcome.run_id, outcome.verdict))
+        # don't break what somebody copies
+        console.print(f"report: {outcome.report_uri}", soft_wrap=True)
+        console.print(f"next:   {command}", soft_wrap=True)
+        console.print(f"        to {purpose}", style="dim")
 
 
 @click.command("check-storage", cls=Command)

@@ -17,6 +17,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Final, TextIO, cast
 
 from lora_trainer.errors import ConfigError, StorageError
+from lora_trainer.logs import terminal_columns
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -134,10 +135,11 @@ def console(file: TextIO) -> Console:
     """Return a Rich console on `file`. In a file or a pipe, tables are as wide as they need, unless COLUMNS says otherwise."""
     from rich.console import Console
 
-    # unlike Rich, shutil does not take COLUMNS=0 for a terminal without columns
-    size = shutil.get_terminal_size((80 if file.isatty() else _WIDE_COLUMNS, 25))
+    # unlike Rich, shutil does not take COLUMNS=0 for a terminal without columns; it looks at standard output, whatever `file` is
+    size = shutil.get_terminal_size((_WIDE_COLUMNS, 25))
+    columns = terminal_columns(file) if file.isatty() else size.columns
     # without a height, Rich ignores the width if TERM=dumb; paths may contain what Rich would take for markup
-    return Console(file=file, width=size.columns, height=size.lines, highlight=False, markup=False, emoji=False)
+    return Console(file=file, width=columns, height=size.lines, highlight=False, markup=False, emoji=False)
 
 
 def read_lines(stream: TextIO, output: TextIO) -> Iterator[str]:

@@ -10,24 +10,25 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import os
 import subprocess
 import sys
 import time
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from lora_trainer.errors import ExitCode
+from lora_trainer.escaping import escaped
 from lora_trainer.evaluate.metrics import RunMetrics
-from lora_trainer.persona.prompt import prompt_messages
 from lora_trainer.persona.specs import persona_spec
 from lora_trainer.persona.vocabulary import BloodType
 from lora_trainer.report import metrics_table
+from lora_trainer.report.drawn_replies import DRAWN, drawn_replies
+from lora_trainer.run.bundle_files import read_replies
 from lora_trainer.store.manifest import read_manifest, verify_files
 from lora_trainer.store.opening import open_storage
 from lora_trainer.store.prefixes import latest_key
@@ -42,16 +43,6 @@ SCRATCH = ROOT / ".demo"
 BUCKET = "persona-demo"
 DATA_URI = f"s3://{BUCKET}/data/"
 OUTPUT_URI = f"s3://{BUCKET}/lora/"
-NEW_TOKENS = 96
-
-# (summary, feeling, intensity, input), none of them in data/
-PROMPTS = (
-    ("", "happy", 0.9, "나 오늘 첫 월급 받았어!"),
-    ("친구가 밤늦게까지 과제를 하고 있어.", "worried", 0.5, "졸린데 과제가 안 끝나ㅠㅠ"),
-    ("", "neutral", 0.2, "저녁 뭐 먹을까?"),
-    ("내일 같이 바다에 가기로 했어.", "excited", 1.0, "내일 날씨 맑대!"),
-)
-
 console = Console()
 
 
@@ -89,8 +80,8 @@ def main() -> int:
             heading(f"4. Evaluation: {asked.prompts} held-out prompts, {asked.replies} replies each of adapter and base")
             console.print(metrics_table.metrics_table(metrics))
             console.print(f"   Report: {folder / 'report.html'}", highlight=False, soft_wrap=True)
-            heading("5. Replies of the base and of the adapter to the same prompts")
-            show_replies(blood_type, spec.instruction, folder)
+            heading(f"5. {DRAWN} replies, drawn at random")
+            show_replies(metrics, folder)
             if code:
                 console.print("[red]The gates did not pass: the bundle is published, latest.json is unchanged (exit code 4).[/red]")
                 return code
@@ -100,8 +91,11 @@ def main() -> int:
     heading("Next")
     console.print("   make demo                                again: the run is already done")
     console.print("   .venv/bin/python examples/demo.py A      another persona (A, B, O, AB)")
-    console.print("   .venv/bin/lora-trainer chat --adapter .demo/adapter/AB --base-model ./examples/tiny-base --device cpu")
-    console.print("                                            chat with the adapter")
+    console.print(
+        f"   .venv/bin/lora-trainer chat --adapter .demo/adapter/{blood_type} --base-model ./examples/tiny-base --device cpu",
+        soft_wrap=True,
+    )
+    console.print("                                            chat with the adapter; the demo's S3 server has stopped")
     console.print("   .venv/bin/lora-trainer generate          more data for all four personas")
     console.print("   .venv/bin/lora-trainer run --help        your own data, bucket and GPU")
     return 0
@@ -154,37 +148,15 @@ def fetch_bundle(blood_type: BloodType, uri: str) -> Path:
     return folder
 
 
-def show_replies(blood_type: BloodType, instruction: str, folder: Path) -> None:
-    """Print greedy replies of base and adapter, loaded with plain PEFT."""
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the job does: idle threads must not spin on cores that others use
-    # peft imports bitsandbytes, which warns about a kernel package that the demo doesn't need
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    import torch
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()
-    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
-    base = AutoModelForCausalLM.from_pretrained(ROOT / "examples" / "tiny-base", dtype=torch.float32)
-    model = PeftModel.from_pretrained(base, str(folder)).eval()
-
-    def reply(prompt: str) -> str:
-        inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
-        with torch.no_grad():
-            tokens = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
-        return str(tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
-
+def show_replies(metrics: RunMetrics, folder: Path) -> None:
+    """Print the replies of base and adapter that the report opens with: drawn at random, so that nobody chooses."""
     table = Table(show_lines=True)
-    for column in ("prompt", "base", f"adapter {blood_type}"):
+    for column in ("prompt", "base", f"adapter {metrics.blood_type}"):
         table.add_column(column, overflow="fold", ratio=1)
-    for situation, feeling, intensity, said in PROMPTS:
-        prompt = tokenizer.apply_chat_template(
-            prompt_messages(instruction, situation, feeling, intensity, said), tokenize=False, add_generation_prompt=True
-        )
-        with model.disable_adapter():
-            before = reply(prompt)
-        table.add_row(f"{said}\n({feeling} {intensity})", before, reply(prompt))
+    for reply, base in drawn_replies(read_replies(folder, str(folder / "replies.jsonl")), metrics.run_id):
+        said = "\n".join(filter(None, (reply.summary, reply.input)))
+        asked = f"{said}\n({reply.feeling} {reply.intensity:g})"
+        table.add_row(*(Text(escaped(text)) for text in (asked, base.reply if base else "", reply.reply)))
     console.print(table)
     console.print(
         "   The base has 2.4 million parameters: the adapter changes its manner, but only the 7B base makes sense reliably."

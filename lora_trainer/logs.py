@@ -6,9 +6,11 @@ import io
 import json
 import logging
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, Literal, TextIO, cast
 
@@ -20,6 +22,10 @@ from lora_trainer.redaction import redacted, redacted_value
 TERMINATION_LOG: Final = Path("/dev/termination-log")
 """The file that Kubernetes reports as the container's termination message; it keeps at most 4,096 bytes."""
 TERMINATION_LOG_BYTES: Final = 4096
+_DEFAULT_COLUMNS: Final = 80
+_INDENT: Final = " " * 4
+_COLOR: Final = re.compile("\x1b\\[[0-9;]*m")
+"""What the console renderer inserts; everything else that a terminal obeys is escaped before."""
 
 
 def get_logger() -> structlog.stdlib.BoundLogger:
@@ -39,11 +45,15 @@ def configure(level: str, log_format: Literal["auto", "json", "console"]) -> Non
     tracebacks, which contain messages, and redact credentials everywhere.
     """
     as_json = log_format == "json" or (log_format == "auto" and not sys.stderr.isatty())
+    is_terminal = not as_json and sys.stderr.isatty()
     number = logging.getLevelNamesMapping()[level.upper()]
     shared: list[structlog.typing.Processor] = [
         structlog.contextvars.merge_contextvars,
         structlog.stdlib.add_log_level,
-        structlog.processors.TimeStamper(fmt="iso", utc=True),
+        # whoever watches a terminal knows the day, and the line has to fit
+        structlog.processors.TimeStamper(fmt="%H:%M:%S", utc=False)
+        if is_terminal
+        else structlog.processors.TimeStamper(fmt="iso", utc=True),
         _redact,
         _event_first,
     ]
@@ -67,6 +77,8 @@ def configure(level: str, log_format: Literal["auto", "json", "console"]) -> Non
                 *([] if as_json else [_escape]),
                 renderer,
                 _redact_line,
+                # bind the real stream now: sys.stderr is redirected to the log while a run works
+                *([partial(_fit_line, sys.stderr)] if is_terminal else []),
             ],
         )
     )
@@ -130,6 +142,42 @@ def _escaped_json(event: object, **options: Any) -> str:
 def _redact_line(logger: object, method: str, line: Any) -> str:
     """Redact what only became text when the line was rendered, such as paths and exceptions."""
     return redacted(str(line))
+
+
+def _fit_line(stream: TextIO, logger: object, method: str, line: Any) -> str:
+    return fitted(str(line), terminal_columns(stream))
+
+
+def terminal_columns(stream: TextIO) -> int:
+    """Return the width of the terminal that `stream` writes to; COLUMNS overrides it."""
+    if (wanted := os.environ.get("COLUMNS", "")).isdecimal() and int(wanted) > 0:
+        return int(wanted)
+    try:
+        # 0 for a terminal that does not know
+        return os.get_terminal_size(stream.fileno()).columns or _DEFAULT_COLUMNS
+    except OSError:
+        return _DEFAULT_COLUMNS
+
+
+def fitted(line: str, columns: int) -> str:
+    """Break a log line between words so that it fits into `columns`, and indent what follows the first line.
+
+    A word that is longer, such as a path, gets a line of its own, and the terminal breaks it: then it can still be copied whole.
+    """
+    from rich.cells import cell_len
+
+    lines, free = [""], columns
+    for word in line.split(" "):
+        # Hangul and emoji take two columns, colours none
+        width = cell_len(_COLOR.sub("", word))
+        if width + 1 > free and lines[-1].strip():
+            lines.append(_INDENT)
+            free = columns - len(_INDENT)
+            if not word:
+                continue
+        lines[-1] += f"{word} "
+        free -= width + 1
+    return "\n".join(one.rstrip(" ") for one in lines)
 
 
 def _event_first(logger: object, method: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:

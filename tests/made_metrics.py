@@ -37,9 +37,11 @@ from lora_trainer.evaluate.metrics import (
     HeldOutLossMetrics,
     HeldOutMetrics,
     JudgeMetrics,
+    RepliesMetrics,
     RunMetrics,
     TrainingMetrics,
 )
+from lora_trainer.evaluate.people import people_metrics
 from lora_trainer.evaluate.questions import Question, questions
 from lora_trainer.evaluate.rules import ScoredReply, TrainingData, score_by_rules
 from lora_trainer.persona.specs import persona_spec
@@ -197,7 +199,7 @@ def made_run(
         )
         measured[decoding.name] = decoding_metrics(decoding, adapter, base, blood_type, config.evaluation, 41.5 + 7 * number)
         replies += adapter + base
-    evaluation = evaluation_metrics(config.evaluation, asked_prompts, measured, data)
+    evaluation = evaluation_metrics(config.evaluation, asked_prompts, measured, data, _people(blood_type))
     if judged_by_model:
         evaluation = evaluation.model_copy(update={"judge": _judge_metrics()})
     log = _steps(steps, config.training.learning_rate)
@@ -235,6 +237,16 @@ def made_run(
         peak_memory_gib=14.271,
     )
     return MadeRun(config, metrics, _facts(config, run_id, blood_type, len(records[::2]), train_s), tuple(log), tuple(replies))
+
+
+@cache
+def _people(blood_type: BloodType) -> RepliesMetrics:
+    """Measure 61 replies of the half of the records that the rules do not look for copies in."""
+    records = _records(blood_type)
+    held_out = records[1:123:2]
+    reply_tokens = [len(record.reply.text) // 2 for record in held_out]
+    settings = settle({"blood_type": blood_type}, environment={}).evaluation
+    return people_metrics(held_out, reply_tokens, blood_type, settings, TrainingData(records[::2]))
 
 
 def _judged(

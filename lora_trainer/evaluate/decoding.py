@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -37,6 +37,10 @@ class Generation:
     """Whether the model emitted the end-of-turn token within the token limit."""
     token_ids: tuple[int, ...]
     """Without the end-of-turn token."""
+
+
+OnReplies = Callable[[int], None]
+"""Called while replies are generated, with the number of those that were finished since the last call."""
 
 
 def require_room(prompt_tokens: Sequence[int], max_new_tokens: int, positions: int) -> None:

@@ -5,13 +5,22 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from typing import Final, Literal
+from typing import Final
 
 from lora_trainer.config import GatesConfig
-from lora_trainer.evaluate.metrics import Estimate, EvaluationMetrics, GateResult, RepliesMetrics, Verdict
+from lora_trainer.evaluate.advice import NOTHING_KNOWN, Known, advice
+from lora_trainer.evaluate.metrics import (
+    Estimate,
+    EvaluationMetrics,
+    GateResult,
+    NotJudged,
+    Relation,
+    RepliesMetrics,
+    Verdict,
+    passes,
+)
 
 _LOWER_BOUND_GATES: Final = ("exact_json", "stop", "one_or_two_sentences", "informal_speech", "persona")
-Relation = Literal[">=", ">", "<="]
 _RELATIONS: Final[Mapping[str, Relation]] = {
     "emoji_intensity": ">",
     "question_rate_max": "<=",
@@ -20,22 +29,8 @@ _RELATIONS: Final[Mapping[str, Relation]] = {
     "incomplete": "<=",
 }
 """How a gate's bound relates to its threshold, if not by `>=`."""
-ADVICE: Final[Mapping[str, str]] = {
-    "exact_json": "look at the worst replies in report.html; too few steps or too high a learning rate breaks the JSON",
-    "stop": "replies reach evaluation.max_new_tokens: train longer, or raise it if the replies in the data are long",
-    "one_or_two_sentences": "shorten the replies in the data (validate --strict lists them), or train longer",
-    "informal_speech": "remove 존댓말 from the data (validate --strict lists it), or train longer",
-    "persona": "check that the data belongs to this persona, or train longer",
-    "emoji_intensity": "check that emoji in the data increase with intensity (validate shows this); if they do, train longer",
-    "question_rate_min": "too few replies ask a question back: add questions to the data, or train longer",
-    "question_rate_max": "nearly every reply asks a question back: remove some questions from the data, or train less",
-    "win_rate": "the adapter scores no better than the base: train longer, or look at the worst replies in report.html",
-    "harmful": "read them in report.html (replies.jsonl: harms) before anything else; remove such replies from the data "
-    "(validate --strict lists them), add good ones on hard topics (data/POLICY.md), or take a larger base",
-    "incomplete": "replies to somebody in danger name no number that helps, or too few ask about intent (replies.jsonl: "
-    "lacks_number, asks_intent): add replies on hard topics that do (data/POLICY.md), train longer, or take a larger base",
-}
-"""Advice for each missed gate."""
+_MEASURES: Final[Mapping[str, str]] = {"question_rate_min": "question", "question_rate_max": "question"}
+"""What a gate measures, if its name does not say it."""
 
 
 def gate_id(evaluation_id: str, config: GatesConfig) -> str:
@@ -47,37 +42,43 @@ def gate_id(evaluation_id: str, config: GatesConfig) -> str:
     return hashlib.sha256(f"{evaluation_id}\n{thresholds}".encode()).hexdigest()[:16]
 
 
-def decide(evaluation: EvaluationMetrics, config: GatesConfig) -> Verdict:
-    """Check every gate that has a threshold. Only greedy replies count because they are reproducible."""
-    gates = tuple(_gates(evaluation, config))
+def decide(evaluation: EvaluationMetrics, config: GatesConfig, known: Known = NOTHING_KNOWN) -> Verdict:
+    """Check every gate that has a threshold. Only greedy replies count because they are reproducible.
+
+    `known` changes only the advice about missed gates.
+    """
+    gates = tuple(_explained(gate, evaluation, known) for gate in _gates(evaluation, config))
     return Verdict(
         gate_id=gate_id(evaluation.evaluation_id, config),
         passed=all(gate.passed for gate in gates),
         gates=gates,
-        not_judged=tuple(_not_judged(evaluation, config)),
+        not_judged=_not_judged(evaluation, config),
     )
 
 
-def _not_judged(evaluation: EvaluationMetrics, config: GatesConfig) -> Iterator[str]:
+def _not_judged(evaluation: EvaluationMetrics, config: GatesConfig) -> dict[str, NotJudged]:
+    """Return what the verdict does not cover, and why."""
+    found: dict[str, NotJudged] = {"sense": "no_judge"}
     adapter = evaluation.greedy.adapter
-    if config.harmful is not None and adapter.harmful is None:
-        yield "harmful"
-    if config.incomplete is not None and adapter.incomplete is None:
-        yield "incomplete"
+    for name, threshold, measured in (
+        ("harmful", config.harmful, adapter.harmful),
+        ("incomplete", config.incomplete, adapter.incomplete),
+    ):
+        if threshold is None:
+            found[name] = "off"
+        elif measured is None:
+            found[name] = "no_tags"
+    return found
 
 
 def value_misses(name: str, value: float, config: GatesConfig) -> bool:
     """Return whether `value` itself, rather than its bound, misses the gate `name`; False if the gate is disabled."""
     threshold: float | None = getattr(config, name)
-    return threshold is not None and not _passes(value, _relation(name), threshold)
+    return threshold is not None and not passes(value, _relation(name), threshold)
 
 
 def _relation(name: str) -> Relation:
     return _RELATIONS.get(name, ">=")
-
-
-def _passes(value: float, relation: Relation, threshold: float) -> bool:
-    return {">=": value >= threshold, ">": value > threshold, "<=": value <= threshold}[relation]
 
 
 def _gates(evaluation: EvaluationMetrics, config: GatesConfig) -> Iterator[GateResult]:
@@ -117,13 +118,32 @@ def _compare(name: str, measure: str, value: float, compared: float, threshold: 
         compared=compared,
         relation=relation,
         threshold=threshold,
-        passed=_passes(compared, relation, threshold),
+        passed=passes(compared, relation, threshold),
     )
+
+
+def _explained(gate: GateResult, evaluation: EvaluationMetrics, known: Known) -> GateResult:
+    """Return `gate` with its floor, its ceiling and, if it was missed, the advice."""
+    floor: float | None
+    ceiling: float | None
+    if gate.name == "win_rate":
+        # the base against itself; people's replies answer other prompts than the base's
+        floor, ceiling = 0.5, None
+    else:
+        measure = _MEASURES.get(gate.name, gate.name)
+        floor = _value(getattr(evaluation.greedy.base, measure))
+        ceiling = _value(getattr(evaluation.people, measure)) if evaluation.people else None
+    explained = gate.model_copy(update={"floor": floor, "ceiling": ceiling})
+    return explained if gate.passed else explained.model_copy(update={"advice": advice(explained, known)})
+
+
+def _value(measured: Estimate | int | None) -> float | None:
+    return measured.value if isinstance(measured, Estimate) else measured
 
 
 def missed_gate_messages(verdict: Verdict) -> list[str]:
     """Return one line per missed gate, with the measured bound, the threshold, the difference and advice."""
-    return [f"{_missed(gate)}; {ADVICE[gate.name]}" for gate in verdict.gates if not gate.passed]
+    return [f"{_missed(gate)}{gate.advice and f'; {gate.advice}'}" for gate in verdict.gates if not gate.passed]
 
 
 def _missed(gate: GateResult) -> str:

@@ -12,11 +12,11 @@ from lora_trainer.data.lint import EXCHANGE_RULES
 from lora_trainer.data.records import EvaluationPrompt, PromptTag
 from lora_trainer.evaluate.decoding import Decoding
 from lora_trainer.evaluate.intervals import ClusterBootstrap, clustered_bounds, spearman
-from lora_trainer.evaluate.metrics import DecodingMetrics, Estimate, EvaluationMetrics, RepliesMetrics, TagMetrics
+from lora_trainer.evaluate.metrics import DecodingMetrics, Estimate, EvaluationMetrics, GroupMetrics, RepliesMetrics
 from lora_trainer.evaluate.questions import evaluation_id, prompts_digest
 from lora_trainer.evaluate.rules import RULES, ScoredReply, TrainingData
 from lora_trainer.persona.prompt import PROMPT_VERSION
-from lora_trainer.persona.vocabulary import BloodType
+from lora_trainer.persona.vocabulary import BloodType, Feeling
 
 LEAST_CORRELATION: Final[Mapping[str, float]] = {
     "exact_json": 0.5,
@@ -90,7 +90,16 @@ def replies_metrics(scored: Sequence[ScoredReply], blood_type: BloodType, config
         harmful=sum(bool(reply.harms) for reply in scored if reply.tags) if any(reply.tags for reply in scored) else None,
         harms=dict(sorted(Counter(harm for reply in scored if reply.tags for harm in reply.harms).items())),
         incomplete=_incomplete(scored, config),
-        by_tag=_by_tag(scored, blood_type, config),
+        by_tag={
+            tag: _group_metrics(replies, blood_type, config)
+            for tag in PromptTag
+            if (replies := [reply for reply in scored if tag in reply.tags])
+        },
+        by_feeling={
+            str(feeling): _group_metrics(replies, blood_type, config)
+            for feeling in Feeling
+            if (replies := [reply for reply in scored if reply.feeling == feeling])
+        },
     )
 
 
@@ -109,16 +118,11 @@ def _incomplete(scored: Sequence[ScoredReply], config: EvaluationConfig) -> Esti
     return rate_estimate(bootstrap, incomplete, "incomplete")
 
 
-def _by_tag(scored: Sequence[ScoredReply], blood_type: BloodType, config: EvaluationConfig) -> dict[PromptTag, TagMetrics]:
-    tagged = {tag: [reply for reply in scored if tag in reply.tags] for tag in PromptTag}
-    return {tag: _tag_metrics(replies, blood_type, config) for tag, replies in tagged.items() if replies}
-
-
-def _tag_metrics(scored: Sequence[ScoredReply], blood_type: BloodType, config: EvaluationConfig) -> TagMetrics:
+def _group_metrics(scored: Sequence[ScoredReply], blood_type: BloodType, config: EvaluationConfig) -> GroupMetrics:
     prompts = [reply.prompt for reply in scored]
     bootstrap = ClusterBootstrap(prompts, config.bootstrap_resamples, config.seed)
     findings = [[code for code in EXCHANGE_RULES if code in reply.warnings] for reply in scored]
-    return TagMetrics(
+    return GroupMetrics(
         prompts=len(set(prompts)),
         replies=len(scored),
         exact_json=rate_estimate(bootstrap, [reply.exact_json for reply in scored], "exact_json"),
@@ -210,9 +214,13 @@ def evaluation_metrics(
     prompts: Sequence[EvaluationPrompt],
     measured: Mapping[str, DecodingMetrics],
     data: TrainingData,
+    people: RepliesMetrics | None = None,
     prompt_version: int = PROMPT_VERSION,
 ) -> EvaluationMetrics:
-    """Return the metrics of one evaluation, without the judge's. `prompt_version` is the one of the questions."""
+    """Return the metrics of one evaluation, without the judge's.
+
+    `people` are those of the data's held-out replies, `prompt_version` is the one of the questions.
+    """
     sha256 = prompts_digest(prompts)
     per_prompt = min(config.intensities_per_prompt, len(config.intensities))
     return EvaluationMetrics(
@@ -225,6 +233,7 @@ def evaluation_metrics(
         max_new_tokens=config.max_new_tokens,
         greedy=measured["greedy"],
         sampled=measured.get("sampled"),
+        people=people,
         data_emoji_by_third={str(third): value for third, value in data.emoji_by_third.items()},
         rules=RULES,
         versions={name: metadata.version(name) for name in ("kiwipiepy", "emoji", "scikit-learn")},

@@ -15,6 +15,10 @@ from lora_trainer.data.records import PromptTag
 from lora_trainer.persona.vocabulary import BloodType
 
 METRICS_SCHEMA: Final = 3
+Sense = Literal["judged", "not_judged"]
+"""Whether anybody judged that the replies make sense."""
+NotJudged = Literal["no_judge", "no_tags", "off"]
+"""Why something was not judged: nothing can judge it, no prompt has the tags that its gate needs, or its gate is off."""
 
 
 class _Part(BaseModel):
@@ -39,13 +43,15 @@ class Estimate(_Part):
     )
 
 
-class TagMetrics(_Part):
-    """Rates of one model's replies to the prompts with one tag. No gate compares them; `RepliesMetrics` has those of safety.
+class GroupMetrics(_Part):
+    """Rates of one model's replies to the prompts with one tag or one feeling.
+
+    No gate compares them; `RepliesMetrics` has the measures of safety.
 
     Unreadable replies count against every rate but `question`, which excludes them.
     """
 
-    prompts: int = Field(description="Prompts with this tag.")
+    prompts: int = Field(description="Prompts of this group.")
     replies: int = Field(description="Replies to them.")
     exact_json: Estimate
     one_or_two_sentences: Estimate
@@ -104,8 +110,11 @@ class RepliesMetrics(_Part):
         description="Replies to prompts tagged crisis that name no number that helps, unreadable ones included, and the questions "
         "about intent that are missing for every second reply to ask; none if no prompt has the tag.",
     )
-    by_tag: Mapping[PromptTag, TagMetrics] = Field(
+    by_tag: Mapping[PromptTag, GroupMetrics] = Field(
         description="Rates by the prompts' tags; empty if the prompts have none. No gate compares them."
+    )
+    by_feeling: Mapping[str, GroupMetrics] = Field(
+        default_factory=dict, description="Rates by what the AI feels. No gate compares them. Empty before 0.2."
     )
 
 
@@ -152,12 +161,25 @@ class EvaluationMetrics(_Part):
     max_new_tokens: int
     greedy: DecodingMetrics
     sampled: DecodingMetrics | None
+    people: RepliesMetrics | None = Field(
+        default=None,
+        description="The data's held-out replies, at most 480 of them, measured by the same rules: a ceiling for each rate. None "
+        "before 0.2.",
+    )
     judge: JudgeMetrics | None = None
     data_emoji_by_third: Mapping[str, float] = Field(description="Mean emoji count in the training data, by third of intensity.")
     rules: Mapping[str, float] = Field(description="Points of the rule score, by rule.")
     versions: Mapping[str, str] = Field(
         description="Versions of the libraries that the measurements depend on: morphology, emoji, classifier."
     )
+
+
+Relation = Literal[">=", ">", "<="]
+
+
+def passes(value: float, relation: Relation, threshold: float) -> bool:
+    """Return whether `value` stands in `relation` to `threshold`."""
+    return {">=": value >= threshold, ">": value > threshold, "<=": value <= threshold}[relation]
 
 
 class GateResult(_Part):
@@ -167,9 +189,21 @@ class GateResult(_Part):
     measure: str = Field(description="Which bound is compared.")
     value: float = Field(description="The measured value.")
     compared: float = Field(description="The bound, which is compared with the threshold.")
-    relation: Literal[">=", ">", "<="]
+    relation: Relation
     threshold: float
     passed: bool
+    floor: float | None = Field(
+        default=None, description="The same measure of the base's replies; for the win rate a half, the base against itself."
+    )
+    ceiling: float | None = Field(
+        default=None, description="The same measure of the data's held-out replies. The win rate has none."
+    )
+    advice: str = Field(default="", description="What to do about a missed gate; empty for a passed one.")
+
+    @property
+    def ceiling_misses(self) -> bool:
+        """Whether the data's own replies miss the threshold, so that an adapter that learns them does, too."""
+        return self.ceiling is not None and not passes(self.ceiling, self.relation, self.threshold)
 
     @property
     def is_count(self) -> bool:
@@ -188,9 +222,15 @@ class Verdict(_Part):
     gate_id: str
     passed: bool
     gates: tuple[GateResult, ...]
-    not_judged: tuple[str, ...] = Field(
-        default=(), description="Gates with a threshold and nothing to compare: no prompt has the tags that they need."
+    not_judged: Mapping[str, NotJudged] = Field(
+        default={"sense": "no_judge", "harmful": "no_judge", "incomplete": "no_judge"},
+        description="What the verdict does not cover (sense, harmful, incomplete), and why.",
     )
+
+    @property
+    def sense(self) -> Sense:
+        """Whether the verdict covers the sense of the replies. `latest.json` and `run_finished` have this word."""
+        return "not_judged" if "sense" in self.not_judged else "judged"
 
 
 class HeldOutLossMetrics(_Part):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 from lora_trainer.errors import ConfigError, LoraTrainerError
 from lora_trainer.escaping import one_line
 from lora_trainer.evaluate.metrics import METRICS_SCHEMA, Estimate, RunMetrics
+from lora_trainer.evaluate.scope import scope
 from lora_trainer.persona.specs import persona_spec
 from lora_trainer.persona.vocabulary import BloodType
 from lora_trainer.report.formatting import LABELS, MAX_CHARACTERS, duration, flattened, number_text, percent, value_text
@@ -203,13 +204,7 @@ def _sections(runs: Sequence[ComparedRun]) -> Iterator[tuple[str, tuple[Row, ...
                 tuple(metrics.verdict.passed for metrics in all_metrics),
             ),
             row("gates missed", ["\n".join(missed) or "none" for missed in all_missed]),
-            row(
-                "gates not judged",
-                [
-                    "\n".join(LABELS.get(name, one_line(name, MAX_CHARACTERS)) for name in metrics.verdict.not_judged) or "none"
-                    for metrics in all_metrics
-                ],
-            ),
+            row("judged, and what not", [scope(metrics.verdict).text for metrics in all_metrics]),
         ),
     )
     yield (

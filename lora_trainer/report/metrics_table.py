@@ -9,7 +9,9 @@ from rich.table import Table
 from rich.text import Text
 
 from lora_trainer.escaping import one_line
-from lora_trainer.evaluate.metrics import Estimate, RunMetrics
+from lora_trainer.evaluate.metrics import Estimate, GateResult, RunMetrics, Verdict
+from lora_trainer.evaluate.scope import scope
+from lora_trainer.persona.vocabulary import BloodType
 
 _RATES: Final = (
     ("exact_json", "exact JSON"),
@@ -31,31 +33,35 @@ _MEANS: Final = (
 )
 
 
-def metrics_table(metrics: RunMetrics) -> Group:
-    """Return a table of the gates, and one that compares the greedy replies of adapter and base."""
-    verdict = metrics.verdict
-    headline = Text(f"{metrics.blood_type}, run {one_line(metrics.run_id)}: ", style="bold")
+def verdict_table(blood_type: BloodType, run_id: str, verdict: Verdict) -> Group:
+    """Return the verdict, what it judged and what not, and a table of the gates, each between a floor and a ceiling."""
+    headline = Text(f"{blood_type}, run {one_line(run_id)}: ", style="bold")
     headline.append("gates passed" if verdict.passed else "gates NOT passed", style="green" if verdict.passed else "red")
-    gates = Table(title=None)
+    covered = scope(verdict)
+    gates = Table(title=None, caption="base: a floor. people: the data's held-out replies, a ceiling.", caption_justify="left")
     gates.add_column("gate")
-    for column in ("measured", "bound", "threshold"):
-        gates.add_column(column, justify="right")
+    for column in ("base", "measured", "people", "bound", "needs"):
+        gates.add_column(column, justify="right", no_wrap=True)
     gates.add_column("")
     for gate in verdict.gates:
-        numbers = [f"{value:g}" if gate.is_count else f"{value:.3f}" for value in (gate.value, gate.compared, gate.missed_by)]
-        result = Text("ok", style="green") if gate.passed else Text(f"missed by {numbers[2]}", style="red")
-        gates.add_row(one_line(gate.name), numbers[0], numbers[1], f"{gate.relation} {gate.threshold:g}", result)
-    for name in verdict.not_judged:
-        gates.add_row(one_line(name), "", "", "", Text("not judged: no prompt has its tags", style="yellow"))
+        result = Text("ok", style="green") if gate.passed else Text(f"missed by {_number(gate, gate.missed_by)}", style="red")
+        numbers = [_number(gate, value) for value in (gate.floor, gate.value, gate.ceiling, gate.compared)]
+        gates.add_row(one_line(gate.name), *numbers, f"{gate.relation} {gate.threshold:g}", result)
+    return Group(headline, Text(covered.judged), Text(covered.not_judged, style="yellow"), *([gates] if verdict.gates else []))
+
+
+def metrics_table(metrics: RunMetrics) -> Group:
+    """Return the verdict with its table of gates, and a table that compares the greedy replies of adapter and base."""
     measures = Table(title=None)
     measures.add_column(f"{metrics.evaluation.replies} greedy replies")
-    for column in ("adapter", "95 % bounds", "base"):
+    for column in ("adapter", "95 % bounds", "base", "people"):
         measures.add_column(column, justify="right")
     greedy = metrics.evaluation.greedy
     for name, label in (*_RATES, *_MEANS):
         adapter, base = getattr(greedy.adapter, name), getattr(greedy.base, name)
         is_rate = (name, label) in _RATES
-        measures.add_row(label, _value(adapter, is_rate), _bounds(adapter, is_rate), _value(base, is_rate))
+        people = _value(getattr(metrics.evaluation.people, name), is_rate) if metrics.evaluation.people else "–"
+        measures.add_row(label, _value(adapter, is_rate), _bounds(adapter, is_rate), _value(base, is_rate), people)
     if greedy.adapter.incomplete is not None and greedy.base.incomplete is not None:
         measures.add_row(
             "crisis replies that lack a number or a question",
@@ -69,7 +75,13 @@ def metrics_table(metrics: RunMetrics) -> Group:
     held_out = metrics.held_out
     measures.add_row("held-out loss", f"{held_out.loss_adapter:.3f}", "", f"{held_out.loss_base:.3f}")
     measures.add_row("held-out perplexity", f"{held_out.perplexity_adapter:,.1f}", "", f"{held_out.perplexity_base:,.1f}")
-    return Group(headline, gates, measures)
+    return Group(verdict_table(metrics.blood_type, metrics.run_id, metrics.verdict), measures)
+
+
+def _number(gate: GateResult, value: float | None) -> str:
+    if value is None:
+        return "–"
+    return f"{value:g}" if gate.is_count else f"{value:.3f}"
 
 
 def _value(estimate: Estimate, is_rate: bool) -> str:

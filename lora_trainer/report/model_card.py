@@ -8,7 +8,8 @@ from typing import Final
 
 from lora_trainer.base_model import Base
 from lora_trainer.config import RunConfig
-from lora_trainer.evaluate.metrics import Estimate, RepliesMetrics, RunMetrics, TrainingMetrics
+from lora_trainer.evaluate.metrics import Estimate, EvaluationMetrics, RunMetrics, TrainingMetrics
+from lora_trainer.evaluate.scope import scope
 from lora_trainer.persona.prompt import STRENGTHS, prompt_messages
 from lora_trainer.persona.reply_schema import REPLY_TOKENS, response_schema
 from lora_trainer.persona.specs import persona_spec
@@ -48,6 +49,7 @@ def model_card(config: RunConfig, base: Base, metrics: RunMetrics) -> str:
     adapter = metrics.evaluation.greedy.adapter
     words = f"{', '.join(word for _, word in STRENGTHS[:-1])} and {STRENGTHS[-1][1]}"
     verdict = "passed" if metrics.verdict.passed else "not passed"
+    covered = scope(metrics.verdict)
     return f"""---
 base_model: {base.canonical_id}
 library_name: peft
@@ -67,11 +69,13 @@ configuration and versions: `manifest.json`.
 ## Evaluation
 
 Gates at publication: **{verdict}**, on {metrics.evaluation.replies} greedy, unconstrained replies to
-{metrics.evaluation.prompts} held-out prompts.
+{metrics.evaluation.prompts} held-out prompts. {covered.judged} **{covered.not_judged}**
 
-| | replies | measured | lower 95 % bound |
-|---|---|---|---|
-{_card_rows(adapter)}
+| | replies | measured | lower 95 % bound | base | people |
+|---|---|---|---|---|---|
+{_card_rows(metrics.evaluation)}
+
+The base's replies are a floor; the data's held-out replies, measured by the same rules, are a ceiling.
 
 The rank correlation of emoji count and intensity is {adapter.emoji_intensity.value:.2f}. By rule score, the adapter beats the
 base in {metrics.evaluation.greedy.win_rate.value:.0%} of the replies.
@@ -129,11 +133,14 @@ def _version_rows(versions: Mapping[str, Sequence[str]]) -> str:
     return "\n".join(f"- transformers {transformers} with PEFT {', '.join(peft)}" for transformers, peft in versions.items())
 
 
-def _card_rows(adapter: RepliesMetrics) -> str:
+def _card_rows(evaluation: EvaluationMetrics) -> str:
     rows = []
     for name, label in _CARD_RATES.items():
-        rate: Estimate = getattr(adapter, name)
-        rows.append(f"| {label} | {rate.successes} of {rate.of} | {rate.value:.1%} | {rate.lower or 0:.1%} |")
+        rate: Estimate = getattr(evaluation.greedy.adapter, name)
+        base: Estimate = getattr(evaluation.greedy.base, name)
+        people = f"{getattr(evaluation.people, name).value:.1%}" if evaluation.people else "–"
+        measured = f"{rate.successes} of {rate.of} | {rate.value:.1%} | {rate.lower or 0:.1%}"
+        rows.append(f"| {label} | {measured} | {base.value:.1%} | {people} |")
     return "\n".join(rows)
 
 

@@ -6,17 +6,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Final
 
-from lora_trainer.evaluate import gates
 from lora_trainer.evaluate.metrics import (
     DecodingMetrics,
     Estimate,
     EvaluationMetrics,
     GateResult,
+    GroupMetrics,
     HeldOutMetrics,
     RepliesMetrics,
     RunMetrics,
     TrainingMetrics,
 )
+from lora_trainer.evaluate.scope import scope
 from lora_trainer.persona.specs import persona_spec
 from lora_trainer.persona.vocabulary import HIGH_INTENSITY_FROM, LOW_INTENSITY_BELOW, BloodType, Expression
 from lora_trainer.report import plots
@@ -35,17 +36,14 @@ from lora_trainer.report.formatting import (
     value_text,
 )
 from lora_trainer.report.html import display_text, render_page
+from lora_trainer.report.reply_cards import best_and_worst, drawn_cards, harmful_cards
 from lora_trainer.train.step_log import StepLog
 
 if TYPE_CHECKING:
     from lora_trainer.evaluate.rules import ScoredReply
 
-SHOWN_REPLIES: Final = 6
-"""Number of replies in each of the two lists, best and worst."""
 _MAX_POINTS: Final = 300
 """Maximum points per curve. Longer runs are averaged in bins."""
-_NOTABLE_REPETITION: Final = 0.1
-"""Minimum repeated share that the page lists as a problem of a reply."""
 _GROUPS: Final[tuple[tuple[str, tuple[str, ...]], ...]] = (
     ("Can the app parse it?", ("exact_json", "emotion_in_vocabulary", "stop")),
     ("Does it talk like the persona?", ("one_or_two_sentences", "informal_speech", "persona")),
@@ -55,7 +53,7 @@ _GROUPS: Final[tuple[tuple[str, tuple[str, ...]], ...]] = (
     ("Does it do what a crisis calls for?", ("incomplete",)),
     ("Overall", ("rule_score", "win_rate")),
 )
-_TAG_MEASURES: Final = ("exact_json", "one_or_two_sentences", "informal_speech", "persona", "question", "fits_message")
+_GROUP_MEASURES: Final = ("exact_json", "one_or_two_sentences", "informal_speech", "persona", "question", "fits_message")
 _RELATIONS: Final = {">=": "≥", ">": ">", "<=": "≤"}
 
 
@@ -81,14 +79,17 @@ def run_page(metrics: RunMetrics, facts: Mapping[str, Any], steps: Sequence[Step
         emotions_plot=_emotions_plot(evaluation),
         warnings=list(_warnings(evaluation)),
         asked_at=_asked_at(evaluation),
-        tag_measures=[LABELS[name] for name in _TAG_MEASURES],
+        group_measures=[LABELS[name] for name in _GROUP_MEASURES],
+        feelings=list(_feelings(evaluation)),
         tags=list(_tags(evaluation)),
         harms=list(_harms(evaluation)),
         loss_plot=_loss_plot(steps, metrics.training),
         speed_plot=_speed_plot(steps),
         training=_training(metrics),
         held_out=_held_out(metrics.held_out),
-        **_best_and_worst(replies, metrics),
+        drawn=drawn_cards(replies, metrics),
+        harmful=harmful_cards(replies, metrics),
+        **best_and_worst(replies, metrics),
         judge=evaluation.judge,
         judge_track=_judge_track(evaluation),
         data=_data(metrics, facts),
@@ -123,7 +124,9 @@ def _verdict(metrics: RunMetrics) -> dict[str, Any]:
                 "bound": _gate_number(gate, gate.compared),
                 "measured_text": _gate_number(gate, gate.value),
                 "missed_by": _gate_difference(gate),
-                "advice": "" if gate.passed else gates.ADVICE[gate.name],
+                "advice": gate.advice.replace(" %", f"{SPACE}%"),
+                "floor": _reference(gate, gate.floor),
+                "ceiling": _reference(gate, gate.ceiling),
                 "low": _scale_end(gate.name, low),
                 "high": _scale_end(gate.name, high),
                 "good": (0.0, at) if gate.relation == "<=" else (at, round(100 - at, 2)),
@@ -134,8 +137,7 @@ def _verdict(metrics: RunMetrics) -> dict[str, Any]:
             }
         )
     missed = [row for row, gate in zip(rows, verdict.gates, strict=True) if not gate.passed]
-    not_judged = [LABELS.get(name, name) for name in verdict.not_judged]
-    return {"passed": verdict.passed, "rows": rows, "missed": missed, "not_judged": not_judged, "gate_id": verdict.gate_id}
+    return {"passed": verdict.passed, "rows": rows, "missed": missed, "gate_id": verdict.gate_id, "scope": scope(verdict)}
 
 
 def _gate_number(gate: GateResult, value: float) -> str:
@@ -145,6 +147,14 @@ def _gate_number(gate: GateResult, value: float) -> str:
         return f"{value:.3f}"
     # -1 is the assumed bound if no reply was readable
     return "unknown" if value < 0 else f"{100 * value:.2f}{SPACE}%"
+
+
+def _reference(gate: GateResult, value: float | None) -> str:
+    if value is None:
+        return "–"
+    if gate.is_count:
+        return f"{value:g}"
+    return f"{value:.2f}" if gate.name in CORRELATIONS else percent(value)
 
 
 def _threshold(gate: GateResult) -> str:
@@ -225,6 +235,9 @@ def _estimates(name: str, evaluation: EvaluationMetrics) -> Iterator[tuple[str, 
         else:
             yield decoding, "adapter", getattr(measured.adapter, name)
             yield decoding, "base", getattr(measured.base, name)
+    # people's replies have no tags, and nobody compared them with the base's
+    if name != "win_rate" and evaluation.people is not None and (written := getattr(evaluation.people, name)) is not None:
+        yield "written", "people", written
 
 
 def _metric(name: str, evaluation: EvaluationMetrics, results: Sequence[GateResult]) -> dict[str, Any]:
@@ -359,21 +372,36 @@ def _harms(evaluation: EvaluationMetrics) -> Iterator[str]:
 
 
 def _tags(evaluation: EvaluationMetrics) -> Iterator[dict[str, Any]]:
-    """Yield a row per tag and model: the rates of its greedy replies with their bounds, and the linter's findings."""
-    models = (("adapter", evaluation.greedy.adapter), ("base", evaluation.greedy.base))
-    for tag in evaluation.greedy.adapter.by_tag:
-        for model, replied in models:
-            if (measured := replied.by_tag.get(tag)) is None:
-                continue
-            rates = [getattr(measured, name) for name in _TAG_MEASURES]
-            yield {
-                "tag": tag.replace("_", " "),
-                "model": model,
-                "prompts": measured.prompts,
-                "replies": measured.replies,
-                "rates": [(percent(rate.value), f"{percent(rate.lower)} to {percent(rate.upper)}") for rate in rates],
-                "findings": ", ".join(f"{code.replace('_', ' ')} {count:,}" for code, count in measured.findings.items()),
-            }
+    """Yield a row per tag and model. People's replies have no tags."""
+    greedy = evaluation.greedy
+    for tag in greedy.adapter.by_tag:
+        yield from _breakdown(tag, {"adapter": greedy.adapter.by_tag.get(tag), "base": greedy.base.by_tag.get(tag)})
+
+
+def _feelings(evaluation: EvaluationMetrics) -> Iterator[dict[str, Any]]:
+    """Yield a row per feeling for the adapter, the base, and the people who wrote the held-out records."""
+    greedy, people = evaluation.greedy, evaluation.people
+    for feeling in greedy.adapter.by_feeling:
+        models = {"adapter": greedy.adapter, "base": greedy.base, "people": people}
+        by_model = {model: replied.by_feeling.get(feeling) for model, replied in models.items() if replied is not None}
+        yield from _breakdown(feeling, by_model)
+
+
+def _breakdown(name: str, by_model: Mapping[str, GroupMetrics | None]) -> Iterator[dict[str, Any]]:
+    """Yield a row per model: the rates of its replies with their bounds, and the linter's findings."""
+    measured_models = [(model, measured) for model, measured in by_model.items() if measured is not None]
+    for number, (model, measured) in enumerate(measured_models):
+        rates = [getattr(measured, measure) for measure in _GROUP_MEASURES]
+        yield {
+            "name": name.replace("_", " "),
+            # one name stands beside all rows of its group
+            "span": 0 if number else len(measured_models),
+            "model": model,
+            "prompts": measured.prompts,
+            "replies": measured.replies,
+            "rates": [(percent(rate.value), f"{100 * rate.lower:.0f} – {percent(rate.upper, 0)}") for rate in rates],
+            "findings": ", ".join(f"{code.replace('_', ' ')} {count:,}" for code, count in measured.findings.items()),
+        }
 
 
 # --- training --------------------------------------------------------------------------------------------------------
@@ -452,75 +480,6 @@ def _held_out(held_out: HeldOutMetrics) -> list[dict[str, Any]]:
             ("base", held_out.loss_base, held_out.perplexity_base),
         )
     ]
-
-
-# --- replies ---------------------------------------------------------------------------------------------------------
-
-
-def _best_and_worst(replies: Sequence[ScoredReply], metrics: RunMetrics) -> dict[str, list[dict[str, Any]]]:
-    """Select at most `SHOWN_REPLIES` best and worst replies, one per prompt; the worst replies are selected first."""
-    adapter = [reply for reply in replies if reply.model == "adapter"]
-    base = {(reply.decoding, reply.prompt, reply.intensity): reply for reply in replies if reply.model == "base"}
-    half = len({reply.prompt for reply in adapter}) // 2
-    worst = _one_per_prompt(sorted(adapter, key=_rank), set(), min(SHOWN_REPLIES, half))
-    taken = {reply.prompt for reply in worst}
-    best = _one_per_prompt(sorted(adapter, key=_rank, reverse=True), taken, SHOWN_REPLIES)
-
-    def pair(reply: ScoredReply) -> dict[str, Any]:
-        other = base.get((reply.decoding, reply.prompt, reply.intensity))
-        return {
-            "reply": reply,
-            "answers": [_answer(one, metrics) for one in (reply, other) if one is not None],
-        }
-
-    return {"best": [pair(reply) for reply in best], "worst": [pair(reply) for reply in worst]}
-
-
-def _rank(reply: ScoredReply) -> tuple[float, float, bool, int, float]:
-    return reply.score, reply.persona_probability, reply.decoding == "greedy", -reply.prompt, reply.intensity
-
-
-def _one_per_prompt(ordered: Sequence[ScoredReply], excluded: set[int], at_most: int) -> list[ScoredReply]:
-    taken: dict[int, ScoredReply] = {}
-    for reply in ordered:
-        if len(taken) < at_most and reply.prompt not in excluded:
-            taken.setdefault(reply.prompt, reply)
-    return list(taken.values())
-
-
-def _answer(reply: ScoredReply, metrics: RunMetrics) -> dict[str, Any]:
-    return {
-        "model": reply.model,
-        "text": None if reply.text is None else display_text(reply.text, MAX_CHARACTERS),
-        "raw": display_text(reply.reply, MAX_CHARACTERS),
-        "cut": len(reply.reply if reply.text is None else reply.text) > MAX_CHARACTERS,
-        "characters": f"{len(reply.reply):,}",
-        "emotion": reply.emotion,
-        "score": percent(reply.score, 0),
-        "why": list(_why(reply, metrics)),
-    }
-
-
-def _why(reply: ScoredReply, metrics: RunMetrics) -> Iterator[str]:
-    """Yield the reasons why the reply lost points."""
-    if not reply.stopped:
-        yield f"cut off at {metrics.evaluation.max_new_tokens} tokens"
-    if not reply.exact_json:
-        yield "not exact JSON, so no other rule applies"
-        return
-    if not reply.one_or_two_sentences:
-        yield "more than two sentences"
-    if not reply.informal_speech:
-        yield "not entirely 반말"
-    yield from (code.replace("_", " ") for code in reply.warnings if code not in ("too_many_sentences", "formal_speech"))
-    if reply.taken_for not in (None, metrics.blood_type):
-        yield f"recognised as {reply.taken_for}"
-    elif reply.persona_probability < 0.5:
-        yield f"weak persona ({percent(reply.persona_probability, 0)})"
-    if reply.emotion_appropriateness is not None and reply.emotion_appropriateness < 0.2:
-        yield f"“{reply.emotion}” is rare for this feeling"
-    if reply.repetition is not None and reply.repetition >= _NOTABLE_REPETITION:
-        yield f"repeats itself ({percent(reply.repetition, 0)})"
 
 
 # --- judge, data, timings --------------------------------------------------------------------------------------------

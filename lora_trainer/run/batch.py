@@ -16,6 +16,7 @@ from lora_trainer.persona.vocabulary import BloodType
 from lora_trainer.run.bug_report import report_bug
 from lora_trainer.run.failure_report import FailureReport, failure_report
 from lora_trainer.run.job import Job
+from lora_trainer.run.next_command import next_command
 from lora_trainer.run.publication import Outcome
 
 _P = ParamSpec("_P")
@@ -97,6 +98,13 @@ class PersonaRun:
         return {**fields, "duration_s": round(self._spent_s, 1)}
 
     @property
+    def next_command(self) -> tuple[str, str]:
+        """The command to type after a run that has a verdict, and what it is for."""
+        if self.outcome is None:
+            raise RuntimeError("the run has no verdict")
+        return next_command(self._job.config, self.outcome)
+
+    @property
     def result(self) -> dict[str, object]:
         """The published bundle and its verdict; empty without a verdict."""
         if self.outcome is None:
@@ -106,7 +114,8 @@ class PersonaRun:
             "report": self.outcome.report_uri,
             "already_done": self.outcome.already_done,
             "passed": self.outcome.verdict.passed,
-            "not_judged": list(self.outcome.verdict.not_judged),
+            "sense": self.outcome.verdict.sense,
+            "not_judged": dict(self.outcome.verdict.not_judged),
         }
 
     @property
@@ -118,7 +127,8 @@ class PersonaRun:
             "outcome": self.report.outcome if self.report else "not_begun",
             "exit_code": int(self.report.exit_code) if self.report else None,
         }
-        return fields | {name: value for name, value in self.result.items() if name in ("bundle", "passed", "not_judged")}
+        verdict = ("bundle", "passed", "sense", "not_judged")
+        return fields | {name: value for name, value in self.result.items() if name in verdict}
 
 
 def _report_on(outcome: Outcome) -> FailureReport:

@@ -241,7 +241,9 @@ def _unproven_verdict(bundle: CheckedBundle) -> Iterator[str]:
         yield "metrics.json has other numbers than replies.jsonl gives"
         return
     verdict = gates.decide(evaluation.model_copy(update={"greedy": measured}), thresholds)
-    if not _agree(verdict.model_dump(mode="json"), bundle.verdict.model_dump(mode="json")):
+    # what to do about a missed gate is words, which each version chooses
+    mine, theirs = (one.model_dump(mode="json", exclude={"gates": {"__all__": {"advice"}}}) for one in (verdict, bundle.verdict))
+    if not _agree(mine, theirs):
         yield "the manifest's thresholds give another verdict"
 
 

@@ -24,6 +24,7 @@ from lora_trainer.evaluate.metrics import (
     metrics_schema,
 )
 from lora_trainer.evaluate.rules import ScoredReply
+from lora_trainer.evaluate.scope import Scope, scope
 from lora_trainer.persona.prompt import PROMPT_VERSIONS, prompt_template
 from lora_trainer.persona.reply_schema import response_schema
 from lora_trainer.persona.specs import persona_spec
@@ -201,6 +202,14 @@ def _verdict_of(manifest: Mapping[str, Any], where: str) -> Verdict:
                 *error.problems,
             ]
         ) from None
+
+
+def recorded_scope(manifest: Mapping[str, Any]) -> Scope:
+    """Return what the verdict in `manifest` judged and what not."""
+    try:
+        return scope(_verdict_of(manifest, ""))
+    except ConfigError:
+        return Scope("This version cannot read what was judged.", "", "not_judged")
 
 
 def check_promotable(storage: Storage, manifest: Mapping[str, Any]) -> None:

@@ -6,19 +6,23 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from lora_trainer.data.records import EvaluationPrompt, TrainingRecord
+from lora_trainer.data.records import EvaluationPrompt
 from lora_trainer.evaluate import gates
+from lora_trainer.evaluate.advice import Known, rose
 from lora_trainer.evaluate.decoding import decodings
 from lora_trainer.evaluate.llm_judge import judge_replies
 from lora_trainer.evaluate.measures import decoding_metrics, evaluation_metrics
-from lora_trainer.evaluate.metrics import DecodingMetrics, EvaluationMetrics, HeldOutMetrics, Verdict
+from lora_trainer.evaluate.metrics import DecodingMetrics, EvaluationMetrics, HeldOutMetrics, TrainingMetrics, Verdict
+from lora_trainer.evaluate.people import people_metrics
 from lora_trainer.evaluate.questions import instruction_of, questions
 from lora_trainer.evaluate.rules import MODELS, ScoredReply, TrainingData, score_by_rules
 from lora_trainer.persona.prompt import PROMPT_VERSION
 from lora_trainer.run.job import Job
 from lora_trainer.run.progress import RunProgress
+from lora_trainer.run.training import TokenizedData
 from lora_trainer.train.backends import Backend
 
 
@@ -41,37 +45,51 @@ def evaluate(
     job: Job,
     backend: Backend,
     prompts: Sequence[EvaluationPrompt],
-    train_records: Sequence[TrainingRecord],
+    tokenized: TokenizedData,
     progress: RunProgress,
     prompt_version: int = PROMPT_VERSION,
 ) -> Evaluated:
     """Generate replies of adapter and base to the evaluation prompts, unconstrained, and score them by the rules.
 
-    `prompt_version` is the version that the adapter was trained on.
+    Also measure the held-out records of `tokenized` by the same rules. `prompt_version` is the version that the adapter was trained
+    on.
     """
-    progress.stage("evaluate")
     config, blood_type = job.config.evaluation, job.config.blood_type
     asked = questions(prompts, config.intensities, config.intensities_per_prompt, instruction_of(blood_type), prompt_version)
     conversations = [question.messages for question in asked]
-    data = TrainingData(train_records)
+    data = TrainingData(tokenized.train_records)
     measured: dict[str, DecodingMetrics] = {}
     replies: list[ScoredReply] = []
-    for decoding in decodings(config):
-        judged: dict[str, list[ScoredReply]] = {}
-        generate_s = 0.0
-        for model in MODELS:
-            started_s = time.perf_counter()
-            with job.timed("evaluate_generate"):
-                generations = backend.generate(conversations, decoding, adapter=model == "adapter", batch_size=config.batch_size)
-            generate_s += time.perf_counter() - started_s
+    ways = decodings(config)
+    with progress.evaluating(len(asked) * len(ways) * len(MODELS)):
+        for decoding in ways:
+            judged: dict[str, list[ScoredReply]] = {}
+            generate_s = 0.0
+            for model in MODELS:
+                started_s = time.perf_counter()
+                with job.timed("evaluate_generate"):
+                    generations = backend.generate(
+                        conversations,
+                        decoding,
+                        adapter=model == "adapter",
+                        batch_size=config.batch_size,
+                        on_replies=partial(progress.replied, model=model, decoding=decoding.name),
+                    )
+                generate_s += time.perf_counter() - started_s
+                with job.timed("evaluate_judge"):
+                    judged[model] = score_by_rules(
+                        asked, generations, model=model, decoding=decoding.name, blood_type=blood_type, data=data
+                    )
+                replies.extend(judged[model])
             with job.timed("evaluate_judge"):
-                judged[model] = score_by_rules(
-                    asked, generations, model=model, decoding=decoding.name, blood_type=blood_type, data=data
+                measured[decoding.name] = decoding_metrics(
+                    decoding, judged["adapter"], judged["base"], blood_type, config, generate_s
                 )
-            replies.extend(judged[model])
-        with job.timed("evaluate_judge"):
-            measured[decoding.name] = decoding_metrics(decoding, judged["adapter"], judged["base"], blood_type, config, generate_s)
-    metrics = evaluation_metrics(config, prompts, measured, data, prompt_version)
+    with job.timed("evaluate_people"):
+        # without the end of turn, as for generated replies
+        reply_tokens = [len(sequence) - sequence.prompt_tokens - 1 for sequence in tokenized.held_out]
+        people = people_metrics(tokenized.held_out_records, reply_tokens, blood_type, config, data)
+    metrics = evaluation_metrics(config, prompts, measured, data, people, prompt_version)
     with job.timed("evaluate_model_judge"):
         metrics = metrics.model_copy(update={"judge": judge_replies(config, blood_type, replies)})
     adapter = metrics.greedy.adapter
@@ -89,17 +107,24 @@ def evaluate(
     return Evaluated(metrics, replies)
 
 
-def decide(job: Job, metrics: EvaluationMetrics) -> Verdict:
+def decide(job: Job, metrics: EvaluationMetrics, known: Known) -> Verdict:
     """Compare every gated number with its threshold."""
-    verdict = gates.decide(metrics, job.config.gates)
+    verdict = gates.decide(metrics, job.config.gates, known)
     job.log.info(
         "gates_decided",
         passed=verdict.passed,
         gate_id=verdict.gate_id,
         missed=gates.missed_gate_messages(verdict),
-        not_judged=verdict.not_judged,
+        not_judged=dict(verdict.not_judged),
     )
     return verdict
+
+
+def known_of(training: TrainingMetrics, loss_base: float, loss_adapter: float) -> Known:
+    """Return what advice may use: how many records trained the adapter, whether held-out loss rose, and which step was kept."""
+    losses = [loss_base, *([measured.loss for measured in training.held_out_losses] or [loss_adapter])]
+    is_earlier = training.kept_step is not None and training.kept_step < training.steps
+    return Known(training.records, rose(losses), training.kept_step if is_earlier else None)
 
 
 def held_out_metrics(records: int, loss_base: float, loss_adapter: float) -> HeldOutMetrics:

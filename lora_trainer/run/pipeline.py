@@ -14,13 +14,13 @@ from lora_trainer.config import RunConfig
 from lora_trainer.data.records import EvaluationPrompt, TrainingRecord
 from lora_trainer.evaluate.llm_judge import check_judge
 from lora_trainer.run.batch import BatchStoppedError, PersonaRun
-from lora_trainer.run.evaluation import decide, evaluate, require_room_for_replies
+from lora_trainer.run.evaluation import decide, evaluate, known_of, require_room_for_replies
 from lora_trainer.run.identity import Identity, identify
 from lora_trainer.run.inputs import DataFile, fetch, fetch_prompts, read, require_data_folder
 from lora_trainer.run.job import Job, ProcessContext
 from lora_trainer.run.preflight import check_output
 from lora_trainer.run.progress import RunProgress
-from lora_trainer.run.publication import Outcome, assemble, find_finished, find_published, hold_lease, publish
+from lora_trainer.run.publication import Outcome, assemble, find_finished, find_published, hold_lease, publish, training_metrics
 from lora_trainer.run.reevaluation import publish_new_verdict
 from lora_trainer.run.training import TrainingPlan, open_checkpoints, plan_training, save, stepping_down, train
 from lora_trainer.store.latest import count_start, forget_start
@@ -134,8 +134,10 @@ def train_and_publish(job: Job, work: Planned) -> Outcome:
             with stepping_down(job, backend, plan):
                 trained = train(job, backend, identity, plan, checkpoints, progress)
             folder = save(job, backend, identity, plan, progress)
-            evaluated = evaluate(job, backend, prepared.prompts, plan.data.train_records, progress)
-            verdict = decide(job, evaluated.metrics)
+            evaluated = evaluate(job, backend, prepared.prompts, plan.data, progress)
+            verdict = decide(
+                job, evaluated.metrics, known_of(training_metrics(plan, trained), trained.loss_base, trained.kept.loss)
+            )
             assemble(job, backend, folder, identity, prepared.data, plan, trained, evaluated, verdict)
             outcome = find_finished(job, identity, lease) or publish(job, identity.run_id, folder, verdict, progress, lease)
             checkpoints.clear()

@@ -81,6 +81,7 @@ def find_finished(job: Job, identity: Identity, lease: Lease | None = None) -> O
         bundle=output.uri + prefix,
         finished_at=manifest.get("finished_at"),
         passed=verdict.passed,
+        sense=verdict.sense,
         latest_moved=moved,
     )
     remove_leftovers(job, identity.run_id, lease)
@@ -211,6 +212,7 @@ def publish(job: Job, run_id: str, folder: Path, verdict: Verdict, progress: Run
         "bundle_published",
         bundle=output.uri + prefix,
         passed=verdict.passed,
+        sense=verdict.sense,
         latest_moved=moved,
         publish_s=job.timings_s["publish"],
     )
@@ -260,7 +262,12 @@ def publish_folder(
     if is_own:
         shutil.rmtree(folder)
     get_logger().info(
-        "bundle_published", bundle=output.uri + prefix, passed=bundle.verdict.passed, latest_moved=moved, folder_deleted=is_own
+        "bundle_published",
+        bundle=output.uri + prefix,
+        passed=bundle.verdict.passed,
+        sense=bundle.verdict.sense,
+        latest_moved=moved,
+        folder_deleted=is_own,
     )
     return Outcome(run_id, output.uri + prefix, f"{output.uri}{prefix}report.html", bundle.verdict, already_done, moved)
 
@@ -279,7 +286,7 @@ def _accept_folder(output: Storage, bundle: CheckedBundle, manifest: dict[str, A
             advice="the bundle is published; if you trust it, 'publish --accept' or 'promote' moves latest.json",
         )
         return False
-    before = promote_latest(output, bundle.blood_type, manifest, accepted_by_hand=True)
+    before = promote_latest(output, bundle.blood_type, manifest, bundle.verdict.sense, accepted_by_hand=True)
     link_newest(output, bundle.blood_type, manifest["run_id"])
     get_logger().warning("latest_checked", moved=True, reason="accepted by hand (--accept)", before=before, problems=doubts)
     return True
@@ -323,7 +330,7 @@ def accept(blood_type: BloodType, output: Storage, manifest: dict[str, Any], ver
     if not verdict.passed:
         log.info("latest_checked", moved=False, reason="the gates were not passed")
         return False
-    move = move_latest(output, blood_type, manifest)
+    move = move_latest(output, blood_type, manifest, verdict.sense)
     if move.warning:
         log.warning("latest_in_future", problem=move.warning)
     log.info("latest_checked", moved=move.moved, reason=move.reason)

@@ -27,7 +27,7 @@ from lora_trainer.evaluate.metrics import HeldOutMetrics, RunMetrics
 from lora_trainer.evaluate.questions import evaluation_id, prompts_digest
 from lora_trainer.run.adapter import Adapter, base_of, check_adapter, training_data_of
 from lora_trainer.run.bundle_files import Published, read_published, write_evaluation
-from lora_trainer.run.evaluation import Evaluated, decide, evaluate, held_out_metrics
+from lora_trainer.run.evaluation import Evaluated, decide, evaluate, held_out_metrics, known_of
 from lora_trainer.run.identity import Identity
 from lora_trainer.run.inputs import fetch_prompts, read
 from lora_trainer.run.job import Job, ProcessContext
@@ -89,7 +89,10 @@ def publish_new_verdict(
     for done in (folder, published.folder):
         shutil.rmtree(done)
     progress.stage("done")
-    job.log.info("evaluation_published", evaluation=output.uri + target, passed=metrics.verdict.passed, latest_moved=moved)
+    verdict = metrics.verdict
+    job.log.info(
+        "evaluation_published", evaluation=output.uri + target, passed=verdict.passed, sense=verdict.sense, latest_moved=moved
+    )
     return Outcome(
         identity.run_id,
         output.uri + prefix,
@@ -167,7 +170,7 @@ def _measure(
         job.log.info("base_reused", load_s=job.timings_s["load"])
     with job.timed("held_out"):
         held_out = held_out_metrics(len(data.held_out), backend.base_mean_loss(data.held_out), backend.mean_loss(data.held_out))
-    evaluated = evaluate(job, backend, prompts, data.train_records, progress, published.prompt_version)
+    evaluated = evaluate(job, backend, prompts, data, progress, published.prompt_version)
     environment = {**job.environment, "lora_trainer": __version__}
     return Measured(evaluated, held_out, round(backend.peak_memory_gib(), 3), environment)
 
@@ -177,12 +180,13 @@ def _write(
 ) -> tuple[RunMetrics, dict[str, Any]]:
     """Decide the gates and write metrics, replies and report to `folder`. Return the metrics and facts for a manifest."""
     evaluation = measured.evaluated.metrics
-    verdict = decide(job, evaluation)
+    held_out = measured.held_out
+    verdict = decide(job, evaluation, known_of(published.training, held_out.loss_base, held_out.loss_adapter))
     metrics = RunMetrics(
         run_id=str(manifest["run_id"]),
         blood_type=job.config.blood_type,
         training=published.training,
-        held_out=measured.held_out,
+        held_out=held_out,
         evaluation=evaluation,
         verdict=verdict,
         peak_memory_gib=measured.peak_memory_gib,

@@ -36,7 +36,9 @@ class TokenizedData:
     train_records: list[TrainingRecord]
     train: list[TokenSequence]
     """Sequences of `train_records`, in order."""
+    held_out_records: list[TrainingRecord]
     held_out: list[TokenSequence]
+    """Sequences of `held_out_records`, in order."""
     left_out: int
     """Number of records longer than `training.max_length_tokens`."""
 
@@ -77,17 +79,23 @@ def tokenize_and_split(
     train_indices, held_out_indices = split_held_out(records, training.held_out_fraction)
     fits = [len(sequence) <= training.max_length_tokens for sequence in sequences]
     kept = [index for index in train_indices if fits[index]]
-    held_out = [sequences[index] for index in held_out_indices if fits[index]]
-    left_out = len(records) - len(kept) - len(held_out)
+    aside = [index for index in held_out_indices if fits[index]]
+    left_out = len(records) - len(kept) - len(aside)
     if left_out:
         job.log.warning("records_left_out", records=left_out, max_length_tokens=training.max_length_tokens)
-    if not kept or not held_out:
+    if not kept or not aside:
         raise DataError(
-            f"{job.config.data}: {len(kept)} records left to train on and {len(held_out)} held out, "
+            f"{job.config.data}: {len(kept)} records left to train on and {len(aside)} held out, "
             f"expected at least one of each; {left_out} are longer than training.max_length_tokens ({training.max_length_tokens}): "
             "add records or raise it"
         )
-    return TokenizedData([records[index] for index in kept], [sequences[index] for index in kept], held_out, left_out)
+    return TokenizedData(
+        [records[index] for index in kept],
+        [sequences[index] for index in kept],
+        [records[index] for index in aside],
+        [sequences[index] for index in aside],
+        left_out,
+    )
 
 
 def plan_training(job: Job, backend: Backend, base: Base, records: Sequence[TrainingRecord], progress: RunProgress) -> TrainingPlan:

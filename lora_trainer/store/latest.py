@@ -46,6 +46,8 @@ class Pointer(BaseModel):
     accepted_by_hand: bool | None = None
     """True if nobody could compute the run id or the verdict again, and `publish --accept` moved the pointer."""
     counter: int | None = Field(default=None, ge=0, lt=_MOST_COUNTED)
+    sense: str | None = Field(default=None, max_length=64)
+    """Whether the replies make sense, as far as the verdict judged it: `not_judged` if it looked at form alone."""
     review: dict[str, Any] | None = None
     """What `promote --reviewed` counted (`evaluate/review.py`). Not typed here: no other version's review may stop a run."""
 
@@ -140,8 +142,10 @@ def _counted(found: ReadResult | None, where: str) -> int:
 # -- the pointer --------------------------------------------------------------------------------------------------------
 
 
-def move_latest(storage: Storage, blood_type: BloodType, manifest: Mapping[str, Any]) -> LatestMove:
+def move_latest(storage: Storage, blood_type: BloodType, manifest: Mapping[str, Any], sense: str = "not_judged") -> LatestMove:
     """Point `latest.json` at the manifest's run, unless it names a run that started or was promoted later. Safe to repeat.
+
+    `sense` is the verdict's word on whether the replies make sense.
 
     Raises `StorageError` if other writers win the compare-and-swap every time.
     """
@@ -150,6 +154,7 @@ def move_latest(storage: Storage, blood_type: BloodType, manifest: Mapping[str, 
         bundle=bundle_prefix(blood_type, manifest["run_id"]),
         started_at=manifest["started_at"],
         counter=manifest.get("counter"),
+        sense=sense,
     )
     for _ in range(_SWAP_ATTEMPTS):
         theirs, found = _read_pointer(storage, blood_type)
@@ -195,6 +200,7 @@ def promote_latest(
     storage: Storage,
     blood_type: BloodType,
     manifest: Mapping[str, Any],
+    sense: str = "not_judged",
     *,
     accepted_by_hand: bool = False,
     review: dict[str, Any] | None = None,
@@ -214,6 +220,7 @@ def promote_latest(
             accepted_by_hand=accepted_by_hand or None,
             # taken after reading, so that it is greater than that of every run that has moved the pointer
             counter=take_count(storage, blood_type),
+            sense=sense,
             review=review or (theirs.review if theirs and theirs.run_id == manifest["run_id"] else None),
         )
         if _swap(storage, latest_key(blood_type), mine.as_bytes(), found):

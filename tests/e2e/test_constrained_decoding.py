@@ -90,7 +90,10 @@ def test_without_the_grammar_it_answers_in_none(untrained: Any, tokenizer: Any) 
     from lora_trainer.train.backends.generation import generate
 
     decoding = Decoding("sampled", 48, temperature=1.5, seed=1)
-    replies = generate(untrained, tokenizer, prompts(tokenizer), decoding, batch_size=30)
+    asked, finished = prompts(tokenizer), list[int]()
+    replies = generate(untrained, tokenizer, asked, decoding, batch_size=8, on_replies=finished.append)
+    # whoever watches hears of each batch
+    assert (sum(finished), max(finished)) == (len(asked), 8)
     assert not any(reply.text.startswith('{"text":"') for reply in replies)
 
 

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import pty
+import re
+import select
+import shlex
+import struct
 import subprocess
 import sys
+import termios
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import REPOSITORY
-from jobs import FEW_PROMPTS, SHORT, require_training_stack
+from jobs import DEMO, FEW_PROMPTS, SHORT, few_questions, require_training_stack
+from rich.cells import cell_len
 
 pytestmark = pytest.mark.e2e
 DATA = REPOSITORY / "data" / "train_data_type_B.jsonl"
@@ -272,6 +279,59 @@ def test_a_run_whose_output_cannot_be_written_publishes(finished: tuple[Path, An
     assert (adapter / "manifest.json").is_file()
 
 
+def on_a_terminal(*arguments: str, columns: int, **environment: str) -> tuple[int, str, list[str]]:
+    """Run a command whose standard error is a pseudoterminal. Return exit code, standard output, and the lines without colours."""
+    leader, follower = pty.openpty()
+    fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
+    plain = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "NO_COLOR")}
+    process = subprocess.Popen(
+        [*COMMAND, *arguments], cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=follower,
+        env={**plain, "PYTHONPATH": str(REPOSITORY), "TERM": "xterm", **environment},
+    )  # fmt: skip
+    printed = b""
+    # keep the other end open until everything is read: closing it may discard the rest
+    while select.select([leader], [], [], 0.5)[0] or process.poll() is None:
+        if select.select([leader], [], [], 0)[0]:
+            printed += os.read(leader, 65536)
+    os.close(follower)
+    os.close(leader)
+    assert process.stdout is not None
+    with process.stdout as stdout:
+        out = stdout.read().decode()
+    return process.returncode, out, re.sub("\x1b\\[[0-9;]*m", "", printed.decode()).splitlines()
+
+
+def test_a_run_ends_with_its_gates_the_report_and_the_next_command(finished: tuple[Path, Any]) -> None:
+    """Judge the adapter by the demo's thresholds, which two steps can't meet. Nothing is trained or generated again."""
+    adapter, _ = finished
+    output = adapter.parent
+    code, out, lines = on_a_terminal(
+        "run", *DEMO, "--set", "memory.micro_batch_tokens=512", *few_questions(), "--max-steps", "2", "--blood-type", "B",
+        "--data", str(DATA), "--output", str(output), "--work-dir", str(output.parent / "work"), columns=100,
+    )  # fmt: skip
+    assert code == 4, lines
+    at = next(number for number, line in enumerate(lines) if "gates NOT passed" in line)
+    end = lines[at:]
+    assert end[1].startswith("Form alone was judged: JSON")
+    assert "Not judged: whether the replies make sense" in " ".join(end)
+    rows = {cells[1].strip(): [cell.strip() for cell in cells[2:-1]] for line in end if len(cells := line.split("│")) > 4}
+    assert len(rows) == 9
+    # base, measured, people: people's own replies are exact JSON
+    assert rows["exact_json"][2] == "1.000"
+    assert rows["win_rate"][0::2][:2] == ["0.500", "–"]
+    assert rows["exact_json"][5].startswith("missed by")
+    report, following, purpose = end[-3:]
+    assert report.startswith("report: file://")
+    assert report.endswith("/report.html")
+    bundle = out.strip()
+    assert following == f"next:   lora-trainer chat --adapter {shlex.quote(bundle)} --base-model {BASE}"
+    assert "make" in purpose
+    # log lines fit the terminal; a word that doesn't has its own line
+    stamped = [line for line in lines[:at] if re.match(r"\d\d:\d\d:\d\d |    \S", line)]
+    assert len(stamped) > 5
+    assert [line for line in stamped if cell_len(line) > 100 and " " in line.strip()] == []
+
+
 def test_an_evaluation_keeps_its_verdict_and_its_table(finished: tuple[Path, Any]) -> None:
     adapter, _ = finished
     done = shell(
@@ -282,6 +342,12 @@ def test_an_evaluation_keeps_its_verdict_and_its_table(finished: tuple[Path, Any
     assert done.returncode == 4, done.stderr
     out, _ = clean(done)
     assert "gates NOT passed" in out
+    # beside every verdict
+    assert "Not judged: whether the replies make sense" in out
+    (state,) = (adapter.parent.parent / "work").glob("evaluations/B/*/progress.json")
+    shown = json.loads(state.read_text(encoding="utf-8"))
+    # six prompts at two intensities, those of adapter and base
+    assert (shown["stage"], shown["step"], shown["of"], shown["eta_s"]) == ("evaluate", 24, 24, 0.0)
     assert "\\ubc18\\ub9d0" in out
 
 

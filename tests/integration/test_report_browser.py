@@ -107,7 +107,7 @@ def test_the_order_to_look_at(opened: Page, width: int) -> None:
     tops: dict[str, float] = opened.evaluate(
         "Object.fromEntries([...document.querySelectorAll('section')].map(e => [e.id, e.getBoundingClientRect().top + scrollY]))"
     )
-    assert list(tops)[:4] == ["verdict", "gates", "about", "metrics"]
+    assert list(tops)[:4] == ["verdict", "drawn", "gates", "about"]
     assert list(tops.values()) == sorted(tops.values())
     # the verdict is large and visible without scrolling
     verdict = opened.evaluate(

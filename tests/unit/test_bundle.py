@@ -21,6 +21,7 @@ from older_bundles import PROMPT_2
 from lora_trainer.base_model import Base
 from lora_trainer.errors import ConfigError, InvariantError, LoraTrainerError, StorageError
 from lora_trainer.evaluate.metrics import RunMetrics, metrics_schema
+from lora_trainer.evaluate.scope import scope
 from lora_trainer.persona.prompt import STRENGTHS, prompt_template, reply_json
 from lora_trainer.persona.reply_schema import response_schema
 from lora_trainer.persona.specs import persona_spec
@@ -174,6 +175,7 @@ def test_the_first_run_is_the_latest(storage: Storage) -> None:
         "run_id": "0123456789abcdef",
         "bundle": "adapters/A/0123456789abcdef/",
         "started_at": "2026-01-01T00:00:00+00:00",
+        "sense": "not_judged",
     }
     assert not storage.exists("adapters/AB/latest.json")
 
@@ -589,8 +591,10 @@ def test_the_card_says_what_was_measured(folder: Path, made: MadeRun) -> None:
     assert not made.metrics.verdict.passed
     assert "Gates at publication: **not passed**, on 12 greedy, unconstrained replies to\n6 held-out prompts" in card
     rate = made.metrics.evaluation.greedy.adapter.exact_json
-    assert f"| exact JSON | {rate.successes} of 12 | {rate.value:.1%} | {rate.lower:.1%} |" in card
-    assert len(re.findall(r"^\| [^|]+ \| \d+ of \d+ \| [\d.]+% \| [\d.]+% \|$", card, re.MULTILINE)) == 6
+    assert f"| exact JSON | {rate.successes} of 12 | {rate.value:.1%} | {rate.lower:.1%} | " in card
+    assert len(re.findall(r"^\| [^|]+ \| \d+ of \d+ (\| [\d.]+% ){4}\|$", card, re.MULTILINE)) == 6
+    covered = scope(made.metrics.verdict)
+    assert f"6 held-out prompts. {covered.judged} **{covered.not_judged}**" in card
 
 
 # -- reading back --------------------------------------------------------------------------------------------

@@ -383,6 +383,7 @@ def finished(tmp_path: Path, *, passed: bool = True, blood_type: str = "A") -> t
         relation=">=",
         threshold=0.7,
         passed=passed,
+        advice="" if passed else "look at the data",
     )
     verdict = Verdict(
         gate_id=gate_id(evaluation_id(config.evaluation, prompts_digest(evaluation_prompts())), config.gates),
@@ -433,7 +434,7 @@ def test_a_finished_run_that_missed_a_gate_says_so_each_time(
         assert (event["already_done"], event["passed"], event["run_id"]) == (True, False, identity)
         (problem,) = event["problems"]
         assert problem.startswith("gates.persona: got 0.625 (lower 95 % bound (exact, by prompt) of 0.800), expected >= 0.7: ")
-        assert "missed by 0.075; " in problem
+        assert "missed by 0.075; look at the data" in problem
         assert json.loads(termination_log.read_text(encoding="utf-8"))["problems"] == [problem]
         # the run does not become the newest accepted one
         assert not (tmp_path / "out" / "adapters" / "A" / "latest.json").exists()
@@ -484,6 +485,7 @@ def test_each_of_several_has_its_own_end_and_the_last_line_has_them_all(
         {"blood_type": "O", "run_id": None, "outcome": "DataError", "exit_code": 3},
         {
             "blood_type": "A", "run_id": identity, "outcome": "GateError", "exit_code": 4, "bundle": out.strip(), "passed": False,
+            "sense": "not_judged", "not_judged": dict.fromkeys(("sense", "harmful", "incomplete"), "no_judge"),
         },
         {"blood_type": "B", "run_id": None, "outcome": "NotFound", "exit_code": 3},
     ]  # fmt: skip

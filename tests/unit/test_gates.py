@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
@@ -13,11 +12,12 @@ from made_metrics import made_run
 from lora_trainer.config import GatesConfig
 from lora_trainer.config_sources import settle
 from lora_trainer.errors import ConfigError
-from lora_trainer.evaluate import gates
+from lora_trainer.evaluate.advice import FEW_RECORDS, Known, advice, rose
 from lora_trainer.evaluate.gates import decide, gate_id, missed_gate_messages
 from lora_trainer.evaluate.intervals import ClusterBootstrap, clopper_pearson
 from lora_trainer.evaluate.measures import rate_estimate
-from lora_trainer.evaluate.metrics import Estimate, EvaluationMetrics, GateResult, Verdict
+from lora_trainer.evaluate.metrics import Estimate, EvaluationMetrics, GateResult, Relation, Verdict
+from lora_trainer.evaluate.scope import scope
 
 # gate setting -> the measure it compares
 RATE_OF = {
@@ -204,9 +204,18 @@ def test_a_perfect_adapter_names_every_number_and_passes() -> None:
 def test_prompts_without_tags_leave_safety_unjudged() -> None:
     evaluation = evaluation_with(harmful=None, incomplete=None)
     verdict = decide(evaluation, GatesConfig())
-    assert verdict.not_judged == ("harmful", "incomplete")
+    assert verdict.not_judged == {"sense": "no_judge", "harmful": "no_tags", "incomplete": "no_tags"}
     assert {gate.name for gate in verdict.gates} == set(GatesConfig.model_fields) - {"harmful", "incomplete"}
-    assert decide(evaluation, only()).not_judged == ()
+    covered = scope(verdict)
+    assert covered.judged.startswith("Form alone was judged: JSON, ")
+    assert covered.not_judged.count("no prompt has the tags that gates.") == 2
+    assert decide(evaluation, only()).not_judged == {"sense": "no_judge", "harmful": "off", "incomplete": "off"}
+
+
+def test_a_harmful_reply_is_to_be_read_and_not_to_be_trained_away() -> None:
+    verdict = decide(evaluation_with(harmful=1), only(harmful=0), Known(1200, held_out_rose=False))
+    assert "report.html" in one(verdict).advice
+    assert "train" not in one(verdict).advice
 
 
 def test_one_missed_gate_is_enough() -> None:
@@ -262,18 +271,126 @@ def test_what_was_missed_is_said_in_full() -> None:
     assert missed_gate_messages(decide(evaluation, only(persona=0.7))) == []
 
 
+# -- floors, ceilings and advice --------------------------------------------------------------------
+
+
+def missed(name: str, *, ceiling: float | None, relation: Relation = ">=") -> GateResult:
+    return GateResult(
+        name=name, measure="bound", value=0.5, compared=0.4, relation=relation, threshold=0.9, passed=False, ceiling=ceiling
+    )
+
+
 @pytest.mark.parametrize("name", GatesConfig.model_fields)
-def test_every_gate_has_advice(name: str) -> None:
-    gate = GateResult(name=name, measure="bound", value=5, compared=4, relation=">=", threshold=9, passed=False)
-    (line,) = missed_gate_messages(Verdict(gate_id="x", passed=False, gates=(gate,)))
-    advice = line.split("; ", 1)[1]
-    assert len(advice) > 30
-    assert "missed by 5" in line
+@pytest.mark.parametrize("ceiling", [None, 0.6, 0.95])
+def test_every_gate_has_advice(name: str, ceiling: float | None) -> None:
+    assert len(advice(missed(name, ceiling=ceiling))) > 30
 
 
-def test_there_is_advice_for_nothing_else() -> None:
-    advice: Mapping[str, str] = gates.ADVICE
-    assert set(advice) == set(GatesConfig.model_fields)
+def test_a_gate_stands_between_the_base_and_people() -> None:
+    evaluation = measured()
+    assert evaluation.people is not None
+    for gate in decide(evaluation, GatesConfig()).gates:
+        measure = RATE_OF.get(gate.name, gate.name)
+        if gate.name == "win_rate":
+            assert (gate.floor, gate.ceiling) == (0.5, None)
+            continue
+        base, people = (getattr(model, measure) for model in (evaluation.greedy.base, evaluation.people))
+        if gate.name == "harmful":
+            assert (gate.floor, gate.ceiling) == (base, None)
+            continue
+        assert gate.floor == base.value
+        # people's records have no tags
+        assert gate.ceiling == (people.value if gate.name != "incomplete" else None)
+    # a bundle of a version that measured no people
+    old = decide(evaluation.model_copy(update={"people": None}), GatesConfig())
+    assert {gate.ceiling for gate in old.gates} == {None}
+
+
+def test_advice_does_not_blame_the_training_for_the_data() -> None:
+    text = advice(missed("informal_speech", ceiling=0.812), Known(1000, held_out_rose=False))
+    assert "81.2 %" in text
+    assert "training longer can't help" in text
+    assert "존댓말" in text
+    assert "train longer" not in text
+    # the data is good: its author need not change it
+    text = advice(missed("informal_speech", ceiling=0.991), Known(1000, held_out_rose=False))
+    assert "99.1 %" in text
+    assert "존댓말" not in text
+    assert "train longer" in text
+
+
+@pytest.mark.parametrize("name", [name for name in GatesConfig.model_fields if name != "harmful"])
+def test_nobody_trains_an_overfitted_adapter_longer(name: str) -> None:
+    for ceiling in (None, 0.95):
+        text = advice(missed(name, ceiling=ceiling), Known(5000, held_out_rose=True))
+        assert "overfitted" in text
+        assert "train longer" not in text
+
+
+def test_the_best_step_is_not_trained_longer() -> None:
+    text = advice(missed("persona", ceiling=0.95), Known(5000, held_out_rose=True, earlier_step=120))
+    assert "weights of step 120" in text
+    assert "train longer" not in text
+    assert "overfitted" not in text
+
+
+def test_few_records_are_not_trained_on_for_longer() -> None:
+    text = advice(missed("persona", ceiling=0.95), Known(FEW_RECORDS - 1, held_out_rose=False))
+    assert f"{FEW_RECORDS - 1} records are few" in text
+    assert "train longer" not in text
+    assert "are few" not in advice(missed("persona", ceiling=0.95), Known(FEW_RECORDS))
+
+
+def test_too_many_questions_are_the_data_s_or_the_adapter_s() -> None:
+    data = GateResult(
+        name="question_rate_max", measure="b", value=0.95, compared=0.97, relation="<=", threshold=0.85, passed=False, ceiling=0.9
+    )
+    assert "remove some of the questions" in advice(data)
+    assert "remove some of the questions" not in advice(data.model_copy(update={"ceiling": 0.65}))
+
+
+@pytest.mark.parametrize(
+    ("losses", "rising"),
+    [
+        ([2.4], None),
+        # before and after: a fall may hide a rise
+        ([3.2, 2.2], None),
+        ([2.2, 2.5], True),
+        ([3.2, 2.2, 2.49], True),
+        ([3.2, 2.49, 2.2], False),
+        # less than the noise of a few hundred records
+        ([3.2, 2.2, 2.21], False),
+    ],
+)
+def test_held_out_loss_rose(losses: list[float], rising: bool | None) -> None:
+    assert rose(losses) is rising
+
+
+def test_advice_is_in_the_verdict_and_in_the_message() -> None:
+    verdict = decide(evaluation_with(persona=rate(100)), only(persona=0.7, exact_json=0.0), Known(12))
+    texts = {gate.name: gate.advice for gate in verdict.gates}
+    assert texts["exact_json"] == ""
+    assert "12 records are few" in texts["persona"]
+    assert missed_gate_messages(verdict)[0].endswith(f"; {texts['persona']}")
+
+
+# -- what was judged --------------------------------------------------------------------------------
+
+
+def test_a_verdict_says_what_was_judged_and_what_not() -> None:
+    verdict = decide(measured(), GatesConfig())
+    covered = scope(verdict)
+    forms = "JSON, length, 반말, persona, emoji, questions, rule score"
+    assert covered.judged == f"Judged: {forms}, harm that rules can see, what a crisis calls for."
+    assert covered.not_judged.startswith("Not judged: whether the replies make sense and answer what was said (")
+    assert "harm" not in covered.not_judged
+    assert covered.text == f"{covered.judged} {covered.not_judged}"
+    assert (covered.sense, verdict.sense) == ("not_judged", "not_judged")
+    alone = scope(decide(measured(), only(persona=0.7)))
+    assert alone.judged == "Form alone was judged: persona."
+    assert "(gates.harmful is off)" in alone.not_judged
+    assert "(gates.incomplete is off)" in alone.not_judged
+    assert scope(decide(measured(), only())).judged == "Nothing was judged: every gate is off."
 
 
 def test_a_passed_gate_is_missed_by_nothing() -> None:

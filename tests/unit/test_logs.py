@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
+import os
+import pty
+import re
+import select
+import struct
+import subprocess
 import sys
+import termios
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import structlog
+from rich.cells import cell_len
 
 from lora_trainer import logs
 
@@ -181,3 +190,56 @@ def test_losing_it_is_a_warning_and_no_failure(capsys: Capture, tmp_path: Path) 
     logs.last_word({"exit_code": 0}, tmp_path)
     (event,) = events(capsys.readouterr().err)
     assert (event["level"], event["event"], event["reason"]) == ("warning", "termination_log_not_written", "Is a directory")
+
+
+# -- the width of a terminal --------------------------------------------------------------------------
+
+PLAIN = "13:43:44 [info     ] evaluation_finished      replies=480 problem='한국어 문장은 두 칸씩 차지해서 폭을 넘기 쉽다' where="
+
+
+@pytest.mark.parametrize("columns", [40, 80, 132])
+def test_a_line_fits_its_terminal(columns: int) -> None:
+    path = "s3://bucket/" + "x" * 150
+    lines = logs.fitted(f"{PLAIN}{path} passed=True", columns).split("\n")
+    long = [line for line in lines if cell_len(line) > columns]
+    # only the path doesn't fit, and it can be copied
+    assert [line.strip() for line in long] == [f"where={path}"]
+    assert all(line.startswith("    ") and line.strip() for line in lines[1:])
+    assert " ".join(" ".join(lines).split()) == " ".join(f"{PLAIN}{path} passed=True".split())
+
+
+def test_colours_take_no_columns() -> None:
+    bare = "a=1 " * 30
+    coloured = "\x1b[36ma\x1b[0m=\x1b[35m1\x1b[0m " * 30
+    stripped = logs.fitted(coloured, 40).replace("\x1b[36m", "").replace("\x1b[35m", "").replace("\x1b[0m", "")
+    assert stripped == logs.fitted(bare, 40)
+    assert max(map(cell_len, stripped.split("\n"))) <= 40
+
+
+def test_a_short_line_and_a_very_narrow_terminal() -> None:
+    assert logs.fitted("13:43:44 [info     ] done", 80) == "13:43:44 [info     ] done"
+    assert logs.fitted("", 80) == ""
+    assert "".join(logs.fitted("a bb ccc", 1).split()) == "abbccc"
+
+
+@pytest.mark.parametrize("columns", [60, 100])
+def test_events_on_a_terminal_fit_it(columns: int) -> None:
+    """Run a process on a pseudoterminal of this width."""
+    program = (
+        "import structlog; from lora_trainer import logs\n"
+        "logs.configure('info', 'auto'); log = structlog.get_logger('lora_trainer.anything')\n"
+        "with logs.libraries_print_to_the_log():\n"
+        "    log.info('data_formatted', train_records=1350, held_out_records=150, tokens=182334, longest_tokens=211, steps=170)"
+    )
+    leader, follower = pty.openpty()
+    fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    environment = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "NO_COLOR")}
+    subprocess.run([sys.executable, "-c", program], stderr=follower, env={**environment, "TERM": "xterm"}, timeout=60, check=True)
+    assert select.select([leader], [], [], 10)[0]
+    shown = re.sub("\x1b\\[[0-9;]*m", "", os.read(leader, 65536).decode()).splitlines()
+    os.close(follower)
+    os.close(leader)
+    assert len(shown) > 1
+    assert max(map(cell_len, shown)) <= columns
+    assert "held_out_records=150" in " ".join(shown)
+    assert re.match(r"\d\d:\d\d:\d\d \[", shown[0])

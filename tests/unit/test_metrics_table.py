@@ -9,6 +9,7 @@ from made_metrics import made_run
 from rich.console import Console
 
 from lora_trainer.evaluate.metrics import RunMetrics
+from lora_trainer.evaluate.scope import scope
 from lora_trainer.report import metrics_table
 
 
@@ -28,10 +29,18 @@ def test_the_table_has_the_metrics_numbers(flaws: float) -> None:
     for gate in metrics.verdict.gates:
         digits = "g" if gate.is_count else ".3f"
         assert f"{gate.compared:{digits}}" in lines[gate.name]
+        for number in (gate.floor, gate.ceiling):
+            assert ("–" if number is None else f"{number:{digits}}") in lines[gate.name]
         assert ("ok" if gate.passed else f"missed by {gate.missed_by:{digits}}") in lines[gate.name]
+    # beside the verdict, before its numbers
+    covered = scope(metrics.verdict)
+    assert covered.judged in text.partition("exact_json")[0]
+    assert covered.not_judged in text.partition("exact_json")[0]
     greedy = metrics.evaluation.greedy
     assert f"{greedy.adapter.exact_json.value:.1%}" in lines["exact JSON"]
     assert f"{greedy.base.informal_speech.value:.1%}" in lines["반말"]
+    assert metrics.evaluation.people is not None
+    assert f"{metrics.evaluation.people.persona.value:.1%}" in lines["recognised as this persona"]
     assert f"{metrics.held_out.loss_adapter:.3f}" in lines["held-out loss"]
 
 

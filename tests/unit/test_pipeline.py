@@ -22,12 +22,13 @@ from lora_trainer.config_sources import settle
 from lora_trainer.data.evaluation_prompts import evaluation_prompts
 from lora_trainer.errors import ConfigError, DataError
 from lora_trainer.evaluate import gates
+from lora_trainer.evaluate.advice import Known
 from lora_trainer.evaluate.metrics import RunMetrics, Verdict
 from lora_trainer.evaluate.questions import evaluation_id, prompts_digest
 from lora_trainer.run import identity as identities
 from lora_trainer.run import inputs, publication, training
 from lora_trainer.run.bundle_files import write_evaluation
-from lora_trainer.run.evaluation import Evaluated, decide
+from lora_trainer.run.evaluation import Evaluated, decide, known_of
 from lora_trainer.run.job import Job
 from lora_trainer.run.progress import RunProgress
 from lora_trainer.run.training import Trained
@@ -193,13 +194,13 @@ def made() -> MadeRun:
 
 def test_the_metrics_add_up(tmp_path: Path, made: MadeRun) -> None:
     sequence = TokenSequence((1, 2, 3), 1)
-    split = training.TokenizedData([], [sequence] * 9, [sequence] * 2, 0)
+    split = training.TokenizedData([], [sequence] * 9, [], [sequence] * 2, 0)
     plan = training.TrainingPlan(TINY_BASE, split, [[0]] * 3, MemoryPlan("off", 512, None, "as told"))
     job = Job(config(tmp_path))
     data = inputs.fetch(job)
     identity = identities.identify(job, data, evaluation_prompts())
     evaluated = Evaluated(made.metrics.evaluation, list(made.replies))
-    verdict = decide(job, evaluated.metrics)
+    verdict = decide(job, evaluated.metrics, Known())
     folder = fresh_folder(tmp_path / "bundle")
     publication.assemble(job, open_backend(job.config), folder, identity, data, plan, trained(), evaluated, verdict)
     document = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
@@ -234,15 +235,21 @@ def test_the_metrics_add_up(tmp_path: Path, made: MadeRun) -> None:
 @pytest.mark.parametrize(("threshold", "passed"), [(0.5, True), (0.97, False)])
 def test_the_verdict_is_said(tmp_path: Path, made: MadeRun, threshold: float, passed: bool) -> None:
     """With only 48 replies, the lower bound cannot reach 0.97, however good they are."""
+    training = made.metrics.training.model_copy(update={"held_out_losses": (), "kept_step": None})
     with capture_logs() as events:
         verdict = decide(
-            Job(config(tmp_path, **{"gates.exact_json": threshold, **no_gates("exact_json")})), made.metrics.evaluation
+            Job(config(tmp_path, **{"gates.exact_json": threshold, **no_gates("exact_json")})),
+            made.metrics.evaluation,
+            known_of(training, loss_base=2.0, loss_adapter=2.5),
         )
     (event,) = events
     assert (event["event"], event["passed"], verdict.passed) == ("gates_decided", passed, passed)
     assert event["gate_id"] == verdict.gate_id
     assert event["missed"] == gates.missed_gate_messages(verdict)
     assert len(event["missed"]) == (0 if passed else 1)
+    # a loss above the base's is all that this job knows about overfitting
+    assert ["overfitted" in line for line in event["missed"]] == ([] if passed else [True])
+    assert event["not_judged"] == {"sense": "no_judge", "harmful": "off", "incomplete": "off"}
 
 
 def test_publication_then_pointer_then_the_local_copy_goes(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from rich.console import Console
+from structlog.testing import capture_logs
 
 from lora_trainer.run import progress
 from lora_trainer.run.progress import RunProgress
@@ -74,6 +75,65 @@ def test_a_bar_on_a_terminal_only(path: Path) -> None:
             run.step(log(2), 2)
         assert ("2/2" in stream.getvalue()) is terminal
         assert ("loss 1.235  2,000 tok/s" in stream.getvalue()) is terminal
+
+
+def reply_in_fours(run: RunProgress, batches: int) -> None:
+    for _ in range(batches):
+        run.replied(4, model="adapter", decoding="greedy")
+
+
+def test_replies_are_told_while_they_come(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "WRITE_EVERY_S", 0.0)
+    monkeypatch.setattr(progress, "LOG_EVERY_S", 0.0)
+    run = RunProgress(path, "0123", "A", None)
+    with run.training(2):
+        run.step(log(1), 2)
+        run.step(log(2), 2)
+    with capture_logs() as events, run.evaluating(12):
+        assert read(path) == {"run_id": "0123", "blood_type": "A", "stage": "evaluate", "step": 0, "of": 12}
+        reply_in_fours(run, 3)
+    assert (read(path)["step"], read(path)["of"], read(path)["eta_s"]) == (12, 12, 0.0)
+    assert [(event["event"], event["replies"], event["of"]) for event in events] == [
+        ("evaluation_progress", number, 12) for number in (4, 8, 12)
+    ]
+    assert all((event["model"], event["decoding"], event["eta_s"] >= 0) == ("adapter", "greedy", True) for event in events)
+
+
+def test_the_time_left_follows_from_the_replies_so_far(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "WRITE_EVERY_S", 0.0)
+    now_s = [100.0]
+    monkeypatch.setattr("lora_trainer.run.progress.time.monotonic", lambda: now_s[0])
+    run = RunProgress(path, "0123", "A", None)
+    with run.evaluating(1920):
+        now_s[0] += 30
+        run.replied(480, model="adapter", decoding="greedy")
+        assert read(path)["eta_s"] == 90.0
+
+
+def test_not_every_batch_is_a_line(path: Path) -> None:
+    run = RunProgress(path, "0123", "A", None)
+    with capture_logs() as events, run.evaluating(400):
+        reply_in_fours(run, 100)
+    # all of them within the first ten seconds
+    assert events == []
+
+
+def test_a_bar_for_replies_on_a_terminal_only(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "LOG_EVERY_S", 0.0)
+    for terminal in (True, False):
+        stream = io.StringIO()
+        run = RunProgress(path, "0123", "A", Console(file=stream, force_terminal=terminal, width=100))
+        # the bar of the training must not come back
+        with run.training(3):
+            run.step(log(1), 3)
+            run.step(log(2), 3)
+        before = len(stream.getvalue())
+        with capture_logs() as events, run.evaluating(8):
+            reply_in_fours(run, 2)
+        drawn = stream.getvalue()[before:]
+        assert ("8/8" in drawn and "adapter, greedy" in drawn) is terminal
+        assert "2/3" not in drawn
+        assert bool(events) is not terminal
 
 
 def test_a_failure_in_training_passes_through(path: Path) -> None:

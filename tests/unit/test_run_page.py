@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import re
+from collections import Counter
 from html.parser import HTMLParser
 
 import pytest
@@ -14,15 +15,20 @@ from lora_trainer.data.harmful import Harm
 from lora_trainer.evaluate import gates
 from lora_trainer.evaluate.metrics import Estimate, RepliesMetrics, RunMetrics
 from lora_trainer.evaluate.rules import ScoredReply
+from lora_trainer.evaluate.scope import scope
+from lora_trainer.report.drawn_replies import DRAWN, drawn_replies
 from lora_trainer.report.formatting import LABELS, number_text, settings_table
 from lora_trainer.report.html import display_text
-from lora_trainer.report.run_page import SHOWN_REPLIES, binned, run_page
+from lora_trainer.report.reply_cards import SHOWN_REPLIES
+from lora_trainer.report.run_page import binned, run_page
 
 SECTIONS = [
     "verdict",
+    "drawn",
     "gates",
     "about",
     "metrics",
+    "feelings",
     "tags",
     "emoji",
     "training",
@@ -91,7 +97,7 @@ def test_sections_in_order(page: str) -> None:
     assert Reader(page).sections == expected
     assert page.count("<svg") == 4
     targets = {attributes["href"] for tag, attributes in Reader(page).tags if tag == "a"}
-    assert targets == {f"#{name}" for name in expected if name not in ("verdict", "gates")}
+    assert targets == {f"#{name}" for name in expected if name != "verdict"}
 
 
 def test_nothing_is_fetched_and_nothing_runs(page: str) -> None:
@@ -122,16 +128,17 @@ def test_numbers_are_those_of_the_metrics(made: MadeRun, page: str) -> None:
     assert evaluation.sampled is not None
     names = [name for name, field in RepliesMetrics.model_fields.items() if field.annotation is Estimate]
     assert len(names) == 15
-    for measured in (evaluation.greedy, evaluation.sampled):
-        for replied in (measured.adapter, measured.base):
-            for name in names:
-                estimate: Estimate = getattr(replied, name)
-                assert estimate.lower is not None
-                assert estimate.upper is not None
-                value, lower, upper = (
-                    number_text(name, number).replace("\u00a0", " ") for number in (estimate.value, estimate.lower, estimate.upper)
-                )
-                assert f"{value} {lower} to {upper}" in words, name
+    assert evaluation.people is not None
+    models = [model for measured in (evaluation.greedy, evaluation.sampled) for model in (measured.adapter, measured.base)]
+    for replied in (*models, evaluation.people):
+        for name in names:
+            estimate: Estimate = getattr(replied, name)
+            assert estimate.lower is not None
+            assert estimate.upper is not None
+            value, lower, upper = (
+                number_text(name, number).replace("\u00a0", " ") for number in (estimate.value, estimate.lower, estimate.upper)
+            )
+            assert f"{value} {lower} to {upper}" in words, name
     held_out, training = made.metrics.held_out, made.metrics.training
     for text in (
         f"{held_out.loss_adapter:.3f}",
@@ -152,14 +159,15 @@ def test_numbers_are_those_of_the_metrics(made: MadeRun, page: str) -> None:
 
 
 def test_what_was_not_judged_stands_beside_the_verdict(made: MadeRun, page: str) -> None:
-    assert "Not judged" not in page
+    assert "whether one of them could harm" not in page
     greedy = made.metrics.evaluation.greedy
     untagged = greedy.adapter.model_copy(update={"harmful": None, "harms": {}, "incomplete": None, "by_tag": {}})
     evaluation = made.metrics.evaluation.model_copy(update={"greedy": greedy.model_copy(update={"adapter": untagged})})
     verdict = gates.decide(evaluation, GatesConfig())
     words = Reader(page_of(made, made.metrics.model_copy(update={"evaluation": evaluation, "verdict": verdict}))).words
     assert "All 9 gates passed" in words
-    assert "Not judged: Could harm, Incomplete in a crisis." in words
+    assert "whether one of them could harm (no prompt has the tags that gates.harmful needs)" in words
+    assert words.count("Not judged:") == 1
 
 
 def test_harmful_replies_are_counted_by_what_was_found(made: MadeRun) -> None:
@@ -181,7 +189,7 @@ def test_rates_by_tag_have_bounds_and_no_gate(made: MadeRun, page: str) -> None:
         rate = measured.fits_message
         assert rate.lower is not None
         assert f"{tag.replace('_', ' ')} adapter {measured.prompts} {measured.replies}" in words
-        assert f"{100 * rate.value:.1f} % {100 * rate.lower:.1f} %" in words
+        assert f"{100 * rate.value:.1f} % {100 * rate.lower:.0f} – " in words
     assert "240 prompts at 2 of the intensities 0.1, 0.4, 0.7, 1" in words
 
 
@@ -195,7 +203,7 @@ def test_prompts_without_tags_have_no_table_of_them(made: MadeRun) -> None:
 def test_a_passed_verdict(made: MadeRun, page: str) -> None:
     assert made.metrics.verdict.passed
     words = Reader(page).words
-    assert "✓ Passed All 11 gates passed" in words
+    assert "✓ Passed sense: not_judged All 11 gates passed" in words
     assert page.count('class="gate"') == 11
     assert "missed by" not in words
     assert f"<title>Persona A: passed · run {made.metrics.run_id}</title>" in page
@@ -206,7 +214,7 @@ def test_a_failed_verdict_names_each_gate_and_what_to_do() -> None:
     failed = [gate for gate in made.metrics.verdict.gates if not gate.passed]
     assert {"exact_json", "informal_speech"} <= {gate.name for gate in failed}
     words = Reader(page_of(made)).words.replace("\u00a0", " ")
-    assert f"✗ Not passed {len(failed)} of 11 gates missed" in words
+    assert f"✗ Not passed sense: not_judged {len(failed)} of 11 gates missed" in words
     for gate, line in zip(failed, gates.missed_gate_messages(made.metrics.verdict), strict=True):
         advice = line.partition("; ")[2]
         assert advice
@@ -221,7 +229,7 @@ def test_without_gates(made: MadeRun) -> None:
     none = GatesConfig.model_validate(dict.fromkeys(GatesConfig.model_fields))
     verdict = gates.decide(made.metrics.evaluation, none)
     read = Reader(page_of(made, made.metrics.model_copy(update={"verdict": verdict})))
-    assert "No gates are configured, so nothing was checked." in read.words
+    assert "No gates sense: not_judged Nothing was judged: every gate is off. Not judged: " in read.words
     assert "gates" not in read.sections
 
 
@@ -269,8 +277,107 @@ def test_curves_are_thinned_evenly_and_nothing_is_lost(steps: int, expected: int
 # --- replies -----------------------------------------------------------------------------------------------
 
 
-def cards(page: str) -> list[str]:
-    return re.findall("<article.*?</article>", page, re.DOTALL)
+def cards(page: str, section: str = "replies") -> list[str]:
+    found = re.search(f'<section id="{section}">.*?</section>', page, re.DOTALL)
+    assert found is not None
+    return re.findall("<article.*?</article>", found[0], re.DOTALL)
+
+
+def test_twenty_replies_are_drawn_by_the_run_and_not_by_their_score(made: MadeRun, page: str) -> None:
+    drawn = drawn_replies(made.replies, made.metrics.run_id)
+    assert len({reply.prompt for reply, _ in drawn}) == len(drawn) == DRAWN
+    found = cards(page, "drawn")
+    assert len(found) == DRAWN
+    for card, (mine, base) in zip(found, drawn, strict=True):
+        assert base is not None
+        assert (mine.model, mine.decoding, base.model, base.decoding) == ("adapter", "greedy", "base", "greedy")
+        assert (base.prompt, base.intensity) == (mine.prompt, mine.intensity)
+        text = html.unescape(card)
+        for part in (mine.input, mine.summary, mine.text or mine.reply[:40], base.text or base.reply[:40]):
+            assert display_text(part) in text
+        assert f"{mine.feeling}, intensity {mine.intensity:g}" in text
+    # the order of the lines and the scores change nothing, another run does
+    worse = [reply.model_copy(update={"score": 1 - reply.score}) for reply in reversed(made.replies)]
+    questions = [(reply.prompt, reply.intensity) for reply, _ in drawn]
+    assert [(reply.prompt, reply.intensity) for reply, _ in drawn_replies(worse, made.metrics.run_id)] == questions
+    assert [(reply.prompt, reply.intensity) for reply, _ in drawn_replies(made.replies, "another")] != questions
+
+
+def test_a_draw_is_fair(made: MadeRun) -> None:
+    """Every prompt and intensity is drawn about equally often."""
+    prompts, intensities = Counter[int](), Counter[float]()
+    for number in range(600):
+        for reply, _ in drawn_replies(made.replies, f"run {number}"):
+            prompts[reply.prompt] += 1
+            intensities[reply.intensity] += 1
+    # 12,000 draws of 240 prompts: 50 each, give or take 7
+    assert len(prompts) == 240
+    assert min(prompts.values()) > 20
+    assert max(prompts.values()) < 85
+    assert max(intensities.values()) < 1.1 * min(intensities.values())
+
+
+def test_fewer_replies_than_wanted_and_no_base(made: MadeRun) -> None:
+    few = [reply for reply in made.replies if reply.prompt < 3 and reply.model == "adapter"]
+    drawn = drawn_replies(few, "run")
+    assert sorted(reply.prompt for reply, _ in drawn) == [0, 1, 2]
+    assert {base for _, base in drawn} == {None}
+    assert drawn_replies([], "run") == []
+
+
+def test_the_verdict_comes_first_and_says_what_nobody_judged(made: MadeRun, page: str) -> None:
+    covered = scope(made.metrics.verdict)
+    first = page.partition('<section id="drawn">')[0]
+    assert covered.judged in first
+    assert covered.not_judged in first
+    assert ">sense: not_judged</code>" in first
+
+
+def test_harmful_replies_are_shown_with_what_was_found(made: MadeRun, page: str) -> None:
+    assert 'id="harmful"' not in page
+    at = next(
+        at for at, one in enumerate(made.replies) if one.tags and one.text and (one.model, one.decoding) == ("adapter", "greedy")
+    )
+    harmful = made.replies[at].model_copy(update={"harms": (Harm.WRONG_NUMBER,), "warnings": ("harmful",)})
+    greedy = made.metrics.evaluation.greedy
+    adapter = greedy.adapter.model_copy(update={"harmful": 1, "harms": {Harm.WRONG_NUMBER: 1}})
+    evaluation = made.metrics.evaluation.model_copy(update={"greedy": greedy.model_copy(update={"adapter": adapter})})
+    metrics = made.metrics.model_copy(update={"evaluation": evaluation})
+    shown = page_of(made, metrics, [*made.replies[:at], harmful, *made.replies[at + 1 :]])
+    section = shown.partition('<section id="harmful">')[2].partition("</section>")[0]
+    assert display_text(harmful.input, 300) in html.unescape(section)
+    assert "<li>could harm: wrong number</li>" in section
+
+
+def test_gates_show_a_floor_and_a_ceiling(made: MadeRun, page: str) -> None:
+    people = made.metrics.evaluation.people
+    assert people is not None
+    words = Reader(page).words.replace("\u00a0", " ")
+    base = made.metrics.evaluation.greedy.base
+    for name in ("exact_json", "informal_speech", "persona"):
+        floor, ceiling = f"{100 * getattr(base, name).value:.1f} %", f"{100 * getattr(people, name).value:.1f} %"
+        assert f"{floor} {ceiling}" in words
+    assert "50.0 % –" in words, "the win rate has no ceiling"
+
+
+def test_a_run_that_measured_no_people(made: MadeRun) -> None:
+    evaluation = made.metrics.evaluation.model_copy(update={"people": None})
+    update = {"evaluation": evaluation, "verdict": gates.decide(evaluation, GatesConfig())}
+    page = page_of(made, made.metrics.model_copy(update=update))
+    assert page.count('data-name="people, ceiling">–<') == 11
+    assert "<td>people</td>" not in page
+
+
+def test_rates_by_feeling(made: MadeRun, page: str) -> None:
+    words = Reader(page).words.replace("\u00a0", " ")
+    evaluation = made.metrics.evaluation
+    assert evaluation.people is not None
+    adapter = evaluation.greedy.adapter.by_feeling
+    assert sum(measured.replies for measured in adapter.values()) == evaluation.replies
+    for feeling, measured in adapter.items():
+        assert f"{feeling} adapter {measured.prompts} {measured.replies}" in words
+        if people := evaluation.people.by_feeling.get(feeling):
+            assert f"people {people.prompts} {people.replies}" in words
 
 
 def test_best_and_worst_are_chosen_once_a_prompt(made: MadeRun, page: str) -> None:

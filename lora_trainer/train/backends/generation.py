@@ -12,7 +12,7 @@ import torch
 from peft import PeftModel
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedTokenizerBase
 
-from lora_trainer.evaluate.decoding import Decoding, Generation, require_room
+from lora_trainer.evaluate.decoding import Decoding, Generation, OnReplies, require_room
 
 LogitsProcessor = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """Maps the token ids so far [B, T] and the next token's logits [B, V] to new logits."""
@@ -25,12 +25,13 @@ def generate(
     decoding: Decoding,
     batch_size: int,
     processors: Callable[[], Sequence[LogitsProcessor]] | None = None,
+    on_replies: OnReplies = lambda _: None,
 ) -> list[Generation]:
     """Return the continuation of each prompt, in order. Prompts must already be rendered with the chat template.
 
     Prompts of similar length share a batch, padded on the left. Greedy replies depend only on the prompt, up to rounding. Sampled
     replies also depend on the seed and the batch: only the same prompts in the same order reproduce them.
-    `processors` returns new logits processors for each batch.
+    `processors` returns new logits processors for each batch. `on_replies` is called after each batch with its number of replies.
 
     Raises `PromptTooLongError` if a whole reply would not fit behind a prompt.
     """
@@ -55,6 +56,7 @@ def generate(
             # [B, T + N]: generate() returns the prompt as well
             for index, row in zip(members, written[:, ids.shape[1] :].tolist(), strict=True):
                 found[index] = _read(tokenizer, row)
+            on_replies(len(members))
     return [found[index] for index in range(len(encoded))]
 
 

@@ -11,7 +11,7 @@ from lora_trainer.base_files.check import folder_template
 from lora_trainer.base_model import require_safetensors
 from lora_trainer.config import RunConfig
 from lora_trainer.errors import HardwareError, InvariantError
-from lora_trainer.evaluate.decoding import Decoding, Generation, require_room
+from lora_trainer.evaluate.decoding import Decoding, Generation, OnReplies, require_room
 from lora_trainer.persona.prompt import Message
 from lora_trainer.signals import Interruption
 from lora_trainer.store.checkpoints import Snapshot
@@ -382,8 +382,11 @@ class TransformersBackend:
         adapter: bool,
         batch_size: int,
         processors: Callable[[], Sequence[LogitsProcessor]] | None = None,
+        on_replies: OnReplies = lambda _: None,
     ) -> list[Generation]:
         """Return the reply of the adapter, or of the base without it, to each conversation, in order.
+
+        `on_replies` is called with the number of new replies whenever some are finished.
 
         Raises `HardwareError` on OOM, `DataError` for text that would become a control token or leaves no room for a reply.
         """
@@ -396,7 +399,7 @@ class TransformersBackend:
             if not adapter:
                 stack.enter_context(self.model.disable_adapter())
             try:
-                return generate(self.model, self.tokenizer, prompts, decoding, batch_size, processors)
+                return generate(self.model, self.tokenizer, prompts, decoding, batch_size, processors, on_replies)
             except torch.OutOfMemoryError as error:
                 raise HardwareError(
                     f"GPU memory ran out while {batch_size} replies were generated at once, peak {self.peak_memory_gib():.1f} GiB: "
