@@ -113,7 +113,7 @@ def test_too_few_records_say_how_many_are_enough() -> None:
     assert "35 records" in text
     assert f"at least {ENOUGH_RECORDS}" in text
     assert f"{CELLS - 1} of the {CELLS}" in text
-    assert "2 would be held out" in text
+    assert "4 would be held out" in text
 
 
 def test_a_feeling_without_records_is_named_by_count() -> None:
