@@ -8,7 +8,7 @@ reproducible.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Literal
@@ -61,6 +61,20 @@ _SCHEMA: Final[dict[str, Any]] = {
 
 
 @dataclass(frozen=True, slots=True)
+class Completion:
+    """A server's answer to one request, or why there is none."""
+
+    content: str | None
+    requests: int = 1
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    failure: str = ""
+    """Kind of a failure that another request may not have."""
+    fatal: str = ""
+    """What is wrong if every request would fail, as a message."""
+
+
+@dataclass(frozen=True, slots=True)
 class _Answer:
     winner: Literal["first", "second", "tie"] | None
     requests: int = 1
@@ -75,7 +89,7 @@ def check_judge(config: EvaluationConfig) -> None:
     if config.judge_model is None:
         return
     answer = _ask(
-        _client(config), config.judge_model, system_prompt(BloodType.A), "지금 뭐 해?\n\n[first]\n책 읽어.\n\n[second]\n책 봐."
+        open_client(config), config.judge_model, system_prompt(BloodType.A), "지금 뭐 해?\n\n[first]\n책 읽어.\n\n[second]\n책 봐."
     )
     if answer.fatal:
         raise ConfigError(f"evaluation.judge_base_url: {config.judge_base_url}: {answer.fatal}")
@@ -105,7 +119,7 @@ def judge_replies(config: EvaluationConfig, blood_type: BloodType, replies: Sequ
     """Return the judge's preferences, or None if no judge is configured. Counts failed requests instead of raising."""
     if config.judge_model is None:
         return None
-    client, system = _client(config), system_prompt(blood_type)
+    client, system = open_client(config), system_prompt(blood_type)
     asked = pairs(replies)
     questions = [user_prompt(*ordered) for pair in asked for ordered in (pair, pair[::-1])]
     with ThreadPoolExecutor(CONCURRENCY, thread_name_prefix="judge") as pool:
@@ -157,7 +171,8 @@ def user_prompt(first: ScoredReply, second: ScoredReply) -> str:
     return escape_control_tokens("\n".join(lines))
 
 
-def _client(config: EvaluationConfig) -> OpenAI:
+def open_client(config: EvaluationConfig) -> OpenAI:
+    """Return a client of `evaluation.judge_base_url`."""
     from openai import OpenAI
 
     # the client requires a key even if a self-hosted server does not
@@ -167,6 +182,19 @@ def _client(config: EvaluationConfig) -> OpenAI:
 
 def _ask(client: OpenAI, model: str, system: str, question: str) -> _Answer:
     """Ask for one opinion. Never raises for a failed request: the returned answer describes the failure."""
+    completion = complete(client, model, system, question, _SCHEMA)
+    winner = None
+    failure = completion.failure
+    if completion.content is not None:
+        try:
+            winner = _Opinion.model_validate_json(completion.content).winner
+        except ValidationError:
+            failure = "no_opinion"
+    return _Answer(winner, completion.requests, completion.prompt_tokens, completion.completion_tokens, failure, completion.fatal)
+
+
+def complete(client: OpenAI, model: str, system: str, question: str, schema: Mapping[str, Any]) -> Completion:
+    """Ask for JSON of `schema`. Never raises for a failed request: the returned completion describes the failure."""
     import openai
 
     try:
@@ -175,31 +203,34 @@ def _ask(client: OpenAI, model: str, system: str, question: str) -> _Answer:
             messages=[{"role": "system", "content": system}, {"role": "user", "content": question}],
             temperature=0,
             max_tokens=_MAX_TOKENS,
-            response_format={"type": "json_schema", "json_schema": {"name": "opinion", "strict": True, "schema": _SCHEMA}},
+            response_format={
+                "type": "json_schema",
+                "json_schema": {"name": "opinion", "strict": True, "schema": dict(schema)},
+            },
         )
         completion = raw.parse()
-        text = completion.choices[0].message.content or ""
+        content = completion.choices[0].message.content or ""
         usage = completion.usage
-        return _Answer(
-            _Opinion.model_validate_json(text).winner,
+        return Completion(
+            content,
             1 + raw.retries_taken,
             usage.prompt_tokens if usage else 0,
             usage.completion_tokens if usage else 0,
         )
     except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
-        return _Answer(None, fatal=f"does not accept the API key (HTTP {error.status_code}); set OPENAI_API_KEY")
+        return Completion(None, fatal=f"does not accept the API key (HTTP {error.status_code}); set OPENAI_API_KEY")
     except openai.NotFoundError:
-        return _Answer(
+        return Completion(
             None, fatal=f"has no model {model!r} at this URL (HTTP 404); check evaluation.judge_model and that the URL ends in /v1"
         )
     except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
-        return _Answer(
+        return Completion(
             None, fatal=f"rejects the request (HTTP {error.status_code}); it must support response_format and max_tokens"
         )
     except openai.APIStatusError as error:
-        return _Answer(None, 1 + RETRIES, failure=f"http_{error.status_code}")
+        return Completion(None, 1 + RETRIES, failure=f"http_{error.status_code}")
     except openai.APIError as error:
-        return _Answer(None, 1 + RETRIES, failure=type(error).__name__)
-    except (ValidationError, ValueError, IndexError, AttributeError):
-        # ValidationError means a completion without an opinion; the other errors, a response that is no chat completion
-        return _Answer(None, failure="no_opinion")
+        return Completion(None, 1 + RETRIES, failure=type(error).__name__)
+    except (ValueError, IndexError, AttributeError):
+        # a response that is no chat completion
+        return Completion(None, failure="no_opinion")

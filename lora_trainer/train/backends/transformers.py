@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -25,6 +25,8 @@ from lora_trainer.train.tokenization import ChatTokenizer, TokenSequence, render
 from lora_trainer.train.trackers import tracking
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -403,6 +405,53 @@ class TransformersBackend:
             except torch.OutOfMemoryError as error:
                 raise HardwareError(
                     f"GPU memory ran out while {batch_size} replies were generated at once, peak {self.peak_memory_gib():.1f} GiB: "
+                    "lower evaluation.batch_size"
+                ) from error
+
+    # -- reading with the base ----------------------------------------------------------------------
+
+    def base_reply_features(
+        self, conversations: Sequence[Sequence[Message]], replies: Sequence[str], batch_size: int
+    ) -> NDArray[np.float32]:
+        """Return what the base, without the adapter, computes of each reply behind its conversation: [N, features].
+
+        Raises `HardwareError` on OOM, `DataError` for text that would become a control token.
+        """
+        from lora_trainer.train.backends.reply_features import encode_replies, reply_features
+
+        prompts = render_prompts(conversations, self.tokenizer)
+        with self._reading(batch_size):
+            positions: int = self.model.config.max_position_embeddings
+            return reply_features(self.model, encode_replies(self.tokenizer, prompts, replies, positions), batch_size)
+
+    def base_word_logits(
+        self, conversations: Sequence[Sequence[Message]], words: Sequence[str], batch_size: int
+    ) -> NDArray[np.float32]:
+        """Return the logits with which the base, without the adapter, would begin to answer with each of `words`: [N, W].
+
+        Raises `AmbiguousAnswersError` if two words begin with the same token, otherwise as `base_reply_features` does.
+        """
+        from lora_trainer.train.backends.reply_features import next_token_logits
+
+        prompts = render_prompts(conversations, self.tokenizer)
+        with self._reading(batch_size):
+            return next_token_logits(self.model, self.tokenizer, prompts, words, batch_size)
+
+    @contextmanager
+    def _reading(self, batch_size: int) -> Iterator[None]:
+        """Disable the adapter for the block, and translate the device's errors."""
+        import torch
+
+        from lora_trainer.train.backends.model_modes import inference_mode
+
+        # unlike generate(), a forward pass does not switch Unsloth's mode itself
+        mode = inference_mode(self.model, on_cpu=not self._device.is_cuda)
+        with self.device_faults(), mode, self.model.disable_adapter():
+            try:
+                yield
+            except torch.OutOfMemoryError as error:
+                raise HardwareError(
+                    f"GPU memory ran out while the base read {batch_size} replies at once, peak {self.peak_memory_gib():.1f} GiB: "
                     "lower evaluation.batch_size"
                 ) from error
 
