@@ -22,7 +22,7 @@ import numpy as np
 from conftest import REPOSITORY
 
 from lora_trainer.base_model import Base
-from lora_trainer.config import RunConfig
+from lora_trainer.config import GatesConfig, RunConfig
 from lora_trainer.config_sources import settle
 from lora_trainer.data.evaluation_prompts import evaluation_prompts, helping_numbers
 from lora_trainer.data.harmful import harms, lacks_number, setting
@@ -51,6 +51,8 @@ from lora_trainer.store.manifest import write_manifest
 from lora_trainer.train.schedule import learning_rate_factor
 from lora_trainer.train.step_log import StepLog
 
+FORM_GATES = tuple(name for name in GatesConfig.model_fields if name not in ("sense", "sense_min"))
+"""Gates that rules measure. Only a judge can measure sense."""
 RUN_ID = "3f9c2a7be14d5068"
 BASE_ANSWERS = (
     '{"text": "안녕하세요! 무엇을 도와드릴까요?", "emotion": "smile"}',

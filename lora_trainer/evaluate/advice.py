@@ -22,6 +22,8 @@ _MEND_DATA: Final[Mapping[str, str]] = {
     "emoji_intensity": "make the emoji in the data increase with intensity (validate shows this)",
     "question_rate_min": "add replies to the data that ask something back",
     "question_rate_max": "remove some of the questions from the replies in the data",
+    "sense": "read the replies with the lowest scores (replies.jsonl: sense), and rewrite records whose reply does not answer its "
+    "message",
     "win_rate": "look at the worst replies in report.html",
     "harmful": "read them in report.html (replies.jsonl: harms) first; remove such replies from the data (validate --strict "
     "lists them), add good ones on hard topics (data/POLICY.md), or take a larger base",
@@ -59,6 +61,11 @@ def rose(losses: Sequence[float]) -> bool | None:
 
 def advice(gate: GateResult, known: Known = NOTHING_KNOWN) -> str:
     """Return what to do about the missed `gate`."""
+    if gate.was_not_judged:
+        return (
+            "set evaluation.judge_model to a model that passes the examination, or take a larger base; gates.sense: if_judged "
+            "leaves the verdict to the other gates"
+        )
     mend = _MEND_DATA[gate.name]
     if gate.is_count:
         # a single reply is no rate, which longer training could move

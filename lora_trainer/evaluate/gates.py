@@ -10,6 +10,7 @@ from typing import Final
 from lora_trainer.config import GatesConfig
 from lora_trainer.evaluate.advice import NOTHING_KNOWN, Known, advice
 from lora_trainer.evaluate.metrics import (
+    NOT_JUDGED,
     Estimate,
     EvaluationMetrics,
     GateResult,
@@ -53,12 +54,17 @@ def decide(evaluation: EvaluationMetrics, config: GatesConfig, known: Known = NO
         passed=all(gate.passed for gate in gates),
         gates=gates,
         not_judged=_not_judged(evaluation, config),
+        sense_reason=_why_sense_was_not_judged(evaluation, config),
     )
 
 
 def _not_judged(evaluation: EvaluationMetrics, config: GatesConfig) -> dict[str, NotJudged]:
     """Return what the verdict does not cover, and why."""
-    found: dict[str, NotJudged] = {"sense": "no_judge"}
+    found: dict[str, NotJudged] = {}
+    if config.sense is None:
+        found["sense"] = "off"
+    elif evaluation.sense is None or evaluation.sense.sense is None:
+        found["sense"] = "no_judge"
     adapter = evaluation.greedy.adapter
     for name, threshold, measured in (
         ("harmful", config.harmful, adapter.harmful),
@@ -69,6 +75,12 @@ def _not_judged(evaluation: EvaluationMetrics, config: GatesConfig) -> dict[str,
         elif measured is None:
             found[name] = "no_tags"
     return found
+
+
+def _why_sense_was_not_judged(evaluation: EvaluationMetrics, config: GatesConfig) -> str:
+    if config.sense is None:
+        return ""
+    return evaluation.sense.reason if evaluation.sense is not None else "this evaluation did not look at it"
 
 
 def value_misses(name: str, value: float, config: GatesConfig) -> bool:
@@ -99,6 +111,31 @@ def _gates(evaluation: EvaluationMetrics, config: GatesConfig) -> Iterator[GateR
         yield _compare("harmful", "number of replies", adapter.harmful, adapter.harmful, config.harmful)
     if config.incomplete is not None and adapter.incomplete is not None:
         yield _gate("incomplete", adapter.incomplete, "upper 95 % bound (exact, by prompt)", config.incomplete)
+    if config.sense is not None and (gate := _sense_gate(evaluation, config)) is not None:
+        yield gate
+
+
+def _sense_gate(evaluation: EvaluationMetrics, config: GatesConfig) -> GateResult | None:
+    """Return the gate of sense; None if nobody judged it and nobody has to, or if it has no threshold."""
+    judged = evaluation.sense.sense if evaluation.sense is not None else None
+    threshold = config.sense_min
+    if judged is None:
+        if config.sense != "required":
+            return None
+        return GateResult(
+            name="sense", measure=NOT_JUDGED, value=0.0, compared=0.0, relation=">=", threshold=threshold or 0.0, passed=False
+        )
+    if threshold is None:
+        return None
+    return GateResult(
+        name="sense",
+        measure="lower 95 % bound (corrected for the judge's errors)",
+        value=judged.value,
+        compared=judged.lower,
+        relation=">=",
+        threshold=threshold,
+        passed=passes(judged.lower, ">=", threshold),
+    )
 
 
 def _gate(name: str, estimate: Estimate, measure: str, threshold: float) -> GateResult:
@@ -126,6 +163,8 @@ def _explained(gate: GateResult, evaluation: EvaluationMetrics, known: Known) ->
     """Return `gate` with its floor, its ceiling and, if it was missed, the advice."""
     floor: float | None
     ceiling: float | None
+    if gate.name == "sense":
+        return gate if gate.passed else gate.model_copy(update={"advice": advice(gate, known)})
     if gate.name == "win_rate":
         # the base against itself; people's replies answer other prompts than the base's
         floor, ceiling = 0.5, None
@@ -143,10 +182,12 @@ def _value(measured: Estimate | int | None) -> float | None:
 
 def missed_gate_messages(verdict: Verdict) -> list[str]:
     """Return one line per missed gate, with the measured bound, the threshold, the difference and advice."""
-    return [f"{_missed(gate)}{gate.advice and f'; {gate.advice}'}" for gate in verdict.gates if not gate.passed]
+    return [f"{_missed(gate, verdict)}{gate.advice and f'; {gate.advice}'}" for gate in verdict.gates if not gate.passed]
 
 
-def _missed(gate: GateResult) -> str:
+def _missed(gate: GateResult, verdict: Verdict) -> str:
+    if gate.was_not_judged:
+        return f"gates.{gate.name}: required, and nobody could judge it: {verdict.sense_reason}"
     if gate.is_count:
         return (
             f"gates.{gate.name}: got {gate.compared:g} ({gate.measure}), expected {gate.relation} {gate.threshold:g}: missed by "

@@ -12,11 +12,12 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from lora_trainer.data.harmful import Harm
 from lora_trainer.data.records import PromptTag
+from lora_trainer.evaluate.sense_metrics import SenseMetrics
 from lora_trainer.persona.vocabulary import BloodType
 
 METRICS_SCHEMA: Final = 3
 Sense = Literal["judged", "not_judged"]
-"""Whether anybody judged that the replies make sense."""
+"""Whether a judge that passed its examination has judged if the replies make sense."""
 NotJudged = Literal["no_judge", "no_tags", "off"]
 """Why something was not judged: nothing can judge it, no prompt has the tags that its gate needs, or its gate is off."""
 
@@ -167,6 +168,10 @@ class EvaluationMetrics(_Part):
         "before 0.2.",
     )
     judge: JudgeMetrics | None = None
+    sense: SenseMetrics | None = Field(
+        default=None,
+        description="Whether the replies make sense, and how each judge did in its examination; none if gates.sense is none.",
+    )
     data_emoji_by_third: Mapping[str, float] = Field(description="Mean emoji count in the training data, by third of intensity.")
     rules: Mapping[str, float] = Field(description="Points of the rule score, by rule.")
     versions: Mapping[str, str] = Field(
@@ -174,6 +179,8 @@ class EvaluationMetrics(_Part):
     )
 
 
+NOT_JUDGED: Final = "not judged"
+"""The measure of a gate that requires a judgement which nobody could give; its numbers are 0."""
 Relation = Literal[">=", ">", "<="]
 
 
@@ -201,6 +208,11 @@ class GateResult(_Part):
     advice: str = Field(default="", description="What to do about a missed gate; empty for a passed one.")
 
     @property
+    def was_not_judged(self) -> bool:
+        """Whether the gate requires a judgement that nobody gave."""
+        return self.measure == NOT_JUDGED
+
+    @property
     def ceiling_misses(self) -> bool:
         """Whether the data's own replies miss the threshold, so that an adapter that learns them does, too."""
         return self.ceiling is not None and not passes(self.ceiling, self.relation, self.threshold)
@@ -225,6 +237,9 @@ class Verdict(_Part):
     not_judged: Mapping[str, NotJudged] = Field(
         default={"sense": "no_judge", "harmful": "no_judge", "incomplete": "no_judge"},
         description="What the verdict does not cover (sense, harmful, incomplete), and why.",
+    )
+    sense_reason: str = Field(
+        default="", description="Why nobody could judge sense; empty if somebody did, if its gate is off, and before 0.2."
     )
 
     @property

@@ -11,6 +11,7 @@ from typing import Final
 
 from lora_trainer.config import EvaluationConfig
 from lora_trainer.data.records import EvaluationPrompt
+from lora_trainer.evaluate.sense_examination import SENSE_VERSION
 from lora_trainer.persona.prompt import PROMPT_VERSION, Message, prompt_messages
 from lora_trainer.persona.specs import persona_spec
 from lora_trainer.persona.vocabulary import BloodType
@@ -90,13 +91,17 @@ def evaluation_id(config: EvaluationConfig, prompts_sha256: str, prompt_version:
         "evaluation_version": EVALUATION_VERSION,
         "prompt_version": prompt_version,
         "prompts_sha256": prompts_sha256,
-        "classifier_sha256": hashlib.sha256(
-            resources.files("lora_trainer.evaluate").joinpath("assets/persona_classifier.npz").read_bytes()
-        ).hexdigest(),
+        "classifier_sha256": _asset_sha256("persona_classifier.npz"),
+        "sense_version": SENSE_VERSION,
+        "sense_examples_sha256": _asset_sha256("sense_examples.jsonl"),
         # exclude settings that do not change the result; the prompts' content is hashed above
         "settings": config.model_dump(mode="json", exclude={"prompts", "batch_size", "judge_base_url"}),
     }
     return hashlib.sha256(json.dumps(ingredients, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _asset_sha256(name: str) -> str:
+    return hashlib.sha256(resources.files("lora_trainer.evaluate").joinpath("assets", name).read_bytes()).hexdigest()
 
 
 def instruction_of(blood_type: BloodType) -> str:

@@ -22,6 +22,7 @@ _FORMS: Final[Mapping[str, str]] = {
 """What each gate looks at."""
 _SAFETY: Final[Mapping[str, str]] = {"harmful": "harm that rules can see", "incomplete": "what a crisis calls for"}
 """The same for the gates that look at more than form."""
+_SENSE: Final = "sense, by a judge that passed its examination"
 _UNKNOWN: Final[Mapping[str, str]] = {
     "sense": "whether the replies make sense and answer what was said",
     "harmful": "whether one of them could harm",
@@ -55,15 +56,19 @@ def scope(verdict: Verdict) -> Scope:
     names = [gate.name for gate in verdict.gates]
     forms = dict.fromkeys(_FORMS[name] for name in names if name in _FORMS)
     safety = [_SAFETY[name] for name in names if name in _SAFETY]
-    if safety:
-        judged = f"Judged: {', '.join((*forms, *safety))}."
+    # a gate of sense that nobody could judge is missed, and still says nothing
+    sense = [_SENSE] if verdict.sense == "judged" else []
+    if safety or sense:
+        judged = f"Judged: {', '.join((*forms, *sense, *safety))}."
     elif forms:
         judged = f"Form alone was judged: {', '.join(forms)}."
     else:
         judged = "Nothing was judged: every gate is off."
-    unknown = [
-        f"{what} ({_REASONS[verdict.not_judged[name]].format(name)})"
-        for name, what in _UNKNOWN.items()
-        if name in verdict.not_judged
-    ]
+    unknown = [f"{what} ({_reason(name, verdict)})" for name, what in _UNKNOWN.items() if name in verdict.not_judged]
     return Scope(judged, f"Not judged: {'; '.join(unknown)}." if unknown else "", verdict.sense)
+
+
+def _reason(name: str, verdict: Verdict) -> str:
+    if name == "sense" and verdict.sense_reason:
+        return verdict.sense_reason
+    return _REASONS[verdict.not_judged[name]].format(name)

@@ -33,6 +33,7 @@ LABELS: Final[Mapping[str, str]] = {
     "copied_words": "Longest copied run",
     "verbatim_copies": "Verbatim copies",
     "rule_score": "Rule score",
+    "sense": "Makes sense",
     "win_rate": "Win rate against the base",
     "question_rate_min": "Asks back often enough",
     "question_rate_max": "Doesn't always ask back",

@@ -79,7 +79,7 @@ The base's replies are a floor; the data's held-out replies, measured by the sam
 
 The rank correlation of emoji count and intensity is {adapter.emoji_intensity.value:.2f}. By rule score, the adapter beats the
 base in {metrics.evaluation.greedy.win_rate.value:.0%} of the replies.
-
+{_sense(metrics.evaluation)}
 ## Prompt and reply
 
 `prompt.json` holds the template of the system message, with the instruction `{spec.instruction}`. The intensity is one of
@@ -131,6 +131,16 @@ vLLM has not been tried.
 
 def _version_rows(versions: Mapping[str, Sequence[str]]) -> str:
     return "\n".join(f"- transformers {transformers} with PEFT {', '.join(peft)}" for transformers, peft in versions.items())
+
+
+def _sense(evaluation: EvaluationMetrics) -> str:
+    rate = evaluation.sense.sense if evaluation.sense is not None else None
+    if rate is None:
+        return ""
+    return (
+        f"\nA judge that passed an examination on labelled replies finds sense in {rate.value:.0%} of the readable replies (95 % "
+        f"bounds {rate.lower:.0%} and {rate.upper:.0%}, corrected for its errors).\n"
+    )
 
 
 def _card_rows(evaluation: EvaluationMetrics) -> str:

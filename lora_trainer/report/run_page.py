@@ -91,6 +91,7 @@ def run_page(metrics: RunMetrics, facts: Mapping[str, Any], steps: Sequence[Step
         harmful=harmful_cards(replies, metrics),
         **best_and_worst(replies, metrics),
         judge=evaluation.judge,
+        sense=_sense(evaluation),
         judge_track=_judge_track(evaluation),
         data=_data(metrics, facts),
         settings=settings_table(facts["config"]),
@@ -141,6 +142,8 @@ def _verdict(metrics: RunMetrics) -> dict[str, Any]:
 
 
 def _gate_number(gate: GateResult, value: float) -> str:
+    if gate.was_not_judged:
+        return gate.measure
     if gate.is_count:
         return f"{value:g}"
     if gate.name in CORRELATIONS:
@@ -483,6 +486,41 @@ def _held_out(held_out: HeldOutMetrics) -> list[dict[str, Any]]:
 
 
 # --- judge, data, timings --------------------------------------------------------------------------------------------
+
+
+def _sense(evaluation: EvaluationMetrics) -> dict[str, Any] | None:
+    """Return what the judge of sense found, and a row per examined judge and kind of bad reply."""
+    if evaluation.sense is None:
+        return None
+    judged, rate = evaluation.sense, evaluation.sense.sense
+    rows = [
+        {
+            "judge": found.judge,
+            "model": display_text(found.model, MAX_CHARACTERS),
+            "result": "fit for use" if found.fit else "unfit",
+            "kind": str(kind),
+            "replies": f"{part.good:,} and {part.bad:,}",
+            "auc": f"{part.auc:.2f}",
+            "lower": f"{part.lower:.2f}",
+            "required": "–" if part.required is None else f"{part.required:.2f}",
+            "rejected": percent(found.rejected[kind]) if kind in found.rejected else "–",
+            "accepted": percent(found.specificity.value),
+        }
+        for found in judged.examinations
+        for kind, part in found.separation.items()
+    ]
+    return {
+        "judged_by": judged.judged_by,
+        "reason": display_text(judged.reason, 4 * MAX_CHARACTERS),
+        "rows": rows,
+        "rate": None
+        if rate is None
+        else {
+            "value": percent(rate.value),
+            "interval": f"{percent(rate.lower)} to {percent(rate.upper)}",
+            "accepted": f"{rate.accepted:,} of {rate.of:,}",
+        },
+    }
 
 
 def _judge_track(evaluation: EvaluationMetrics) -> dict[str, Any] | None:

@@ -19,6 +19,7 @@ from lora_trainer.evaluate.measures import replies_metrics, win_rate
 from lora_trainer.evaluate.metrics import RunMetrics, Verdict
 from lora_trainer.evaluate.questions import evaluation_id, intensities_of, prompts_digest
 from lora_trainer.evaluate.rules import MODELS, ScoredReply, score_again
+from lora_trainer.evaluate.sense import judged_again
 from lora_trainer.persona.vocabulary import BloodType
 from lora_trainer.run.bundle_files import read_lines, read_prompt_version, read_replies
 from lora_trainer.run.identity import run_id
@@ -227,7 +228,9 @@ def _unproven_verdict(bundle: CheckedBundle) -> Iterator[str]:
         return
     for model in MODELS:
         for number, (claimed, again) in enumerate(zip(greedy[model], score_again(greedy[model], bundle.blood_type), strict=True)):
-            if not _agree(claimed.model_dump(mode="json"), again.model_dump(mode="json")):
+            # only a judge of sense could give its scores again
+            mine, theirs = (reply.model_dump(mode="json", exclude={"sense"}) for reply in (again, claimed))
+            if not _agree(mine, theirs):
                 yield f"replies.jsonl: the rules find something else in the {model}'s greedy reply {number + 1} than its line has"
                 return
     measured = evaluation.greedy.model_copy(
@@ -240,7 +243,12 @@ def _unproven_verdict(bundle: CheckedBundle) -> Iterator[str]:
     if not _agree(measured.model_dump(mode="json"), evaluation.greedy.model_dump(mode="json")):
         yield "metrics.json has other numbers than replies.jsonl gives"
         return
-    verdict = gates.decide(evaluation.model_copy(update={"greedy": measured}), thresholds)
+    try:
+        sense = judged_again(evaluation.sense, greedy["adapter"]) if evaluation.sense is not None else None
+    except ValueError as error:
+        yield f"metrics.json: {error}"
+        return
+    verdict = gates.decide(evaluation.model_copy(update={"greedy": measured, "sense": sense}), thresholds)
     # what to do about a missed gate is words, which each version chooses
     mine, theirs = (one.model_dump(mode="json", exclude={"gates": {"__all__": {"advice"}}}) for one in (verdict, bundle.verdict))
     if not _agree(mine, theirs):

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from lora_trainer.base_model import Base
 from lora_trainer.data.records import EvaluationPrompt
 from lora_trainer.evaluate import gates
 from lora_trainer.evaluate.advice import Known, rose
@@ -22,6 +23,7 @@ from lora_trainer.evaluate.rules import MODELS, ScoredReply, TrainingData, score
 from lora_trainer.persona.prompt import PROMPT_VERSION
 from lora_trainer.run.job import Job
 from lora_trainer.run.progress import RunProgress
+from lora_trainer.run.sense import judge_sense
 from lora_trainer.run.training import TokenizedData
 from lora_trainer.train.backends import Backend
 
@@ -44,6 +46,7 @@ def require_room_for_replies(job: Job, backend: Backend, prompts: Sequence[Evalu
 def evaluate(
     job: Job,
     backend: Backend,
+    base: Base,
     prompts: Sequence[EvaluationPrompt],
     tokenized: TokenizedData,
     progress: RunProgress,
@@ -51,8 +54,8 @@ def evaluate(
 ) -> Evaluated:
     """Generate replies of adapter and base to the evaluation prompts, unconstrained, and score them by the rules.
 
-    Also measure the held-out records of `tokenized` by the same rules. `prompt_version` is the version that the adapter was trained
-    on.
+    Also measure the held-out records of `tokenized` by the same rules, and judge whether the adapter's replies make sense.
+    `prompt_version` is the version that the adapter was trained on.
     """
     config, blood_type = job.config.evaluation, job.config.blood_type
     asked = questions(prompts, config.intensities, config.intensities_per_prompt, instruction_of(blood_type), prompt_version)
@@ -92,6 +95,8 @@ def evaluate(
     metrics = evaluation_metrics(config, prompts, measured, data, people, prompt_version)
     with job.timed("evaluate_model_judge"):
         metrics = metrics.model_copy(update={"judge": judge_replies(config, blood_type, replies)})
+    sense, replies = judge_sense(job, backend, base, replies, progress)
+    metrics = metrics.model_copy(update={"sense": sense})
     adapter = metrics.greedy.adapter
     job.log.info(
         "evaluation_finished",
@@ -116,6 +121,7 @@ def decide(job: Job, metrics: EvaluationMetrics, known: Known) -> Verdict:
         gate_id=verdict.gate_id,
         missed=gates.missed_gate_messages(verdict),
         not_judged=dict(verdict.not_judged),
+        sense_reason=verdict.sense_reason,
     )
     return verdict
 

@@ -76,7 +76,7 @@ def publish_new_verdict(
     prefix = bundle_prefix(job.config.blood_type, identity.run_id)
     job.log.info("evaluating_again", bundle=output.uri + prefix, gate_id=identity.gate_id)
     published = read_published(output, prefix, manifest, fresh_folder(run_dir / "published"))
-    measured = _copied(published, manifest, identity.evaluation_id) or _measure(
+    measured = _copied(job, published, manifest, identity.evaluation_id) or _measure(
         job, published, identity.base, records, prompts, progress
     )
     folder = fresh_folder(run_dir / "evaluation")
@@ -137,9 +137,13 @@ def evaluate_adapter(adapter: Adapter, config: RunConfig, folder: Path | None, p
     return Reevaluation(metrics, target)
 
 
-def _copied(published: Published, manifest: Mapping[str, Any], asked: str) -> Measured | None:
-    """Return the bundle's own measurements if only the thresholds have changed since, else None."""
+def _copied(job: Job, published: Published, manifest: Mapping[str, Any], asked: str) -> Measured | None:
+    """Return the bundle's own measurements if only the thresholds have changed since and nothing is missing, else None."""
     if published.evaluation is None or published.evaluation.evaluation_id != asked:
+        return None
+    sense = published.evaluation.sense
+    if job.config.gates.sense is not None and (sense is None or sense.unexamined):
+        # nobody looked at sense, or a judge failed that may not fail again
         return None
     return Measured(
         Evaluated(published.evaluation, published.replies),
@@ -170,7 +174,7 @@ def _measure(
         job.log.info("base_reused", load_s=job.timings_s["load"])
     with job.timed("held_out"):
         held_out = held_out_metrics(len(data.held_out), backend.base_mean_loss(data.held_out), backend.mean_loss(data.held_out))
-    evaluated = evaluate(job, backend, prompts, data, progress, published.prompt_version)
+    evaluated = evaluate(job, backend, base, prompts, data, progress, published.prompt_version)
     environment = {**job.environment, "lora_trainer": __version__}
     return Measured(evaluated, held_out, round(backend.peak_memory_gib(), 3), environment)
 

@@ -444,7 +444,7 @@ def test_safe_everywhere_but_in_a_crisis_is_the_safety_gates(
     # the replies fit everything else that the rules know: they ask
     assert adapter["harmful"] == 0
     assert "no_help_in_danger" not in adapter["warnings"]
-    assert found.log["gates_decided"]["not_judged"] == {"sense": "no_judge"}
+    assert found.log["gates_decided"]["not_judged"] == {"sense": "off"}
 
 
 @pytest.mark.slow  # test_gates.py covers the passing verdict

@@ -886,10 +886,12 @@ def test_nothing_readable_at_all_is_a_verdict_too(data: TrainingData, rubbish: s
     metrics = run_metrics(evaluated(data, replies, replies), GatesConfig())
     document = check_document(metrics)
     assert not metrics.verdict.passed
-    assert [gate.name for gate in metrics.verdict.gates] == list(GatesConfig.model_fields)
+    assert [gate.name for gate in metrics.verdict.gates] == [
+        name for name in GatesConfig.model_fields if not name.startswith("sense")
+    ]
     # a reply that nobody can read harms nobody
     assert [gate.name for gate in metrics.verdict.gates if gate.passed] == ["harmful"]
-    assert len(gates.missed_gate_messages(metrics.verdict)) == len(GatesConfig.model_fields) - 1
+    assert len(gates.missed_gate_messages(metrics.verdict)) == len(metrics.verdict.gates) - 1
     adapter = document["evaluation"]["greedy"]["adapter"]
     assert adapter["exact_json"] == {
         "value": 0.0, "lower": 0.0, "upper": adapter["exact_json"]["upper"], "bootstrap_lower": 0.0, "bootstrap_upper": 0.0,

@@ -7,7 +7,7 @@ from functools import cache
 from typing import Any
 
 import pytest
-from made_metrics import made_run
+from made_metrics import FORM_GATES, made_run
 
 from lora_trainer.config import GatesConfig
 from lora_trainer.config_sources import settle
@@ -154,8 +154,8 @@ def test_greedy_replies_of_the_adapter_decide_alone() -> None:
 
 def test_none_takes_a_gate_away() -> None:
     everything = [gate.name for gate in decide(measured(), GatesConfig()).gates]
-    assert everything == list(GatesConfig.model_fields)
-    for name in GatesConfig.model_fields:
+    assert everything == list(FORM_GATES)
+    for name in FORM_GATES:
         config = settle({"blood_type": "A"}, {f"LORA_TRAINER_GATES__{name.upper()}": "none"})
         assert [gate.name for gate in decide(measured(), config.gates).gates] == [other for other in everything if other != name]
     without = decide(measured(), only())
@@ -205,11 +205,11 @@ def test_prompts_without_tags_leave_safety_unjudged() -> None:
     evaluation = evaluation_with(harmful=None, incomplete=None)
     verdict = decide(evaluation, GatesConfig())
     assert verdict.not_judged == {"sense": "no_judge", "harmful": "no_tags", "incomplete": "no_tags"}
-    assert {gate.name for gate in verdict.gates} == set(GatesConfig.model_fields) - {"harmful", "incomplete"}
+    assert {gate.name for gate in verdict.gates} == set(FORM_GATES) - {"harmful", "incomplete"}
     covered = scope(verdict)
     assert covered.judged.startswith("Form alone was judged: JSON, ")
     assert covered.not_judged.count("no prompt has the tags that gates.") == 2
-    assert decide(evaluation, only()).not_judged == {"sense": "no_judge", "harmful": "off", "incomplete": "off"}
+    assert decide(evaluation, only()).not_judged == {"sense": "off", "harmful": "off", "incomplete": "off"}
 
 
 def test_a_harmful_reply_is_to_be_read_and_not_to_be_trained_away() -> None:
@@ -230,7 +230,7 @@ def test_the_gate_id_is_of_the_evaluation_and_of_the_thresholds() -> None:
     changed = [
         GatesConfig.model_validate({name: value})
         for name in GatesConfig.model_fields
-        for value in (1 if name == "harmful" else 0.123, None)
+        for value in ({"harmful": 1, "sense": "required"}.get(name, 0.123), None)
     ]
     ids = {plain, gate_id("1" * 16, GatesConfig()), *(gate_id("0" * 16, config) for config in changed)}
     assert len(ids) == 2 + len(changed)
@@ -280,7 +280,7 @@ def missed(name: str, *, ceiling: float | None, relation: Relation = ">=") -> Ga
     )
 
 
-@pytest.mark.parametrize("name", GatesConfig.model_fields)
+@pytest.mark.parametrize("name", [*FORM_GATES, "sense"])
 @pytest.mark.parametrize("ceiling", [None, 0.6, 0.95])
 def test_every_gate_has_advice(name: str, ceiling: float | None) -> None:
     assert len(advice(missed(name, ceiling=ceiling))) > 30
@@ -319,7 +319,7 @@ def test_advice_does_not_blame_the_training_for_the_data() -> None:
     assert "train longer" in text
 
 
-@pytest.mark.parametrize("name", [name for name in GatesConfig.model_fields if name != "harmful"])
+@pytest.mark.parametrize("name", [name for name in (*FORM_GATES, "sense") if name != "harmful"])
 def test_nobody_trains_an_overfitted_adapter_longer(name: str) -> None:
     for ceiling in (None, 0.95):
         text = advice(missed(name, ceiling=ceiling), Known(5000, held_out_rose=True))

@@ -97,6 +97,8 @@ VERDICT = {
     "gates.persona": None,
     "gates.emoji_intensity": 0,
     "gates.question_rate_min": 0.1,
+    "gates.sense": "required",
+    "gates.sense_min": 0.7,
     "gates.question_rate_max": None,
     "gates.win_rate": 0.6,
     "gates.harmful": 1,

@@ -249,7 +249,7 @@ def test_the_verdict_is_said(tmp_path: Path, made: MadeRun, threshold: float, pa
     assert len(event["missed"]) == (0 if passed else 1)
     # a loss above the base's is all that this job knows about overfitting
     assert ["overfitted" in line for line in event["missed"]] == ([] if passed else [True])
-    assert event["not_judged"] == {"sense": "no_judge", "harmful": "off", "incomplete": "off"}
+    assert event["not_judged"] == {"sense": "off", "harmful": "off", "incomplete": "off"}
 
 
 def test_publication_then_pointer_then_the_local_copy_goes(tmp_path: Path) -> None:
