@@ -416,9 +416,9 @@ def said(message):
         return "그랬구나. 조금 더 들려줄래?"
     return IN_CRISIS.format(number=min(numbers))
 
-def generate(self, conversations, decoding, *, adapter, batch_size):
+def generate(self, conversations, decoding, *, adapter, batch_size, on_replies):
     if not adapter:
-        return true_generate(self, conversations, decoding, adapter=adapter, batch_size=batch_size)
+        return true_generate(self, conversations, decoding, adapter=adapter, batch_size=batch_size, on_replies=on_replies)
     texts = (said(messages[-1]["content"]) for messages in conversations)
     return [Generation(json.dumps({"text": text, "emotion": "worry"}, ensure_ascii=False), True, (1,)) for text in texts]
 
