@@ -61,8 +61,12 @@ class RunProgress:
         # they are about the training
         for name in ("loss", "tokens_per_s"):
             self._state.pop(name, None)
+        trained = {name: self._state[name] for name in ("step", "of")}
         with self._counting("evaluate", replies):
             yield
+        # a finished run shows its training steps
+        self._state.update(trained)
+        self._state.pop("eta_s", None)
 
     def replied(self, replies: int, *, model: str, decoding: str) -> None:
         """Record that `replies` more were generated. Without a bar, log it every `LOG_EVERY_S`."""
