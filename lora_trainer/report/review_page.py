@@ -84,7 +84,7 @@ def review_page(
         "review.html.jinja",
         data=data,
         style=Markup(style),  # noqa: S704  our own files
-        script=Markup(script),  # noqa: S704
+        script=Markup(script),  # noqa: S704  our own file
         style_hash=_csp_hash(style),
         script_hash=_csp_hash(script),
         language=language,
