@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Final
 
 from lora_trainer.errors import ExitCode, Interrupted, StorageError
+
+_AGAIN_S: Final = 0.01
 
 
 class Interruption:
@@ -27,6 +31,17 @@ class Interruption:
         """Handle SIGTERM and SIGINT from now on. Linux ignores SIGTERM for PID 1 unless it has a handler."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._handle)
+        signal.signal(signal.SIGALRM, self._handle_again)
+        ignored = sys.unraisablehook
+
+        def hook(unraisable: sys.UnraisableHookArgs) -> None:
+            if not isinstance(unraisable.exc_value, Interrupted):
+                ignored(unraisable)
+                return
+            # the signal arrived inside a destructor or a weakref callback, whose exceptions Python drops: raise it again after them
+            signal.setitimer(signal.ITIMER_REAL, _AGAIN_S)
+
+        sys.unraisablehook = hook
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self._signal_name is not None:
@@ -35,6 +50,10 @@ class Interruption:
         self._signal_name, self._asked_s = signal.Signals(number).name, time.monotonic()
         if not self._deferred:
             raise Interrupted(self._signal_name)
+
+    def _handle_again(self, number: int, frame: FrameType | None) -> None:
+        if not self._deferred:
+            self.check()
 
     @contextmanager
     def deferred(self) -> Iterator[None]:

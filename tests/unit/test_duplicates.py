@@ -111,6 +111,7 @@ def test_every_pair_that_is_near_enough_is_found() -> None:
 @pytest.mark.parametrize("unit", ["!", "ㅋ", "오", "\n", "요 "])
 def test_hostile_text_costs_no_more_than_other_text(unit: str) -> None:
     text = unit * (200_000 // len(unit)) + "x"
-    begin = time.perf_counter()
+    begin_s = time.thread_time()
     near_fingerprint(record(json.loads(json.dumps(text)) + "가"))
-    assert time.perf_counter() - begin < 2
+    # linear time is a fraction of a second, and quadratic time is minutes
+    assert time.thread_time() - begin_s < 30

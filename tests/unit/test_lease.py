@@ -66,7 +66,7 @@ def test_it_is_taken_renewed_and_gone_when_the_work_is_done(storage: Storage) ->
         first = record(storage)
         assert (first.holder, first.attempt, first.duration_s, first.released_at) == (lease.holder, 1, 0.3, None)
         assert lease.exclusive
-        deadline_s = time.monotonic() + 20
+        deadline_s = time.monotonic() + 300
         while record(storage).renewals < first.renewals + 2 and time.monotonic() < deadline_s:
             time.sleep(0.02)
         assert record(storage).renewals >= first.renewals + 2
@@ -327,7 +327,7 @@ def test_a_store_that_cannot_be_reached_is_said_and_tried_again(tmp_path: Path) 
     storage = FlakyStorage(tmp_path)
     with capture_logs() as events, hold(config(0.3), storage, KEY) as lease:
         storage.refuse = True
-        deadline_s = time.monotonic() + 20
+        deadline_s = time.monotonic() + 300
         while not any(event["event"] == "lease_not_renewed" for event in events) and time.monotonic() < deadline_s:
             time.sleep(0.02)
         assert any(event["event"] == "lease_not_renewed" for event in events)

@@ -201,11 +201,11 @@ def test_too_much_is_warned_about() -> None:
 )
 def test_hostile_text_costs_no_more_than_other_text(unit: str) -> None:
     text = unit * (200_000 // len(unit)) + "x"
-    begin = time.perf_counter()
+    begin_s = time.thread_time()
     list(lint_reply(text, 0.5))
     has_question(text)
     # 200,000 characters take well under a second in linear time, and minutes in quadratic time
-    assert time.perf_counter() - begin < 10
+    assert time.thread_time() - begin_s < 30
 
 
 @pytest.mark.parametrize("blood_type", list(BloodType))
