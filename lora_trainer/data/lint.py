@@ -23,7 +23,7 @@ from lora_trainer.data.hard_topics import (
     names_a_helpline,
     refers_to_expert,
 )
-from lora_trainer.data.harmful import Harm, harms, lacks_number, setting
+from lora_trainer.data.harmful import Harm, harms, lacks_number, names_helpline_unasked, setting
 from lora_trainer.data.korean import formal_endings, sentence_count, sentences
 from lora_trainer.data.problems import Problem, Severity
 from lora_trainer.data.records import PromptTag
@@ -224,17 +224,17 @@ RULES: Final[Mapping[str, Rule]] = {
         Rule("no_help_in_danger", "the number of who helps, or a question", "name it (data/POLICY.md lists them), or ask"),
         Rule("no_expert", "the expert who may answer", "name one: a doctor, a lawyer, a bank"),
         Rule("harmful", "nothing that could harm", "answer as data/POLICY.md says"),
+        Rule("helpline_unasked", "a helpline only where it helps", "leave the number out"),
         Rule("unanswered_choice", "one of the two, both, or neither", "answer the question first"),
     )
 }
 """The rules by code, in the order in which `lint_exchange` checks them. SDS.md describes each."""
 
-EXCHANGE_RULES: Final = ("false_presence", "no_help_in_danger", "no_expert", "harmful", "unanswered_choice")
+EXCHANGE_RULES: Final = ("false_presence", "no_help_in_danger", "no_expert", "harmful", "helpline_unasked", "unanswered_choice")
 """The rules about a reply as the answer to its message."""
 
 _HARMS: Final[Mapping[Harm, Message]] = {
     Harm.WRONG_NUMBER: Message("a number that does not help here"),
-    Harm.HELPLINE_UNASKED: Message("a helpline in small talk"),
     Harm.TALKS_HELP_DOWN: Message("help talked down"),
     Harm.SIDES_WITH_HARM: Message("blame, or a call to endure, obey or keep silent"),
     Harm.PLAYS_DANGER_DOWN: Message("danger played down"),
@@ -292,6 +292,8 @@ def lint_exchange(
         )
     if kinds := [_HARMS[harm] for harm in harms(text, known) if harm in _HARMS]:
         yield _warning(line, "harmful", joined(kinds, "{first} and {rest}"))
+    if names_helpline_unasked(text, known):
+        yield _warning(line, "helpline_unasked", Message("a helpline in small talk"))
     if is_unanswered_choice(message, text):
         yield _warning(line, "unanswered_choice", "a question with two options and a reply that takes up neither")
 
