@@ -22,10 +22,12 @@ USABLE_SHARE: Final = 0.9
 """Fraction of the free memory that a plan may use. The rest allows for fragmentation and other processes."""
 FIXED_BYTES: Final = int(0.75 * GIB)
 """Memory for the CUDA context, library workspaces, and the adapter's optimizer state and gradients."""
-CPU_ROW_TOKENS: Final = 2048
-"""Row length on a CPU. Longer rows save nothing, and the cost of attention without a fused kernel grows with their square."""
+CPU_ROW_TOKENS: Final = 512
+"""Row length on a CPU. The cost of attention without a fused kernel grows with its square: on the tiny base, a step of 900 tokens
+takes a quarter less in rows of 512 than in one of 2,048, and no less in rows of 256.
+"""
 
-LEAST_ROW_TOKENS: Final = 512
+LEAST_ROW_TOKENS: Final = 256
 """Shortest row to step down to. Shorter rows save little, because the weights take most of the memory."""
 
 Checkpointing = Literal["off", "on", "unsloth"]

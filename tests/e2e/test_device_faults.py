@@ -35,7 +35,7 @@ fault, true_step = os.environ.get("FAULT"), StepTrainer.training_step
 
 def training_step(self, model, inputs, num_items_in_batch=None):
     longest = max(row["input_ids"].shape[1] for row in inputs.rows)
-    if fault == "memory" and not (self.is_gradient_checkpointing_on() and longest <= 1024):
+    if fault == "memory" and not (self.is_gradient_checkpointing_on() and longest <= 256):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
     if fault == "nan" and self.state.global_step == 4:
         next(weight for weight in model.parameters() if weight.requires_grad).data.fill_(float("nan"))
@@ -95,7 +95,7 @@ def test_memory_that_runs_out_steps_the_plan_down_and_the_optimizer_batch_stays(
     code, log = run(tmp_path, fault="memory")
     assert code == 0, log[-1]
     plans = [(plan["gradient_checkpointing"], plan["micro_batch_tokens"]) for plan in events(log, "plan_chosen")]
-    assert plans == [("off", 2048), ("on", 2048), ("on", 1024)]
+    assert plans == [("off", 512), ("on", 512), ("on", 256)]
     assert len(events(log, "memory_stepped_down")) == 2
     assert all("ran out" in line["problem"] for line in events(log, "memory_stepped_down"))
     # The three attempts look like one job: one run id, one final line.
