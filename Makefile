@@ -37,7 +37,7 @@ demo: setup ## Run the real job on a tiny model against a local S3 server: minut
 	$(BIN)/python examples/demo.py
 
 # With the profile ci, hypothesis draws the same examples in each run; test-slow draws new ones.
-PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --hypothesis-profile ci
+PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --hypothesis-profile ci --durations 40
 
 test: setup ## Run all tests that need no GPU and are not slow; cover at least 90 % of the pure modules
 	$(PYTEST) -m 'not slow' tests/unit tests/integration tests/e2e --cov --cov-report=term $(ARGS)
