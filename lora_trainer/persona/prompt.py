@@ -108,20 +108,38 @@ def reply_json(text: str, emotion: str, version: int = PROMPT_VERSION) -> str:
     return json.dumps({"text": _plain(text, version), "emotion": emotion}, ensure_ascii=False, separators=(",", ":"))
 
 
-def prompt_template(instruction: str) -> Mapping[str, object]:
-    """Return the content of a bundle's `prompt.json`: enough to build the persona's prompt without this package."""
-    return {
-        "version": PROMPT_VERSION,
-        "instruction": instruction,
-        "system": ["{instruction}", SUMMARY_LINE, EMOTION_LINE, OUTPUT_LINE],
-        # all other braces in the template are literal
-        "placeholders": ["instruction", "summary", "emotion_type", "strength", "input"],
+def prompt_template(instruction: str, version: int = PROMPT_VERSION) -> Mapping[str, object]:
+    """Return the content of a bundle's `prompt.json`: enough to build the persona's prompt without this package.
+
+    Before version 3, the instruction is only in `persona.yaml`.
+    """
+    text_rules = (
+        "collapse white space to single spaces and trim; write '<|' as '< |' and '|>' as '| >'; "
+        f"put a space behind what matches '{_TAG.pattern}'"
+    )
+    shared = {
         "joined_with": "\n",
         "left_out_when_empty": [SUMMARY_LINE],
         "user": "{input}",
-        "text_rules": "compose (Unicode NFC); collapse white space to single spaces and trim; "
-        f"write '<|' as '< |' and '|>' as '| >'; put a space behind what matches '{_TAG.pattern}'",
+        "reply": {"keys": ["text", "emotion"], "separators": [",", ":"], "ensure_ascii": False},
+    }
+    # all other braces in the templates are literal
+    if version < 3:
+        return {
+            "version": version,
+            "system": ["{instruction}", SUMMARY_LINE, _EMOTION_LINE_2, OUTPUT_LINE],
+            "placeholders": ["instruction", "summary", "emotion_type", "intensity", "input"],
+            "text_rules": text_rules,
+            "intensity_format": "one decimal",
+            **shared,
+        }
+    return {
+        "version": version,
+        "instruction": instruction,
+        "system": ["{instruction}", SUMMARY_LINE, EMOTION_LINE, OUTPUT_LINE],
+        "placeholders": ["instruction", "summary", "emotion_type", "strength", "input"],
+        "text_rules": f"compose (Unicode NFC); {text_rules}",
         "strength": [{"word": word} if below is None else {"intensity_below": below, "word": word} for below, word in STRENGTHS],
         "earlier_turns": EARLIER_TURNS,
-        "reply": {"keys": ["text", "emotion"], "separators": [",", ":"], "ensure_ascii": False},
+        **shared,
     }

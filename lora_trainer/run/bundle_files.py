@@ -25,7 +25,7 @@ from lora_trainer.evaluate.metrics import (
 )
 from lora_trainer.evaluate.rules import ScoredReply
 from lora_trainer.evaluate.scope import Scope, scope
-from lora_trainer.persona.prompt import PROMPT_VERSIONS, prompt_template
+from lora_trainer.persona.prompt import PROMPT_VERSION, PROMPT_VERSIONS, prompt_template
 from lora_trainer.persona.reply_schema import response_schema
 from lora_trainer.persona.specs import persona_spec
 from lora_trainer.report.model_card import model_card
@@ -43,10 +43,10 @@ from lora_trainer.train.adapter_format import SETTINGS_NAME, WEIGHTS_NAME, check
 from lora_trainer.train.step_log import StepLog
 
 
-def write_documents(folder: Path, config: RunConfig, base: Base, metrics: RunMetrics) -> None:
+def write_documents(folder: Path, config: RunConfig, base: Base, metrics: RunMetrics, prompt_version: int = PROMPT_VERSION) -> None:
     """Write prompt, schema, persona and model card beside the adapter that the backend saved in `folder`."""
     spec = persona_spec(config.blood_type)
-    write_json(folder / "prompt.json", prompt_template(spec.instruction))
+    write_json(folder / "prompt.json", prompt_template(spec.instruction, prompt_version))
     write_json(folder / "response_schema.json", response_schema())
     (folder / "persona.yaml").write_text(
         yaml.safe_dump(spec.model_dump(mode="json"), allow_unicode=True, sort_keys=False, width=1000), encoding="utf-8"

@@ -38,8 +38,8 @@ class Evaluated:
 
 def require_room_for_replies(job: Job, backend: Backend, prompts: Sequence[EvaluationPrompt], base_folder: Path) -> None:
     """Raise `DataError` if a prompt is too long for the base, before the training rather than after it."""
-    config = job.config.evaluation
-    asked = questions(prompts, config.intensities, config.intensities_per_prompt, instruction_of(job.config.blood_type))
+    config, instruction = job.config.evaluation, instruction_of(job.config.blood_type)
+    asked = questions(prompts, config.intensities, config.intensities_per_prompt, instruction, job.process.prompt_version)
     backend.require_room([question.messages for question in asked], config.max_new_tokens, backend.shape(base_folder).positions)
 
 

@@ -43,10 +43,11 @@ class Identity:
 
 def identify(job: Job, data: DataFile, prompts: Sequence[EvaluationPrompt]) -> Identity:
     """Return the run's ids, and bind `run_id` to its log lines."""
-    asked = evaluation_id(job.config.evaluation, prompts_digest(prompts))
+    prompt_version = job.process.prompt_version
+    asked = evaluation_id(job.config.evaluation, prompts_digest(prompts), prompt_version)
     with job.timed("identify"):
         base = job.process.models.base(job.config.base, job.process.retry_budget)
-        ingredients = run_ingredients(job.config, data.fetched.sha256, base.identity)
+        ingredients = run_ingredients(job.config, data.fetched.sha256, base.identity, prompt_version)
         identity = Identity(run_id(ingredients), base, ingredients, asked, gate_id(asked, job.config.gates))
     structlog.contextvars.bind_contextvars(run_id=identity.run_id)
     job.log.info(
@@ -59,14 +60,16 @@ def identify(job: Job, data: DataFile, prompts: Sequence[EvaluationPrompt]) -> I
     return identity
 
 
-def run_ingredients(config: RunConfig, data_sha256: str, base_identity: str) -> dict[str, object]:
+def run_ingredients(
+    config: RunConfig, data_sha256: str, base_identity: str, prompt_version: int = PROMPT_VERSION
+) -> dict[str, object]:
     """Return the input of `run_id`'s hash. The manifest contains it, to explain why two ids differ.
 
     Paths, logging and memory layout are excluded, because they do not affect the weights.
     """
     return {
         "recipe_version": RECIPE_VERSION,
-        "prompt_version": PROMPT_VERSION,
+        "prompt_version": prompt_version,
         "blood_type": str(config.blood_type),
         "data_sha256": data_sha256,
         "base": base_identity,

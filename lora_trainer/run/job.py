@@ -15,6 +15,7 @@ from rich.console import Console
 
 from lora_trainer.config import RunConfig
 from lora_trainer.logs import get_logger
+from lora_trainer.persona.prompt import PROMPT_VERSION
 from lora_trainer.run.progress import RunProgress
 from lora_trainer.run.shared_models import OpenBackend, SharedModels
 from lora_trainer.signals import Interruption
@@ -35,6 +36,8 @@ class ProcessContext:
     fresh: bool = False
     """Whether to discard the checkpoints of earlier attempts."""
     models: SharedModels = field(default_factory=SharedModels)
+    prompt_version: int = PROMPT_VERSION
+    """Prompt version that new adapters are trained on. Only benchmarks that compare prompts set an earlier one."""
 
     def storage(self, uri: str) -> Storage:
         """Open the storage at `uri`. Its retries draw on this process's budget."""

@@ -134,7 +134,7 @@ def train_and_publish(job: Job, work: Planned) -> Outcome:
             with stepping_down(job, backend, plan):
                 trained = train(job, backend, identity, plan, checkpoints, progress)
             folder = save(job, backend, identity, plan, progress)
-            evaluated = evaluate(job, backend, identity.base, prepared.prompts, plan.data, progress)
+            evaluated = evaluate(job, backend, identity.base, prepared.prompts, plan.data, progress, job.process.prompt_version)
             verdict = decide(
                 job, evaluated.metrics, known_of(training_metrics(plan, trained), trained.loss_base, trained.kept.loss)
             )

@@ -162,7 +162,7 @@ def assemble(
         },
         "timings_s": dict(job.timings_s),
     }
-    write_documents(folder, job.config, identity.base, metrics)
+    write_documents(folder, job.config, identity.base, metrics, job.process.prompt_version)
     write_evaluation(folder, metrics, trained.log.steps, evaluated.replies, facts)
     write_manifest(folder, facts)
 

@@ -105,7 +105,7 @@ def plan_training(job: Job, backend: Backend, base: Base, records: Sequence[Trai
     with job.timed("fetch_base"):
         base_folder = fetch_base(base, job.config.base)
     with job.timed("format"):
-        data = tokenize_and_split(job, records, backend.load_tokenizer(base_folder))
+        data = tokenize_and_split(job, records, backend.load_tokenizer(base_folder), job.process.prompt_version)
     steps = plan_steps(len(data.train), training.sequences_per_step, training.epochs, training.seed, training.max_steps)
     job.log.info(
         "data_formatted",

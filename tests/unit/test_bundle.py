@@ -27,7 +27,7 @@ from lora_trainer.persona.reply_schema import response_schema
 from lora_trainer.persona.specs import persona_spec
 from lora_trainer.persona.vocabulary import BloodType, Expression
 from lora_trainer.report.model_card import BROKEN, SAME_TOKENS, vllm_lora_rank
-from lora_trainer.run.bundle_files import read_published, read_verdict, write_documents, write_evaluation
+from lora_trainer.run.bundle_files import read_prompt_version, read_published, read_verdict, write_documents, write_evaluation
 from lora_trainer.store.bundle import check_complete, publish_bundle
 from lora_trainer.store.interface import Storage
 from lora_trainer.store.latest import count_start, forget_start, link_newest, move_latest, promote_latest, take_count
@@ -564,6 +564,11 @@ def test_the_documents(folder: Path, made: MadeRun, revision: str | None) -> Non
     assert f"vllm serve Qwen/Qwen2.5-7B-Instruct{pinned} --enable-lora --max-lora-rank 8 \\\n  --lora-modules persona-A=" in card
     assert (f'revision="{revision}"' in card) is (revision is not None)
     assert "None" not in card
+
+
+def test_an_earlier_prompt_is_the_one_in_the_bundle(folder: Path, made: MadeRun) -> None:
+    write_documents(folder, made.config, Base("x/y", None, "identity", None), made.metrics, 2)
+    assert read_prompt_version(folder, "") == 2
 
 
 def test_the_card_says_which_versions_were_tried(folder: Path, made: MadeRun) -> None:

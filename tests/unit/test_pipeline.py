@@ -29,7 +29,7 @@ from lora_trainer.run import identity as identities
 from lora_trainer.run import inputs, publication, training
 from lora_trainer.run.bundle_files import write_evaluation
 from lora_trainer.run.evaluation import Evaluated, decide, known_of
-from lora_trainer.run.job import Job
+from lora_trainer.run.job import Job, ProcessContext
 from lora_trainer.run.progress import RunProgress
 from lora_trainer.run.training import Trained
 from lora_trainer.store.bundle import publish_bundle
@@ -41,7 +41,7 @@ from lora_trainer.train.backends import open_backend
 from lora_trainer.train.held_out import HeldOutLoss
 from lora_trainer.train.memory_plan import MemoryPlan
 from lora_trainer.train.step_log import StepLog, TrainingLog
-from lora_trainer.train.tokenization import TokenSequence
+from lora_trainer.train.tokenization import TokenSequence, tokenize
 
 TINY_BASE = REPOSITORY / "examples" / "tiny-base"
 DATA = REPOSITORY / "data" / "train_data_type_A.jsonl"
@@ -118,6 +118,17 @@ def test_records_become_steps(tmp_path: Path, few: Path) -> None:
     formatted = next(event for event in events if event["event"] == "data_formatted")
     assert (formatted["train_records"], formatted["steps"]) == (len(split.train), len(prepared.steps))
     assert formatted["tokens"] == sum(map(len, split.train))
+
+
+def test_a_benchmark_trains_an_earlier_prompt(tmp_path: Path, few: Path) -> None:
+    """It is another run, whose records and questions have the earlier form. No setting does this."""
+    settings = config(tmp_path, data=str(few))
+    _, now, _ = prepare(Job(settings), tmp_path)
+    _, earlier, prepared = prepare(Job(settings, ProcessContext(prompt_version=2)), tmp_path)
+    assert (now.ingredients["prompt_version"], earlier.ingredients["prompt_version"]) == (3, 2)
+    assert (now.run_id != earlier.run_id, now.evaluation_id != earlier.evaluation_id) == (True, True)
+    data, tokenizer = prepared.data, open_backend(settings).load_tokenizer(TINY_BASE)
+    assert data.train == tokenize(data.train_records, tokenizer, 2) != tokenize(data.train_records, tokenizer)
 
 
 def test_a_long_record_is_left_out_and_never_cut(tmp_path: Path, few: Path) -> None:

@@ -94,6 +94,10 @@ def test_the_form_is_version_three() -> None:
     }
 
 
+def test_version_two_keeps_its_form() -> None:
+    assert prompt_template("너는 A형 친구야.", 2) == PROMPT_2
+
+
 @pytest.mark.parametrize("summary", ["", " ", "\n\t", "\u3000"])
 def test_no_summary_no_line(summary: str) -> None:
     assert system_message("반말로 답해.", summary, "sad", 0.5) == '반말로 답해.\n감정: sad 보통\n출력: {"text","emotion"} JSON'
@@ -218,7 +222,7 @@ def rebuild(template: dict[str, Any], fields: dict[str, str], intensity: float) 
 def test_the_template_is_enough_to_rebuild_the_prompt(
     version: int, instruction: str, summary: str, feeling: str, intensity: float, said: str
 ) -> None:
-    template = json.loads(json.dumps(prompt_template(instruction))) if version == 3 else PROMPT_2
+    template = json.loads(json.dumps(prompt_template(instruction, version)))
     fields = {
         "instruction": template.get("instruction", instruction), "summary": summary, "emotion_type": feeling, "input": said
     }  # fmt: skip
