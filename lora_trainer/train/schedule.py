@@ -1,4 +1,4 @@
-"""The learning rate at each optimizer step."""
+"""The learning rate: its peak, and its course over the optimizer steps."""
 
 from __future__ import annotations
 
@@ -24,3 +24,14 @@ def learning_rate_factor(step: int, steps: int, warmup_steps: int, schedule: Sch
             return 1 - progress
         case "constant":
             return 1.0
+
+
+def learning_rate_for_width(hidden_size: int, sequences_per_step: int) -> float:
+    """Return a peak learning rate for LoRA on a base of Qwen's family, whose hidden states have the width `hidden_size`.
+
+    The rule of Thinking Machines' cookbook (https://github.com/thinking-machines-lab/tinker-cookbook, hyperparam_utils), fitted at
+    128 sequences per step: ten times the rate of full fine-tuning, with the exponent 0.0775 for Qwen. With Adam, the rate grows
+    with the square root of the step's size (Malladi et al., arXiv 2205.10287).
+    """
+    at_128 = 5e-5 * 10 * math.pow(2000 / hidden_size, 0.0775)
+    return at_128 * math.sqrt(sequences_per_step / 128)

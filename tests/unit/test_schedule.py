@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_trainer.train.schedule import Schedule, learning_rate_factor
+from lora_trainer.train.schedule import Schedule, learning_rate_factor, learning_rate_for_width
 
 SCHEDULES: tuple[Schedule, ...] = ("cosine", "linear", "constant")
 
@@ -28,3 +28,12 @@ def test_every_step_learns_and_none_beyond_the_peak(schedule: Schedule, steps: i
 )
 def test_a_short_run(schedule: Schedule, expected: list[float]) -> None:
     assert [learning_rate_factor(step, 5, 2, schedule) for step in range(5)] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("hidden_size", "sequences_per_step", "expected"),
+    # 5e-4 at the rule's own point; Qwen2.5-7B has a width of 3584, Qwen2.5-0.5B of 896
+    [(2000, 128, 5e-4), (3584, 16, 1.690e-4), (3584, 64, 3.379e-4), (896, 16, 1.881e-4)],
+)
+def test_the_rate_follows_the_width_and_the_step(hidden_size: int, sequences_per_step: int, expected: float) -> None:
+    assert learning_rate_for_width(hidden_size, sequences_per_step) == pytest.approx(expected, rel=1e-3)
