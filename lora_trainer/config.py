@@ -203,6 +203,11 @@ class EvaluationConfig(_Section):
     seed: int = Field(default=20, ge=0, lt=2**32, description="Seed of sampling and of the bootstrap.")
     bootstrap_resamples: int = Field(default=2000, ge=100, le=100_000, description="Bootstrap resamples for the confidence bounds.")
     batch_size: int = Field(default=120, ge=1, le=4096, description="Replies generated per batch. Not part of `gate_id`.")
+    depth: Literal["verdict", "full"] = Field(
+        default="verdict",
+        description="`full`: also ask ten-turn conversations, messages that press the friend out of its role, and questions with "
+        "one right answer. They decide no gate.",
+    )
     judge_model: str | None = Field(
         default=None,
         min_length=1,

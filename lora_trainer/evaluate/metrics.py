@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from lora_trainer.data.harmful import Harm
 from lora_trainer.data.records import PromptTag
+from lora_trainer.evaluate.depth_metrics import DepthMetrics
 from lora_trainer.evaluate.sense_metrics import SenseMetrics
 from lora_trainer.persona.vocabulary import BloodType
 
@@ -168,6 +169,7 @@ class EvaluationMetrics(_Part):
         "before 0.2.",
     )
     judge: JudgeMetrics | None = None
+    depth: DepthMetrics | None = Field(default=None, description="Only with `evaluation.depth: full`.")
     sense: SenseMetrics | None = Field(
         default=None,
         description="Whether the replies make sense, and how each judge did in its examination; none if gates.sense is none.",

@@ -11,6 +11,7 @@ from typing import Final
 
 from lora_trainer.config import EvaluationConfig
 from lora_trainer.data.records import EvaluationPrompt
+from lora_trainer.evaluate.depth_questions import depth_digest
 from lora_trainer.evaluate.sense_examination import SENSE_VERSION
 from lora_trainer.persona.prompt import PROMPT_VERSION, Message, prompt_messages
 from lora_trainer.persona.specs import persona_spec
@@ -97,6 +98,8 @@ def evaluation_id(config: EvaluationConfig, prompts_sha256: str, prompt_version:
         # exclude settings that do not change the result; the prompts' content is hashed above
         "settings": config.model_dump(mode="json", exclude={"prompts", "batch_size", "judge_base_url"}),
     }
+    if config.depth == "full":
+        ingredients["depth_sha256"] = depth_digest()
     return hashlib.sha256(json.dumps(ingredients, sort_keys=True).encode()).hexdigest()[:16]
 
 

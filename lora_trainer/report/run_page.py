@@ -21,6 +21,7 @@ from lora_trainer.evaluate.scope import scope
 from lora_trainer.persona.specs import persona_spec
 from lora_trainer.persona.vocabulary import HIGH_INTENSITY_FROM, LOW_INTENSITY_BELOW, BloodType, Expression
 from lora_trainer.report import plots
+from lora_trainer.report.depth_section import depth_section
 from lora_trainer.report.formatting import (
     CORRELATIONS,
     COUNTS,
@@ -40,6 +41,7 @@ from lora_trainer.report.reply_cards import best_and_worst, drawn_cards, harmful
 from lora_trainer.train.step_log import StepLog
 
 if TYPE_CHECKING:
+    from lora_trainer.evaluate.depth_rules import DepthReply
     from lora_trainer.evaluate.rules import ScoredReply
 
 _MAX_POINTS: Final = 300
@@ -57,7 +59,13 @@ _GROUP_MEASURES: Final = ("exact_json", "one_or_two_sentences", "informal_speech
 _RELATIONS: Final = {">=": "≥", ">": ">", "<=": "≤"}
 
 
-def run_page(metrics: RunMetrics, facts: Mapping[str, Any], steps: Sequence[StepLog], replies: Sequence[ScoredReply]) -> str:
+def run_page(
+    metrics: RunMetrics,
+    facts: Mapping[str, Any],
+    steps: Sequence[StepLog],
+    replies: Sequence[ScoredReply],
+    depth_replies: Sequence[DepthReply] = (),
+) -> str:
     """Render the page. `facts` is the manifest without its list of files."""
     evaluation, spec = metrics.evaluation, persona_spec(metrics.blood_type)
     return render_page(
@@ -93,6 +101,7 @@ def run_page(metrics: RunMetrics, facts: Mapping[str, Any], steps: Sequence[Step
         judge=evaluation.judge,
         sense=_sense(evaluation),
         judge_track=_judge_track(evaluation),
+        depth=depth_section(evaluation.depth, depth_replies) if evaluation.depth else "",
         data=_data(metrics, facts),
         settings=settings_table(facts["config"]),
         timings=_timings(facts["timings_s"]),

@@ -21,7 +21,13 @@ from lora_trainer.evaluate.questions import evaluation_id, intensities_of, promp
 from lora_trainer.evaluate.rules import MODELS, ScoredReply, score_again
 from lora_trainer.evaluate.sense import judged_again
 from lora_trainer.persona.vocabulary import BloodType
-from lora_trainer.run.bundle_files import read_lines, read_prompt_version, read_replies
+from lora_trainer.run.bundle_files import (
+    DEPTH_REPLIES_NAME,
+    read_depth_replies,
+    read_lines,
+    read_prompt_version,
+    read_replies,
+)
 from lora_trainer.run.identity import run_id
 from lora_trainer.store.documents import parse_object, shown, validated
 from lora_trainer.store.local import sha256_of
@@ -37,9 +43,12 @@ _REQUIRED_FILES: Final = frozenset(
     }
 )  # fmt: skip
 _OPTIONAL_FILES: Final = frozenset(
-    {"chat_template.jinja", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "generation_config.json"}
-)
-"""What tokenizers of some bases and versions save as well."""
+    {
+        "chat_template.jinja", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "generation_config.json",
+        DEPTH_REPLIES_NAME,
+    }
+)  # fmt: skip
+"""What tokenizers of some bases and versions save as well, and a deep evaluation."""
 _REQUIRED_FACTS: Final = ("blood_type", "base", "data", "config", "verdict", "gate_id")
 _MAX_DOCUMENT_BYTES: Final = 256 * 2**20
 _MAX_NAMED: Final = 8
@@ -85,6 +94,8 @@ def check_bundle(folder: Path) -> CheckedBundle:
     for number, line in read_lines(folder / "train_log.jsonl", f"{folder}/train_log.jsonl"):
         validated(StepLog, line, f"{folder}/train_log.jsonl:{number}")
     replies = read_replies(folder, f"{folder}/replies.jsonl")
+    if (folder / DEPTH_REPLIES_NAME).exists():
+        read_depth_replies(folder, f"{folder}/{DEPTH_REPLIES_NAME}")
     if problems := list(_contradictions(folder, manifest, metrics)):
         raise ConfigError(problems)
     return CheckedBundle(folder, manifest, metrics, replies, prompt_version)

@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import yaml
 from pydantic import BaseModel, ConfigDict
@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict
 from lora_trainer.base_model import Base
 from lora_trainer.config import RunConfig
 from lora_trainer.errors import ConfigError
+from lora_trainer.evaluate.depth_rules import DepthReply
 from lora_trainer.evaluate.metrics import (
     EvaluationMetrics,
     HeldOutMetrics,
@@ -42,6 +43,8 @@ from lora_trainer.store.prefixes import evaluation_prefix
 from lora_trainer.train.adapter_format import SETTINGS_NAME, WEIGHTS_NAME, check_adapter_folder
 from lora_trainer.train.step_log import StepLog
 
+DEPTH_REPLIES_NAME: Final = "depth_replies.jsonl"
+
 
 def write_documents(folder: Path, config: RunConfig, base: Base, metrics: RunMetrics, prompt_version: int = PROMPT_VERSION) -> None:
     """Write prompt, schema, persona and model card beside the adapter that the backend saved in `folder`."""
@@ -55,7 +58,12 @@ def write_documents(folder: Path, config: RunConfig, base: Base, metrics: RunMet
 
 
 def write_evaluation(
-    folder: Path, metrics: RunMetrics, steps: Sequence[StepLog], replies: Sequence[ScoredReply], facts: Mapping[str, Any]
+    folder: Path,
+    metrics: RunMetrics,
+    steps: Sequence[StepLog],
+    replies: Sequence[ScoredReply],
+    facts: Mapping[str, Any],
+    depth_replies: Sequence[DepthReply] = (),
 ) -> None:
     """Write metrics, replies, step log and report page. `facts` are the manifest's fields except the list of files."""
     from lora_trainer.report.run_page import run_page
@@ -65,10 +73,14 @@ def write_evaluation(
     with (folder / "replies.jsonl").open("w", encoding="utf-8") as file:
         for reply in replies:
             file.write(reply.model_dump_json() + "\n")
+    if depth_replies:
+        with (folder / DEPTH_REPLIES_NAME).open("w", encoding="utf-8") as file:
+            for asked in depth_replies:
+                file.write(asked.model_dump_json() + "\n")
     with (folder / "train_log.jsonl").open("w", encoding="utf-8") as file:
         for step in steps:
             file.write(json.dumps({name: getattr(step, name) for name in step.__slots__}) + "\n")
-    (folder / "report.html").write_text(run_page(metrics, facts, steps, replies), encoding="utf-8")
+    (folder / "report.html").write_text(run_page(metrics, facts, steps, replies, depth_replies), encoding="utf-8")
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +97,7 @@ class Published:
     replies: list[ScoredReply]
     prompt_version: int
     """Version of the prompt that the adapter was trained on."""
+    depth_replies: list[DepthReply]
 
 
 def read_published(storage: Storage, prefix: str, manifest: Mapping[str, Any], folder: Path) -> Published:
@@ -112,9 +125,19 @@ def read_published(storage: Storage, prefix: str, manifest: Mapping[str, Any], f
                 ),
             ]
         ) from None
-    evaluation, replies = _evaluation_of(metrics, folder)
+    evaluation, replies, depth_replies = _evaluation_of(metrics, folder)
     version = read_prompt_version(folder, storage.uri + prefix)
-    return Published(folder, measured.training, measured.held_out, measured.peak_memory_gib, steps, evaluation, replies, version)
+    return Published(
+        folder,
+        measured.training,
+        measured.held_out,
+        measured.peak_memory_gib,
+        steps,
+        evaluation,
+        replies,
+        version,
+        depth_replies,
+    )
 
 
 class _PromptDocument(BaseModel):
@@ -159,12 +182,16 @@ class _Measured(BaseModel):
     peak_memory_gib: float
 
 
-def _evaluation_of(metrics: Mapping[str, Any], folder: Path) -> tuple[EvaluationMetrics | None, list[ScoredReply]]:
+def _evaluation_of(
+    metrics: Mapping[str, Any], folder: Path
+) -> tuple[EvaluationMetrics | None, list[ScoredReply], list[DepthReply]]:
     try:
-        return validated(RunMetrics, metrics, "metrics.json").evaluation, read_replies(folder, "replies.jsonl")
+        evaluation = validated(RunMetrics, metrics, "metrics.json").evaluation
+        depth_replies = read_depth_replies(folder, DEPTH_REPLIES_NAME) if evaluation.depth else []
+        return evaluation, read_replies(folder, "replies.jsonl"), depth_replies
     except (OSError, ConfigError):
         # another version's: measure again
-        return None, []
+        return None, [], []
 
 
 def read_lines(path: Path, where: str) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -180,6 +207,14 @@ def read_replies(folder: Path, where: str) -> list[ScoredReply]:
     return [
         validated(ScoredReply, line, f"{where}:{number}", quote=False)
         for number, line in read_lines(folder / "replies.jsonl", where)
+    ]
+
+
+def read_depth_replies(folder: Path, where: str) -> list[DepthReply]:
+    """Return the replies of a deep evaluation. Raise `ConfigError` for a line of another form, and `OSError`."""
+    return [
+        validated(DepthReply, line, f"{where}:{number}", quote=False)
+        for number, line in read_lines(folder / DEPTH_REPLIES_NAME, where)
     ]
 
 

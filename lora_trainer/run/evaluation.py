@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -14,6 +14,8 @@ from lora_trainer.data.records import EvaluationPrompt
 from lora_trainer.evaluate import gates
 from lora_trainer.evaluate.advice import Known, rose
 from lora_trainer.evaluate.decoding import decodings
+from lora_trainer.evaluate.depth_questions import every_prompt
+from lora_trainer.evaluate.depth_rules import DepthReply
 from lora_trainer.evaluate.llm_judge import judge_replies
 from lora_trainer.evaluate.measures import decoding_metrics, evaluation_metrics
 from lora_trainer.evaluate.metrics import DecodingMetrics, EvaluationMetrics, HeldOutMetrics, TrainingMetrics, Verdict
@@ -21,6 +23,7 @@ from lora_trainer.evaluate.people import people_metrics
 from lora_trainer.evaluate.questions import instruction_of, questions
 from lora_trainer.evaluate.rules import MODELS, ScoredReply, TrainingData, score_by_rules
 from lora_trainer.persona.prompt import PROMPT_VERSION
+from lora_trainer.run.depth import evaluate_depth
 from lora_trainer.run.job import Job
 from lora_trainer.run.progress import RunProgress
 from lora_trainer.run.sense import judge_sense
@@ -34,13 +37,18 @@ class Evaluated:
 
     metrics: EvaluationMetrics
     replies: list[ScoredReply]
+    depth_replies: list[DepthReply] = field(default_factory=list)
+    """Empty unless `evaluation.depth` is `full`."""
 
 
 def require_room_for_replies(job: Job, backend: Backend, prompts: Sequence[EvaluationPrompt], base_folder: Path) -> None:
     """Raise `DataError` if a prompt is too long for the base, before the training rather than after it."""
-    config, instruction = job.config.evaluation, instruction_of(job.config.blood_type)
-    asked = questions(prompts, config.intensities, config.intensities_per_prompt, instruction, job.process.prompt_version)
-    backend.require_room([question.messages for question in asked], config.max_new_tokens, backend.shape(base_folder).positions)
+    config, instruction, version = job.config.evaluation, instruction_of(job.config.blood_type), job.process.prompt_version
+    positions = backend.shape(base_folder).positions
+    asked = questions(prompts, config.intensities, config.intensities_per_prompt, instruction, version)
+    backend.require_room([question.messages for question in asked], config.max_new_tokens, positions)
+    if config.depth == "full":
+        backend.require_room(every_prompt(instruction, version), config.max_new_tokens, positions)
 
 
 def evaluate(
@@ -97,6 +105,10 @@ def evaluate(
         metrics = metrics.model_copy(update={"judge": judge_replies(config, blood_type, replies)})
     sense, replies = judge_sense(job, backend, base, replies, progress)
     metrics = metrics.model_copy(update={"sense": sense})
+    depth_replies: list[DepthReply] = []
+    if config.depth == "full":
+        depth, depth_replies = evaluate_depth(job, backend, prompt_version)
+        metrics = metrics.model_copy(update={"depth": depth})
     adapter = metrics.greedy.adapter
     job.log.info(
         "evaluation_finished",
@@ -109,7 +121,7 @@ def evaluate(
         win_rate=round(metrics.greedy.win_rate.value, 4),
         evaluate_s=round(job.timings_s["evaluate_generate"] + job.timings_s["evaluate_judge"], 1),
     )
-    return Evaluated(metrics, replies)
+    return Evaluated(metrics, replies, depth_replies)
 
 
 def decide(job: Job, metrics: EvaluationMetrics, known: Known) -> Verdict:

@@ -163,7 +163,7 @@ def assemble(
         "timings_s": dict(job.timings_s),
     }
     write_documents(folder, job.config, identity.base, metrics, job.process.prompt_version)
-    write_evaluation(folder, metrics, trained.log.steps, evaluated.replies, facts)
+    write_evaluation(folder, metrics, trained.log.steps, evaluated.replies, facts, evaluated.depth_replies)
     write_manifest(folder, facts)
 
 

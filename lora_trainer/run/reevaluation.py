@@ -146,7 +146,7 @@ def _copied(job: Job, published: Published, manifest: Mapping[str, Any], asked: 
         # nobody looked at sense, or a judge failed that may not fail again
         return None
     return Measured(
-        Evaluated(published.evaluation, published.replies),
+        Evaluated(published.evaluation, published.replies, published.depth_replies),
         published.held_out,
         published.peak_memory_gib,
         manifest.get("environment", {}),
@@ -205,7 +205,7 @@ def _write(
         "environment": measured.environment,
         "timings_s": dict(job.timings_s),
     }
-    write_evaluation(folder, metrics, published.steps, measured.evaluated.replies, facts)
+    write_evaluation(folder, metrics, published.steps, measured.evaluated.replies, facts, measured.evaluated.depth_replies)
     return metrics, facts
 
 

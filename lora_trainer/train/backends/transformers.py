@@ -384,10 +384,12 @@ class TransformersBackend:
         adapter: bool,
         batch_size: int,
         processors: Callable[[], Sequence[LogitsProcessor]] | None = None,
+        begun: Sequence[str] = (),
         on_replies: OnReplies = lambda _: None,
     ) -> list[Generation]:
         """Return the reply of the adapter, or of the base without it, to each conversation, in order.
 
+        `begun`, if given, has a text for each conversation that its reply is already begun with; what is returned continues it.
         `on_replies` is called with the number of new replies whenever some are finished.
 
         Raises `HardwareError` on OOM, `DataError` for text that would become a control token or leaves no room for a reply.
@@ -397,6 +399,8 @@ class TransformersBackend:
         from lora_trainer.train.backends.generation import generate
 
         prompts = render_prompts(conversations, self.tokenizer)
+        if begun:
+            prompts = [prompt + start for prompt, start in zip(prompts, begun, strict=True)]
         with self.device_faults(), self._inference_mode(), ExitStack() as stack:
             if not adapter:
                 stack.enter_context(self.model.disable_adapter())
