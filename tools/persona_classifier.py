@@ -1,12 +1,15 @@
-"""Train the persona classifier on the bundled data and measure how well it tells the four personas apart.
+"""Train the two persona classifiers and measure how well they tell the four personas apart.
 
-python tools/persona_classifier.py            train, and write lora_trainer/evaluate/assets/persona_classifier.npz
-python tools/persona_classifier.py --check    measure the shipped file; exit 1 if data/README.md has other numbers
+The first is trained on the bundled data, the second on the hand-written sense examples; both are measured on the same replies.
+
+python tools/persona_classifier.py            train, and write both files to lora_trainer/evaluate/assets
+python tools/persona_classifier.py --check    measure the shipped files; exit 1 if data/README.md has other numbers
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,13 +17,16 @@ from typing import Final
 
 from lora_trainer.data.jsonl import JsonlReader
 from lora_trainer.data.records import TrainingRecord
+from lora_trainer.evaluate.persona_by_form import FormClassifier
 from lora_trainer.evaluate.persona_classifier import PersonaClassifier, accuracy, confusion, is_held_out
 from lora_trainer.persona.vocabulary import BloodType
 
 REPOSITORY: Final = Path(__file__).resolve().parents[1]
 
 
-ARTEFACT: Final = REPOSITORY / "lora_trainer" / "evaluate" / "assets" / "persona_classifier.npz"
+ASSETS: Final = REPOSITORY / "lora_trainer" / "evaluate" / "assets"
+ARTEFACT: Final = ASSETS / "persona_classifier.npz"
+FORM_ARTEFACT: Final = ASSETS / "persona_by_form.npz"
 
 Matrix = Mapping[BloodType, Mapping[BloodType, int]]
 
@@ -40,6 +46,22 @@ def train() -> PersonaClassifier:
     """Train a classifier on the replies that are not held out."""
     records, personas = replies(held_out=False)
     return PersonaClassifier.train([record.reply.text for record in records], personas)
+
+
+def examples() -> tuple[list[str], list[BloodType]]:
+    """Return the hand-written sense examples that are fluent, whether or not they answer what was said, and their personas."""
+    texts, personas = [], []
+    for line in (ASSETS / "sense_examples.jsonl").read_text(encoding="utf-8").splitlines():
+        example = json.loads(line)
+        if example["written_by"] == "hand" and example["kind"] in ("good", "misses"):
+            texts.append(example["reply"])
+            personas.append(BloodType(example["persona"]))
+    return texts, personas
+
+
+def train_by_form() -> FormClassifier:
+    """Train the second classifier on the sense examples."""
+    return FormClassifier.train(*examples())
 
 
 def measure(classifier: PersonaClassifier) -> Matrix:
@@ -64,22 +86,29 @@ def section(found: Matrix) -> str:
 
 
 def main() -> int:
-    """Train and write the classifier unless checking, then measure it. Return the exit code."""
+    """Train and write the classifiers unless checking, then measure them. Return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="measure only, write nothing")
-    if not parser.parse_args().check:
-        train().save(ARTEFACT)
-        print(f"written: {ARTEFACT.relative_to(REPOSITORY)}, {ARTEFACT.stat().st_size / 1024:.0f} KiB")
+    is_check = parser.parse_args().check
+    if not is_check:
+        for path, trained in ((ARTEFACT, train()), (FORM_ARTEFACT, train_by_form())):
+            trained.save(path)
+            print(f"written: {path.relative_to(REPOSITORY)}, {path.stat().st_size / 1024:.0f} KiB")
     from bundled_data import with_section
 
-    text = section(measure(PersonaClassifier.load(ARTEFACT)))
-    print(text)
     page = REPOSITORY / "data" / "README.md"
     document = page.read_text(encoding="utf-8")
-    updated = with_section(document, "confusion", text)
-    if parser.parse_args().check:
+    updated = document
+    for name, shipped in (
+        ("confusion", PersonaClassifier.load(ARTEFACT)),
+        ("confusion-by-form", FormClassifier.load(FORM_ARTEFACT)),
+    ):
+        text = section(measure(shipped))
+        print(text)
+        updated = with_section(updated, name, text)
+    if is_check:
         if document != updated:
-            print("data/README.md: the confusion matrix is out of date; run python tools/persona_classifier.py")
+            print("data/README.md: a confusion matrix is out of date; run python tools/persona_classifier.py")
         return int(document != updated)
     page.write_text(updated, encoding="utf-8")
     return 0

@@ -13,6 +13,7 @@ from lora_trainer.data.records import EvaluationPrompt, PromptTag
 from lora_trainer.evaluate.decoding import Decoding
 from lora_trainer.evaluate.intervals import ClusterBootstrap, clustered_bounds, spearman
 from lora_trainer.evaluate.metrics import DecodingMetrics, Estimate, EvaluationMetrics, GroupMetrics, RepliesMetrics
+from lora_trainer.evaluate.persona_by_form import bundled_form_classifier
 from lora_trainer.evaluate.questions import evaluation_id, prompts_digest
 from lora_trainer.evaluate.rules import RULES, ScoredReply, TrainingData
 from lora_trainer.persona.prompt import PROMPT_VERSION
@@ -57,6 +58,7 @@ def replies_metrics(scored: Sequence[ScoredReply], blood_type: BloodType, config
     by_intensity: dict[float, list[int]] = defaultdict(list)
     for reply in readable:
         by_intensity[reply.intensity].append(reply.emoji or 0)
+    by_form = iter(bundled_form_classifier().predict([reply.text for reply in readable if reply.text is not None]))
     copied_share = [None if reply.copied_words is None or not reply.words else reply.copied_words / reply.words for reply in scored]
     return RepliesMetrics(
         exact_json=rate([reply.exact_json for reply in scored], "exact_json"),
@@ -65,6 +67,7 @@ def replies_metrics(scored: Sequence[ScoredReply], blood_type: BloodType, config
         one_or_two_sentences=rate([reply.one_or_two_sentences for reply in scored], "one_or_two_sentences"),
         informal_speech=rate([reply.informal_speech for reply in scored], "informal_speech"),
         persona=rate([reply.taken_for == blood_type for reply in scored], "persona"),
+        persona_by_form=rate([reply.text is not None and next(by_form) == blood_type for reply in scored], "persona"),
         question=rate([reply.question for reply in scored], "question"),
         emoji_intensity=Estimate(
             value=spearman(intensities, emoji),

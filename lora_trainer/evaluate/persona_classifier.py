@@ -12,7 +12,7 @@ from functools import cache
 from hashlib import blake2b
 from importlib import resources
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Self
 
 import regex
 
@@ -42,23 +42,23 @@ class PersonaClassifier:
         self._vectorizer, self._model = vectorizer, model
 
     @classmethod
-    def train(cls, replies: Sequence[str], personas: Sequence[BloodType]) -> PersonaClassifier:
+    def train(cls, replies: Sequence[str], personas: Sequence[BloodType]) -> Self:
         """Fit the vectorizer and the regression. Deterministic for the same replies in the same order."""
         from sklearn.linear_model import LogisticRegression
 
-        vectorizer = _vectorizer(max_features=MAX_FEATURES, min_df=2)
-        features = vectorizer.fit_transform(map(_prepared, replies))
+        vectorizer = cls._vectorizer_of(max_features=MAX_FEATURES, min_df=2)
+        features = vectorizer.fit_transform(map(cls._prepared, replies))
         model = LogisticRegression(C=INVERSE_REGULARISATION, max_iter=2000, random_state=0)
         return cls(vectorizer, model.fit(features, [str(persona) for persona in personas]))
 
     @classmethod
-    def load(cls, path: Path) -> PersonaClassifier:
+    def load(cls, path: Path) -> Self:
         """Load a classifier written by `save`. Raises `ValueError` for a file with pickled objects."""
         import numpy as np
         from sklearn.linear_model import LogisticRegression
 
         with np.load(path, allow_pickle=False) as arrays:
-            vectorizer = _vectorizer(vocabulary=[str(ngram) for ngram in arrays["ngrams"]])
+            vectorizer = cls._vectorizer_of(vocabulary=[str(ngram) for ngram in arrays["ngrams"]])
             vectorizer.idf_ = arrays["idf"].astype(np.float64)
             model = LogisticRegression()
             model.classes_ = arrays["classes"]
@@ -81,7 +81,7 @@ class PersonaClassifier:
 
     def probabilities(self, replies: Iterable[str]) -> list[Mapping[BloodType, float]]:
         """Return the probability of each persona for each reply; the four sum to 1."""
-        texts = [_prepared(reply) for reply in replies]
+        texts = [self._prepared(reply) for reply in replies]
         if not texts:
             return []
         features = self._vectorizer.transform(texts)
@@ -91,6 +91,17 @@ class PersonaClassifier:
     def predict(self, replies: Iterable[str]) -> list[BloodType]:
         """Return the most probable persona for each reply."""
         return [max(found, key=lambda name: found[name]) for found in self.probabilities(replies)]
+
+    @staticmethod
+    def _vectorizer_of(**settings: Any) -> Any:
+        from sklearn.feature_extraction.text import TfidfVectorizer
+
+        return TfidfVectorizer(analyzer="char", ngram_range=NGRAM_CHARACTERS, sublinear_tf=True, lowercase=True, **settings)
+
+    @staticmethod
+    def _prepared(reply: str) -> str:
+        # mark start and end, which are characteristic of a persona, and hide digits, which are not
+        return f"^{_DIGITS.sub('0', reply)}$"
 
 
 @cache
@@ -112,14 +123,3 @@ def accuracy(matrix: Mapping[BloodType, Mapping[BloodType, int]]) -> float:
     """Return the share of correct predictions, in [0, 1]; 0 without replies."""
     everything = sum(sum(row.values()) for row in matrix.values())
     return sum(matrix[name][name] for name in matrix) / everything if everything else 0.0
-
-
-def _vectorizer(**settings: Any) -> Any:
-    from sklearn.feature_extraction.text import TfidfVectorizer
-
-    return TfidfVectorizer(analyzer="char", ngram_range=NGRAM_CHARACTERS, sublinear_tf=True, lowercase=True, **settings)
-
-
-def _prepared(reply: str) -> str:
-    # mark start and end, which are characteristic of a persona, and hide digits, which are not
-    return f"^{_DIGITS.sub('0', reply)}$"

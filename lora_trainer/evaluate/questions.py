@@ -93,6 +93,7 @@ def evaluation_id(config: EvaluationConfig, prompts_sha256: str, prompt_version:
         "prompt_version": prompt_version,
         "prompts_sha256": prompts_sha256,
         "classifier_sha256": _asset_sha256("persona_classifier.npz"),
+        "form_classifier_sha256": _asset_sha256("persona_by_form.npz"),
         "sense_version": SENSE_VERSION,
         "sense_examples_sha256": _asset_sha256("sense_examples.jsonl"),
         # exclude settings that do not change the result; the prompts' content is hashed above

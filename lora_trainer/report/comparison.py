@@ -33,6 +33,7 @@ _METRICS: Final = (
     "one_or_two_sentences",
     "informal_speech",
     "persona",
+    "persona_by_form",
     "question",
     "characters",
     "emotion_appropriateness",

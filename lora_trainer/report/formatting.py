@@ -23,6 +23,7 @@ LABELS: Final[Mapping[str, str]] = {
     "one_or_two_sentences": "At most two sentences",
     "informal_speech": "Informal speech (반말)",
     "persona": "Recognised as this persona",
+    "persona_by_form": "Recognised by its grammar alone",
     "question": "Asks back",
     "fits_message": "Fits its message",
     "emoji_intensity": "Emoji increase with intensity",

@@ -20,6 +20,7 @@ _RATES: Final = (
     ("one_or_two_sentences", "at most two sentences"),
     ("informal_speech", "반말"),
     ("persona", "recognised as this persona"),
+    ("persona_by_form", "recognised by its grammar alone"),
     ("question", "asks back"),
     ("verbatim_copies", "copied from the training data"),
 )

@@ -48,7 +48,7 @@ _MAX_POINTS: Final = 300
 """Maximum points per curve. Longer runs are averaged in bins."""
 _GROUPS: Final[tuple[tuple[str, tuple[str, ...]], ...]] = (
     ("Can the app parse it?", ("exact_json", "emotion_in_vocabulary", "stop")),
-    ("Does it talk like the persona?", ("one_or_two_sentences", "informal_speech", "persona")),
+    ("Does it talk like the persona?", ("one_or_two_sentences", "informal_speech", "persona", "persona_by_form")),
     ("Does it keep the conversation going?", ("question", "characters")),
     ("Do emotion and emoji fit?", ("emotion_appropriateness", "emoji_intensity", "emoji")),
     ("Is it original?", ("repetition", "copied_words", "verbatim_copies")),

@@ -127,7 +127,7 @@ def test_numbers_are_those_of_the_metrics(made: MadeRun, page: str) -> None:
     evaluation = made.metrics.evaluation
     assert evaluation.sampled is not None
     names = [name for name, field in RepliesMetrics.model_fields.items() if field.annotation is Estimate]
-    assert len(names) == 15
+    assert len(names) == 16
     assert evaluation.people is not None
     models = [model for measured in (evaluation.greedy, evaluation.sampled) for model in (measured.adapter, measured.base)]
     for replied in (*models, evaluation.people):
