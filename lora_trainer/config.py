@@ -208,6 +208,11 @@ class EvaluationConfig(_Section):
         description="`full`: also ask ten-turn conversations, messages that press the friend out of its role, and questions with "
         "one right answer. They decide no gate.",
     )
+    precision: Literal["training", "nf4", "bfloat16"] = Field(
+        default="training",
+        description="Weights of the base that the adapter is evaluated on: as in training, or as it will be served, in NF4 or "
+        "unquantized in bfloat16. Another one than training's loads the base once more.",
+    )
     judge_model: str | None = Field(
         default=None,
         min_length=1,
@@ -517,6 +522,12 @@ class RunConfig(_Section):
         if self.backend != "auto":
             return self.backend
         return "unsloth" if self.device == "cuda" else "transformers"
+
+    @property
+    def evaluated_base(self) -> TrainingConfig:
+        """The training settings, with the quantization and data type of the base that the evaluation loads."""
+        changed = {"nf4": {"quantization": "nf4"}, "bfloat16": {"quantization": "none", "compute_dtype": "bfloat16"}}
+        return self.training.model_copy(update=changed.get(self.evaluation.precision))
 
 
 def environment_name(dotted: str) -> str:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -28,7 +29,7 @@ from lora_trainer.run.job import Job
 from lora_trainer.run.progress import RunProgress
 from lora_trainer.run.sense import judge_sense
 from lora_trainer.run.training import TokenizedData
-from lora_trainer.train.backends import Backend
+from lora_trainer.train.backends import Backend, open_reference_backend
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +50,29 @@ def require_room_for_replies(job: Job, backend: Backend, prompts: Sequence[Evalu
     backend.require_room([question.messages for question in asked], config.max_new_tokens, positions)
     if config.depth == "full":
         backend.require_room(every_prompt(instruction, version), config.max_new_tokens, positions)
+
+
+@contextmanager
+def evaluation_backend(job: Job, backend: Backend, base_folder: Path, adapter: Path, progress: RunProgress) -> Iterator[Backend]:
+    """Yield a backend with the base in the evaluation's precision and the adapter: `backend`, if that is training's precision.
+
+    Otherwise unload `backend`, and load the saved `adapter` as a server would.
+    """
+    if job.config.evaluated_base == job.config.training:
+        yield backend
+        return
+    progress.stage("load")
+    backend.release()
+    reference, _ = job.process.models.start(open_reference_backend, job.config, job.process.interruption)
+    try:
+        with job.timed("load_evaluation"), reference.device_faults():
+            reference.load_tokenizer(base_folder)
+            reference.load_adapter(base_folder, adapter)
+        job.log.info("evaluation_precision", precision=job.config.evaluation.precision, load_s=job.timings_s["load_evaluation"])
+        yield reference
+    finally:
+        # the next persona needs the memory for its training
+        reference.release()
 
 
 def evaluate(

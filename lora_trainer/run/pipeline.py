@@ -14,7 +14,7 @@ from lora_trainer.config import RunConfig
 from lora_trainer.data.records import EvaluationPrompt, TrainingRecord
 from lora_trainer.evaluate.llm_judge import check_judge
 from lora_trainer.run.batch import BatchStoppedError, PersonaRun
-from lora_trainer.run.evaluation import decide, evaluate, known_of, require_room_for_replies
+from lora_trainer.run.evaluation import decide, evaluate, evaluation_backend, known_of, require_room_for_replies
 from lora_trainer.run.identity import Identity, identify
 from lora_trainer.run.inputs import DataFile, fetch, fetch_prompts, read, require_data_folder
 from lora_trainer.run.job import Job, ProcessContext
@@ -134,7 +134,10 @@ def train_and_publish(job: Job, work: Planned) -> Outcome:
             with stepping_down(job, backend, plan):
                 trained = train(job, backend, identity, plan, checkpoints, progress)
             folder = save(job, backend, identity, plan, progress)
-            evaluated = evaluate(job, backend, identity.base, prepared.prompts, plan.data, progress, job.process.prompt_version)
+            with evaluation_backend(job, backend, plan.base_folder, folder, progress) as evaluating:
+                evaluated = evaluate(
+                    job, evaluating, identity.base, prepared.prompts, plan.data, progress, job.process.prompt_version
+                )
             verdict = decide(
                 job, evaluated.metrics, known_of(training_metrics(plan, trained), trained.loss_base, trained.kept.loss)
             )

@@ -47,6 +47,11 @@ def _problems(config: RunConfig, reference: bool) -> Iterator[str]:
             "training.quantization: got nf4, which needs bitsandbytes, and it is not installed: "
             f"set training.quantization=none, or {_ALL}"
         )
+    elif config.evaluated_base.quantization == "nf4" and _missing(("bitsandbytes",)):
+        yield (
+            "evaluation.precision: got nf4, which needs bitsandbytes, and it is not installed: "
+            f"set evaluation.precision=training, or {_ALL}"
+        )
 
 
 def has_driver() -> bool:

@@ -226,7 +226,7 @@ def test_every_setting_of_the_evaluation_is_in_its_id_or_left_out_on_purpose() -
     """List the settings that do not affect the verdict. `test_identity.py` changes each setting of the evaluation."""
     assert set(EvaluationConfig.model_fields) - {"prompts", "batch_size", "judge_base_url"} == {
         "intensities", "intensities_per_prompt", "max_new_tokens", "temperature", "top_p", "top_k", "seed",
-        "bootstrap_resamples", "judge_model",
+        "bootstrap_resamples", "judge_model", "depth", "precision",
     }  # fmt: skip
 
 

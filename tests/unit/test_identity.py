@@ -90,6 +90,8 @@ VERDICT = {
     "evaluation.seed": 21,
     "evaluation.bootstrap_resamples": 500,
     "evaluation.judge_model": "judge",
+    "evaluation.depth": "full",
+    "evaluation.precision": "bfloat16",
     "gates.exact_json": 0.9,
     "gates.stop": 0.9,
     "gates.one_or_two_sentences": 0.9,

@@ -26,7 +26,7 @@ def import_torch(config: RunConfig, install_command: str) -> None:
 
 def import_stack(config: RunConfig, install_command: str) -> None:
     """Import transformers, TRL, PEFT and datasets. Raises `ConfigError` if one of them is missing."""
-    if config.device == "cpu" and config.training.quantization == "none":
+    if config.device == "cpu" and "nf4" not in (config.training.quantization, config.evaluated_base.quantization):
         # on a CPU, peft's import of bitsandbytes warns about a kernel package that this run does not use
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:

@@ -82,12 +82,17 @@ class TransformersBackend:
         Raises `ConfigError` if the stack is not installed, `HardwareError` if the device is missing or unsuitable.
         """
         import_torch(self.config, self._install_command())
-        environment = self._device.start(self.config.training.compute_dtype)
+        environment = self._device.start(self._compute_dtype())
         environment["attention"] = self._import_stack()
         import torch
 
         torch.manual_seed(self.config.training.seed)
         return environment
+
+    def _compute_dtype(self) -> Literal["bfloat16", "float32"]:
+        """Return the data type that the device has to support: bfloat16 if training or evaluation uses it."""
+        both = (self.config.training.compute_dtype, self.config.evaluated_base.compute_dtype)
+        return "bfloat16" if "bfloat16" in both else "float32"
 
     def _install_command(self) -> str:
         cpu_only = self.config.device == "cpu" and self.name == "transformers"
@@ -179,7 +184,7 @@ class TransformersBackend:
         return self._device.is_working()
 
     def load_adapter(self, base: Path, adapter: Path) -> bool:
-        """Load the base and a saved adapter, to evaluate it. Return whether a loaded base was reused.
+        """Load the base in the evaluation's precision, and a saved adapter. Return whether a loaded base was reused.
 
         Raises `ConfigError` for weights that are not safetensors: PEFT would unpickle them.
         """
@@ -193,7 +198,7 @@ class TransformersBackend:
         is_reused = model is not None
         if model is None:
             self.release()
-            model = load_base(base, self.config.training, self.tokenizer, on_cuda=self._device.is_cuda)
+            model = load_base(base, self.config.evaluated_base, self.tokenizer, on_cuda=self._device.is_cuda)
             self._evaluation_base = EvaluationBase.of(model, base)
         self._model = PeftModel.from_pretrained(model, str(adapter), is_trainable=False, local_files_only=True).eval()
         return is_reused
