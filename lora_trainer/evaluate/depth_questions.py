@@ -122,6 +122,11 @@ class DepthQuestions(_Part):
     ability: Mapping[AbilityKind, tuple[Ability, ...]]
 
     @property
+    def count(self) -> int:
+        """Number of replies that each model is asked for."""
+        return len(self.conversations) * TURNS + len(self.pressed) + len(self.abilities)
+
+    @property
     def pressed(self) -> list[tuple[PressureKind, Pressure]]:
         """All messages under pressure, with their kinds."""
         return [(kind, asked) for kind, found in self.pressure.items() for asked in found]

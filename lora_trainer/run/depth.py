@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from functools import partial
 from typing import Literal
 
 from lora_trainer.evaluate.decoding import Decoding, Generation, PromptTooLongError
@@ -24,13 +25,19 @@ from lora_trainer.evaluate.questions import instruction_of
 from lora_trainer.evaluate.rules import MODELS
 from lora_trainer.persona.prompt import Message
 from lora_trainer.run.job import Job
+from lora_trainer.run.progress import RunProgress
 from lora_trainer.train.backends import Backend
 
 
-def evaluate_depth(job: Job, backend: Backend, prompt_version: int) -> tuple[DepthMetrics, list[DepthReply]]:
+def depth_replies(job: Job) -> int:
+    """Return how many replies `evaluate_depth` generates, those of adapter and base together; 0 unless it is asked for."""
+    return depth_questions().count * len(MODELS) if job.config.evaluation.depth == "full" else 0
+
+
+def evaluate_depth(job: Job, backend: Backend, prompt_version: int, progress: RunProgress) -> tuple[DepthMetrics, list[DepthReply]]:
     """Generate replies of both models to the bundled questions, greedily, and measure them.
 
-    `prompt_version` is the version that the adapter was trained on.
+    `prompt_version` is the version that the adapter was trained on. Call it while `progress` is evaluating: it counts the replies.
     """
     config = job.config.evaluation
     questions = depth_questions()
@@ -39,7 +46,7 @@ def evaluate_depth(job: Job, backend: Backend, prompt_version: int) -> tuple[Dep
     with job.timed("evaluate_depth"):
         for model in MODELS:
             started_s = time.perf_counter()
-            ask = _Ask(job, backend, model, prompt_version)
+            ask = _Ask(job, backend, model, prompt_version, progress)
             talks = ask.conversations(questions.conversations)
             pressed = ask.pressure([asked for _, asked in questions.pressed])
             able = ask.ability([asked for _, asked in questions.abilities])
@@ -67,8 +74,11 @@ def evaluate_depth(job: Job, backend: Backend, prompt_version: int) -> tuple[Dep
 class _Ask:
     """Asks one model, greedily, in the prompt that the adapter was trained on."""
 
-    def __init__(self, job: Job, backend: Backend, model: Literal["adapter", "base"], prompt_version: int) -> None:
+    def __init__(
+        self, job: Job, backend: Backend, model: Literal["adapter", "base"], prompt_version: int, progress: RunProgress
+    ) -> None:
         self._backend, self._config, self._model, self._version = backend, job.config.evaluation, model, prompt_version
+        self._on_replies = partial(progress.replied, model=model, decoding="in depth")
         self._instruction = instruction_of(job.config.blood_type)
 
     def _generate(self, conversations: Sequence[Sequence[Message]], begun: Sequence[str] = ()) -> list[Generation]:
@@ -78,6 +88,7 @@ class _Ask:
             adapter=self._model == "adapter",
             batch_size=self._config.batch_size,
             begun=begun,
+            on_replies=self._on_replies,
         )
 
     def pressure(self, pressed: Sequence[Pressure]) -> list[Generation]:

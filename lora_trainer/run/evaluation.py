@@ -15,6 +15,7 @@ from lora_trainer.data.records import EvaluationPrompt
 from lora_trainer.evaluate import gates
 from lora_trainer.evaluate.advice import Known, rose
 from lora_trainer.evaluate.decoding import decodings
+from lora_trainer.evaluate.depth_metrics import DepthMetrics
 from lora_trainer.evaluate.depth_questions import every_prompt
 from lora_trainer.evaluate.depth_rules import DepthReply
 from lora_trainer.evaluate.llm_judge import judge_replies
@@ -24,7 +25,7 @@ from lora_trainer.evaluate.people import people_metrics
 from lora_trainer.evaluate.questions import instruction_of, questions
 from lora_trainer.evaluate.rules import MODELS, ScoredReply, TrainingData, score_by_rules
 from lora_trainer.persona.prompt import PROMPT_VERSION
-from lora_trainer.run.depth import evaluate_depth
+from lora_trainer.run.depth import depth_replies, evaluate_depth
 from lora_trainer.run.job import Job
 from lora_trainer.run.progress import RunProgress
 from lora_trainer.run.sense import judge_sense
@@ -96,7 +97,9 @@ def evaluate(
     measured: dict[str, DecodingMetrics] = {}
     replies: list[ScoredReply] = []
     ways = decodings(config)
-    with progress.evaluating(len(asked) * len(ways) * len(MODELS)):
+    depth: DepthMetrics | None = None
+    deep: list[DepthReply] = []
+    with progress.evaluating(len(asked) * len(ways) * len(MODELS) + depth_replies(job)):
         for decoding in ways:
             judged: dict[str, list[ScoredReply]] = {}
             generate_s = 0.0
@@ -120,19 +123,17 @@ def evaluate(
                 measured[decoding.name] = decoding_metrics(
                     decoding, judged["adapter"], judged["base"], blood_type, config, generate_s
                 )
+        if config.depth == "full":
+            depth, deep = evaluate_depth(job, backend, prompt_version, progress)
     with job.timed("evaluate_people"):
         # without the end of turn, as for generated replies
         reply_tokens = [len(sequence) - sequence.prompt_tokens - 1 for sequence in tokenized.held_out]
         people = people_metrics(tokenized.held_out_records, reply_tokens, blood_type, config, data)
     metrics = evaluation_metrics(config, prompts, measured, data, people, prompt_version)
     with job.timed("evaluate_model_judge"):
-        metrics = metrics.model_copy(update={"judge": judge_replies(config, blood_type, replies)})
+        metrics = metrics.model_copy(update={"judge": judge_replies(config, blood_type, replies), "depth": depth})
     sense, replies = judge_sense(job, backend, base, replies, progress)
     metrics = metrics.model_copy(update={"sense": sense})
-    depth_replies: list[DepthReply] = []
-    if config.depth == "full":
-        depth, depth_replies = evaluate_depth(job, backend, prompt_version)
-        metrics = metrics.model_copy(update={"depth": depth})
     adapter = metrics.greedy.adapter
     job.log.info(
         "evaluation_finished",
@@ -143,9 +144,11 @@ def evaluate(
         persona=round(adapter.persona.value, 4),
         emoji_intensity=round(adapter.emoji_intensity.value, 4),
         win_rate=round(metrics.greedy.win_rate.value, 4),
-        evaluate_s=round(job.timings_s["evaluate_generate"] + job.timings_s["evaluate_judge"], 1),
+        evaluate_s=round(
+            sum(job.timings_s.get(name, 0.0) for name in ("evaluate_generate", "evaluate_judge", "evaluate_depth")), 1
+        ),
     )
-    return Evaluated(metrics, replies, depth_replies)
+    return Evaluated(metrics, replies, deep)
 
 
 def decide(job: Job, metrics: EvaluationMetrics, known: Known) -> Verdict:
