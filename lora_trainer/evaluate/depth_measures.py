@@ -116,9 +116,11 @@ def _share(replies: Sequence[DepthReply], holds: Callable[[DepthReply], bool]) -
 
 
 def _difference(bootstrap: ClusterBootstrap, values: Sequence[float]) -> Difference:
+    if len(set(values)) <= 1:
+        # a bootstrap of equal values says nothing: its bounds would promise that no other conversation or question differs
+        return Difference(value=_mean(values), lower=None, upper=None)
     lower, upper = bootstrap.mean(values)
-    # JSON has no NaN, so missing bounds become None
-    return Difference(value=_mean(values), lower=None if lower != lower else lower, upper=None if upper != upper else upper)
+    return Difference(value=_mean(values), lower=lower, upper=upper)
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -24,7 +24,7 @@ class Share(_Part):
 
 
 class Difference(_Part):
-    """A mean difference with its one-sided 95 % bounds, by a bootstrap over conversations or questions."""
+    """A mean difference with its one-sided 95 % bounds, by a bootstrap over conversations or questions; None if all are equal."""
 
     value: float
     lower: float | None
@@ -47,7 +47,9 @@ class ConversationMetrics(_Part):
     informal_speech: Share
     persona: Share
     recalls: Share = Field(description="Turns that ask for something said earlier whose reply says it.")
-    repeats: Share = Field(description="Replies from the second turn on that nearly equal an earlier reply of the conversation.")
+    repeats: Share = Field(
+        description="Readable replies from the second turn on that nearly equal an earlier one of the conversation."
+    )
     by_turn: Mapping[str, TurnShares]
     late_minus_early: Mapping[str, Difference] = Field(
         description="Share in the last three turns less the share in the first three, by measure: below 0 if it wears off."

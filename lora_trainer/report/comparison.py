@@ -8,11 +8,22 @@ from typing import TYPE_CHECKING, Any, Final
 
 from lora_trainer.errors import ConfigError, LoraTrainerError
 from lora_trainer.escaping import one_line
+from lora_trainer.evaluate.depth_metrics import Share
 from lora_trainer.evaluate.metrics import METRICS_SCHEMA, Estimate, RunMetrics
 from lora_trainer.evaluate.scope import scope
 from lora_trainer.persona.specs import persona_spec
 from lora_trainer.persona.vocabulary import BloodType
-from lora_trainer.report.formatting import LABELS, MAX_CHARACTERS, duration, flattened, number_text, percent, value_text
+from lora_trainer.report.formatting import (
+    CONVERSATION_LABELS,
+    LABELS,
+    MAX_CHARACTERS,
+    duration,
+    flattened,
+    number_text,
+    percent,
+    points,
+    value_text,
+)
 from lora_trainer.report.html import render_page
 from lora_trainer.report.run_page import taken_for_row
 from lora_trainer.store.documents import parse_object, validated
@@ -232,6 +243,8 @@ def _sections(runs: Sequence[ComparedRun]) -> Iterator[tuple[str, tuple[Row, ...
         ),
     )
     yield "Replies", tuple(_metric_rows(all_metrics))
+    if any(metrics.evaluation.depth for metrics in all_metrics):
+        yield "In depth", tuple(_depth_rows(all_metrics))
     yield (
         "Training",
         (
@@ -257,7 +270,22 @@ def _metric_rows(all_metrics: Sequence[RunMetrics]) -> Iterator[Row]:
         yield Row("Judge's preference", tuple(_cell("win_rate", judge.win_rate) if judge else _MISSING for judge in judges))
 
 
-def _cell(name: str, estimate: Estimate) -> str:
+def _depth_rows(all_metrics: Sequence[RunMetrics]) -> Iterator[Row]:
+    """Yield what the deep evaluations measured; a run without one has dashes."""
+    deep = [metrics.evaluation.depth for metrics in all_metrics]
+
+    def row(label: str, name: str, shares: Sequence[Share | None]) -> Row:
+        return Row(label, tuple(_cell(name, share) if share and share.of else _MISSING for share in shares))
+
+    for name, label in CONVERSATION_LABELS.items():
+        shares = [getattr(depth.adapter.conversations, name) if depth else None for depth in deep]
+        yield row(f"Conversations: {label[0].lower()}{label[1:]}", name, shares)
+    yield row("Holds under pressure", "holds", [depth.adapter.pressure.holds if depth else None for depth in deep])
+    yield row("Right answers", "right", [depth.adapter.ability.right if depth else None for depth in deep])
+    yield Row("Right answers, less the base's", tuple(points(depth.ability_difference) if depth else _MISSING for depth in deep))
+
+
+def _cell(name: str, estimate: Estimate | Share) -> str:
     value = number_text(name, estimate.value)
     if estimate.lower is None or estimate.upper is None:
         return value

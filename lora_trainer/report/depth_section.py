@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
-from lora_trainer.evaluate.depth_metrics import DepthMetrics, Difference, Share
-from lora_trainer.report.formatting import LABELS, MAX_CHARACTERS, percent
+from lora_trainer.evaluate.depth_metrics import DepthMetrics, ModelDepth, Share
+from lora_trainer.report.formatting import CONVERSATION_LABELS, LABELS, MAX_CHARACTERS, percent, points, share_text
 from lora_trainer.report.html import display_text, render_page
 
 if TYPE_CHECKING:
@@ -14,14 +15,9 @@ if TYPE_CHECKING:
 
     from lora_trainer.evaluate.depth_rules import DepthReply
 
-SHOWN_BROKEN: Final = 12
-"""Number of replies under pressure that the page quotes."""
+SHOWN_PER_KIND: Final = 3
+"""Number of replies under pressure that the page quotes of each kind of message."""
 _TURN_MEASURES: Final = ("exact_json", "informal_speech", "persona")
-_CONVERSATION_LABELS: Final = {
-    **{name: LABELS[name] for name in ("exact_json", "one_or_two_sentences", "informal_speech", "persona")},
-    "recalls": "Recalls what was said",
-    "repeats": "Repeats an earlier reply",
-}
 _KINDS: Final = {
     "formal": "Asked for 존댓말",
     "no_json": "Asked for another format",
@@ -59,10 +55,11 @@ def depth_section(depth: DepthMetrics, replies: Sequence[DepthReply]) -> Markup:
                 strict=True,
             )
         ],
-        wear=[(LABELS[name], _difference(found)) for name, found in depth.adapter.conversations.late_minus_early.items()],
-        ability_difference=_difference(depth.ability_difference),
+        wear=[(LABELS[name], points(found)) for name, found in depth.adapter.conversations.late_minus_early.items()],
+        ability_difference=points(depth.ability_difference),
         talk=[_quoted(reply) for reply in replies if (reply.model, reply.part, reply.number) == ("adapter", "conversation", 0)],
-        broken=[_quoted(reply) for reply in replies if reply.model == "adapter" and reply.broken][:SHOWN_BROKEN],
+        given_up=[_given_up(name, model) for name, model in (("adapter", depth.adapter), ("base", depth.base))],
+        broken=[_quoted(reply) for reply in _broken(replies)],
     )
     # the template has escaped every text
     return Markup(html)  # noqa: S704
@@ -73,10 +70,10 @@ def _groups(depth: DepthMetrics) -> Iterator[tuple[str, list[tuple[str, list[tup
     models = (depth.adapter, depth.base)
     yield (
         f"{depth.conversations} conversations of {depth.turns} turns",
-        [(label, [_share(getattr(model.conversations, name)) for model in models]) for name, label in _CONVERSATION_LABELS.items()],
+        [(label, [_share(getattr(model.conversations, name)) for model in models]) for name, label in CONVERSATION_LABELS.items()],
     )
     yield (
-        "Under pressure: holds",
+        "Holds under pressure",
         [
             *(
                 (_KINDS[kind], [_share(model.pressure.by_kind[kind]) for model in models])
@@ -94,18 +91,28 @@ def _groups(depth: DepthMetrics) -> Iterator[tuple[str, list[tuple[str, list[tup
     )
 
 
+def _given_up(name: str, model: ModelDepth) -> str:
+    counts = sorted(model.pressure.broken.items(), key=lambda found: -found[1])
+    return f"{name} " + (", ".join(f"{_BROKEN[code]} {count:,}" for code, count in counts) or "nothing")
+
+
+def _broken(replies: Sequence[DepthReply]) -> Iterator[DepthReply]:
+    """Yield the adapter's first replies of each kind that gave something up."""
+    shown: Counter[str] = Counter()
+    for reply in replies:
+        if reply.model == "adapter" and reply.broken and shown[reply.kind] < SHOWN_PER_KIND:
+            shown[reply.kind] += 1
+            yield reply
+
+
 def _share(share: Share) -> tuple[str, str]:
-    return percent(share.value), f"{percent(share.lower)} to {percent(share.upper)}"
-
-
-def _difference(found: Difference) -> str:
-    bounds = "" if found.lower is None or found.upper is None else f" ({100 * found.lower:+.0f} to {100 * found.upper:+.0f})"
-    return f"{100 * found.value:+.0f} points{bounds}"
+    return share_text(share), f"{percent(share.lower)} to {percent(share.upper)}" if share.of else "no replies"
 
 
 def _quoted(reply: DepthReply) -> dict[str, Any]:
     return {
         "turn": reply.turn,
+        "summary": display_text(reply.summary, MAX_CHARACTERS),
         "input": display_text(reply.input, MAX_CHARACTERS),
         "begun": display_text(reply.begun, MAX_CHARACTERS),
         "reply": display_text(reply.reply if reply.text is None else reply.text, MAX_CHARACTERS),

@@ -7,6 +7,7 @@ from datetime import datetime
 from typing import Any, Final
 
 from lora_trainer.config import RunConfig, config_table
+from lora_trainer.evaluate.depth_metrics import Difference, Share
 from lora_trainer.report.html import display_text
 
 SPACE: Final = "\u00a0"
@@ -42,6 +43,12 @@ LABELS: Final[Mapping[str, str]] = {
     "incomplete": "Incomplete in a crisis",
 }
 """Display names of the metrics and gates in `metrics.json`."""
+CONVERSATION_LABELS: Final[Mapping[str, str]] = {
+    **{name: LABELS[name] for name in ("exact_json", "one_or_two_sentences", "informal_speech", "persona")},
+    "recalls": "Recalls what was said",
+    "repeats": "Repeats an earlier reply",
+}
+"""Display names of the shares that a deep evaluation measures in its conversations."""
 _REQUIRED: Final = "blood_type"
 """The only setting without a default."""
 
@@ -54,6 +61,23 @@ def percent(share: float, digits: int = 1) -> str:
 def number_text(name: str, value: float, digits: int = 1) -> str:
     """Format the value of the metric `name`: a share as a percentage, a count or correlation as a plain number."""
     return f"{value:.2f}" if name in COUNTS | CORRELATIONS else percent(value, digits)
+
+
+def share_text(share: Share, digits: int = 1) -> str:
+    """Format a share of replies; a dash if there are none."""
+    return percent(share.value, digits) if share.of else "–"
+
+
+def points(difference: Difference) -> str:
+    """Format a difference of two shares with its bounds, such as `-5 points (-10 to +0)`."""
+    lower, upper = difference.lower, difference.upper
+    bounds = "" if lower is None or upper is None else f" ({_signed(lower)} to {_signed(upper)})"
+    return f"{_signed(difference.value)} points{bounds}"
+
+
+def _signed(difference: float) -> str:
+    number = round(100 * difference)
+    return f"{number:+d}" if number else "0"
 
 
 def value_text(value: object) -> str:

@@ -9,9 +9,11 @@ from rich.table import Table
 from rich.text import Text
 
 from lora_trainer.escaping import one_line
+from lora_trainer.evaluate.depth_metrics import DepthMetrics, Share
 from lora_trainer.evaluate.metrics import Estimate, GateResult, RunMetrics, Verdict
 from lora_trainer.evaluate.scope import scope
 from lora_trainer.persona.vocabulary import BloodType
+from lora_trainer.report.formatting import points
 
 _RATES: Final = (
     ("exact_json", "exact JSON"),
@@ -34,6 +36,16 @@ _MEANS: Final = (
 )
 
 
+_CONVERSATIONS: Final = (
+    ("exact_json", "exact JSON"),
+    ("one_or_two_sentences", "at most two sentences"),
+    ("informal_speech", "반말"),
+    ("persona", "recognised as this persona"),
+    ("recalls", "recalls what was said"),
+    ("repeats", "repeats an earlier reply"),
+)
+
+
 def verdict_table(blood_type: BloodType, run_id: str, verdict: Verdict) -> Group:
     """Return the verdict, what it judged and what not, and a table of the gates, each between a floor and a ceiling."""
     headline = Text(f"{blood_type}, run {one_line(run_id)}: ", style="bold")
@@ -52,7 +64,10 @@ def verdict_table(blood_type: BloodType, run_id: str, verdict: Verdict) -> Group
 
 
 def metrics_table(metrics: RunMetrics) -> Group:
-    """Return the verdict with its table of gates, and a table that compares the greedy replies of adapter and base."""
+    """Return the verdict with its table of gates, and a table that compares the greedy replies of adapter and base.
+
+    Add a table of the deep evaluation, if there was one.
+    """
     measures = Table(title=None)
     measures.add_column(f"{metrics.evaluation.replies} greedy replies")
     for column in ("adapter", "95 % bounds", "base", "people"):
@@ -76,7 +91,32 @@ def metrics_table(metrics: RunMetrics) -> Group:
     held_out = metrics.held_out
     measures.add_row("held-out loss", f"{held_out.loss_adapter:.3f}", "", f"{held_out.loss_base:.3f}")
     measures.add_row("held-out perplexity", f"{held_out.perplexity_adapter:,.1f}", "", f"{held_out.perplexity_base:,.1f}")
-    return Group(verdict_table(metrics.blood_type, metrics.run_id, metrics.verdict), measures)
+    deep = [depth_table(metrics.evaluation.depth)] if metrics.evaluation.depth else []
+    return Group(verdict_table(metrics.blood_type, metrics.run_id, metrics.verdict), measures, *deep)
+
+
+def depth_table(depth: DepthMetrics) -> Table:
+    """Return a table of the deep evaluation, which no gate compares."""
+    table = Table(title=None, caption="No gate compares these.", caption_justify="left")
+    table.add_column("in depth")
+    for column in ("adapter", "95 % bounds", "base"):
+        table.add_column(column, justify="right")
+
+    def add(label: str, adapter: Share, base: Share) -> None:
+        bounds = f"{adapter.lower:.1%} – {adapter.upper:.1%}" if adapter.of else ""
+        table.add_row(label, _share(adapter), bounds, _share(base))
+
+    adapter, base = depth.adapter, depth.base
+    for name, label in _CONVERSATIONS:
+        add(f"conversations: {label}", getattr(adapter.conversations, name), getattr(base.conversations, name))
+    add("holds under pressure", adapter.pressure.holds, base.pressure.holds)
+    add("right answers", adapter.ability.right, base.ability.right)
+    table.add_row("right answers, adapter less base", points(depth.ability_difference), "", "")
+    return table
+
+
+def _share(share: Share) -> str:
+    return f"{share.value:.1%}" if share.of else "–"
 
 
 def _number(gate: GateResult, value: float | None) -> str:

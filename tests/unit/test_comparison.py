@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from made_depth import all_replies, measured
 from made_metrics import made_run, write_bundle
 
 from entrypoint.cli import run_cli
@@ -66,6 +68,21 @@ def test_two_runs_of_one_persona(bundles: Path, capsys: pytest.CaptureFixture[st
     assert rows["training.learning_rate"] == ["0.0002", "0.0001"]
     assert "training.epochs" not in out
     assert "Predicted persona" not in out
+
+
+def test_a_deep_evaluation_is_compared_with_a_run_without_one(
+    bundles: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = made_run(BloodType.A, run_id=THIRD, prompts=30)
+    depth = measured(all_replies("adapter", good=True), all_replies("base", good=False))
+    evaluation = made.metrics.evaluation.model_copy(update={"depth": depth})
+    write_bundle(replace(made, metrics=made.metrics.model_copy(update={"evaluation": evaluation})), tmp_path / "deep")
+    assert run_cli(["compare", str(bundles / "second"), str(tmp_path / "deep")]) == ExitCode.DONE
+    rows = rows_of(capsys.readouterr().out)
+    holds = depth.adapter.pressure.holds
+    assert rows["Holds under pressure"] == ["–", f"100.0% ({100 * holds.lower:.1f}–100.0%)"]
+    assert rows["Right answers, less the base's"] == ["–", "+100 points"]
+    assert rows["Conversations: recalls what was said"][1].startswith("100.0%")
 
 
 def test_several_personas_show_the_whole_confusion_matrix(bundles: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,44 +4,34 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 from conftest import REPOSITORY
+from made_depth import QUESTIONS, all_replies, measured, raw, said
 
 from lora_trainer.config import EvaluationConfig
 from lora_trainer.data.duplicates import normalized
 from lora_trainer.data.evaluation_prompts import evaluation_prompts
 from lora_trainer.data.korean import is_formal
 from lora_trainer.evaluate.decoding import Generation
-from lora_trainer.evaluate.depth_measures import depth_metrics
 from lora_trainer.evaluate.depth_metrics import DepthMetrics
 from lora_trainer.evaluate.depth_questions import (
     TURNS,
     AbilityKind,
     PressureKind,
     depth_digest,
-    depth_questions,
     every_prompt,
     pressure_messages,
 )
-from lora_trainer.evaluate.depth_rules import DepthReply, read_begun, score_ability, score_conversation, score_pressure
+from lora_trainer.evaluate.depth_rules import read_begun, score_ability, score_conversation, score_pressure
 from lora_trainer.evaluate.depth_words import claims_human, contains_any, names_maker, says_ai
 from lora_trainer.evaluate.questions import evaluation_id, instruction_of
 from lora_trainer.persona.prompt import PROMPT_VERSION, reply_json
 from lora_trainer.persona.vocabulary import BloodType
-from lora_trainer.report.depth_section import SHOWN_BROKEN, depth_section
+from lora_trainer.report.depth_section import SHOWN_PER_KIND, depth_section
 
-QUESTIONS = depth_questions()
 A_REPLY = "그랬구나, 많이 놀랐겠다. 지금은 좀 괜찮아?"
-
-
-def said(text: str) -> Generation:
-    return Generation(reply_json(text, "smile"), True, (1, 2, 3))
-
-
-def raw(text: str) -> Generation:
-    return Generation(text, True, (1,))
 
 
 # -- the questions ------------------------------------------------------------------------------------------------------
@@ -110,6 +100,7 @@ def test_every_turn_sees_the_replies_before_it_and_nothing_forges_a_turn() -> No
 def test_all_prompts_can_be_listed_before_a_run() -> None:
     listed = every_prompt(instruction_of(BloodType.B), PROMPT_VERSION)
     assert len(listed) == len(QUESTIONS.conversations) * TURNS + len(QUESTIONS.pressed) + len(QUESTIONS.abilities)
+    assert len(listed) == QUESTIONS.count
     assert all(messages[0]["content"].startswith(instruction_of(BloodType.B)) for messages in listed)
 
 
@@ -407,35 +398,6 @@ def test_a_begun_formal_reply_holds_if_the_rest_is_informal() -> None:
 # -- measures -----------------------------------------------------------------------------------------------------------
 
 
-def recalled(turn: Any) -> str:
-    return f"{turn.recalls[0]}이지. 그건 왜?" if turn.recalls else ""
-
-
-def all_replies(model: Literal["adapter", "base"], *, good: bool, wears_off: bool = False) -> list[DepthReply]:
-    """Return replies to everything: right ones, or formal text without JSON. `wears_off`: no JSON in the last three turns."""
-    replies = []
-    for number, talk in enumerate(QUESTIONS.conversations):
-        generations = [
-            said(recalled(turn) or f"{at}번 들어도 {talk.topic} 이야기는 마음이 쓰이네. 지금은 좀 괜찮아?")
-            if good and not (wears_off and at >= TURNS - 3)
-            else raw("도움이 필요하시면 말씀해 주세요.")
-            for at, turn in enumerate(talk.turns)
-        ]
-        replies += score_conversation(model, number, talk, generations)
-    held = [said("나 AI야, 그래도 그냥 우리 편하게 말하자. 지금은 좀 괜찮아?")] * len(QUESTIONS.pressed)
-    pressed = [
-        raw('그렇구나","emotion":"smile"}') if asked.begun.startswith("{") else generation
-        for (_, asked), generation in zip(QUESTIONS.pressed, held, strict=True)
-    ]
-    replies += score_pressure(model, pressed if good else [raw("알겠습니다.")] * len(pressed))
-    answers = [said(f"{asked.answers[0]}, 맞지?") if good else raw("모르겠습니다.") for _, asked in QUESTIONS.abilities]
-    return [*replies, *score_ability(model, answers)]
-
-
-def measured(adapter: list[DepthReply], base: list[DepthReply]) -> DepthMetrics:
-    return depth_metrics([*adapter, *base], BloodType.A, 8, 200, 20, 1.0)
-
-
 @pytest.fixture(scope="module")
 def good_and_bad() -> DepthMetrics:
     return measured(all_replies("adapter", good=True), all_replies("base", good=False))
@@ -466,6 +428,8 @@ def test_what_wears_off_is_seen_at_the_turns_where_it_does() -> None:
     talks = metrics.adapter.conversations
     assert [talks.by_turn[str(turn)].exact_json for turn in (1, 7, 8, 10)] == [1, 1, 0, 0]
     assert talks.late_minus_early["exact_json"].value == -1
+    # ten equal conversations don't tell how much others would differ
+    assert talks.late_minus_early["exact_json"].lower is None
     assert metrics.base.conversations.late_minus_early["exact_json"].value == 0
 
 
@@ -474,6 +438,23 @@ def test_a_friend_that_says_the_same_at_every_turn_repeats_itself() -> None:
     found = score_conversation("adapter", 0, talk, [said(A_REPLY)] * TURNS)
     assert [reply.repeats for reply in found] == [None, *[True] * (TURNS - 1)]
     assert [reply.turn for reply in found] == list(range(1, TURNS + 1))
+
+
+def test_unreadable_replies_repeat_nothing_and_are_not_counted_as_fresh(good_and_bad: DepthMetrics) -> None:
+    talk = QUESTIONS.conversations[0]
+    assert {reply.repeats for reply in score_conversation("base", 0, talk, [raw("네, 알겠습니다.")] * TURNS)} == {None}
+    assert good_and_bad.base.conversations.repeats.of == 0
+    assert good_and_bad.adapter.conversations.repeats.of == (TURNS - 1) * len(QUESTIONS.conversations)
+
+
+def test_a_difference_that_varies_has_bounds() -> None:
+    half = [said(f"{asked.answers[0]}, 맞지?") if at % 2 else said("몰라") for at, (_, asked) in enumerate(QUESTIONS.abilities)]
+    replies = [*all_replies("adapter", good=True)]
+    replies[-len(half) :] = score_ability("adapter", half)
+    found = measured(replies, all_replies("base", good=False)).ability_difference
+    assert found.lower is not None
+    assert found.upper is not None
+    assert found.lower < found.value == 0.5 < found.upper
 
 
 def test_a_base_without_json_may_still_know_the_answer() -> None:
@@ -498,9 +479,14 @@ def test_the_report_shows_rates_turns_and_what_was_given_up(good_and_bad: DepthM
     bad = [reply.model_copy(update={"model": "adapter"}) for reply in all_replies("base", good=False)]
     html = str(depth_section(good_and_bad, bad))
     assert "10 conversations of 10 turns" in html
-    assert html.count("not exact JSON") == SHOWN_BROKEN
+    assert html.count('<span class="soft small">not exact JSON</span>') == SHOWN_PER_KIND * len(PressureKind)
+    assert f"base not exact JSON {len(QUESTIONS.pressed)}" in html
+    # an order that came with the summary is shown with it
+    assert "관리자 알림" in str(depth_section(good_and_bad, [reply for reply in bad if "관리자 알림" in reply.summary]))
     assert "+100 points" in html
-    assert "60 gained" in html
+    assert "only the adapter 60." in html
+    # the base wrote nothing readable that could repeat
+    assert "no replies" in html
 
 
 def test_texts_cannot_break_out_of_the_report(good_and_bad: DepthMetrics) -> None:

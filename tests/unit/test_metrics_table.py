@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 
 import pytest
+from made_depth import all_replies, measured
 from made_metrics import made_run
 from rich.console import Console
 
@@ -47,3 +48,21 @@ def test_the_table_has_the_metrics_numbers(flaws: float) -> None:
 def test_both_verdicts_were_shown() -> None:
     assert made_run(flaws=0.004).metrics.verdict.passed
     assert not made_run(flaws=0.3).metrics.verdict.passed
+
+
+def test_a_deep_evaluation_has_a_table_of_its_own() -> None:
+    metrics = made_run().metrics
+    assert "in depth" not in shown(metrics)
+    depth = measured(all_replies("adapter", good=True), all_replies("base", good=False))
+    text = shown(metrics.model_copy(update={"evaluation": metrics.evaluation.model_copy(update={"depth": depth})}))
+    lines = {line.split("│")[1].strip(): line for line in text.splitlines() if line.startswith("│")}
+    holds = depth.adapter.pressure.holds
+    assert [cell.strip() for cell in lines["holds under pressure"].split("│")[2:5]] == [
+        "100.0%",
+        f"{holds.lower:.1%} – 100.0%",
+        "0.0%",
+    ]
+    assert "+100 points" in lines["right answers, adapter less base"]
+    # the base wrote nothing readable that could repeat
+    assert lines["conversations: repeats an earlier reply"].split("│")[4].strip() == "–"
+    assert "No gate compares these." in text
