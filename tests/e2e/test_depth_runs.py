@@ -53,6 +53,15 @@ def test_everything_is_asked_of_both_models_and_recorded(ran: Ran) -> None:
     assert depth["base"]["conversations"]["exact_json"]["of"] == len(questions.conversations) * TURNS
 
 
+def test_the_progress_counts_these_replies_too(ran: Ran) -> None:
+    evaluation = json.loads((ran.bundle / "metrics.json").read_text(encoding="utf-8"))["evaluation"]
+    ways = 1 if evaluation["sampled"] is None else 2
+    (state,) = (json.loads(path.read_text(encoding="utf-8")) for path in ran.work_dir.rglob("progress.json"))
+    assert state["step"] == state["of"] == 2 * (ways * evaluation["replies"] + depth_questions().count)
+    timings_s = json.loads((ran.bundle / "manifest.json").read_text(encoding="utf-8"))["timings_s"]
+    assert ran.log["evaluation_finished"]["evaluate_s"] >= round(timings_s["evaluate_depth"], 1)
+
+
 def test_the_bundle_holds_together(ran: Ran) -> None:
     assert check_bundle(ran.bundle).metrics.evaluation.depth
 

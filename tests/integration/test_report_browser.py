@@ -5,16 +5,19 @@ from __future__ import annotations
 import shutil
 import subprocess
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 from browser_checks import CUT, FAINT, OVERLAPPING
 from chromium import Browser, Page, chromium, open_browser
-from made_metrics import RAMBLING, made_run, write_bundle
+from made_depth import all_replies, measured
+from made_metrics import RAMBLING, MadeRun, made_run, write_bundle
 
 from entrypoint.cli import run_cli
 from lora_trainer.errors import ExitCode
+from lora_trainer.evaluate.depth_rules import DepthReply
 from lora_trainer.persona.vocabulary import BloodType
 from lora_trainer.report.comparison import compare, comparison_page
 from lora_trainer.report.run_page import run_page
@@ -46,12 +49,24 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> Path:
     long = {"reply": RAMBLING.replace(" ", ""), "input": "ㅋ" * 500, "summary": "w" * 500, "score": -1.0}
     replies = [reply.model_copy(update=long) if reply.prompt == 3 else reply for reply in failed.replies]
     facts = {**failed.facts, "data": {**failed.facts["data"], "uri": f"s3://{'bucket' * 20}/{'x' * 200}.jsonl"}}
-    (folder / "passed.html").write_text(run_page(passed.metrics, passed.facts, passed.steps, passed.replies), encoding="utf-8")
-    (folder / "failed.html").write_text(run_page(failed.metrics, facts, failed.steps, replies), encoding="utf-8")
+    passed, deep = _in_depth(passed, good=True)
+    (folder / "passed.html").write_text(
+        run_page(passed.metrics, passed.facts, passed.steps, passed.replies, deep), encoding="utf-8"
+    )
+    failed, deep = _in_depth(failed, good=False)
+    deep = [reply.model_copy(update={"reply": RAMBLING.replace(" ", ""), "summary": "w" * 500}) for reply in deep]
+    (folder / "failed.html").write_text(run_page(failed.metrics, facts, failed.steps, replies, deep), encoding="utf-8")
     runs = [passed, failed, made_run(BloodType.B, flaws=0.1), made_run(BloodType.O, settings=(("lora.r", 32),))]
     uris = [str(write_bundle(made, folder / "runs" / str(number))) for number, made in enumerate(runs)]
     (folder / "comparison.html").write_text(comparison_page(compare(uris)), encoding="utf-8")
     return folder
+
+
+def _in_depth(made: MadeRun, *, good: bool) -> tuple[MadeRun, list[DepthReply]]:
+    """Return the run with a deep evaluation, and its replies."""
+    adapter, base = all_replies("adapter", good=good), all_replies("base", good=False)
+    evaluation = made.metrics.evaluation.model_copy(update={"depth": measured(adapter, base)})
+    return replace(made, metrics=made.metrics.model_copy(update={"evaluation": evaluation})), [*adapter, *base]
 
 
 @pytest.fixture
