@@ -2,8 +2,9 @@
 
 It is independent of the first one in both respects that matter. It was fitted on other replies: the hand-written ones of
 `assets/sense_examples.jsonl`, whose situations occur neither in the training files nor among the prompts. And it sees other
-features: endings, particles, interjections, adverbs and punctuation, but no noun and no verb. So an adapter that has only learned
-the words of the training files does not convince it.
+features: endings, particles, affixes, interjections and punctuation. Of nouns, verbs, adverbs, numbers and foreign words it sees
+only that there is one, and of emoji as well: each persona has its own set, which is copied easily. So an adapter that has only
+learned the words of the training files does not convince it.
 
 `tools/persona_classifier.py` fits it and measures it on the training files. It ships as plain arrays, which load without pickle.
 """
@@ -17,12 +18,14 @@ from typing import Any, Final, Self
 
 from lora_trainer.data.korean import morphemes
 from lora_trainer.evaluate.persona_classifier import PersonaClassifier
+from lora_trainer.persona.emoji import emoji_count
 from lora_trainer.persona.vocabulary import BloodType
 
 FORM_NGRAMS: Final = (1, 3)
 FORM_INVERSE_REGULARISATION: Final = 5.0
-# Sejong tags whose words are form: endings, particles, affixes, interjections, adverbs and determiners, symbols, emoji and the like
-_FORM_TAGS: Final = ("E", "J", "X", "I", "M", "S", "W", "NP", "VX", "VCP", "VCN")
+# Sejong tags whose words are form: endings, particles, affixes, interjections, 그리고 and the like, pronouns, auxiliaries, symbols
+_FORM_TAGS: Final = ("E", "J", "XP", "XS", "IC", "MAJ", "NP", "VX", "VCP", "VCN", "SF", "SP", "SS", "SE", "SO", "SW")
+_EMOJI: Final = "W_EMOJI"
 
 
 class FormClassifier(PersonaClassifier):
@@ -50,8 +53,14 @@ class FormClassifier(PersonaClassifier):
     @staticmethod
     def _prepared(reply: str) -> str:
         # a word's own form if it is grammar, otherwise only its tag; start and end are characteristic, too
-        forms = (f"{form}/{tag}" if tag.startswith(_FORM_TAGS) else tag for form, tag in morphemes(reply))
-        return " ".join(("^", *("".join(form.split()) for form in forms), "$"))
+        return " ".join(("^", *(_seen(form, tag) for form, tag in morphemes(reply)), "$"))
+
+
+def _seen(form: str, tag: str) -> str:
+    if emoji_count(form):
+        # Kiwi tags some emoji as symbols
+        return _EMOJI
+    return f"{''.join(form.split())}/{tag}" if tag.startswith(_FORM_TAGS) else tag
 
 
 @cache
