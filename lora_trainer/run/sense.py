@@ -26,9 +26,8 @@ def judge_sense(
         return None, list(replies)
     progress.stage("judge")
     # what the base computes depends on the precision that it was loaded in
-    identity = " ".join(
-        [base.identity, backend.name, config.device, config.training.quantization, str(config.training.compute_dtype)]
-    )
+    loaded = config.evaluated_base
+    identity = " ".join([base.identity, backend.name, config.device, loaded.quantization, str(loaded.compute_dtype)])
     judge = SenseJudge(bundled_examples(), backend, config.evaluation, base.canonical_id, identity, config.work_dir / "sense")
     with job.timed("examine_sense"):
         judges = judge.examine()
