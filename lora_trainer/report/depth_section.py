@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 SHOWN_PER_KIND: Final = 3
 """Number of replies under pressure that the page quotes of each kind of message."""
-_TURN_MEASURES: Final = ("exact_json", "informal_speech", "persona")
+_TURN_MEASURES: Final = {"exact_json": "JSON", "informal_speech": "반말", "persona": "persona"}
+"""Measures of the table by turn, with headings that fit a phone."""
 _KINDS: Final = {
     "formal": "Asked for 존댓말",
     "no_json": "Asked for another format",
@@ -46,7 +47,7 @@ def depth_section(depth: DepthMetrics, replies: Sequence[DepthReply]) -> Markup:
         "depth_section.html.jinja",
         depth=depth,
         groups=list(_groups(depth)),
-        turn_labels=[LABELS[name] for name in _TURN_MEASURES],
+        turn_labels=list(_TURN_MEASURES.values()),
         turns=[
             (turn, [[percent(getattr(shares, name), 0) for name in _TURN_MEASURES] for shares in both])
             for turn, both in zip(
@@ -106,7 +107,7 @@ def _broken(replies: Sequence[DepthReply]) -> Iterator[DepthReply]:
 
 
 def _share(share: Share) -> tuple[str, str]:
-    return share_text(share), f"{percent(share.lower)} to {percent(share.upper)}" if share.of else "no replies"
+    return share_text(share), f"{100 * share.lower:.0f} to {percent(share.upper, 0)}" if share.of else "no replies"
 
 
 def _quoted(reply: DepthReply) -> dict[str, Any]:
