@@ -69,11 +69,11 @@ class RunProgress:
         self._state.pop("eta_s", None)
 
     def replied(self, replies: int, *, model: str, decoding: str) -> None:
-        """Record that `replies` more were generated. Without a bar, log it every `LOG_EVERY_S`."""
+        """Record that `replies` more were generated. Without a bar, log it every `LOG_EVERY_S` and after the last one."""
         done = self._completed + replies
         self._count(done, self._total, f"{model}, {decoding}")
         now_s = time.monotonic()
-        if not self.is_drawn and now_s - self._logged_s >= LOG_EVERY_S:
+        if not self.is_drawn and (now_s - self._logged_s >= LOG_EVERY_S or done == self._total):
             self._logged_s = now_s
             get_logger().info(
                 "evaluation_progress", replies=done, of=self._total, eta_s=self._state["eta_s"], model=model, decoding=decoding
