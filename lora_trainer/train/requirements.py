@@ -42,12 +42,16 @@ def _problems(config: RunConfig, reference: bool) -> Iterator[str]:
     if uses_unsloth and (missing := _missing(_UNSLOTH)):
         named = "unsloth" if config.backend == "unsloth" else "auto, which is unsloth on CUDA,"
         yield f"backend: got {named} and {', '.join(missing)} is not installed: set backend=transformers, or {_ALL}"
-    if config.training.quantization == "nf4" and _missing(("bitsandbytes",)):
+    if not _missing(("bitsandbytes",)):
+        return
+    evaluates_in_nf4 = config.evaluated_base.quantization == "nf4"
+    # `evaluate` and `chat` never load the base as training does
+    if config.training.quantization == "nf4" and (evaluates_in_nf4 or not reference):
         yield (
             "training.quantization: got nf4, which needs bitsandbytes, and it is not installed: "
             f"set training.quantization=none, or {_ALL}"
         )
-    elif config.evaluated_base.quantization == "nf4" and _missing(("bitsandbytes",)):
+    elif evaluates_in_nf4:
         yield (
             "evaluation.precision: got nf4, which needs bitsandbytes, and it is not installed: "
             f"set evaluation.precision=training, or {_ALL}"

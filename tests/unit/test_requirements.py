@@ -53,6 +53,13 @@ def problems(monkeypatch: pytest.MonkeyPatch, installed: set[str], *, reference:
         ({"device": "cuda"}, ["backend: got auto, which is unsloth on CUDA", "training.quantization: got nf4"]),
         ({"backend": "transformers"}, ["set training.quantization=none, or pip install 'lora-trainer[cpu,gpu]'"]),
         ({"backend": "transformers", "training.quantization": "none"}, []),
+        (
+            {"device": "cpu", "evaluation.precision": "nf4"},
+            ["evaluation.precision: got nf4, which needs bitsandbytes", "set evaluation.precision=training"],
+        ),
+        ({"device": "cpu", "evaluation.precision": "bfloat16"}, []),
+        # it is trained in nf4, whatever it is evaluated in
+        ({"backend": "transformers", "evaluation.precision": "bfloat16"}, ["training.quantization: got nf4"]),
     ],
 )
 def test_what_the_cpu_set_cannot_do(monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], said: list[str]) -> None:
@@ -82,6 +89,17 @@ def test_the_full_set_can_do_everything(monkeypatch: pytest.MonkeyPatch) -> None
 def test_evaluation_and_chat_need_no_unsloth(monkeypatch: pytest.MonkeyPatch) -> None:
     settings = {"backend": "unsloth", "training.quantization": "none"}
     assert problems(monkeypatch, CPU_SET, reference=True, **settings) == ""
+
+
+@pytest.mark.parametrize(
+    ("precision", "said"),
+    [("bfloat16", ""), ("training", "training.quantization: got nf4"), ("nf4", "training.quantization: got nf4")],
+)
+def test_evaluation_and_chat_load_no_base_for_training(monkeypatch: pytest.MonkeyPatch, precision: str, said: str) -> None:
+    settings = {"training.quantization": "nf4", "evaluation.precision": precision}
+    found = problems(monkeypatch, CPU_SET, reference=True, **settings)
+    assert bool(found) == bool(said)
+    assert said in found
 
 
 @pytest.mark.parametrize("missing", ["torch", "peft", "accelerate"])
