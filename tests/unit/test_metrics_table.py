@@ -51,7 +51,7 @@ def test_both_verdicts_were_shown() -> None:
 
 
 def test_a_deep_evaluation_has_a_table_of_its_own() -> None:
-    metrics = made_run().metrics
+    metrics = made_run(prompts=30).metrics
     assert "in depth" not in shown(metrics)
     depth = measured(all_replies("adapter", good=True), all_replies("base", good=False))
     text = shown(metrics.model_copy(update={"evaluation": metrics.evaluation.model_copy(update={"depth": depth})}))
