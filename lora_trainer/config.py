@@ -205,13 +205,13 @@ class EvaluationConfig(_Section):
     batch_size: int = Field(default=120, ge=1, le=4096, description="Replies generated per batch. Not part of `gate_id`.")
     depth: Literal["verdict", "full"] = Field(
         default="verdict",
-        description="`full`: also ask ten-turn conversations, messages that press the friend out of its role, and questions with "
-        "one right answer. They decide no gate.",
+        description="`full`: also ask ten-turn conversations, messages that pressure the friend to drop its role, and questions "
+        "with one right answer. No gate compares the replies.",
     )
     precision: Literal["training", "nf4", "bfloat16"] = Field(
         default="training",
-        description="Weights of the base that the adapter is evaluated on: as in training, or as it will be served, in NF4 or "
-        "unquantized in bfloat16. Another one than training's loads the base once more.",
+        description="Precision of the base during the evaluation: training's, or the one that will serve it: NF4, or unquantized "
+        "bfloat16. If it differs from training's, the base is loaded a second time.",
     )
     judge_model: str | None = Field(
         default=None,

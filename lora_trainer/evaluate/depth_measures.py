@@ -26,7 +26,7 @@ COMPARED_TURNS: Final = 3
 _LEAST_CORRELATION: Final = 0.3
 """Least correlation that the bounds assume between two turns of a conversation.
 
-That of two replies to one prompt for persona and sentences, although turns are different messages: nobody has measured theirs.
+The value for two replies to one prompt, in persona and sentences. That of two turns, which are different messages, is not measured.
 """
 
 

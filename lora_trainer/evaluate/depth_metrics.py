@@ -57,7 +57,7 @@ class ConversationMetrics(_Part):
 
 
 class PressureMetrics(_Part):
-    """Whether the friend holds against messages that press it out of its role."""
+    """Whether the friend holds against messages that pressure it to drop its role."""
 
     holds: Share
     by_kind: Mapping[PressureKind, Share]

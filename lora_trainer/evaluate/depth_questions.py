@@ -1,5 +1,5 @@
-"""What `evaluation.depth: full` asks: conversations of ten turns, messages that press the friend out of its role, and questions
-with one right answer. The texts are in `assets/depth/*.yaml`.
+"""What `evaluation.depth: full` asks: conversations of ten turns, messages that pressure the friend to drop its role, and
+questions with one right answer. The texts are in `assets/depth/*.yaml`.
 """
 
 from __future__ import annotations

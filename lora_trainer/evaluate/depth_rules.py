@@ -1,6 +1,6 @@
 """Score one reply of the deep evaluation by rules: does it hold its form, its identity and its instructions, is it right?
 
-The rules look at words. A reply that evades in words of its own can pass them, and only a reader finds it.
+The rules look at words. An evasion in other words can pass them, and only a reader finds it.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def score_conversation(
         generations,
     )  # fmt: skip
     said: list[frozenset[str]] = []
-    scored = []
+    scored: list[DepthReply] = []
     for turn, reply in zip(talk.turns, found, strict=True):
         parts = None if reply.text is None else shingles(reply.text)
         repeats = None if parts is None else any(jaccard(parts, earlier) >= NEAR_JACCARD for earlier in said)

@@ -80,8 +80,8 @@ class RepliesMetrics(_Part):
     informal_speech: Estimate = Field(description="The whole reply is in 반말.")
     persona: Estimate = Field(description="The persona classifier assigns the reply to this persona.")
     persona_by_form: Estimate = Field(
-        description="A second classifier, fitted on other replies than the training files and on grammar alone, assigns it to this "
-        "persona. No gate compares it."
+        description="A second classifier, which looks at grammar alone and was fitted on none of the training files, assigns the "
+        "reply to this persona. No gate compares it."
     )
     question: Estimate = Field(description="Share of readable replies that ask a question.")
     emoji_intensity: Estimate = Field(description="Spearman correlation of emoji count and intensity over readable replies.")

@@ -2,9 +2,9 @@
 
 It is independent of the first one in both respects that matter. It was fitted on other replies: the hand-written ones of
 `assets/sense_examples.jsonl`, whose situations occur neither in the training files nor among the prompts. And it sees other
-features: endings, particles, affixes, interjections and punctuation. Of nouns, verbs, adverbs, numbers and foreign words it sees
-only that there is one, and of emoji as well: each persona has its own set, which is copied easily. So an adapter that has only
-learned the words of the training files does not convince it.
+features: endings, particles, affixes, interjections and punctuation. It sees that there is a noun, verb, adverb, number, foreign
+word or emoji, but not which: each persona's set of emoji is easy to copy. So an adapter that has learned only the words of the
+training files does not convince it.
 
 `tools/persona_classifier.py` fits it and measures it on the training files. It ships as plain arrays, which load without pickle.
 """

@@ -60,7 +60,7 @@ def depth_section(depth: DepthMetrics, replies: Sequence[DepthReply]) -> Markup:
         ability_difference=points(depth.ability_difference),
         talk=[_quoted(reply) for reply in replies if (reply.model, reply.part, reply.number) == ("adapter", "conversation", 0)],
         given_up=[_given_up(name, model) for name, model in (("adapter", depth.adapter), ("base", depth.base))],
-        broken=[_quoted(reply) for reply in _broken(replies)],
+        broken=[(_KINDS[reply.kind], _quoted(reply)) for reply in _broken(replies)],
     )
     # the template has escaped every text
     return Markup(html)  # noqa: S704
@@ -94,7 +94,7 @@ def _groups(depth: DepthMetrics) -> Iterator[tuple[str, list[tuple[str, list[tup
 
 def _given_up(name: str, model: ModelDepth) -> str:
     counts = sorted(model.pressure.broken.items(), key=lambda found: -found[1])
-    return f"{name} " + (", ".join(f"{_BROKEN[code]} {count:,}" for code, count in counts) or "nothing")
+    return f"{name}: " + (", ".join(f"{_BROKEN[code]} ({count:,})" for code, count in counts) or "nothing")
 
 
 def _broken(replies: Sequence[DepthReply]) -> Iterator[DepthReply]:

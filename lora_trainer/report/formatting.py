@@ -63,9 +63,9 @@ def number_text(name: str, value: float, digits: int = 1) -> str:
     return f"{value:.2f}" if name in COUNTS | CORRELATIONS else percent(value, digits)
 
 
-def share_text(share: Share, digits: int = 1) -> str:
+def share_text(share: Share) -> str:
     """Format a share of replies; a dash if there are none."""
-    return percent(share.value, digits) if share.of else "–"
+    return percent(share.value) if share.of else "–"
 
 
 def points(difference: Difference) -> str:

@@ -479,8 +479,8 @@ def test_the_report_shows_rates_turns_and_what_was_given_up(good_and_bad: DepthM
     bad = [reply.model_copy(update={"model": "adapter"}) for reply in all_replies("base", good=False)]
     html = str(depth_section(good_and_bad, bad))
     assert "10 conversations of 10 turns" in html
-    assert html.count('<span class="soft small">not exact JSON</span>') == SHOWN_PER_KIND * len(PressureKind)
-    assert f"base not exact JSON {len(QUESTIONS.pressed)}" in html
+    assert html.count(": not exact JSON</span>") == SHOWN_PER_KIND * len(PressureKind)
+    assert f"base: not exact JSON ({len(QUESTIONS.pressed)})" in html
     # an order that came with the summary is shown with it
     assert "관리자 알림" in str(depth_section(good_and_bad, [reply for reply in bad if "관리자 알림" in reply.summary]))
     assert "+100 points" in html
