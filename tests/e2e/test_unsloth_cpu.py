@@ -2,7 +2,6 @@
 
 `.ci/run` runs it in a separate environment (locks/unsloth-cpu.txt). Each run is a separate process, because Unsloth patches its
 libraries permanently.
-
 """
 
 from __future__ import annotations
@@ -14,9 +13,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import REPOSITORY
 from jobs import DEMO, NO_GATES, few_questions
+from safetensors.numpy import load_file
 
 pytestmark = pytest.mark.e2e
 for needed in ("unsloth", "bitsandbytes"):
@@ -53,6 +54,9 @@ def test_the_whole_job_in_unsloths_cpu_mode(quantization: str, tmp_path: Path) -
     settings = json.loads((bundle / "adapter_config.json").read_text())
     assert settings["base_model_name_or_path"] == "lora-trainer/tiny-base"
     assert len(settings["target_modules"]) == 7
+    # weights in bfloat16, the upper half of a float32, would lose most of Adam's updates, also on a quantized base
+    weights = load_file(bundle / "adapter_model.safetensors").values()
+    assert all(weight.dtype == np.float32 and (weight.view(np.uint32) & 0xFFFF).any() for weight in weights)
 
 
 def test_the_second_of_two_personas_gets_the_adapter_that_it_gets_alone(tmp_path: Path) -> None:

@@ -73,7 +73,13 @@ class StepTrainer(SFTTrainer):
         and Unsloth's forward has its own fused loss.
         """
         self.recipe_schedule = schedule
+        model: torch.nn.Module = kwargs["model"]
+        full_precision = {name: weight.data for name, weight in model.named_parameters() if weight.requires_grad}
         super().__init__(**kwargs)
+        # TRL casts the adapter of a quantized base to bfloat16, whose 8 bits lose most of Adam's updates at small learning rates
+        for name, weight in self.model.named_parameters():
+            if weight.requires_grad:
+                weight.data = full_precision[name]
         self.model_takes_lengths = model_takes_lengths
         self.model_loss = model_loss
         self.training_log = TrainingLog()
