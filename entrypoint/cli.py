@@ -12,6 +12,7 @@ from entrypoint.convert_command import convert
 from entrypoint.data_commands import generate, validate
 from entrypoint.review_commands import promote, review
 from entrypoint.run_commands import check_storage, run, show_config
+from entrypoint.sweep_command import sweep
 from lora_trainer import __version__, logs
 from lora_trainer.errors import ExitCode, Interrupted
 from lora_trainer.escaping import escaped
@@ -52,7 +53,9 @@ def cli() -> None:
     logs.configure("warning", "auto")
 
 
-for command in (run, evaluate, chat, publish, review, promote, compare, show_config, validate, convert, check_storage, generate):
+for command in (run, sweep, evaluate, chat, publish, review, promote, compare):
+    cli.add_command(command)
+for command in (validate, convert, generate, check_storage, show_config):
     cli.add_command(command)
 
 

@@ -20,6 +20,7 @@ from pydantic import ValidationError
 from lora_trainer.config import ENVIRONMENT_PREFIX, RunConfig, environment_name, setting_fields, setting_names
 from lora_trainer.config_file import config_path, read_config_file
 from lora_trainer.errors import ConfigError
+from lora_trainer.lists import listed
 from lora_trainer.persona.vocabulary import BloodType, parse_blood_types
 from lora_trainer.redaction import redacted
 from lora_trainer.uris import shown
@@ -129,12 +130,23 @@ def _read_environment(environment: Mapping[str, str]) -> tuple[dict[str, Any], l
 
 def parse_override(text: str) -> tuple[str, Any]:
     """Parse `training.epochs=1` from `--set` into (setting, value). Raise `ConfigError` for an unknown setting."""
+    dotted, value = _setting_and_text(text, "--set", "SETTING=VALUE")
+    return dotted, _text_or_none(dotted, value)
+
+
+def parse_values(text: str) -> tuple[str, list[Any]]:
+    """Parse `training.epochs=1,2` from `--try` into (setting, values). Raise `ConfigError` for an unknown setting."""
+    dotted, values = _setting_and_text(text, "--try", "SETTING=VALUE,VALUE,...")
+    return dotted, [_text_or_none(dotted, str(value)) for value in listed(values)]
+
+
+def _setting_and_text(text: str, option: str, expected: str) -> tuple[str, str]:
     dotted, equals, value = text.partition("=")
     if not equals or dotted not in set(setting_names()):
         # leave the value out: someone may have passed a secret by mistake
         shown = f"{dotted}=…" if equals else dotted
-        raise ConfigError(f"--set {shown}: expected SETTING=VALUE; {_nearest(dotted, list(setting_names()))}")
-    return dotted, _text_or_none(dotted, value)
+        raise ConfigError(f"{option} {shown}: expected {expected}; {_nearest(dotted, list(setting_names()))}")
+    return dotted, value
 
 
 def _is_list(dotted: str) -> bool:

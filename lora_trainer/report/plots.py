@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import io
+import math
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,6 +21,8 @@ ACCENT: Final = "#4f7cff"
 """This colour and the two below have enough contrast on light and dark backgrounds."""
 QUIET: Final = "#7d8796"
 WARM: Final = "#c2761b"
+_END_POINTS: Final = 10
+"""Font size of the texts at the ends of lines."""
 # matplotlib numbers the groups of each figure from 1, so ids would clash between the figures of a page
 _NUMBERED_ID: Final = re.compile(r' id="[A-Za-z][\w.]*_\d+"')
 
@@ -87,6 +90,8 @@ class Line:
     """matplotlib format string, such as `--` or `o-`."""
     band: tuple[Sequence[float], Sequence[float]] | None = None
     """Minimum and maximum of a shaded band around the line."""
+    end: str = ""
+    """Text beside the last point."""
 
 
 def lines(
@@ -104,6 +109,7 @@ def lines(
         axes.margins(x=0.02)
         if from_zero:
             axes.set_ylim(bottom=0)
+        _label_ends(axes, [line for line in drawn if line.end])
         if not plain:
             axes.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
         if any(line.name for line in drawn):
@@ -118,6 +124,20 @@ def lines(
             )
 
     return draw
+
+
+def _label_ends(axes: Axes, drawn: Sequence[Line]) -> None:
+    """Write each line's text beside its last point, moved up where two would overlap."""
+    low, high = axes.get_ylim()
+    # the layout is not computed yet, so estimate the height that the panel gets
+    points_per_unit = 0.7 * 72 * axes.figure.get_figheight() / (high - low)
+    tops: dict[float, float] = {}
+    for line in sorted(drawn, key=lambda line: line.y[-1]):
+        x, y = line.x[-1], line.y[-1]
+        text_y = max(y * points_per_unit, tops.get(x, -math.inf) + _END_POINTS)
+        tops[x] = text_y
+        offset = (5, text_y - y * points_per_unit)
+        axes.annotate(line.end, (x, y), xytext=offset, textcoords="offset points", va="center", fontsize=_END_POINTS)
 
 
 def grouped_horizontal_bars(

@@ -140,6 +140,16 @@ def read_published(storage: Storage, prefix: str, manifest: Mapping[str, Any], f
     )
 
 
+def read_training(storage: Storage, prefix: str) -> tuple[TrainingMetrics, HeldOutMetrics]:
+    """Return what the bundle under `prefix` measured in training. Raise `ConfigError` if this version can't read it."""
+    where = f"{storage.uri}{prefix}metrics.json"
+    found = storage.read_bytes(f"{prefix}metrics.json")
+    if found is None:
+        raise ConfigError(f"{where}: missing, although manifest.json exists: move that prefix away and run again")
+    measured = validated(_Measured, parse_object(found.data, where), where)
+    return measured.training, measured.held_out
+
+
 class _PromptDocument(BaseModel):
     """Types of the fields of `prompt.json`, in every prompt version."""
 

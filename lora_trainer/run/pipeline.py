@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from lora_trainer.config import RunConfig
 from lora_trainer.data.records import EvaluationPrompt, TrainingRecord
 from lora_trainer.evaluate.llm_judge import check_judge
+from lora_trainer.evaluate.metrics import Verdict
 from lora_trainer.run.batch import BatchStoppedError, PersonaRun
 from lora_trainer.run.evaluation import decide, evaluate, evaluation_backend, known_of, require_room_for_replies
 from lora_trainer.run.identity import Identity, identify
@@ -23,7 +25,9 @@ from lora_trainer.run.progress import RunProgress
 from lora_trainer.run.publication import Outcome, assemble, find_finished, find_published, hold_lease, publish, training_metrics
 from lora_trainer.run.reevaluation import publish_new_verdict
 from lora_trainer.run.training import TrainingPlan, open_checkpoints, plan_training, save, stepping_down, train
+from lora_trainer.store.checkpoints import Checkpoints
 from lora_trainer.store.latest import count_start, forget_start
+from lora_trainer.store.lease import Lease
 from lora_trainer.train.backends import Backend
 from lora_trainer.train.requirements import require_stack
 from lora_trainer.train.trackers import require_installed
@@ -49,6 +53,14 @@ class Planned:
     prepared: Prepared
     backend: Backend
     plan: TrainingPlan
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """A bundle that is complete except for its publication."""
+
+    folder: Path
+    verdict: Verdict
 
 
 def run(personas: Sequence[PersonaRun], process: ProcessContext) -> None:
@@ -119,30 +131,36 @@ def judge_published(job: Job, prepared: Prepared, manifest: dict[str, Any]) -> O
 
 def train_and_publish(job: Job, work: Planned) -> Outcome:
     """Phase 3: train, evaluate, decide, publish."""
-    prepared, backend, plan = work.prepared, work.backend, work.plan
-    identity, progress = prepared.identity, prepared.progress
+    identity = work.prepared.identity
     with hold_lease(job, identity.run_id) as lease:
         if finished := find_finished(job, identity, lease):
             return finished
         checkpoints = open_checkpoints(job, identity.run_id, lease)
         if job.process.fresh:
             checkpoints.clear()
-        job.counter = count_start(
-            job.output.adapted(guard=lease.check), job.config.blood_type, identity.run_id, anew=job.process.fresh
-        )
         with checkpoints, job.process.interruption.recognised():
-            with stepping_down(job, backend, plan):
-                trained = train(job, backend, identity, plan, checkpoints, progress)
-            folder = save(job, backend, identity, plan, progress)
-            with evaluation_backend(job, backend, plan.base_folder, folder, progress) as evaluating:
-                evaluated = evaluate(
-                    job, evaluating, identity.base, prepared.prompts, plan.data, progress, job.process.prompt_version
-                )
-            verdict = decide(
-                job, evaluated.metrics, known_of(training_metrics(plan, trained), trained.loss_base, trained.kept.loss)
-            )
-            assemble(job, backend, folder, identity, prepared.data, plan, trained, evaluated, verdict)
-            outcome = find_finished(job, identity, lease) or publish(job, identity.run_id, folder, verdict, progress, lease)
-            checkpoints.clear()
-            forget_start(job.output, job.config.blood_type, identity.run_id)
+            return publish_judged(job, work, train_and_judge(job, work, checkpoints, lease), checkpoints, lease)
+
+
+def train_and_judge(job: Job, work: Planned, checkpoints: Checkpoints, lease: Lease) -> Judged:
+    """Train, evaluate and decide, and assemble the bundle in the run's folder."""
+    prepared, backend, plan = work.prepared, work.backend, work.plan
+    identity, progress = prepared.identity, prepared.progress
+    job.counter = count_start(job.output.adapted(guard=lease.check), job.config.blood_type, identity.run_id, anew=job.process.fresh)
+    with stepping_down(job, backend, plan):
+        trained = train(job, backend, identity, plan, checkpoints, progress)
+    folder = save(job, backend, identity, plan, progress)
+    with evaluation_backend(job, backend, plan.base_folder, folder, progress) as evaluating:
+        evaluated = evaluate(job, evaluating, identity.base, prepared.prompts, plan.data, progress, job.process.prompt_version)
+    verdict = decide(job, evaluated.metrics, known_of(training_metrics(plan, trained), trained.loss_base, trained.kept.loss))
+    assemble(job, backend, folder, identity, prepared.data, plan, trained, evaluated, verdict)
+    return Judged(folder, verdict)
+
+
+def publish_judged(job: Job, work: Planned, judged: Judged, checkpoints: Checkpoints, lease: Lease) -> Outcome:
+    """Publish the bundle, unless another attempt has, and remove what only an unfinished run needs."""
+    identity, progress = work.prepared.identity, work.prepared.progress
+    outcome = find_finished(job, identity, lease) or publish(job, identity.run_id, judged.folder, judged.verdict, progress, lease)
+    checkpoints.clear()
+    forget_start(job.output, job.config.blood_type, identity.run_id)
     return outcome

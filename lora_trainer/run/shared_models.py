@@ -53,7 +53,10 @@ class SharedModels:
         return self._bases[config]
 
     def start(self, open_one: OpenBackend, config: RunConfig, interruption: Interruption) -> tuple[Backend, dict[str, object]]:
-        """Return the started backend and its environment. A backend reads no setting that differs between personas."""
+        """Return the started backend and its environment. A backend reads no setting that differs between personas.
+
+        `Backend.configure` gives it the settings that differ between the trials of a sweep.
+        """
         if (refusal := self._refused.get(open_one)) is not None:
             # don't try again: Python cannot import a stack again that failed halfway
             raise refusal

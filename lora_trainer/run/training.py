@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from pathlib import Path
 from lora_trainer.base_model import Base, fetch_base
 from lora_trainer.data.records import TrainingRecord
 from lora_trainer.data.split import split_held_out
-from lora_trainer.errors import DataError, Interrupted, OutOfMemoryError
+from lora_trainer.errors import DataError, DivergedError, Interrupted, OutOfMemoryError
 from lora_trainer.persona.prompt import PROMPT_VERSION
 from lora_trainer.run.identity import Identity
 from lora_trainer.run.job import Job
@@ -60,6 +61,17 @@ class TrainingPlan:
 
 
 @dataclass(frozen=True, slots=True)
+class Paused:
+    """A training that stopped on its way, or ended before it got there."""
+
+    log: TrainingLog
+    loss_base: float
+    """Held-out loss of the base without the adapter."""
+    loss: float
+    """Held-out loss of the weights that `training.keep` would publish if training ended here."""
+
+
+@dataclass(frozen=True, slots=True)
 class Trained:
     """Result of training. Losses are means over reply tokens, in nats."""
 
@@ -101,11 +113,16 @@ def tokenize_and_split(
 def plan_training(job: Job, backend: Backend, base: Base, records: Sequence[TrainingRecord], progress: RunProgress) -> TrainingPlan:
     """Tokenize the data, plan optimizer steps, and fit the work into the device's memory."""
     progress.stage("format")
-    training = job.config.training
     with job.timed("fetch_base"):
         base_folder = fetch_base(base, job.config.base)
     with job.timed("format"):
         data = tokenize_and_split(job, records, backend.load_tokenizer(base_folder), job.process.prompt_version)
+    return plan_recipe(job, backend, base_folder, data)
+
+
+def plan_recipe(job: Job, backend: Backend, base_folder: Path, data: TokenizedData) -> TrainingPlan:
+    """Plan optimizer steps and memory for `data`, before the base is loaded."""
+    training = job.config.training
     steps = plan_steps(len(data.train), training.sequences_per_step, training.epochs, training.seed, training.max_steps)
     job.log.info(
         "data_formatted",
@@ -152,6 +169,62 @@ def train(
     job: Job, backend: Backend, identity: Identity, plan: TrainingPlan, checkpoints: Checkpoints, progress: RunProgress
 ) -> Trained:
     """Train the adapter, from the newest checkpoint if an earlier attempt left one."""
+    log, loss_base = _take_steps(job, backend, identity, plan, checkpoints, progress)
+    best, last = lowest(log.held_out), log.held_out[-1]
+    if len(log.steps) < len(plan.steps):
+        job.log.info("stopped_early", step=last.step, of=len(plan.steps), best_step=best.step)
+    kept = best if job.config.training.keep == "best" else last
+    job.log.info(
+        "training_finished",
+        steps=len(log.steps),
+        kept_step=kept.step,
+        loss=round(log.steps[-1].loss, 4),
+        held_out_loss_base=round(loss_base, 4),
+        held_out_loss_adapter=round(kept.loss, 4),
+        tokens_per_s=round(log.tokens_per_s, 1),
+        peak_memory_gib=round(backend.peak_memory_gib(), 2),
+        train_s=round(log.train_s, 1),
+    )
+    return Trained(log, loss_base, kept)
+
+
+def train_until(
+    job: Job,
+    backend: Backend,
+    identity: Identity,
+    plan: TrainingPlan,
+    checkpoints: Checkpoints,
+    progress: RunProgress,
+    pause_after: int,
+) -> Paused:
+    """Train the adapter up to step `pause_after`, from the newest checkpoint if there is one, and checkpoint it there.
+
+    `train` continues from that checkpoint, with the same result as without a pause. Raises `DivergedError` as training does.
+    """
+    log, loss_base = _take_steps(job, backend, identity, plan, checkpoints, progress, pause_after)
+    # measure apart from the log, whose steps decide what is published
+    with job.timed("held_out_pause"):
+        now = HeldOutLoss(len(log.steps), backend.mean_loss(plan.data.held_out))
+    if not math.isfinite(now.loss):
+        raise DivergedError(
+            f"training diverged: the held-out loss after step {now.step} of {len(plan.steps)} is {now.loss}; "
+            f"lower training.learning_rate (peak {job.config.training.learning_rate:g})"
+        )
+    loss = lowest([*log.held_out, now]).loss if job.config.training.keep == "best" else now.loss
+    job.log.info("training_paused", step=now.step, of=len(plan.steps), held_out_loss=round(loss, 4), train_s=round(log.train_s, 1))
+    return Paused(log, loss_base, loss)
+
+
+def _take_steps(
+    job: Job,
+    backend: Backend,
+    identity: Identity,
+    plan: TrainingPlan,
+    checkpoints: Checkpoints,
+    progress: RunProgress,
+    pause_after: int | None = None,
+) -> tuple[TrainingLog, float]:
+    """Load the base with the adapter, and train to the end or up to `pause_after`. Return the log and the base's held-out loss."""
     data, training, every_steps = plan.data, job.config.training, job.config.logging.log_every_steps
 
     def on_step(step: StepLog, of: int) -> None:
@@ -181,7 +254,7 @@ def train(
 
     def after_step(step: int, is_last: bool) -> None:
         checkpoints.stop_if_lost()
-        # also checkpoint after the last step, so that an interruption during evaluation does not lose the training
+        # also checkpoint after the last step, so that neither a pause nor an interruption during evaluation loses the training
         if checkpoints.is_due(step) or is_last:
             checkpoint(backend, checkpoints)
 
@@ -199,7 +272,7 @@ def train(
             early_stopping=training.early_stopping,
             on_measured=on_measured,
         )
-        backend.prepare_training(data.train, plan.steps, plan.memory, run_dir, on_step, after_step, name, held_out)
+        backend.prepare_training(data.train, plan.steps, plan.memory, run_dir, on_step, after_step, name, held_out, pause_after)
     if is_reused:
         job.log.info("base_reused", load_s=job.timings_s["load"])
     if len(data.train) > 1:
@@ -215,22 +288,7 @@ def train(
         # drop the unfinished step and checkpoint the last complete one
         checkpoint(backend, checkpoints)
         raise
-    best, last = lowest(log.held_out), log.held_out[-1]
-    if len(log.steps) < len(plan.steps):
-        job.log.info("stopped_early", step=last.step, of=len(plan.steps), best_step=best.step)
-    kept = best if training.keep == "best" else last
-    job.log.info(
-        "training_finished",
-        steps=len(log.steps),
-        kept_step=kept.step,
-        loss=round(log.steps[-1].loss, 4),
-        held_out_loss_base=round(loss_base, 4),
-        held_out_loss_adapter=round(kept.loss, 4),
-        tokens_per_s=round(log.tokens_per_s, 1),
-        peak_memory_gib=round(backend.peak_memory_gib(), 2),
-        train_s=round(log.train_s, 1),
-    )
-    return Trained(log, loss_base, kept)
+    return log, loss_base
 
 
 @contextmanager

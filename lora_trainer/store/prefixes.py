@@ -35,6 +35,11 @@ def start_key(blood_type: BloodType, run_id: str) -> str:
     return run_prefix(blood_type, run_id) + "start.json"
 
 
+def sweep_prefix(blood_type: BloodType, sweep_id: str) -> str:
+    """Return the prefix of a sweep's lease, record and page."""
+    return f"runs/{blood_type}/sweeps/{sweep_id}/"
+
+
 def bug_key(blood_type: BloodType, run_id: str | None, token: str) -> str:
     """Return the key of a bug's traceback: beside the run's checkpoints, or the persona's runs if the run had no id yet."""
     return f"{run_prefix(blood_type, run_id) if run_id else f'runs/{blood_type}/'}bug-{token}.txt"

@@ -14,6 +14,7 @@ from browser_checks import CUT, FAINT, OVERLAPPING
 from chromium import Browser, Page, chromium, open_browser
 from made_depth import all_replies, measured
 from made_metrics import RAMBLING, MadeRun, made_run, write_bundle
+from made_sweep import sweep_record
 
 from entrypoint.cli import run_cli
 from lora_trainer.errors import ExitCode
@@ -21,6 +22,7 @@ from lora_trainer.evaluate.depth_rules import DepthReply
 from lora_trainer.persona.vocabulary import BloodType
 from lora_trainer.report.comparison import compare, comparison_page
 from lora_trainer.report.run_page import run_page
+from lora_trainer.report.sweep_page import sweep_page
 
 pytestmark = pytest.mark.integration
 
@@ -93,6 +95,18 @@ def test_the_generators_report_fits_too(browser: Browser, tmp_path: Path, width:
     assert run_cli(["generate", "--count", "30", "--output", f"{tmp_path}/made/", "--report", str(report)]) == ExitCode.DONE
     with browser.page(report.as_uri(), width) as page:
         assert page.evaluate("[innerWidth, document.documentElement.scrollWidth]") == [width, width]
+        assert page.said == []
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(WIDE, "light"), (PHONE, "dark")])
+def test_a_sweeps_page_fits_and_is_readable(browser: Browser, tmp_path: Path, width: int, scheme: Scheme) -> None:
+    (tmp_path / "sweep.html").write_text(sweep_page(sweep_record()), encoding="utf-8")
+    with browser.page((tmp_path / "sweep.html").as_uri(), width, scheme=scheme) as page:
+        assert page.evaluate("[innerWidth, document.documentElement.scrollWidth]") == [width, width]
+        assert page.evaluate(CUT) == page.evaluate(OVERLAPPING) == page.evaluate(FAINT) == []
+        assert (
+            page.evaluate("Math.min(...[...document.querySelectorAll('svg text')].map(e => e.getBoundingClientRect().height))") > 8
+        )
         assert page.said == []
 
 

@@ -1,4 +1,4 @@
-"""Reuse a loaded base for the next persona, or for the next adapter to evaluate."""
+"""Reuse a loaded base for the next persona or trial, or for the next adapter to evaluate."""
 
 from __future__ import annotations
 
@@ -9,23 +9,28 @@ from typing import Any
 import torch
 from peft import PeftModel
 
+from lora_trainer.config import LoraConfig
 from lora_trainer.train.backends.fingerprints import base_fingerprints, fingerprints
 from lora_trainer.train.backends.training_state import set_weights, weights_of
 from lora_trainer.train.memory_plan import Checkpointing
+
+AdapterStart = tuple[LoraConfig, int]
+"""The settings and the seed that a new adapter's shape and weights follow from."""
 
 
 @dataclass(frozen=True, slots=True)
 class TrainingBase:
     """A base loaded for training, and its adapter's state before the first step.
 
-    The next persona reuses the same modules and starts from the adapter's initial weights. Removing the adapter instead would
-    undo patches that libraries made to these modules.
+    The next persona or trial reuses the same modules and starts from the adapter's initial weights. Removing the adapter instead
+    would undo patches that libraries made to these modules.
     """
 
     folder: Path
     checkpointing: Checkpointing
     row_tokens: int
     """Longest row that the loaded base supports."""
+    adapter_start: AdapterStart
     fingerprints: dict[str, int]
     """Fingerprints of the base's weights."""
     adapter: dict[str, torch.Tensor]
@@ -34,15 +39,18 @@ class TrainingBase:
     the model as prepared. It skips marked models, so without a reset the next persona would train without mixed precision."""
 
     @classmethod
-    def of(cls, model: PeftModel, folder: Path, checkpointing: Checkpointing, row_tokens: int) -> TrainingBase:
-        """Record a model that was just loaded from `folder`."""
+    def of(
+        cls, model: PeftModel, folder: Path, checkpointing: Checkpointing, row_tokens: int, adapter_start: AdapterStart
+    ) -> TrainingBase:
+        """Record a model that was just loaded from `folder`, with a new adapter."""
         modules = (model, model.get_base_model())
         attributes = tuple((module, dict(vars(module))) for module in modules)
-        return cls(folder, checkpointing, row_tokens, base_fingerprints(model), weights_of(model), attributes)
+        return cls(folder, checkpointing, row_tokens, adapter_start, base_fingerprints(model), weights_of(model), attributes)
 
-    def fits(self, folder: Path, checkpointing: Checkpointing, row_tokens: int) -> bool:
-        """Return whether the base was loaded from `folder`, with this checkpointing, for rows of at least `row_tokens`."""
-        return (self.folder, self.checkpointing) == (folder, checkpointing) and self.row_tokens >= row_tokens
+    def fits(self, folder: Path, checkpointing: Checkpointing, row_tokens: int, adapter_start: AdapterStart) -> bool:
+        """Return whether base and adapter were loaded like this, for rows of at least `row_tokens`."""
+        wanted = (folder, checkpointing, adapter_start)
+        return (self.folder, self.checkpointing, self.adapter_start) == wanted and self.row_tokens >= row_tokens
 
     def reset_modules(self, model: PeftModel) -> None:
         """Remove attributes and gradients that the last trainer left on the modules."""

@@ -59,6 +59,7 @@ class StepTrainer(SFTTrainer):
         on_step: OnStep,
         after_step: AfterStep,
         held_out: HeldOutPlan | None,
+        pause_after: int | None,
         interruption: Interruption,
         schedule: Schedule,
         model_takes_lengths: bool,
@@ -68,6 +69,7 @@ class StepTrainer(SFTTrainer):
         """Build the trainer; `kwargs` go to `SFTTrainer`.
 
         `held_out`: when to measure the loss on which held-out records; None: never.
+        `pause_after`: stop after this step, so that a later trainer can continue; None: train to the end.
         `model_takes_lengths`: whether the model's forward takes `packed_seq_lengths`.
         `model_loss`: whether to use the model's own loss instead of TRL's fused head. That head needs Triton, which a CPU lacks,
         and Unsloth's forward has its own fused loss.
@@ -86,6 +88,7 @@ class StepTrainer(SFTTrainer):
         self._on_step = on_step
         self._after_step = after_step
         self._held_out = held_out
+        self._pause_after = pause_after
         self._best: dict[str, torch.Tensor] | None = None
         self._measured_s = 0.0
         self._interruption = interruption
@@ -199,12 +202,19 @@ class StepTrainer(SFTTrainer):
 
     @property
     def is_finished(self) -> bool:
-        """Whether a restored state needs no further step."""
-        return not len(self.train_dataset) or self.is_overfitting
+        """Whether a restored state needs no further step, for now or at all."""
+        return not len(self.train_dataset) or self.is_overfitting or self.is_paused
+
+    @property
+    def is_paused(self) -> bool:
+        """Whether training stops for now, with steps left that a later trainer takes."""
+        if self._pause_after is None or self.is_overfitting:
+            return False
+        return self._pause_after <= self._completed_steps < self.all_steps
 
     def set_best_weights(self) -> None:
-        """Go back to the weights with the lowest held-out loss, if they were kept."""
-        if self._best is not None:
+        """Go back to the weights with the lowest held-out loss, if they were kept and training has ended."""
+        if self._best is not None and not self.is_paused:
             set_weights(self.model, self._best)
 
     def row_logits(self, row: Row) -> torch.Tensor:
@@ -329,7 +339,7 @@ class StepTrainer(SFTTrainer):
             self._report(step.previous)
             step.previous = None
         self.measure_held_out()
-        self._after_step(number, number == self.all_steps or self.is_overfitting)
+        self._after_step(number, number == self.all_steps or self.is_overfitting or self.is_paused)
         self._interruption.check()
 
     def end_training(self) -> None:
@@ -417,7 +427,7 @@ class _StepEnd(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.trainer.end_step(state.global_step + self.trainer.steps_before)
-        if self.trainer.is_overfitting:
+        if self.trainer.is_overfitting or self.trainer.is_paused:
             control.should_training_stop = True
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -438,6 +448,7 @@ def build_trainer(
     on_step: OnStep,
     after_step: AfterStep,
     held_out: HeldOutPlan | None,
+    pause_after: int | None,
     interruption: Interruption,
     model_takes_lengths: bool,
     model_loss: bool,
@@ -492,6 +503,7 @@ def build_trainer(
         on_step=on_step,
         after_step=after_step,
         held_out=held_out,
+        pause_after=pause_after,
         interruption=interruption,
         schedule=recipe.schedule,
         model_takes_lengths=model_takes_lengths,

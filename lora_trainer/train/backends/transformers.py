@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from lora_trainer.train.backends.adapter_checks import ReadBack
-    from lora_trainer.train.backends.base_reuse import EvaluationBase, TrainingBase
+    from lora_trainer.train.backends.base_reuse import AdapterStart, EvaluationBase, TrainingBase
     from lora_trainer.train.backends.generation import LogitsProcessor
     from lora_trainer.train.backends.step_trainer import StepTrainer
 
@@ -103,6 +103,10 @@ class TransformersBackend:
         import_stack(self.config, self._install_command())
         return "sdpa"
 
+    def configure(self, config: RunConfig) -> None:
+        """Use other settings of `lora` and `training` from the next `load` on. Everything else must stay as it was."""
+        self.config = config
+
     def free_bytes(self) -> int | None:
         """Return the GPU's free memory, or None on the CPU."""
         return self._device.free_bytes()
@@ -137,7 +141,7 @@ class TransformersBackend:
         self._reserved_tokens = max(self._reserved_tokens, row_tokens)
 
     def load(self, base: Path, plan: MemoryPlan, longest_tokens: int) -> bool:
-        """Load the base with a new adapter. If the loaded base fits `plan`, reuse it and reset its adapter.
+        """Load the base with a new adapter. If the loaded base and its adapter fit settings and `plan`, reuse and reset them.
 
         Return whether the loaded base was reused.
         """
@@ -148,8 +152,14 @@ class TransformersBackend:
             return True
         self.release()
         self._model = self._load_with_adapter(base, plan.gradient_checkpointing)
-        self._training_base = TrainingBase.of(self.model, base, plan.gradient_checkpointing, self._reserved_tokens)
+        self._training_base = TrainingBase.of(
+            self.model, base, plan.gradient_checkpointing, self._reserved_tokens, self._adapter_start
+        )
         return False
+
+    @property
+    def _adapter_start(self) -> AdapterStart:
+        return self.config.lora, self.config.training.seed
 
     def _load_with_adapter(self, base: Path, checkpointing: Checkpointing) -> PeftModel:
         """Load the base and attach a new adapter."""
@@ -159,11 +169,11 @@ class TransformersBackend:
         return attach_adapter(model, self.config.lora, checkpointing=checkpointing != "off", seed=self.config.training.seed)
 
     def _reset(self, base: Path, checkpointing: Checkpointing) -> bool:
-        """Reset the loaded base after the previous persona. Return False if it cannot be reused."""
+        """Reset the loaded base after the previous training. Return False if it cannot be reused."""
         import torch
 
         loaded = self._training_base
-        if loaded is None or not loaded.fits(base, checkpointing, self._reserved_tokens):
+        if loaded is None or not loaded.fits(base, checkpointing, self._reserved_tokens, self._adapter_start):
             return False
         self._trainer = None
         loaded.reset_modules(self.model)
@@ -224,11 +234,12 @@ class TransformersBackend:
         after_step: AfterStep = lambda step, is_last: None,
         run_name: str = "",
         held_out: HeldOutPlan | None = None,
+        pause_after: int | None = None,
     ) -> None:
         """Build the trainer. `steps` contains indices into `sequences`. `work_dir` is this run's folder, named after its id.
 
         Trackers show `run_name`, or the persona and the name of `work_dir` if it is empty. Without `held_out`, training measures
-        no held-out loss and ends with the last step's weights.
+        no held-out loss and ends with the last step's weights. With `pause_after`, it stops after that step, unless it ends before.
         """
         from lora_trainer.train.backends.step_trainer import build_trainer
 
@@ -248,6 +259,7 @@ class TransformersBackend:
             on_step=on_step,
             after_step=after_step,
             held_out=held_out,
+            pause_after=pause_after,
             interruption=self._interruption,
             model_takes_lengths=self._model_takes_lengths(),
             model_loss=self._uses_model_loss(),
@@ -288,6 +300,8 @@ class TransformersBackend:
     def train(self) -> TrainingLog:
         """Train the adapter, and set the weights that the held-out plan keeps. Trackers write to `trackers/` in the run's folder.
 
+        If training pauses, the adapter has the weights of its last step.
+
         A signal stops training between two rows with `Interrupted`; `snapshot` then returns the last completed step.
         Raises `InvariantError` if a base weight changed, an adapter weight did not, or no row has several records although some
         would fit; `OutOfMemoryError` and `DeviceLostError` as `device_faults` does; `DivergedError` for a NaN or infinite loss.
@@ -300,7 +314,7 @@ class TransformersBackend:
             # the checkpoint may be of a step whose measurement was interrupted
             trainer.measure_held_out()
         if trainer.is_finished:
-            # resumed from a checkpoint after the last step
+            # resumed from a checkpoint after the last step, or after the one to pause at
             trainer.set_best_weights()
             return trainer.training_log
         before = WeightFingerprints.of(self.model)
@@ -312,7 +326,8 @@ class TransformersBackend:
             trainer.track(trackers)
             trainer.train()
         check_trained_weights(before, WeightFingerprints.of(self.model), len(trainer.training_log.steps))
-        if trainer.training_log.packed_rows == 0 and trainer.could_pack:
+        # the steps before a pause may have had nothing to pack
+        if trainer.training_log.packed_rows == 0 and trainer.could_pack and not trainer.is_paused:
             raise InvariantError("no row held more than one record though several fit: packing is off")
         trainer.set_best_weights()
         return trainer.training_log
