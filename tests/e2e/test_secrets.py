@@ -293,7 +293,8 @@ def test_a_run_that_is_interrupted_and_goes_on(data: Path, bucket: str, s3_serve
         assert json.loads((ended.folder / "termination-log").read_text())["outcome"] == "interrupted"
         # The checkpoint exists, so the search below covers it.
         kept = [item.key for item in open_storage(output).list("runs/")]
-        assert {Path(key).name for key in kept} == {
+        # whether the best weights are among them depends on how far it came
+        assert {Path(key).name for key in kept} - {"best_adapter.safetensors"} == {
             "adapter.safetensors", "optimizer.safetensors", "state.json", "manifest.json", "lease.json", "start.json", "starts.json"
         }  # fmt: skip
         assert ended.leaks(output) == []

@@ -224,6 +224,8 @@ def test_no_place_is_taken_from_a_manifest(adapter: Adapter) -> None:
     kept = {section: adapter.manifest["config"][section] for section in ("backend", "device", "lora", "training", "gates")}
     mark(foreign["config"])
     foreign["config"] |= kept
+    # one of a few words each, so no place
+    foreign["config"]["evaluation"] |= {name: adapter.manifest["config"]["evaluation"][name] for name in ("depth", "precision")}
     foreign["data"]["uri"] = "s3://foreign/data.jsonl"
     assert foreign["config"]["evaluation"]["judge_base_url"].startswith("https://foreign/")
     config = settle_for(Adapter(adapter.storage, foreign), {}, {})
