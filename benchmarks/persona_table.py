@@ -40,17 +40,15 @@ from typing import Any, Final, NoReturn
 
 import yaml
 
+from lora_trainer import __version__
+from lora_trainer.config import BaseModelConfig
+from lora_trainer.config_sources import parse_override, settle
+from lora_trainer.errors import ConfigError, ExitCode
+from lora_trainer.persona.prompt import PROMPT_VERSIONS
+from lora_trainer.persona.vocabulary import BloodType
+from lora_trainer.train.schedule import learning_rate_for_width
+
 ROOT: Final = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from lora_trainer import __version__  # noqa: E402
-from lora_trainer.config import BaseModelConfig  # noqa: E402
-from lora_trainer.config_sources import parse_override, settle  # noqa: E402
-from lora_trainer.errors import ConfigError, ExitCode  # noqa: E402
-from lora_trainer.persona.prompt import PROMPT_VERSIONS  # noqa: E402
-from lora_trainer.persona.vocabulary import BloodType  # noqa: E402
-from lora_trainer.train.schedule import learning_rate_for_width  # noqa: E402
-
 READ_REPLIES: Final = 40
 """Replies of each adapter to keep for reading."""
 GRACE_S: Final = 60.0
