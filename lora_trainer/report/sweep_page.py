@@ -46,7 +46,7 @@ def sweep_table(record: SweepRecord) -> Table:
         table.add_column(column, justify="right")
     table.add_column("gates")
     table.add_column("seconds", justify="right")
-    table.add_column("result")
+    table.add_column("result", min_width=len("dropped at 100 %"))
     for row in _rows(record):
         style = "bold" if row.is_winner else None
         table.add_row(row.number, *row.settings, row.steps, row.loss, row.gates, row.seconds, row.result, style=style)

@@ -163,6 +163,12 @@ def test_the_table_has_settings_steps_loss_gates_seconds_and_result() -> None:
     assert "4.500" in out.getvalue()
 
 
+def test_on_a_narrow_terminal_a_result_stays_on_one_line() -> None:
+    out = io.StringIO()
+    Console(file=out, width=80).print(sweep_table(sweep_record()))
+    assert "dropped at 25" in out.getvalue()
+
+
 def test_the_page_is_self_contained_and_escapes_what_others_named() -> None:
     html = sweep_page(sweep_record())
     assert html.count("<svg") == 1
