@@ -46,7 +46,7 @@ def sweep_table(record: SweepRecord) -> Table:
         table.add_column(column, justify="right")
     table.add_column("gates")
     table.add_column("seconds", justify="right")
-    table.add_column("result", min_width=len("dropped at 100 %"))
+    table.add_column("result", no_wrap=True)
     for row in _rows(record):
         style = "bold" if row.is_winner else None
         table.add_row(row.number, *row.settings, row.steps, row.loss, row.gates, row.seconds, row.result, style=style)
@@ -108,7 +108,7 @@ def _gates(verdict: Verdict | None) -> str:
 
 
 def _result(trial: Trial, record: SweepRecord) -> str:
-    published = ", published by an earlier run" if trial.was_published else ""
+    published = ", published\nby an earlier run" if trial.was_published else ""
     if trial.run_id == record.winner:
         return f"winner{published}"
     if trial.state == "dropped":

@@ -159,7 +159,7 @@ def test_the_table_has_settings_steps_loss_gates_seconds_and_result() -> None:
     assert "1 missed: Recognised as this persona" in row["1"]
     assert [text for text in ("dropped at 25", "25 of 100", "not evaluated") if text not in row["3"]] == []
     assert "diverged" in row["4"]
-    assert "published by an earlier run" in row["5"]
+    assert "trained, published" in row["5"]
     assert "4.500" in out.getvalue()
 
 
