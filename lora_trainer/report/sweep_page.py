@@ -44,7 +44,7 @@ def sweep_table(record: SweepRecord) -> Table:
         table.add_column(name.replace(".", ".\n"), justify="right", overflow="fold")
     for column in ("steps", "held-out loss"):
         table.add_column(column, justify="right")
-    table.add_column("gates")
+    table.add_column("gates", overflow="fold")
     table.add_column("seconds", justify="right")
     table.add_column("result", no_wrap=True)
     for row in _rows(record):
