@@ -237,7 +237,8 @@ def machine() -> dict[str, Any]:
     return {
         "gpu": torch.cuda.get_device_name(0),
         "gpu_memory_gib": round(torch.cuda.get_device_properties(0).total_memory / 2**30, 1),
-        "driver": driver.stdout.strip(),
+        # a line for each GPU
+        "driver": driver.stdout.partition("\n")[0].strip(),
         "cpu": cpu,
         "python": platform.python_version(),
         "versions": {name: metadata.version(name) for name in packages},

@@ -141,9 +141,9 @@ class TrainingConfig(_Section):
     epochs: float = Field(default=3.0, gt=0, le=1000, description="Passes over the training split.")
     max_steps: int | None = Field(default=None, ge=1, description="Stop after this many optimizer steps, if that is sooner.")
     sequences_per_step: int = Field(
-        default=32, ge=1, le=65536, description="Records per optimizer step, however many micro-batches they are packed into."
+        default=16, ge=1, le=65536, description="Records per optimizer step, however many micro-batches they are packed into."
     )
-    learning_rate: float = Field(default=2e-4, gt=0, le=1, description="Peak learning rate.")
+    learning_rate: float = Field(default=5e-4, gt=0, le=1, description="Peak learning rate.")
     schedule: Literal["cosine", "linear", "constant"] = Field(default="cosine", description="Learning rate after the warm-up.")
     warmup_fraction: float = Field(default=0.05, ge=0, lt=1, description="Share of all steps with a linearly rising learning rate.")
     weight_decay: float = Field(default=0.0, ge=0, le=1, description="AdamW's decoupled weight decay.")
@@ -159,7 +159,7 @@ class TrainingConfig(_Section):
         default=4, ge=1, le=1000, description="Measurements of the held-out loss in each epoch; another one follows the last step."
     )
     keep: Literal["best", "last"] = Field(
-        default="best", description="Publish the measured step with the lowest held-out loss, or the last step."
+        default="last", description="Publish the last step, or the measured step with the lowest held-out loss."
     )
     early_stopping: int | None = Field(
         default=None, ge=1, description="Stop after this many measurements in a row without a new lowest held-out loss."

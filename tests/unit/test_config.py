@@ -386,7 +386,7 @@ def test_the_table_has_every_setting_with_default_and_range() -> None:
     assert rows["blood_type"] == ("required", "A, B, O, AB")
     assert rows["lora.r"] == ("16", "≥ 1, ≤ 512")
     assert rows["lora.target_modules"][0] == "all seven"
-    assert rows["training.learning_rate"] == ("0.0002", "> 0, ≤ 1")
+    assert rows["training.learning_rate"] == ("0.0005", "> 0, ≤ 1")
     assert rows["training.max_steps"] == ("none", "≥ 1")
     assert rows["training.seed"] == ("20", "≥ 0, < 4,294,967,296")
     assert rows["memory.micro_batch_tokens"] == ("auto", "auto or ≥ 64, ≤ 1,048,576")
