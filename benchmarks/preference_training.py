@@ -207,6 +207,8 @@ class PreferenceBackend(TransformersBackend):
                 use_cpu=not on_cuda,
                 gradient_checkpointing=False,
                 max_length=None,
+                # On an H200 with torch 2.11, the gradient of a finite loss was NaN at one odd row length, whatever the setting.
+                pad_to_multiple_of=64,
                 dataloader_pin_memory=on_cuda,
                 logging_nan_inf_filter=False,
                 logging_strategy="steps",
