@@ -65,7 +65,7 @@ def test_two_runs_of_one_persona(bundles: Path, capsys: pytest.CaptureFixture[st
     settings = out[out.index("\n Settings") :]
     assert list(rows_of(settings))[1:3] == ["lora.r", "training.learning_rate"]
     assert rows["lora.r"] == ["16", "32"]
-    assert rows["training.learning_rate"] == ["0.0002", "0.0001"]
+    assert rows["training.learning_rate"] == ["0.0005", "0.0001"]
     assert "training.epochs" not in out
     assert "Predicted persona" not in out
 
