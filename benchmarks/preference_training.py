@@ -32,32 +32,30 @@ from pathlib import Path
 from statistics import mean
 from typing import Any, Final
 
+from lora_trainer import __version__, logs
+from lora_trainer.base_model import Base, fetch_base
+from lora_trainer.config import EvaluationConfig
+from lora_trainer.config_sources import parse_override
+from lora_trainer.data.records import EvaluationPrompt, TrainingRecord
+from lora_trainer.errors import ConfigError, DivergedError, InvariantError, LoraTrainerError
+from lora_trainer.evaluate.advice import NOTHING_KNOWN
+from lora_trainer.evaluate.decoding import Decoding, Generation
+from lora_trainer.evaluate.intervals import ClusterBootstrap
+from lora_trainer.evaluate.rules import ScoredReply
+from lora_trainer.persona.prompt import PROMPT_VERSION, Message, reply_json
+from lora_trainer.run.adapter import base_of, check_adapter, open_adapter, settle_for, training_data_of
+from lora_trainer.run.bundle_files import read_published
+from lora_trainer.run.evaluation import decide, evaluate
+from lora_trainer.run.inputs import fetch_prompts, read
+from lora_trainer.run.job import Job, ProcessContext
+from lora_trainer.run.progress import RunProgress
+from lora_trainer.run.training import TokenizedData, tokenize_and_split
+from lora_trainer.store.local import fresh_folder
+from lora_trainer.train.backends.transformers import TransformersBackend
+from lora_trainer.train.requirements import require_stack
+from lora_trainer.train.tokenization import TokenSequence, record_messages, render_prompts
+
 ROOT: Final = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from lora_trainer import __version__, logs  # noqa: E402
-from lora_trainer.base_model import Base, fetch_base  # noqa: E402
-from lora_trainer.config import EvaluationConfig  # noqa: E402
-from lora_trainer.config_sources import parse_override  # noqa: E402
-from lora_trainer.data.records import EvaluationPrompt, TrainingRecord  # noqa: E402
-from lora_trainer.errors import ConfigError, DivergedError, InvariantError, LoraTrainerError  # noqa: E402
-from lora_trainer.evaluate.advice import NOTHING_KNOWN  # noqa: E402
-from lora_trainer.evaluate.decoding import Decoding, Generation  # noqa: E402
-from lora_trainer.evaluate.intervals import ClusterBootstrap  # noqa: E402
-from lora_trainer.evaluate.rules import ScoredReply  # noqa: E402
-from lora_trainer.persona.prompt import PROMPT_VERSION, Message, reply_json  # noqa: E402
-from lora_trainer.run.adapter import base_of, check_adapter, open_adapter, settle_for, training_data_of  # noqa: E402
-from lora_trainer.run.bundle_files import read_published  # noqa: E402
-from lora_trainer.run.evaluation import decide, evaluate  # noqa: E402
-from lora_trainer.run.inputs import fetch_prompts, read  # noqa: E402
-from lora_trainer.run.job import Job, ProcessContext  # noqa: E402
-from lora_trainer.run.progress import RunProgress  # noqa: E402
-from lora_trainer.run.training import TokenizedData, tokenize_and_split  # noqa: E402
-from lora_trainer.store.local import fresh_folder  # noqa: E402
-from lora_trainer.train.backends.transformers import TransformersBackend  # noqa: E402
-from lora_trainer.train.requirements import require_stack  # noqa: E402
-from lora_trainer.train.tokenization import TokenSequence, record_messages, render_prompts  # noqa: E402
-
 BEFORE: Final = "before"
 LIBRARIES: Final = ("torch", "transformers", "trl", "peft")
 READ_QUESTIONS: Final = 40
