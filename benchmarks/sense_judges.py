@@ -4,8 +4,10 @@
         [--set training.quantization=none ...]
 
 Reads every labelled reply with the base, its adapter disabled, and examines the probe at each strength of regularisation and the
-base's answer to a question. With `--set evaluation.judge_model=...`, a model behind an endpoint, too. `--features` keeps what the
-base computed, or reads it instead of loading the base. `judge_480_s` is what judging an adapter's 480 replies costs with the probe.
+base's answer to a question. For each kind of bad reply, it also measures how well the probe's regression for that kind alone tells
+people's good replies from replies of that kind (`own_regressions`). With `--set evaluation.judge_model=...`, it examines a model
+behind an endpoint, too. `--features` keeps what the base computed, or reads it instead of loading the base. `judge_480_s` is what
+judging an adapter's 480 replies costs with the probe.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ from train_speed import machine
 from lora_trainer.config import RunConfig
 from lora_trainer.config_sources import settle
 from lora_trainer.evaluate.sense_endpoint import examine_endpoint
-from lora_trainer.evaluate.sense_examples import SenseSet, bundled_examples
+from lora_trainer.evaluate.sense_examination import clustered_auc
+from lora_trainer.evaluate.sense_examples import BAD_KINDS, BY_HAND, SenseSet, bundled_examples
 from lora_trainer.evaluate.sense_metrics import SenseExamination
 from lora_trainer.evaluate.sense_probe import examine_probe
 from lora_trainer.evaluate.sense_question import WORDS, examine_question, example_questions
@@ -56,6 +59,22 @@ def read(base: Path, config: RunConfig, sense_set: SenseSet) -> tuple[np.ndarray
     question_s = time.perf_counter() - clock
     times = {"read_examples_s": read_s, "judge_480_s": judge_s, "ask_examples_s": question_s, "peak_gib": backend.peak_memory_gib()}
     return features, examine_question(base.name, sense_set, logits), times
+
+
+def own_regressions(sense_set: SenseSet, log_odds: np.ndarray) -> dict[str, dict[str, float]]:
+    """Return AUC and lower bound of each kind's regression: people's good replies against replies of the kind.
+
+    `log_odds` are those that each example is of each kind, [N, kinds], out of fold.
+    """
+    kinds = np.array([example.kind for example in sense_set.examples])
+    people = np.array([example.is_good and example.written_by == BY_HAND for example in sense_set.examples])
+    situations = np.array([example.situation for example in sense_set.examples])
+    found = {}
+    for column, kind in enumerate(BAD_KINDS):
+        bad = kinds == kind
+        auc, lower = clustered_auc(-log_odds[people, column], -log_odds[bad, column], situations[people], situations[bad])
+        found[str(kind)] = {"auc": auc, "lower": lower, "good": int(people.sum()), "bad": int(bad.sum())}
+    return found
 
 
 def told(found: SenseExamination) -> str:
@@ -98,9 +117,13 @@ def main() -> None:
         note("question", question)
     for inverse in map(float, arguments.regularisation.split(",")):
         clock = time.perf_counter()
-        _, found = examine_probe(arguments.base.name, sense_set, features, inverse)
+        probe, found = examine_probe(arguments.base.name, sense_set, features, inverse)
         document.setdefault("times_s", {})[f"fit_{inverse:g}_s"] = time.perf_counter() - clock
+        own = own_regressions(sense_set, probe.kinds_out_of_fold(sense_set, features))
+        document.setdefault("own_regressions", {})[f"C={inverse:g}"] = own
         note(f"probe, C={inverse:g}", found)
+        parts = [f"{kind} {part['auc']:.3f} ({part['lower']:.3f})" for kind, part in own.items()]
+        sys.stdout.write(f"  each kind by its own regression, against people: {', '.join(parts)}\n")
     if config.evaluation.judge_model is not None:
         note("endpoint", examine_endpoint(config.evaluation, sense_set))
 

@@ -56,7 +56,7 @@ class BaseReader(Protocol):
     def base_reply_features(
         self, conversations: Sequence[Sequence[Message]], replies: Sequence[str], batch_size: int
     ) -> NDArray[np.float32]:
-        """Return the features of each reply behind its conversation, [N, F]."""
+        """Return the features of each reply with its conversation, [N, F]."""
 
     def base_word_logits(
         self, conversations: Sequence[Sequence[Message]], words: Sequence[str], batch_size: int
@@ -202,7 +202,7 @@ class SenseJudge:
                 logs.get_logger().warning("sense_cache_unreadable", file=str(weights))
         probe, found = examine_probe(self.base_name, self.sense_set, self._features())
         if self._keep(weights, probe.save) and self._keep_examination("probe", found):
-            # the probe is all that later runs need, and the features of a 7B take 120 MB
+            # the probe is all that later runs need, and the features of a 7B take 240 MB
             for part in self._cache.glob("features-*.npy"):
                 part.unlink(missing_ok=True)
         return probe, found

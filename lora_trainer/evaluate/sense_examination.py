@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     Array = NDArray[np.float64]
 
-SENSE_VERSION: Final = 1
+SENSE_VERSION: Final = 2
 """Increase this when a code change alters a judge of sense or its examination."""
 REQUIRED_AUC: Final[Mapping[SenseKind, float]] = {SenseKind.SALAD: 0.8, SenseKind.HARMFUL: 0.8, SenseKind.MISSES: 0.7}
 """Lower bound of the AUC that a judge needs to be fit for use. Exchanged replies are measured only: no adapter writes them."""

@@ -1,7 +1,8 @@
-"""A linear probe of sense: regularised logistic regression on the base's hidden states behind a reply.
+"""A linear probe of sense: regularised logistic regressions on what the base computes of a reply.
 
-For every fold, one regression learns from all examples but those of the fold's situations and adapters. The examination takes each
-example's score from the regression of its own fold; the judge is the mean of all of them.
+One regression for each kind of bad reply tells replies of that kind from good ones. A reply makes sense if it is of none of these
+kinds. For every fold, the regressions learn from all examples but those of the fold's situations and adapters. The examination
+takes each example's score from the regressions of its own fold; the judge is the mean of all folds.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import IO, TYPE_CHECKING, Final, Self
 from zipfile import BadZipFile
 
 from lora_trainer.evaluate.sense_examination import examine
-from lora_trainer.evaluate.sense_examples import BAD_KINDS, SITUATION_FOLDS, WRITER_FOLDS, Cell, SenseExample, SenseSet
+from lora_trainer.evaluate.sense_examples import BAD_KINDS, SITUATION_FOLDS, WRITER_FOLDS, Cell, SenseKind, SenseSet
 from lora_trainer.evaluate.sense_metrics import SenseExamination
 
 if TYPE_CHECKING:
@@ -24,53 +25,61 @@ if TYPE_CHECKING:
     Features = NDArray[np.float32]
     Array = NDArray[np.float64]
 
-INVERSE_REGULARISATION: Final = 30.0
-"""C of the regression, for features of unit variance divided by the square root of their number."""
+INVERSE_REGULARISATION: Final = 10.0
+"""C of the regressions, for features of unit variance divided by the square root of their number."""
 _CELLS: Final[tuple[Cell, ...]] = tuple(product(range(SITUATION_FOLDS), range(WRITER_FOLDS)))
 
 
 @dataclass(frozen=True, slots=True)
 class SenseProbe:
-    """One regression for each cell, in the order of `_CELLS`."""
+    """One regression for each cell, in the order of `_CELLS`, and each kind of bad reply, in the order of `BAD_KINDS`."""
 
     weights: Array
-    """[cells, F], for the raw features."""
+    """[cells, kinds, F], for the raw features."""
     intercepts: Array
-    """[cells]."""
+    """[cells, kinds]; -inf for a kind that no example teaches."""
 
     @classmethod
     def fit(cls, sense_set: SenseSet, features: Features, inverse_regularisation: float = INVERSE_REGULARISATION) -> Self:
-        """Fit every cell's regression. `features` is [N, F], one row for each example of `sense_set`, in order."""
+        """Fit the regressions of every cell. `features` is [N, F], one row for each example of `sense_set`, in order."""
         import numpy as np
 
-        good = np.array([example.is_good for example in sense_set.examples])
+        kinds = np.array([example.kind for example in sense_set.examples])
+        good = kinds == SenseKind.GOOD
         raw = features.astype(np.float64)
         # these three know no label, so they may know the replies of every fold
         mean, deviation = raw.mean(axis=0), raw.std(axis=0)
         # a constant feature tells nothing; the width makes the regularisation mean the same for every base
         scale = np.where(deviation > 0, deviation, np.inf) * np.sqrt(raw.shape[1])
         inputs, basis = _reduced((raw - mean) / scale)
-        fitted = []
-        for cell in _CELLS:
+        coefficients = np.zeros((len(_CELLS), len(BAD_KINDS), inputs.shape[1]))
+        intercepts = np.full((len(_CELLS), len(BAD_KINDS)), -np.inf)
+        for row, cell in enumerate(_CELLS):
             taught = np.array([sense_set.folds.may_teach(example, cell) for example in sense_set.examples])
-            examples = [example for example, used in zip(sense_set.examples, taught, strict=True) if used]
-            fitted.append(_fit(inputs[taught], good[taught], _example_weights(examples), inverse_regularisation))
-        weights = np.stack([coefficients for coefficients, _ in fitted]) @ basis.T / scale
-        return cls(weights, np.array([intercept for _, intercept in fitted]) - weights @ mean)
+            for column, kind in enumerate(BAD_KINDS):
+                bad = taught & (kinds == kind)
+                if bad.any():
+                    used = bad | (taught & good)
+                    coefficients[row, column], intercepts[row, column] = _fit(inputs[used], bad[used], inverse_regularisation)
+        weights = coefficients @ basis.T / scale
+        return cls(weights, intercepts - weights @ mean)
 
     def out_of_fold(self, sense_set: SenseSet, features: Features) -> Array:
-        """Return each example's log-odds of sense, [N], from the regression that knows neither its situation nor its adapter."""
+        """Return each example's log-odds of sense, [N], from the regressions that know neither its situation nor its adapter."""
+        return _none_of(self.kinds_out_of_fold(sense_set, features))
+
+    def kinds_out_of_fold(self, sense_set: SenseSet, features: Features) -> Array:
+        """Return each example's log-odds of being of each of `BAD_KINDS`, [N, kinds], from the same regressions."""
         import numpy as np
 
-        scores = self._all(features)
         cells = [_CELLS.index(sense_set.folds.cell(example)) for example in sense_set.examples]
-        found: Array = scores[np.arange(len(cells)), cells]
+        found: Array = self._log_odds(features)[np.arange(len(cells)), cells]
         return found
 
     def scores(self, sense_set: SenseSet, features: Features, dialogues: Sequence[tuple[str, str]]) -> Array:
         """Return the log-odds of sense of an adapter's replies, [N], to messages with these summaries and inputs.
 
-        If the examples contain the message, only regressions that did not learn from its situation are asked.
+        If the examples contain the message, only cells that did not learn from its situation are asked.
         """
         import numpy as np
 
@@ -83,10 +92,14 @@ class SenseProbe:
         return means
 
     def _all(self, features: Features) -> Array:
-        """Return each regression's log-odds: [N, cells]."""
+        """Return the log-odds of sense that each cell finds: [N, cells]."""
+        return _none_of(self._log_odds(features))
+
+    def _log_odds(self, features: Features) -> Array:
+        """Return the log-odds that a reply is bad that each regression finds: [N, cells, kinds]."""
         import numpy as np
 
-        found: Array = features.astype(np.float64) @ self.weights.T + self.intercepts
+        found: Array = np.tensordot(features.astype(np.float64), self.weights, axes=(1, 2)) + self.intercepts
         return found
 
     def save(self, file: IO[bytes]) -> None:
@@ -115,14 +128,19 @@ def examine_probe(
     return probe, examine("probe", model, sense_set, list(map(float, probe.out_of_fold(sense_set, features))))
 
 
-def _example_weights(examples: Sequence[SenseExample]) -> Array:
-    """Give good and bad replies equal weight, and the same to each kind of bad ones; the mean is 1."""
+def _none_of(log_odds: Array) -> Array:
+    """Return the log-odds that a reply is of none of the kinds, [...], from those that it is of each one, [..., kinds].
+
+    With p the product of the probabilities 1 / (1 + exp(z)), -log p is the sum S of log(1 + exp(z)), and the log-odds of p are
+    -log(exp(S) - 1).
+    """
     import numpy as np
 
-    counts = {kind: sum(example.kind is kind for example in examples) for kind in {example.kind for example in examples}}
-    kinds_present = sum(kind in counts for kind in BAD_KINDS)
-    share = [0.5 if example.is_good else 0.5 / kinds_present for example in examples]
-    return np.array([part / counts[example.kind] for part, example in zip(share, examples, strict=True)]) * len(examples)
+    # at least the smallest normal number: a reply that no kind suspects has finite log-odds, too
+    total = np.maximum(np.logaddexp(0, log_odds).sum(axis=-1), np.finfo(np.float64).tiny)
+    # exp(S) - 1 = exp(S) (1 - exp(-S)), which does not overflow
+    found: Array = -(total + np.log(-np.expm1(-total)))
+    return found
 
 
 def _reduced(inputs: Array) -> tuple[Array, Array]:
@@ -142,10 +160,10 @@ def _reduced(inputs: Array) -> tuple[Array, Array]:
     return vectors[:, kept] * lengths, inputs.T @ (vectors[:, kept] / lengths)
 
 
-def _fit(inputs: Array, good: NDArray[np.bool_], example_weights: Array, inverse_regularisation: float) -> tuple[Array, float]:
-    """Return weights [R] and intercept of one regression."""
+def _fit(inputs: Array, bad: NDArray[np.bool_], inverse_regularisation: float) -> tuple[Array, float]:
+    """Return weights [R] and intercept of a regression in which good and bad replies have equal weight."""
     from sklearn.linear_model import LogisticRegression
 
-    model = LogisticRegression(C=inverse_regularisation, max_iter=500, random_state=0)
-    model.fit(inputs, good, sample_weight=example_weights)
+    model = LogisticRegression(C=inverse_regularisation, class_weight="balanced", max_iter=500, random_state=0)
+    model.fit(inputs, bad)
     return model.coef_[0], float(model.intercept_[0])

@@ -1,4 +1,4 @@
-"""Read replies with the tiny base behind an adapter: the features are the bare base's, and do not depend on the batch."""
+"""Read replies with the tiny base under an adapter: the features are the bare base's, and do not depend on the batch."""
 
 from __future__ import annotations
 
@@ -29,6 +29,8 @@ EXAMPLES = bundled_examples().examples[:24]
 CONVERSATIONS = [example.messages for example in EXAMPLES]
 REPLIES = [example.reply for example in EXAMPLES]
 HIDDEN = 192
+OWN = 5 * HIDDEN + 2
+NEUTRAL = [{"role": "user", "content": "말해 줘."}]
 
 
 @pytest.fixture(scope="module")
@@ -64,33 +66,57 @@ def features(backend: Backend) -> Any:
     return backend.base_reply_features(CONVERSATIONS, REPLIES, 8)
 
 
-def test_the_features_are_the_bare_bases(backend: Backend, features: Any) -> None:
+def test_the_features_are_the_bare_bases_with_the_prompt_and_what_the_prompt_changes(backend: Backend, features: Any) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(BASE, local_files_only=True, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(BASE, local_files_only=True)
-    for row in (0, 11, 23):
-        prompt = tokenizer.apply_chat_template(list(CONVERSATIONS[row]), tokenize=False, add_generation_prompt=True)
+
+    def read(messages: Any, reply: str) -> Any:
+        prompt = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
         before = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-        behind = [*tokenizer(REPLIES[row], add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+        after = [*tokenizer(reply, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
         with torch.no_grad():
-            out = model(torch.tensor([before + behind]), output_hidden_states=True)
-        reply = slice(len(before), None)
+            out = model(torch.tensor([before + after]), output_hidden_states=True)
+        tokens = slice(len(before), None)
         # hidden_states[n] is the output of layer n; of four layers, 1/3, 7/12 and 5/6 of the depth are 1, 2 and 3
         states = [out.hidden_states[layer][0] for layer in (1, 2, 3)]
-        expected = torch.cat([*(state[reply].mean(dim=0) for state in states), states[1][-1], states[2][-1]])
-        log_probabilities = out.logits[0, len(before) - 1 : -1].log_softmax(dim=1).gather(1, torch.tensor(behind)[:, None])
-        np.testing.assert_allclose(features[row][:-2], expected.numpy(), rtol=1e-3, atol=1e-4)
-        assert features[row][-2:] == pytest.approx([log_probabilities.mean().item(), log_probabilities.min().item()], rel=1e-4)
-    assert features.shape == (len(EXAMPLES), 5 * HIDDEN + 2)
+        found = out.logits[0, len(before) - 1 : -1].log_softmax(dim=1).gather(1, torch.tensor(after)[:, None])
+        means = [state[tokens].mean(dim=0) for state in states]
+        return torch.cat([*means, states[1][-1], states[2][-1], torch.stack([found.mean(), found.min()])]).numpy()
+
+    for row in (0, 11, 23):
+        prompted, alone = read(CONVERSATIONS[row], REPLIES[row]), read(NEUTRAL, REPLIES[row])
+        np.testing.assert_allclose(features[row][:OWN], prompted, rtol=1e-3, atol=1e-4)
+        np.testing.assert_allclose(features[row][OWN:], prompted - alone, rtol=1e-3, atol=1e-3)
+    assert features.shape == (len(EXAMPLES), 2 * OWN)
     assert features.dtype == np.float32
 
 
 def test_neither_the_batch_nor_the_order_changes_them(backend: Backend, features: Any) -> None:
     one_by_one = backend.base_reply_features(CONVERSATIONS[::-1], REPLIES[::-1], 1)[::-1]
     np.testing.assert_allclose(one_by_one, features, rtol=1e-3, atol=1e-4)
-    assert backend.base_reply_features([], [], 8).shape == (0, 5 * HIDDEN + 2)
+    assert backend.base_reply_features([], [], 8).shape == (0, 2 * OWN)
+
+
+def test_equal_replies_are_read_alone_once_and_each_gets_its_own_difference(backend: Backend) -> None:
+    read: list[int] = []
+    hook = (
+        backend.model.get_base_model()
+        .get_decoder()
+        .register_forward_pre_hook(lambda _module, _arguments, named: read.append(len(named["input_ids"])), with_kwargs=True)
+    )
+    try:
+        found = backend.base_reply_features(CONVERSATIONS[:3], [REPLIES[0], REPLIES[1], REPLIES[0]], 8)
+    finally:
+        hook.remove()
+    assert sum(read) == 3 + 2
+    # prompted minus difference is the reading alone, whatever the prompt
+    alone = found[:, :OWN] - found[:, OWN:]
+    np.testing.assert_allclose(alone[0], alone[2], rtol=1e-3, atol=1e-4)
+    assert not np.allclose(alone[0], alone[1], rtol=1e-3, atol=1e-2)
+    assert not np.allclose(found[0, OWN:], found[2, OWN:], rtol=1e-3, atol=1e-2)
 
 
 def test_an_empty_and_an_endless_reply_have_features(backend: Backend) -> None:

@@ -18,6 +18,7 @@ from lora_trainer.evaluate.rules import ScoredReply
 from lora_trainer.evaluate.sense import SenseJudge, judged_again
 from lora_trainer.evaluate.sense_examination import best_threshold, clustered_auc, examine
 from lora_trainer.evaluate.sense_examples import (
+    BAD_KINDS,
     BY_HAND,
     SITUATION_FOLDS,
     WRITER_FOLDS,
@@ -136,6 +137,52 @@ def test_a_probe_of_sense_is_fit_and_its_errors_are_small(made: SenseSet) -> Non
     assert found.sensitivity.value > 0.8
     assert found.specificity.value > 0.8
     assert set(found.separation) == {SenseKind.MISSES, SenseKind.SALAD, SenseKind.HARMFUL, SenseKind.EXCHANGED}
+
+
+def test_kinds_that_lie_on_both_sides_of_good_replies_are_told_apart_from_them(made: SenseSet) -> None:
+    """No single hyperplane has the good replies on one side, and each kind's own one does."""
+    features = noise(made)
+    sides = {SenseKind.MISSES: -4.0, SenseKind.SALAD: 4.0}
+    features[:, 3] += [sides.get(example.kind, 0.0) for example in made.examples]
+    features[:, 4] += [4.0 * (example.kind in (SenseKind.HARMFUL, SenseKind.EXCHANGED)) for example in made.examples]
+    probe, found = examine_probe("made", made, features)
+    assert found.fit, found.shortfalls
+    assert all(part.lower > 0.85 for part in found.separation.values())
+    by_kind = probe.kinds_out_of_fold(made, features)
+    kinds = np.array([example.kind for example in made.examples])
+    for column, kind in enumerate(BAD_KINDS):
+        compared = (kinds == kind) | (kinds == SenseKind.GOOD)
+        assert roc_auc_score(kinds[compared] == kind, by_kind[compared, column]) > 0.9
+    # the regression against salad lies on the other side of replies that miss the point, and does not suspect them
+    assert np.median(by_kind[kinds == SenseKind.MISSES, BAD_KINDS.index(SenseKind.SALAD)]) < 0
+
+
+def test_the_score_is_the_log_odds_that_a_reply_is_of_no_bad_kind(made: SenseSet) -> None:
+    features = noise(made)
+    features[:, 3] += [2.0 * example.is_good for example in made.examples]
+    probe = SenseProbe.fit(made, features)
+    of_none = np.prod(1 - 1 / (1 + np.exp(-probe.kinds_out_of_fold(made, features))), axis=1)
+    np.testing.assert_allclose(probe.out_of_fold(made, features), np.log(of_none / (1 - of_none)), rtol=1e-9)
+    # far from everything that was learned, probabilities round to 0 and 1; scores stay finite and in order
+    ahead = probe.weights.mean(axis=(0, 1))
+    unlike = (1e6 * np.outer([-2, -1, 1, 2], ahead / np.linalg.norm(ahead))).astype(np.float32)
+    scores = probe.scores(made, unlike, [("", f"처음 보는 말 {row}") for row in range(4)])
+    assert np.isfinite(scores).all()
+    assert scores[0] >= scores[1] > 0 > scores[2] > scores[3]
+
+
+def test_a_kind_without_examples_is_suspected_nowhere(made: SenseSet, tmp_path: Path) -> None:
+    without = SenseSet(tuple(example for example in made.examples if example.kind is not SenseKind.EXCHANGED), made.folds)
+    features = noise(without)
+    features[:, 3] += [3.0 * example.is_good for example in without.examples]
+    probe = SenseProbe.fit(without, features)
+    by_kind = probe.kinds_out_of_fold(without, features)
+    assert np.isneginf(by_kind[:, BAD_KINDS.index(SenseKind.EXCHANGED)]).all()
+    assert np.isfinite(probe.out_of_fold(without, features)).all()
+    with (tmp_path / "probe.npz").open("wb") as file:
+        probe.save(file)
+    loaded = SenseProbe.load(tmp_path / "probe.npz")
+    np.testing.assert_array_equal(loaded.out_of_fold(without, features), probe.out_of_fold(without, features))
 
 
 @pytest.mark.parametrize("of", ["situation", "written_by"])

@@ -1,4 +1,4 @@
-"""Read replies with the base: hidden states and log-probabilities of a reply behind its prompt, and the logits of given words.
+"""Read replies with the base: states and log-probabilities of a reply, with its prompt and alone, and the logits of given words.
 
 Import only from a started backend: unsloth has to be imported before transformers.
 """
@@ -9,21 +9,24 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, Final
 
+import numpy as np
 import torch
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from lora_trainer.evaluate.sense_question import AmbiguousAnswersError
+from lora_trainer.persona.prompt import Message
 from lora_trainer.train.tokenization import TokenSequence
 
 if TYPE_CHECKING:
-    import numpy as np
     from numpy.typing import NDArray
 
 MEAN_DEPTHS: Final = (1 / 3, 7 / 12, 5 / 6)
 """Depths at which the hidden states are averaged over the reply: layers 8, 14 and 20 of 24."""
 LAST_DEPTHS: Final = (7 / 12, 5 / 6)
 """Depths at which the state of the last token, the end of turn, is taken."""
+NEUTRAL_MESSAGES: Final[tuple[Message, ...]] = ({"role": "user", "content": "말해 줘."},)
+"""The conversation that a reply is read with when it is read alone: it asks for something to be said, and not for what."""
 _BATCH_TOKENS: Final = 16_384
 _LOGIT_ROWS: Final = 1024
 """Positions whose logits are computed at once: a row of 152,064 float32 logits takes 0.6 MB."""
@@ -45,6 +48,30 @@ def encode_replies(
         TokenSequence((*prompt, *reply[: max(positions - len(prompt) - 1, 0)], end), len(prompt))
         for prompt, reply in zip(before, behind, strict=True)
     ]
+
+
+def contrasted_features(
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    neutral: str,
+    replies: Sequence[str],
+    positions: int,
+    batch_size: int,
+) -> NDArray[np.float32]:
+    """Return a row of features for each reply, [N, 10 H + 4], float32. The caller disables the adapter.
+
+    The first half are the reply's `reply_features` with its prompt. The second half is what the prompt changes: the first half
+    minus the features of the same reply with the rendered prompt `neutral`. Equal replies are read alone once. `positions` is the
+    length that the base can read, as in `encode_replies`.
+    """
+    place = {reply: at for at, reply in enumerate(dict.fromkeys(replies))}
+    # read all of them in one call, which batches sequences of similar length
+    sequences = encode_replies(tokenizer, [*prompts, *[neutral] * len(place)], [*replies, *place], positions)
+    found = reply_features(model, sequences, batch_size)
+    prompted, alone = found[: len(replies)], found[len(replies) :]
+    contrasted: NDArray[np.float32] = np.concatenate([prompted, prompted - alone[[place[reply] for reply in replies]]], axis=1)
+    return contrasted
 
 
 def reply_features(model: PeftModel, sequences: Sequence[TokenSequence], batch_size: int) -> NDArray[np.float32]:

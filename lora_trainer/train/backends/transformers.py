@@ -437,16 +437,16 @@ class TransformersBackend:
     def base_reply_features(
         self, conversations: Sequence[Sequence[Message]], replies: Sequence[str], batch_size: int
     ) -> NDArray[np.float32]:
-        """Return what the base, without the adapter, computes of each reply behind its conversation: [N, features].
+        """Return what the base, without the adapter, computes of each reply: [N, 10 H + 4] for hidden size H.
 
-        Raises `HardwareError` on OOM, `DataError` for text that would become a control token.
+        `contrasted_features` describes them. Raises `HardwareError` on OOM, `DataError` for text that would become a control token.
         """
-        from lora_trainer.train.backends.reply_features import encode_replies, reply_features
+        from lora_trainer.train.backends.reply_features import NEUTRAL_MESSAGES, contrasted_features
 
-        prompts = render_prompts(conversations, self.tokenizer)
+        *prompts, neutral = render_prompts([*conversations, NEUTRAL_MESSAGES], self.tokenizer)
         with self._reading(batch_size):
             positions: int = self.model.config.max_position_embeddings
-            return reply_features(self.model, encode_replies(self.tokenizer, prompts, replies, positions), batch_size)
+            return contrasted_features(self.model, self.tokenizer, prompts, neutral, replies, positions, batch_size)
 
     def base_word_logits(
         self, conversations: Sequence[Sequence[Message]], words: Sequence[str], batch_size: int
