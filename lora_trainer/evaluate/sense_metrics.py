@@ -37,7 +37,7 @@ class SenseExamination(_Part):
     """How a judge did on labelled replies whose situations and adapters it was not fitted on."""
 
     judge: JudgeName = Field(
-        description="probe: a regression on the base's hidden states. question: the base's logits of yes and no. endpoint: a model "
+        description="probe: regressions on the base's hidden states. question: the base's logits of yes and no. endpoint: a model "
         "behind an OpenAI-compatible server."
     )
     model: str = Field(description="The base, or the endpoint's model.")
