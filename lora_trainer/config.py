@@ -138,7 +138,7 @@ class LoraConfig(_Section):
 class TrainingConfig(_Section):
     """Training recipe. Together with data and base it determines the adapter's weights."""
 
-    epochs: float = Field(default=3.0, gt=0, le=1000, description="Passes over the training split.")
+    epochs: float = Field(default=4.0, gt=0, le=1000, description="Passes over the training split.")
     max_steps: int | None = Field(default=None, ge=1, description="Stop after this many optimizer steps, if that is sooner.")
     sequences_per_step: int = Field(
         default=16, ge=1, le=65536, description="Records per optimizer step, however many micro-batches they are packed into."
