@@ -42,7 +42,7 @@ def problems(cli_values: dict[str, Any], environment: dict[str, str] | None = No
 # setting; value in Python; value as text in the file, in the environment and on the command line
 SOURCES = [
     pytest.param("data", "data/", ["/file/", "/environment/", "/line/"], id="scalar"),
-    pytest.param("training.epochs", 3.0, [1.5, 2.5, 3.5], id="nested"),
+    pytest.param("training.epochs", 4.0, [1.5, 2.5, 3.5], id="nested"),
     pytest.param("lora.target_modules", list(ALL_LINEAR), [["q_proj"], ["k_proj", "v_proj"], ["o_proj"]], id="list"),
     pytest.param("memory.micro_batch_tokens", "auto", [1024, 2048, 4096], id="union-int"),
     pytest.param("memory.micro_batch_tokens", "auto", [1024, "auto", 2048], id="union-literal"),
@@ -82,7 +82,7 @@ def test_the_environment_can_name_the_file_and_the_command_line_another(tmp_path
 
 
 def test_an_empty_variable_is_not_set() -> None:
-    assert settle(A, {"LORA_TRAINER_TRAINING__EPOCHS": "", "LORA_TRAINER_CONFIG": ""}).training.epochs == 3.0
+    assert settle(A, {"LORA_TRAINER_TRAINING__EPOCHS": "", "LORA_TRAINER_CONFIG": ""}).training.epochs == 4.0
 
 
 def test_a_fallback_is_weaker_than_every_source() -> None:

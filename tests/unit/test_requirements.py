@@ -123,7 +123,7 @@ def test_the_default_is_the_run_that_its_value_would_be(device: str, value: str)
     """`auto` is resolved before anything hashes it, so run ids are those of the explicit value."""
     configs = [
         settle({"blood_type": "A", "device": device, **given}, {})
-        for given in ({}, {"training.quantization": "auto"}, {"training.quantization": value}, {"training.epochs": 3})
+        for given in ({}, {"training.quantization": "auto"}, {"training.quantization": value}, {"training.epochs": 4})
     ]
     assert [config.training.quantization for config in configs] == [value] * 4
     assert len({run_id(run_ingredients(config, "d" * 64, "base")) for config in configs}) == 1
