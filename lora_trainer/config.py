@@ -202,7 +202,7 @@ class EvaluationConfig(_Section):
     top_k: int = Field(default=20, ge=0, le=1000, description="Sample from this many most probable tokens; 0: all.")
     seed: int = Field(default=20, ge=0, lt=2**32, description="Seed of sampling and of the bootstrap.")
     bootstrap_resamples: int = Field(default=2000, ge=100, le=100_000, description="Bootstrap resamples for the confidence bounds.")
-    batch_size: int = Field(default=120, ge=1, le=4096, description="Replies generated per batch. Not part of `gate_id`.")
+    batch_size: int = Field(default=1024, ge=1, le=4096, description="Most replies at once; less on OOM. Not part of `gate_id`.")
     depth: Literal["verdict", "full"] = Field(
         default="verdict",
         description="`full`: also ask ten-turn conversations, messages that pressure the friend to drop its role, and questions "

@@ -17,7 +17,7 @@ from lora_trainer.persona.prompt import PROMPT_VERSION, Message, prompt_messages
 from lora_trainer.persona.specs import persona_spec
 from lora_trainer.persona.vocabulary import BloodType
 
-EVALUATION_VERSION: Final = 4
+EVALUATION_VERSION: Final = 5
 """Increase this when a code change alters the questions or the way replies are measured."""
 
 

@@ -360,3 +360,50 @@ def test_the_tiny_base_trains_on_the_gpu_as_it_ships_and_answers_as_a_server_wou
         assert values[0] == pytest.approx(values[1], abs=0.08), name
     assert metrics[0]["held_out"]["loss_adapter"] == pytest.approx(metrics[1]["held_out"]["loss_adapter"], rel=0.02)
     assert metrics[0]["held_out"]["loss_base"] == pytest.approx(metrics[1]["held_out"]["loss_base"], rel=0.02)
+
+
+CAPTURED_STEPS = """
+import json, sys, torch
+from structlog.testing import capture_logs
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from peft import LoraConfig, get_peft_model
+from lora_trainer.evaluate.decoding import Decoding
+from lora_trainer.train.backends.generation import _left_padded
+from lora_trainer.train.backends.static_decoding import decode, supports_static_decoding
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+torch.manual_seed(0)
+base = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32, device_map={"": 0})
+model = get_peft_model(base, LoraConfig(r=8, target_modules=["q_proj", "down_proj"], init_lora_weights=False)).eval()
+assert supports_static_decoding(model)
+texts = ["응", "나 오늘 시험 망했어", "주말에 뭐 할까? 영화 보러 갈래?"] * 8
+ids, mask = (part.cuda() for part in _left_padded(tokenizer(texts)["input_ids"], 0))
+replays = []
+replay = torch.cuda.CUDAGraph.replay
+torch.cuda.CUDAGraph.replay = lambda graph: (replays.append(graph), replay(graph))[1]
+
+def write(decoding, captured, stops):
+    with torch.inference_mode():
+        return decode(model, ids, mask, decoding, range(len(texts)), stops, 0, captured=captured)
+
+result = {}
+greedy, sampled = Decoding("greedy", 40), Decoding("sampled", 40, temperature=1.0, top_p=0.9, top_k=50, seed=1)
+with capture_logs() as events:
+    for name, decoding in (("greedy", greedy), ("sampled", sampled)):
+        first = write(decoding, False, [-1])
+        # let replies end early, so that the batch may be compacted and captured again
+        stops = sorted({row[9] for row in first[::2]})
+        for adapter in ("adapter", "base"):
+            if adapter == "base":
+                model.disable_adapter_layers()
+            eager, captured = write(decoding, False, stops), write(decoding, True, stops)
+            result[f"{name} {adapter}"] = sum(a == b for a, b in zip(eager, captured)) / len(texts)
+            model.enable_adapter_layers()
+print(json.dumps({"same": result, "replays": len(replays), "events": [event["event"] for event in events]}))
+"""
+
+
+def test_captured_steps_write_what_single_steps_write(small_base: Path) -> None:
+    found = json.loads(python(CAPTURED_STEPS, str(small_base)).splitlines()[-1])
+    assert found["events"] == []
+    assert found["replays"] > 0
+    assert found["same"] == dict.fromkeys(("greedy adapter", "greedy base", "sampled adapter", "sampled base"), 1.0)

@@ -5,6 +5,7 @@ Import only from a started backend: unsloth has to be imported before transforme
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,9 +14,15 @@ from peft import PeftModel
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedTokenizerBase
 
 from lora_trainer.evaluate.decoding import Decoding, Generation, OnReplies, require_room
+from lora_trainer.logs import get_logger
+from lora_trainer.train.backends.static_decoding import decode, supports_static_decoding
 
 LogitsProcessor = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """Maps the token ids so far [B, T] and the next token's logits [B, V] to new logits."""
+
+
+_CPU_BATCH_SIZE = 120
+"""Most replies generated at once on the CPU, where exhausted memory ends the process instead of raising."""
 
 
 def generate(
@@ -26,14 +33,18 @@ def generate(
     batch_size: int,
     processors: Callable[[], Sequence[LogitsProcessor]] | None = None,
     on_replies: OnReplies = lambda _: None,
+    *,
+    static: bool = True,
 ) -> list[Generation]:
     """Return the continuation of each prompt, in order. Prompts must already be rendered with the chat template.
 
-    Prompts of similar length share a batch, padded on the left. Greedy replies depend only on the prompt, up to rounding. Sampled
-    replies also depend on the seed and the batch: only the same prompts in the same order reproduce them.
-    `processors` returns new logits processors for each batch. `on_replies` is called after each batch with its number of replies.
+    Prompts of similar length share a batch of at most `batch_size`, padded on the left. Greedy replies depend only on the prompt,
+    and sampled ones on the prompt, the seed and the prompt's index, up to rounding. With `processors`, or for a model that
+    `supports_static_decoding` excludes, or without `static`, transformers' `generate` decodes, and sampled replies also depend on
+    the batch. `processors` returns new logits processors for each batch. `on_replies` is called after each batch with its number
+    of replies. If GPU memory runs out, the batch is halved.
 
-    Raises `PromptTooLongError` if a whole reply would not fit behind a prompt.
+    Raises `PromptTooLongError` if a whole reply would not fit behind a prompt, `torch.OutOfMemoryError` if one reply does not fit.
     """
     encoded: list[list[int]] = tokenizer(list(prompts), add_special_tokens=False)["input_ids"] if prompts else []
     require_room([len(ids) for ids in encoded], decoding.max_new_tokens, model.config.max_position_embeddings)
@@ -41,23 +52,51 @@ def generate(
     found: dict[int, Generation] = {}
     device = next(model.parameters()).device
     settings = _settings(tokenizer, decoding)
+    is_static = static and processors is None and supports_static_decoding(model)
+
+    def write(members: Sequence[int]) -> list[list[int]]:
+        ids, mask = (part.to(device) for part in _left_padded([encoded[index] for index in members], tokenizer.pad_token_id))
+        if is_static:
+            stops, pad = settings.eos_token_id, tokenizer.pad_token_id
+            return decode(model, ids, mask, decoding, members, stops, pad, captured=device.type == "cuda")
+        written = model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            generation_config=settings,
+            logits_processor=LogitsProcessorList(processors() if processors else []),
+        )
+        # [B, T + N]: generate() returns the prompt as well
+        rows: list[list[int]] = written[:, ids.shape[1] :].tolist()
+        return rows
+
+    size = batch_size if device.type == "cuda" else min(batch_size, _CPU_BATCH_SIZE)
     # sampling must not advance the caller's random number generators
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.inference_mode():
         torch.manual_seed(decoding.seed)
-        for at in range(0, len(order), batch_size):
-            members = order[at : at + batch_size]
-            ids, mask = _left_padded([encoded[index] for index in members], tokenizer.pad_token_id)
-            written = model.generate(
-                input_ids=ids.to(device),
-                attention_mask=mask.to(device),
-                generation_config=settings,
-                logits_processor=LogitsProcessorList(processors() if processors else []),
-            )
-            # [B, T + N]: generate() returns the prompt as well
-            for index, row in zip(members, written[:, ids.shape[1] :].tolist(), strict=True):
+        while len(found) < len(order):
+            members = order[len(found) : len(found) + size]
+            rows = None
+            try:
+                rows = write(members)
+            except torch.OutOfMemoryError:
+                if len(members) == 1:
+                    raise
+            if rows is None:
+                # outside the handler, whose traceback keeps the batch's tensors alive
+                size = halved(len(members))
+                continue
+            for index, row in zip(members, rows, strict=True):
                 found[index] = _read(tokenizer, row)
             on_replies(len(members))
     return [found[index] for index in range(len(encoded))]
+
+
+def halved(batch_size: int) -> int:
+    """Return half of a batch that exhausted the GPU's memory, after releasing what torch has cached."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    get_logger().warning("batch_halved", replies=batch_size, now=batch_size // 2, reason="GPU memory ran out")
+    return batch_size // 2
 
 
 def _settings(tokenizer: PreTrainedTokenizerBase, decoding: Decoding) -> GenerationConfig:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -425,11 +425,12 @@ class TransformersBackend:
             if not adapter:
                 stack.enter_context(self.model.disable_adapter())
             try:
-                return generate(self.model, self.tokenizer, prompts, decoding, batch_size, processors, on_replies)
+                static = self._decodes_statically()
+                return generate(self.model, self.tokenizer, prompts, decoding, batch_size, processors, on_replies, static=static)
             except torch.OutOfMemoryError as error:
                 raise HardwareError(
-                    f"GPU memory ran out while {batch_size} replies were generated at once, peak {self.peak_memory_gib():.1f} GiB: "
-                    "lower evaluation.batch_size"
+                    f"GPU memory ran out while a single reply was generated, peak {self.peak_memory_gib():.1f} GiB: "
+                    "use a larger GPU, or lower evaluation.max_new_tokens"
                 ) from error
 
     # -- reading with the base ----------------------------------------------------------------------
@@ -444,9 +445,10 @@ class TransformersBackend:
         from lora_trainer.train.backends.reply_features import NEUTRAL_MESSAGES, contrasted_features
 
         *prompts, neutral = render_prompts([*conversations, NEUTRAL_MESSAGES], self.tokenizer)
-        with self._reading(batch_size):
-            positions: int = self.model.config.max_position_embeddings
-            return contrasted_features(self.model, self.tokenizer, prompts, neutral, replies, positions, batch_size)
+        positions: int = self.model.config.max_position_embeddings
+        return self._read_with_base(
+            lambda size: contrasted_features(self.model, self.tokenizer, prompts, neutral, replies, positions, size), batch_size
+        )
 
     def base_word_logits(
         self, conversations: Sequence[Sequence[Message]], words: Sequence[str], batch_size: int
@@ -458,32 +460,39 @@ class TransformersBackend:
         from lora_trainer.train.backends.reply_features import next_token_logits
 
         prompts = render_prompts(conversations, self.tokenizer)
-        with self._reading(batch_size):
-            return next_token_logits(self.model, self.tokenizer, prompts, words, batch_size)
+        return self._read_with_base(lambda size: next_token_logits(self.model, self.tokenizer, prompts, words, size), batch_size)
 
-    @contextmanager
-    def _reading(self, batch_size: int) -> Iterator[None]:
-        """Disable the adapter for the block, and translate the device's errors."""
+    def _read_with_base(self, read: Callable[[int], NDArray[np.float32]], batch_size: int) -> NDArray[np.float32]:
+        """Return `read(batch_size)` without the adapter, halving the batch while GPU memory runs out."""
         import torch
 
+        from lora_trainer.train.backends.generation import halved
         from lora_trainer.train.backends.model_modes import inference_mode
 
         # unlike generate(), a forward pass does not switch Unsloth's mode itself
         mode = inference_mode(self.model, on_cpu=not self._device.is_cuda)
         with self.device_faults(), mode, self.model.disable_adapter():
-            try:
-                yield
-            except torch.OutOfMemoryError as error:
-                raise HardwareError(
-                    f"GPU memory ran out while the base read {batch_size} replies at once, peak {self.peak_memory_gib():.1f} GiB: "
-                    "lower evaluation.batch_size"
-                ) from error
+            while True:
+                try:
+                    return read(batch_size)
+                except torch.OutOfMemoryError as error:
+                    if batch_size == 1:
+                        raise HardwareError(
+                            f"GPU memory ran out while the base read a single reply, peak {self.peak_memory_gib():.1f} GiB: "
+                            "use a larger GPU"
+                        ) from error
+                # outside the handler, whose traceback keeps the batch's tensors alive
+                batch_size = halved(batch_size)
 
     def _inference_mode(self) -> AbstractContextManager[None]:
         """Switch the model to inference for the block, and restore its training state afterwards."""
         from lora_trainer.train.backends.model_modes import inference_mode
 
         return inference_mode(self.model, on_cpu=not self._device.is_cuda)
+
+    def _decodes_statically(self) -> bool:
+        """Return whether the model's forward takes transformers' static cache."""
+        return True
 
     # -- the device ---------------------------------------------------------------------------------
 

@@ -88,6 +88,10 @@ class UnslothBackend(TransformersBackend):
         # on a GPU, Unsloth's own generate() switches mode and checkpointing
         return nullcontext() if self._device.is_cuda else super()._inference_mode()
 
+    def _decodes_statically(self) -> bool:
+        # with a cache, Unsloth's forward on a GPU runs its own decoding step, which keeps its own keys and values
+        return not self._device.is_cuda
+
     def _model_takes_lengths(self) -> bool:
         # Unsloth's forward takes them, but on a CPU Unsloth keeps transformers' forward
         return self._device.is_cuda
