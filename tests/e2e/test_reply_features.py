@@ -165,3 +165,18 @@ def test_the_tiny_base_is_examined_and_found_unfit(backend: Backend, tmp_path: P
     verdict, _ = judge.judge(judges, [], BloodType.A)
     assert verdict.status == "not_judged"
     assert "probe (" in verdict.reason
+
+
+def test_a_batch_that_exhausts_memory_is_halved(backend: Backend, features: Any) -> None:
+    import torch
+
+    def fail(_module: object, _arguments: object, named: dict[str, Any]) -> None:
+        if len(named["input_ids"]) > 3:
+            raise torch.OutOfMemoryError("no room")
+
+    hook = backend.model.get_base_model().get_decoder().register_forward_pre_hook(fail, with_kwargs=True)
+    try:
+        found = backend.base_reply_features(CONVERSATIONS[:8], REPLIES[:8], 8)
+    finally:
+        hook.remove()
+    np.testing.assert_allclose(found, features[:8], rtol=1e-3, atol=1e-4)

@@ -164,6 +164,9 @@ class _Batch:
             )
             logits.append(output.logits[:, -1])
             for kept, layer in zip(self.cache.layers, read.layers, strict=True):
+                # a config may list more layers than the model has
+                if not layer.is_initialized:
+                    continue
                 if not kept.is_initialized:
                     kept.lazy_initialization(layer.keys[:1].expand(rows, -1, -1, -1), layer.values[:1].expand(rows, -1, -1, -1))
                     kept.cumulative_length.fill_(width)
@@ -219,7 +222,7 @@ class _Batch:
         for name in ("written", "done", "token", "position", "attended", "draws"):
             setattr(self, name, getattr(self, name).index_select(0, alive))
         # one layer at a time, so that only one layer is in memory twice
-        for layer in self.cache.layers:
+        for layer in filter(lambda layer: layer.is_initialized, self.cache.layers):
             layer.keys = layer.keys.index_select(0, alive)
             layer.values = layer.values.index_select(0, alive)
             layer.batch_size = len(alive)
