@@ -20,7 +20,7 @@ from lora_trainer.persona.prompt import PROMPT_VERSION
 from lora_trainer.run.inputs import DataFile
 from lora_trainer.run.job import Job
 
-RECIPE_VERSION: Final = 3
+RECIPE_VERSION: Final = 4
 """Increase this when a code change alters the result of training."""
 
 # only libraries whose code affects the weights

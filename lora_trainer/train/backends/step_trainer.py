@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from datasets import Dataset
@@ -27,6 +27,7 @@ from lora_trainer.config import TrainingConfig
 from lora_trainer.errors import DivergedError, InvariantError
 from lora_trainer.signals import Interruption
 from lora_trainer.train.backends.model_modes import keep_four_bit_layout
+from lora_trainer.train.backends.row_losses import LossFrom, forward_loss
 from lora_trainer.train.backends.rows import Row, Step, StepCollator, make_step
 from lora_trainer.train.backends.training_state import (
     TrainingState,
@@ -63,7 +64,7 @@ class StepTrainer(SFTTrainer):
         interruption: Interruption,
         schedule: Schedule,
         model_takes_lengths: bool,
-        model_loss: bool,
+        loss_from: LossFrom,
         **kwargs: Any,
     ) -> None:
         """Build the trainer; `kwargs` go to `SFTTrainer`.
@@ -71,8 +72,7 @@ class StepTrainer(SFTTrainer):
         `held_out`: when to measure the loss on which held-out records; None: never.
         `pause_after`: stop after this step, so that a later trainer can continue; None: train to the end.
         `model_takes_lengths`: whether the model's forward takes `packed_seq_lengths`.
-        `model_loss`: whether to use the model's own loss instead of TRL's fused head. That head needs Triton, which a CPU lacks,
-        and Unsloth's forward has its own fused loss.
+        `loss_from`: what computes a row's loss.
         """
         self.recipe_schedule = schedule
         model: torch.nn.Module = kwargs["model"]
@@ -83,7 +83,7 @@ class StepTrainer(SFTTrainer):
             if weight.requires_grad:
                 weight.data = full_precision[name]
         self.model_takes_lengths = model_takes_lengths
-        self.model_loss = model_loss
+        self.loss_from: LossFrom = loss_from
         self.training_log = TrainingLog()
         self._on_step = on_step
         self._after_step = after_step
@@ -131,24 +131,23 @@ class StepTrainer(SFTTrainer):
             # safe to stop here: an unfinished step has not changed any weights
             self._interruption.check()
             with self.compute_loss_context_manager():
-                loss = self.row_loss(model, row, num_items_in_batch)
+                # never None: get_batch_samples counts them
+                loss = self.row_loss(model, row, cast("torch.Tensor", num_items_in_batch))
             self.accelerator.backward(loss)
             total += loss.detach()
         self._unread = _UnreadStep(step, total, self._unread)
         return total
 
-    def row_loss(self, model: torch.nn.Module, row: Row, divisor: torch.Tensor | int | None) -> torch.Tensor:
+    def row_loss(self, model: torch.nn.Module, row: Row, divisor: torch.Tensor) -> torch.Tensor:
         """Return the sum of a row's token losses, divided by `divisor`."""
         inputs: dict[str, Any] = self._prepare_inputs(dict(row))
         if not self.model_takes_lengths:
             del inputs["packed_seq_lengths"]
-        loss: torch.Tensor
-        if self.model_loss:
-            loss = model(**inputs, use_cache=False, num_items_in_batch=divisor).loss
-        else:
-            loss = super().compute_loss(  # type: ignore[no-untyped-call]  # TRL does not annotate it
-                model, inputs, num_items_in_batch=divisor
-            )
+        if self.loss_from != "trl":
+            return forward_loss(model, inputs, divisor, self.loss_from)
+        loss: torch.Tensor = super().compute_loss(  # type: ignore[no-untyped-call]  # TRL does not annotate it
+            model, inputs, num_items_in_batch=divisor
+        )
         return loss
 
     def mean_loss(self, sequences: Sequence[TokenSequence], row_tokens: int) -> float:
@@ -389,7 +388,9 @@ class StepTrainer(SFTTrainer):
         """Ignore the parent's final summary, which counts each step as one sample."""
 
 
-def mean_loss(model: torch.nn.Module, sequences: Sequence[TokenSequence], row_tokens: int) -> float:
+def mean_loss(
+    model: torch.nn.Module, sequences: Sequence[TokenSequence], row_tokens: int, loss_from: Literal["model", "labels"]
+) -> float:
     """Like `StepTrainer.mean_loss`, for a model without a trainer."""
     step = make_step(sequences, row_tokens)
     device = next(model.parameters()).device
@@ -399,7 +400,7 @@ def mean_loss(model: torch.nn.Module, sequences: Sequence[TokenSequence], row_to
     with torch.no_grad():
         for row in step.rows:
             inputs = {name: value.to(device) for name, value in row.items() if name != "packed_seq_lengths"}
-            losses.append(model(**inputs, use_cache=False, num_items_in_batch=divisor).loss)
+            losses.append(forward_loss(model, inputs, divisor, loss_from))
     return float(torch.stack(losses).sum())
 
 
@@ -451,7 +452,7 @@ def build_trainer(
     pause_after: int | None,
     interruption: Interruption,
     model_takes_lengths: bool,
-    model_loss: bool,
+    loss_from: LossFrom,
 ) -> StepTrainer:
     """Build a trainer for `steps`, each a list of record indices.
 
@@ -507,7 +508,7 @@ def build_trainer(
         interruption=interruption,
         schedule=recipe.schedule,
         model_takes_lengths=model_takes_lengths,
-        model_loss=model_loss,
+        loss_from=loss_from,
         model=model,
         args=arguments,
         processing_class=tokenizer,

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from lora_trainer.train.backends.adapter_checks import ReadBack
     from lora_trainer.train.backends.base_reuse import AdapterStart, EvaluationBase, TrainingBase
     from lora_trainer.train.backends.generation import LogitsProcessor
+    from lora_trainer.train.backends.row_losses import LossFrom
     from lora_trainer.train.backends.step_trainer import StepTrainer
 
 
@@ -262,16 +263,16 @@ class TransformersBackend:
             pause_after=pause_after,
             interruption=self._interruption,
             model_takes_lengths=self._model_takes_lengths(),
-            model_loss=self._uses_model_loss(),
+            loss_from=self._loss_from(),
         )
 
     def _model_takes_lengths(self) -> bool:
         """Return whether the model's forward takes `packed_seq_lengths`."""
         return False
 
-    def _uses_model_loss(self) -> bool:
-        """Return whether to train with the model's own loss. TRL's fused head is faster, but needs Triton."""
-        return not self._device.is_cuda
+    def _loss_from(self) -> LossFrom:
+        """Return what computes the loss in training."""
+        return "trl" if self._device.is_cuda else "labels"
 
     def restore(self, checkpoint: Path) -> int:
         """Continue from a checkpoint that `snapshot` wrote. Return the number of completed optimizer steps.
@@ -340,7 +341,9 @@ class TransformersBackend:
             if self._trainer is None:
                 # load_adapter loaded the adapter, so there is no trainer
                 self._row_tokens = max(map(len, sequences))
-                return mean_loss(self.model, sequences, self._row_tokens)
+                # TRL's head is part of its trainer
+                loss_from = self._loss_from()
+                return mean_loss(self.model, sequences, self._row_tokens, "model" if loss_from == "trl" else loss_from)
             return self._trainer.mean_loss(sequences, self._row_tokens)
 
     def base_mean_loss(self, sequences: Sequence[TokenSequence]) -> float:

@@ -15,6 +15,8 @@ from lora_trainer.train.memory_plan import Checkpointing
 if TYPE_CHECKING:
     from peft import PeftModel
 
+    from lora_trainer.train.backends.row_losses import LossFrom
+
 
 class UnslothBackend(TransformersBackend):
     """The reference backend with Unsloth's loader, adapter and forward."""
@@ -96,9 +98,9 @@ class UnslothBackend(TransformersBackend):
         # Unsloth's forward takes them, but on a CPU Unsloth keeps transformers' forward
         return self._device.is_cuda
 
-    def _uses_model_loss(self) -> bool:
+    def _loss_from(self) -> LossFrom:
         # Unsloth's forward has its own fused loss
-        return True
+        return "model"
 
 
 def _varlen_attention() -> str:
