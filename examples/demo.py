@@ -117,8 +117,11 @@ def run_job(blood_type: BloodType) -> tuple[int, str, float]:
         "--work-dir", str(SCRATCH / "work"),
         "--log-format", "console",
     ]  # fmt: skip
+    # The job's OpenMP threads sleep while they wait, because it may share its cores. The demo runs alone, so let them spin first:
+    # 4,900 instead of 3,150 tokens/s on two quiet cores. Two runs on the same cores would drop from 2,700 to 1,300 each.
+    environment = {"GOMP_SPINCOUNT": "10000", **os.environ}
     started_s = time.monotonic()
-    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False)
+    done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=False)
     return done.returncode, done.stdout.strip(), time.monotonic() - started_s
 
 
