@@ -10,6 +10,7 @@ import click
 from entrypoint.adapter_commands import chat, compare, evaluate, publish
 from entrypoint.convert_command import convert
 from entrypoint.data_commands import generate, validate
+from entrypoint.plan_command import plan
 from entrypoint.review_commands import promote, review
 from entrypoint.run_commands import check_storage, run, show_config
 from entrypoint.sweep_command import sweep
@@ -55,7 +56,7 @@ def cli() -> None:
 
 for command in (run, sweep, evaluate, chat, publish, review, promote, compare):
     cli.add_command(command)
-for command in (validate, convert, generate, check_storage, show_config):
+for command in (validate, convert, generate, plan, check_storage, show_config):
     cli.add_command(command)
 
 

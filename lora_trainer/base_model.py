@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -13,7 +14,7 @@ from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 from typing import Final
 
-from lora_trainer.base_files.check import BaseFiles, check_base
+from lora_trainer.base_files.check import BaseFiles, check_base, check_documents
 from lora_trainer.config import BaseModelConfig
 from lora_trainer.errors import ConfigError, StorageError
 from lora_trainer.store.interface import ReadResult
@@ -56,11 +57,7 @@ def identify_base(config: BaseModelConfig, retry_budget: RetryBudget | None = No
         folder = _local_folder(model)
         name = Path(os.path.normpath(folder.absolute())).name
     else:
-        if config.revision is None:
-            raise ConfigError(
-                f"base.revision: not given for the hub id {model}; expected the full commit hash, so that the base cannot change"
-            )
-        return Base(config.canonical_id or model, config.revision, f"{model}@{config.revision}", None)
+        return Base(config.canonical_id or model, _require_revision(config), f"{model}@{config.revision}", None)
     files = _model_files(folder)
     return Base(config.canonical_id or name, None, f"sha256:{_hash_files(files)}", folder)
 
@@ -162,6 +159,35 @@ def tokenizer_folder(config: BaseModelConfig, retry_budget: RetryBudget | None =
     return _download(config, ("tokenizer*.json",))
 
 
+def documents_folder(config: BaseModelConfig, retry_budget: RetryBudget | None = None) -> Path:
+    """Return a folder with the base's checked `config.json`, tokenizer and chat template, fetched without the weights.
+
+    Raises as `fetch_base` does.
+    """
+    if config.model.startswith("s3://"):
+        storage = open_storage(config.model, retry_budget)
+        folder = _cache_dir(config) / "documents" / hashlib.sha256(storage.uri.encode()).hexdigest()[:16]
+        # download every file again: these are small, and a copy of a name that is gone would change the prompts
+        shutil.rmtree(folder, ignore_errors=True)
+        for item in storage.list(""):
+            if "/" not in item.key and _is_document(item.key):
+                storage.download(item.key, folder / item.key)
+        where = storage.uri
+    elif _is_folder(config.model):
+        folder = _local_folder(config.model)
+        where = str(folder)
+        _require_folder(folder)
+    else:
+        _require_revision(config)
+        folder = _download(config, [pattern for pattern in MODEL_FILES if pattern != "*.safetensors"])
+        where = str(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    files = BaseFiles.of_folder(folder)
+    _check_complete(where, files.sizes, with_weights=False)
+    check_documents(BaseFiles(where, files.sizes, files.read))
+    return folder
+
+
 def require_base(config: BaseModelConfig, retry_budget: RetryBudget | None = None) -> str:
     """Check the files of a folder or `s3://` prefix without fetching its weights: only their headers are read.
 
@@ -193,6 +219,11 @@ def _cache_dir(config: BaseModelConfig) -> Path:
         raise ConfigError(f"base.cache_dir: got '{config.cache_dir}'; {error} (--set base.cache_dir=/folder/)") from None
 
 
+def is_hub_id(model: str) -> bool:
+    """Return whether `model` is a hub id, not a folder or an `s3://` prefix."""
+    return not model.startswith("s3://") and not _is_folder(model)
+
+
 def _is_folder(model: str) -> bool:
     return model.startswith(("/", "./", "../", "~", "file://"))
 
@@ -204,11 +235,23 @@ def _local_folder(model: str) -> Path:
 
 
 def _model_files(folder: Path) -> list[Path]:
-    if not folder.is_dir():
-        raise ConfigError(f"base.model: {folder}: no such folder; expected one with config.json and *.safetensors")
+    _require_folder(folder)
     files = sorted(path for path in folder.iterdir() if path.is_file())
     _check_complete(str(folder), [path.name for path in files])
     return [path for path in files if _is_model_file(path.name)]
+
+
+def _require_folder(folder: Path) -> None:
+    if not folder.is_dir():
+        raise ConfigError(f"base.model: {folder}: no such folder; expected one with config.json and *.safetensors")
+
+
+def _require_revision(config: BaseModelConfig) -> str:
+    if config.revision is None:
+        raise ConfigError(
+            f"base.revision: not given for the hub id {config.model}; expected the full commit hash, so that the base cannot change"
+        )
+    return config.revision
 
 
 def _is_model_file(name: str) -> bool:
@@ -216,11 +259,15 @@ def _is_model_file(name: str) -> bool:
     return not name.startswith(".") and any(fnmatch(name, pattern) for pattern in MODEL_FILES)
 
 
+def _is_document(name: str) -> bool:
+    return _is_model_file(name) and not name.endswith(".safetensors")
+
+
 def _is_other_weights(name: str) -> bool:
     return name.lower().endswith((*_PICKLED, ".gguf", ".h5", ".msgpack", ".onnx"))
 
 
-def _check_complete(where: str, names: Iterable[str]) -> None:
+def _check_complete(where: str, names: Iterable[str], *, with_weights: bool = True) -> None:
     names = set(names)
     if "adapter_config.json" in names:
         # transformers would load whatever base the adapter names
@@ -228,14 +275,15 @@ def _check_complete(where: str, names: Iterable[str]) -> None:
             f"base.model: {where}: holds adapter_config.json: got an adapter's folder, expected a base model's; use the "
             "adapter's base"
         )
-    if not any(name.endswith(".safetensors") for name in names) and (others := sorted(filter(_is_other_weights, names))):
+    lacks_weights = with_weights and not any(name.endswith(".safetensors") for name in names)
+    if lacks_weights and (others := sorted(filter(_is_other_weights, names))):
         raise ConfigError(
             f"base.model: {where}: got {', '.join(others[:3])}, expected *.safetensors: pickled weights can run code and are "
             "never loaded; convert them where you trust them (AutoModelForCausalLM.from_pretrained(…).save_pretrained(…) "
             "writes safetensors), or use a repository that has them"
         )
     missing = [name for name in ("config.json", "tokenizer.json") if name not in names]
-    if not any(name.endswith(".safetensors") for name in names):
+    if lacks_weights:
         missing.append("*.safetensors")
     if missing:
         raise ConfigError(

@@ -75,6 +75,14 @@ def check_base(files: BaseFiles) -> None:
         raise ConfigError(problems)
 
 
+def check_documents(files: BaseFiles) -> None:
+    """Check `config.json`, the tokenizer and the chat template, without the weights. Raises as `check_base` does."""
+    where = f"base.model: {files.where}".rstrip("/")
+    config, problems = _config(where, files)
+    if problems := [*problems, *_tokenizer_problems(where, files, config)]:
+        raise ConfigError(problems)
+
+
 def _problems(files: BaseFiles) -> Iterator[str]:
     where = f"base.model: {files.where}".rstrip("/")
     config, problems = _config(where, files)
@@ -240,6 +248,13 @@ def folder_template(folder: Path) -> str:
     files, where = BaseFiles.of_folder(folder), f"base.model: {folder}"
     has_settings = "tokenizer_config.json" in files.sizes
     return chat_template(where, files, _read_object(where, files, "tokenizer_config.json") if has_settings else {})
+
+
+def folder_special_tokens(folder: Path) -> dict[str, str]:
+    """Return the named special tokens of the base in `folder`. Raises `ConfigError` for a broken document."""
+    files, where = BaseFiles.of_folder(folder), f"base.model: {folder}"
+    names = [name for name in ("tokenizer_config.json", "special_tokens_map.json") if name in files.sizes]
+    return special_tokens(*(_read_object(where, files, name) for name in names))
 
 
 def chat_template(where: str, files: BaseFiles, settings: Mapping[str, Any]) -> str:
