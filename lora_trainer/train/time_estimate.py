@@ -54,17 +54,17 @@ class _Speed:
     """Speed in full rows."""
     least_row_s: float
     """Shortest time measured for a row of any length."""
-    first_step_s: float
-    """Duration of the first step, which compiles kernels."""
+    warm_up: Seconds
+    """How much longer the first step took than the others, because it compiles kernels."""
 
 
-# train-speed-h200.json, cases by name: tokens_per_s, row_ms, first_step_s. With recomputation, only full rows were measured.
+# train-speed-h200.json, cases by name: tokens_per_s, row_ms, first_step_s - step_ms. Recomputation: full rows only.
 _RECOMPUTING: Final[dict[Backend, _Speed]] = {
-    "unsloth": _Speed(10_627.0, 0.361, 1.80),  # unsloth-4096-unsloth
-    "transformers": _Speed(5_224.0, 0.726, 2.46),  # transformers-4096-on
+    "unsloth": _Speed(10_627.0, 0.361, Seconds(0.71, 0.71)),  # unsloth-4096-unsloth
+    "transformers": _Speed(5_224.0, 0.726, Seconds(0.28, 0.28)),  # transformers-4096-on
 }
-# unsloth-8192-off; least_row_s: run-7b-defaults-h200.json, step 7 with 2,131 tokens
-_UNSLOTH_OFF: Final = _Speed(17_165.0, 0.245, 2.90)
+# unsloth-8192-off; run-7b-defaults-h200.json: step 7 with 2,131 tokens, and step 1 for the longer warm-up
+_UNSLOTH_OFF: Final = _Speed(17_165.0, 0.245, Seconds(1.54, 2.20))
 _RECOMPUTED_SHARE: Final = 2 / 3
 """Frozen weights take 4 FLOP per weight and token without recomputation and 6 with it. Bounds the speed of the transformers backend
 without recomputation, which was not measured.
@@ -111,7 +111,7 @@ def training_seconds(
     fastest = speed.tokens_per_s / (_RECOMPUTED_SHARE if backend == "transformers" and not recomputes else 1)
     share = work_share(shape)
     least_row_s = speed.least_row_s * shape.layers / REFERENCE.layers
-    low = high = speed.first_step_s + _SAVE_S
+    low, high = speed.warm_up.low + _SAVE_S, speed.warm_up.high + _SAVE_S
     for tokens in row_lengths:
         low += share * tokens / fastest
         high += max(least_row_s, share * tokens / speed.tokens_per_s)

@@ -407,3 +407,13 @@ def test_captured_steps_write_what_single_steps_write(small_base: Path) -> None:
     assert found["events"] == []
     assert found["replays"] > 0
     assert found["same"] == dict.fromkeys(("greedy adapter", "greedy base", "sampled adapter", "sampled base"), 1.0)
+
+
+def test_the_driver_tells_the_free_memory_that_torch_sees() -> None:
+    code = (
+        "from lora_trainer.train.cuda_driver import visible_gpu\n"
+        "gpu = visible_gpu()\n"
+        "import torch\n"
+        "print(gpu.name == torch.cuda.get_device_name(0), abs(gpu.free_bytes - torch.cuda.mem_get_info()[0]) < 2**30)"
+    )
+    assert python(code).split() == ["True", "True"]
