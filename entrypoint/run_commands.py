@@ -30,7 +30,11 @@ if TYPE_CHECKING:
 
 @click.command(cls=Command)
 @run_options
-@click.option("--fresh", is_flag=True, help="Discard the checkpoints of an interrupted attempt and train from the first step.")
+@click.option(
+    "--fresh",
+    is_flag=True,
+    help="Discard the checkpoints of an interrupted attempt and train from the first step; hash all files of the base again.",
+)
 @click.pass_obj
 def run(interruption: Interruption, /, config_file: Path | None, overrides: Sequence[str], fresh: bool, **options: Any) -> None:
     """Train one or several personas' adapters and publish them.

@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -15,10 +14,11 @@ from pathlib import Path, PurePosixPath
 from typing import Final
 
 from lora_trainer.base_files.check import BaseFiles, check_base, check_documents
+from lora_trainer.base_files.remembered import hash_files
 from lora_trainer.config import BaseModelConfig
 from lora_trainer.errors import ConfigError, StorageError
 from lora_trainer.store.interface import ReadResult
-from lora_trainer.store.local import FileStorage, sha256_of
+from lora_trainer.store.local import FileStorage
 from lora_trainer.store.opening import open_storage
 from lora_trainer.store.retry import RetryBudget
 from lora_trainer.uris import expand_home
@@ -41,11 +41,15 @@ class Base:
     """Folder with its files; None for a hub model, which `fetch_base` downloads."""
 
 
-def identify_base(config: BaseModelConfig, retry_budget: RetryBudget | None = None) -> Base:
+def identify_base(
+    config: BaseModelConfig, retry_budget: RetryBudget | None = None, work_dir: Path | None = None, *, read_all: bool = False
+) -> Base:
     """Identify the base's weights with as little traffic as possible.
 
     The commit identifies a hub model, which is downloaded later. The files of a folder are hashed. An `s3://` prefix
-    is mirrored into `cache_dir`, fetching only what has changed, and hashed there.
+    is mirrored into `cache_dir`, fetching only what has changed, and hashed there. Files that are unchanged since they
+    were last hashed are not read, unless `read_all` is set. The record of hashes is kept in the folder, or below `work_dir` if the
+    folder is read-only.
 
     Raises `ConfigError` for a folder or prefix without a model, `StorageError` if it cannot be read.
     """
@@ -59,7 +63,9 @@ def identify_base(config: BaseModelConfig, retry_budget: RetryBudget | None = No
     else:
         return Base(config.canonical_id or model, _require_revision(config), f"{model}@{config.revision}", None)
     files = _model_files(folder)
-    return Base(config.canonical_id or name, None, f"sha256:{_hash_files(files)}", folder)
+    digests = hash_files(folder, files, work_dir, read_all=read_all)
+    lines = "".join(f"{path.name}\0{digest}\n" for path, digest in zip(files, digests, strict=True))
+    return Base(config.canonical_id or name, None, f"sha256:{hashlib.sha256(lines.encode()).hexdigest()}", folder)
 
 
 def pickled(where: str, names: Iterable[str]) -> list[str]:
@@ -289,15 +295,6 @@ def _check_complete(where: str, names: Iterable[str], *, with_weights: bool = Tr
         raise ConfigError(
             f"base.model: {where}: not a model: {', '.join(missing)} missing; expected a folder as save_pretrained writes it"
         )
-
-
-def _hash_files(files: list[Path]) -> str:
-    # hashlib releases the GIL, so threads hash the four shards of a 7B model in the time of one
-    with ThreadPoolExecutor(max_workers=4) as pool:
-        digests = list(pool.map(sha256_of, files))
-    return hashlib.sha256(
-        "".join(f"{path.name}\0{digest}\n" for path, digest in zip(files, digests, strict=True)).encode()
-    ).hexdigest()
 
 
 def _mirror(uri: str, cache_dir: Path, retry_budget: RetryBudget | None) -> Path:

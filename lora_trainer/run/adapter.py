@@ -109,7 +109,7 @@ def settle_for(
 
 def base_of(adapter: Adapter, config: RunConfig, process: ProcessContext) -> Base:
     """Identify the configured base. Raise `ConfigError` if the adapter was trained on another one."""
-    base = process.models.base(config.base, process.retry_budget)
+    base = process.base(config)
     if base.identity != adapter.manifest["base"]["identity"]:
         raise ConfigError(
             f"base.model: {config.base.model}: got the base {base.identity}, the adapter was trained on "

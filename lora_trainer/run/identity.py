@@ -46,7 +46,7 @@ def identify(job: Job, data: DataFile, prompts: Sequence[EvaluationPrompt]) -> I
     prompt_version = job.process.prompt_version
     asked = evaluation_id(job.config.evaluation, prompts_digest(prompts), prompt_version)
     with job.timed("identify"):
-        base = job.process.models.base(job.config.base, job.process.retry_budget)
+        base = job.process.base(job.config)
         ingredients = run_ingredients(job.config, data.fetched.sha256, base.identity, prompt_version)
         identity = Identity(run_id(ingredients), base, ingredients, asked, gate_id(asked, job.config.gates))
     structlog.contextvars.bind_contextvars(run_id=identity.run_id)

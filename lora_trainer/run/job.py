@@ -13,6 +13,7 @@ from pathlib import Path
 import structlog
 from rich.console import Console
 
+from lora_trainer.base_model import Base
 from lora_trainer.config import RunConfig
 from lora_trainer.logs import get_logger
 from lora_trainer.persona.prompt import PROMPT_VERSION
@@ -34,7 +35,7 @@ class ProcessContext:
     console: Console | None = None
     """Terminal for progress bars; None for no bars."""
     fresh: bool = False
-    """Whether to discard the checkpoints of earlier attempts."""
+    """Whether to discard what earlier attempts left: their checkpoints, and the remembered hashes of the base's files."""
     models: SharedModels = field(default_factory=SharedModels)
     prompt_version: int = PROMPT_VERSION
     """Prompt version that new adapters are trained on. Only benchmarks that compare prompts set an earlier one."""
@@ -42,6 +43,10 @@ class ProcessContext:
     def storage(self, uri: str) -> Storage:
         """Open the storage at `uri`. Its retries draw on this process's budget."""
         return open_storage(uri, self.retry_budget)
+
+    def base(self, config: RunConfig) -> Base:
+        """Return the configured base, checked and identified. Raises as `SharedModels.base` does."""
+        return self.models.base(config.base, self.retry_budget, config.work_dir, read_all=self.fresh)
 
 
 @dataclass

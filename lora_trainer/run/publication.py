@@ -234,7 +234,7 @@ def publish_folder(
     structlog.contextvars.bind_contextvars(run_id=run_id, blood_type=str(blood_type))
     if base_model is not None:
         config = settle({"blood_type": str(blood_type), "base.model": base_model})
-        check_base(bundle, process.models.base(config.base, process.retry_budget), base_model)
+        check_base(bundle, process.base(config), base_model)
     is_own = _is_left_over(folder, manifest)
     if output_uri is None and not is_own:
         # do not let a bundle of unknown origin choose the output or the pointer to move

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 from lora_trainer.base_files.check import BaseFiles, check_base
 from lora_trainer.base_model import Base, identify_base, require_base
@@ -40,12 +41,14 @@ class SharedModels:
             raise
         self._checked.add(config)
 
-    def base(self, config: BaseModelConfig, retry_budget: RetryBudget) -> Base:
+    def base(
+        self, config: BaseModelConfig, retry_budget: RetryBudget, work_dir: Path | None = None, *, read_all: bool = False
+    ) -> Base:
         """Return the base, checked and identified. Raises as `base_model.require_base` and `identify_base` do."""
         if config not in self._bases:
             # first, because copying and hashing gigabytes takes longer
             self.require_base(config, retry_budget)
-            base = identify_base(config, retry_budget)
+            base = identify_base(config, retry_budget, work_dir, read_all=read_all)
             if base.folder is not None and config.model.startswith("s3://"):
                 # the copy as well: a disk may have damaged it since it was fetched
                 check_base(BaseFiles.of_folder(base.folder))

@@ -36,7 +36,7 @@ from lora_trainer.store.interface import (
 from lora_trainer.store.keys import checked_prefix, safe_key
 from lora_trainer.store.retry import RetryBudget
 
-_OWN_PREFIX: Final = ".~lora-trainer."
+OWN_PREFIX: Final = ".~lora-trainer."
 """Prefix of our temporary and lock files, which listings skip."""
 _STALE_TEMPORARY_S: Final = 3600
 
@@ -191,7 +191,7 @@ class FileStorage:
                     entries = sorted(
                         (os.fsencode(entry.name) + (b"/" if entry.is_dir(follow_symlinks=False) else b""), entry)
                         for entry in found
-                        if not entry.name.startswith(_OWN_PREFIX)
+                        if not entry.name.startswith(OWN_PREFIX)
                     )
             except (FileNotFoundError, NotADirectoryError):
                 return
@@ -250,7 +250,7 @@ def replacing(target: Path, *, is_new: bool = False) -> Iterator[BufferedRandom]
     """
     _make_folder(target.parent)
     _remove_stale_temporaries(target.parent)
-    temporary = target.parent / f"{_OWN_PREFIX}{secrets.token_hex(8)}.tmp"
+    temporary = target.parent / f"{OWN_PREFIX}{secrets.token_hex(8)}.tmp"
     try:
         # mode "x" respects the umask; tempfile's 0600 would hide published files from other users
         with temporary.open("x+b") as file:
@@ -272,7 +272,7 @@ def replacing(target: Path, *, is_new: bool = False) -> Iterator[BufferedRandom]
 def _remove_stale_temporaries(folder: Path) -> None:
     """Delete temporary files of killed processes, which can leave gigabytes on a volume that outlives the pod."""
     oldest_s = time.time() - _STALE_TEMPORARY_S
-    for temporary in folder.glob(f"{_OWN_PREFIX}*.tmp"):
+    for temporary in folder.glob(f"{OWN_PREFIX}*.tmp"):
         with suppress(OSError):
             # a live writer modifies its file more often than this: its read timeout is at most 10 minutes
             if temporary.stat().st_mtime < oldest_s:
@@ -283,7 +283,7 @@ def _remove_stale_temporaries(folder: Path) -> None:
 def _locked(path: Path) -> Iterator[None]:
     """Hold an exclusive lock for `path`. The lock file stays, because removing one is unsafe on NFS."""
     _make_folder(path.parent)
-    with (path.parent / f"{_OWN_PREFIX}{path.name}.lock").open("wb") as file:
+    with (path.parent / f"{OWN_PREFIX}{path.name}.lock").open("wb") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
@@ -327,7 +327,7 @@ def local_errors(path: Path) -> Iterator[None]:
 def explain(error: OSError, path: Path) -> LoraTrainerError:
     """Return the error that names the file, by default `path`, the reason and the fix."""
     where = str(error.filename2 or error.filename or path)
-    if Path(where).name.startswith(_OWN_PREFIX):
+    if Path(where).name.startswith(OWN_PREFIX):
         where = str(path)
     reason = error.strerror or str(error)
     match error.errno:
