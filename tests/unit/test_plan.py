@@ -117,10 +117,11 @@ def test_the_transformers_backend_without_recomputation_is_bounded_by_its_flop()
 
 
 def test_the_range_contains_the_measured_evaluation() -> None:
-    for case, backend in (("unsloth", "unsloth"), ("reference", "transformers")):
+    cases: dict[str, Backend] = {"unsloth": "unsloth", "reference": "transformers"}
+    for case, backend in cases.items():
         found = EVALUATION_SPEED["cases"][case]["replies"]["120"]
         expected_s = found["adapter_generate_s"] + found["base_generate_s"]
-        estimated = evaluation_seconds(120, 1, 64, 64, 120, REFERENCE, backend)  # type: ignore[arg-type]
+        estimated = evaluation_seconds(120, 1, 64, 64, 120, REFERENCE, backend)
         assert estimated.low == pytest.approx(expected_s, rel=0.01)
         assert estimated.high == pytest.approx(expected_s, rel=0.01)
     wide = evaluation_seconds(480, 2, 40, 128, 1024, REFERENCE, "unsloth")
